@@ -1,0 +1,35 @@
+// The instruction sets of x86 CPUs that kernels have paths for, chosen at run time. No torch headers.
+#pragma once
+
+#include <string>
+
+namespace dfqvit {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The best path that this processor and this build can run.
+Isa detected_isa();
+
+// The path in use: detected_isa(), unless DFQVIT_CPU_ISA or set_active_isa asked for a lesser one.
+Isa active_isa();
+
+// Uses `isa` from now on, in every thread. Throws std::invalid_argument when this processor lacks it.
+void set_active_isa(Isa isa);
+
+const char* isa_name(Isa isa);
+
+// The inverse of isa_name. Throws std::invalid_argument that lists the names.
+Isa isa_from_name(const std::string& name);
+
+}  // namespace dfqvit
+
+// Function attributes for the paths, so that one translation unit holds all of them.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DFQVIT_X86 1
+#define DFQVIT_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define DFQVIT_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#else
+#define DFQVIT_X86 0
+#define DFQVIT_TARGET_AVX2
+#define DFQVIT_TARGET_AVX512
+#endif

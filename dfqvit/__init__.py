@@ -1,0 +1,50 @@
+"""dfqvit: data-free quantization of timm vision transformers (DFQ-ViT, arXiv 2507.14481), with fused kernels.
+
+The method is here (`quantize`, `synthesize`, `save`, `load`); the operators are in `dfqvit.kernels` and can be used alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+# In a source tree the operators stand beside this package, not in it. An editable install maps them; where the tree itself
+# is on sys.path (running in a clone, which also shadows a regular install) they are found through the package's path.
+_HERE = Path(__file__).parent
+if not (_HERE / "kernels").exists() and (_HERE.parent / "kernels" / "dispatch.py").exists():
+    __path__.append(str(_HERE.parent))
+
+if TYPE_CHECKING:
+    from . import kernels
+    from .api import quantize
+    from .io import load, save
+    from .kernels import set_backend
+    from .synthesis import synthesize
+
+_HOMES = {
+    "kernels": "",
+    "load": "io",
+    "quantize": "api",
+    "save": "io",
+    "set_backend": "kernels",
+    "synthesize": "synthesis",
+}
+
+__all__ = ["__version__", "kernels", "load", "quantize", "save", "set_backend", "synthesize"]
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: `import dfqvit` stays light, timm is imported when the method is used
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dfqvit' has no attribute '{name}'")
+    home = _HOMES[name]
+    module = importlib.import_module(f"{__name__}.{home or name}")
+    value = getattr(module, name) if home else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

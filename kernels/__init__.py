@@ -1,0 +1,28 @@
+"""The operators of dfqvit, usable alone: each is one folder with its public function, its reference and its backends.
+
+    fake_quantize              quantize and dequantize, straight-through gradient
+    quant_linear               integer matrix product with bias, ACM and activation in the epilogue
+    patch_similarity_entropy   the entropy of patch similarities that drives synthesis
+    pack_weight, unpack_weight weights of 2 to 8 bits, packed
+
+This package never imports the method (`dfqvit.synthesis`, ...) and never imports timm.
+"""
+
+from .dispatch import BackendError, BackendFallbackWarning, backends, set_backend, use_backend
+from .fake_quantize import fake_quantize
+from .pack_weight import pack_weight, unpack_weight
+from .patch_similarity_entropy import patch_similarity_entropy
+from .quant_linear import quant_linear
+
+__all__ = [
+    "BackendError",
+    "BackendFallbackWarning",
+    "backends",
+    "fake_quantize",
+    "pack_weight",
+    "patch_similarity_entropy",
+    "quant_linear",
+    "set_backend",
+    "unpack_weight",
+    "use_backend",
+]

@@ -1,0 +1,69 @@
+"""Checks of arguments shared by the operators. Each raises one sentence: the argument, what it was, what it may be."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name: str, tensor: torch.Tensor) -> None:
+    """TypeError unless `tensor` is a float tensor of a dtype that the operators take."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} was a {type(tensor).__name__}; it must be a torch.Tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} had dtype {tensor.dtype}; it may be float32, bfloat16, float16 or float64")
+
+
+def finite(name: str, tensor: torch.Tensor) -> None:
+    """ValueError when `tensor` holds NaN or Inf.
+
+    Costs a pass over the tensor, and on a GPU a synchronisation: so it is on for CPU tensors and off for others.
+    DFQVIT_CHECK_FINITE=1 turns it on everywhere, =0 off everywhere. Never runs while torch.compile traces.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+        return
+    wanted = os.environ.get("DFQVIT_CHECK_FINITE", "1" if tensor.device.type == "cpu" else "0")
+    if wanted == "1" and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} held NaN or Inf; every value must be finite")
+
+
+def bits(name: str, value: int) -> None:
+    """ValueError unless `value` is a bit width that the arithmetic is defined for."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+        raise ValueError(f"{name} was {value!r}; it may be a whole number from 2 to 8")
+
+
+def same_device(**tensors: torch.Tensor | None) -> None:
+    """ValueError unless all the tensors given are on one device."""
+    places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first_name, first = next(iter(places.items()))
+    for name, device in places.items():
+        if device != first:
+            raise ValueError(f"{name} was on {device}; it must be on {first}, like {first_name}")
+
+
+def parameter(name: str, value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A scale or zero point as a contiguous float tensor of at most one dimension on the device of `like`.
+
+    float64 for a float64 `like`, else float32: the arithmetic of the epilogue is float32 whatever the dtype of x.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(value, torch.Tensor):
+        return torch.tensor(value, dtype=dtype, device=like.device)
+    if value.dim() > 1:
+        raise ValueError(f"{name} had shape {tuple(value.shape)}; it must be a scalar or one-dimensional")
+    if value.device != like.device:
+        raise ValueError(f"{name} was on {value.device}; it must be on {like.device}")
+    return value.to(dtype)
+
+
+def positive(name: str, tensor: torch.Tensor) -> None:
+    """ValueError when a scale is not positive and finite; the same conditions as `finite` decide whether it is checked."""
+    finite(name, tensor)
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return
+    if tensor.numel() and not bool((tensor > 0).all()):
+        raise ValueError(f"{name} held {float(tensor.min()):g}; every scale must be greater than 0")

@@ -1,0 +1,227 @@
+"""One rule for all operators: which backend runs a call.
+
+An `Operator` is one torch operator `dfqvit::<name>` whose schema stands here in Python, once. Its kernel walks the
+operator's backends in the order cuda, triton, cpu, reference and runs the first that `supports` the arguments. A backend
+asked for by name (`set_backend`, `use_backend`, `DFQVIT_BACKEND`) runs or raises `BackendError` with the reason.
+Compiled backends implement the same schema under `dfqvit_cpu::<name>` and `dfqvit_cuda::<name>` (TORCH_LIBRARY_IMPL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import extension
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+Verdict = tuple[bool, str]  # (True, "") or (False, the reason)
+
+_LIBRARY = torch.library.Library("dfqvit", "DEF")
+_COMPILED = {"cpu": torch.library.Library("dfqvit_cpu", "DEF"), "cuda": torch.library.Library("dfqvit_cuda", "DEF")}
+_OPERATORS: dict[str, Operator] = {}
+_asked: dict[str | None, str] = {}  # operator name, or None for all of them -> backend name
+_warned: set[tuple[str, str, str]] = set()
+
+
+class BackendError(ValueError):
+    """A backend was asked for by name and cannot serve; the message says why."""
+
+
+class BackendFallbackWarning(UserWarning):
+    """The automatic choice passed over a backend that this device would normally use; shown once for each reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator. `run` and `supports` take the operator's own arguments."""
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[..., Verdict]
+
+
+class Operator:
+    """A torch operator with several backends; calling it calls `torch.ops.dfqvit.<name>`."""
+
+    def __init__(self, schema: str, *, fake: Callable[..., Any], backends: Sequence[Backend]) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.backends = {backend.name: backend for backend in sorted(backends, key=lambda b: NAMES.index(b.name))}
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dfqvit::{self.name}", fake, lib=_LIBRARY)
+        for name in _COMPILED.keys() & self.backends.keys():
+            _COMPILED[name].define(schema)
+        self._torch_op = getattr(torch.ops.dfqvit, self.name)
+        _OPERATORS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self._torch_op(*args)
+
+    def _run(self, *args: Any) -> Any:
+        return self.resolve(*args).run(*args)
+
+    def resolve(self, *args: Any) -> Backend:
+        """The backend that a call with these arguments runs on."""
+        asked = _asked.get(self.name) or _asked.get(None)
+        if asked is not None:
+            return self._resolve_by_name(asked, *args)
+        first = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        for backend in self.backends.values():
+            if not _serves(backend.name, first):
+                continue
+            able, reason = backend.supports(*args)
+            if able:
+                return backend
+            self._warn_once(backend.name, reason)
+        raise BackendError(f"no backend of {self.name} supports these arguments on device '{first.device.type}'")
+
+    def _resolve_by_name(self, name: str, *args: Any) -> Backend:
+        backend = self.backends.get(name)
+        if backend is None:
+            raise BackendError(
+                f"backend was '{name}', which {self.name} does not have; it may be {_listed(self.backends)}"
+            )
+        able, reason = backend.supports(*args)
+        if not able:
+            raise BackendError(f"backend was '{name}', which cannot run this {self.name}: {reason}")
+        return backend
+
+    def _warn_once(self, backend: str, reason: str) -> None:
+        key = (self.name, backend, reason)
+        if key not in _warned:
+            _warned.add(key)
+            warnings.warn(
+                f"{self.name}: backend '{backend}' passed over: {reason}", BackendFallbackWarning, stacklevel=4
+            )
+
+
+def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backend:
+    """The backend that runs `dfqvit_<device>::<name>`, once dfqvit._C is loaded and `supports` agrees."""
+    present = extension.supports_cuda if device == "cuda" else extension.supports_cpu
+
+    def supported(*args: Any) -> Verdict:
+        able, reason = on_device(device)(*args)
+        if able:
+            able, reason = present()
+        return supports(*args) if able else (False, reason)
+
+    def run(*args: Any) -> Any:
+        return getattr(getattr(torch.ops, f"dfqvit_{device}"), name)(*args)
+
+    return Backend(device, run, supported)
+
+
+def on_device(device: str) -> Callable[..., Verdict]:
+    """A `supports` that asks for tensors on `device`."""
+
+    def supports(*args: Any) -> Verdict:
+        found = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        return (True, "") if found == device else (False, f"the tensors are on '{found}', not on '{device}'")
+
+    return supports
+
+
+def anything(*_: Any) -> Verdict:
+    """A `supports` that never declines: the reference's."""
+    return True, ""
+
+
+def set_backend(name: str | None, operator: str | None = None) -> None:
+    """Runs every later call on the backend `name`; `None` returns to the automatic choice.
+
+    Args:
+        name: "cuda", "triton", "cpu", "reference" or None.
+        operator: only this operator (and its backward); by default all of them.
+
+    Raises:
+        ValueError: for an unknown backend or operator name.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"backend was '{name}'; it may be {_listed(NAMES)}, or None for the automatic choice")
+    if operator is not None and operator not in _OPERATORS:
+        raise ValueError(f"operator was '{operator}'; it may be {_listed(_public_operators())}")
+    keys: list[str | None] = [None] if operator is None else [operator, f"{operator}_backward"]
+    for key in keys:
+        if name is None:
+            _asked.pop(key, None)
+        else:
+            _asked[key] = name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None, operator: str | None = None) -> Iterator[None]:
+    """`set_backend` for the length of a `with` block."""
+    before = dict(_asked)
+    try:
+        set_backend(name, operator)
+        yield
+    finally:
+        _asked.clear()
+        _asked.update(before)
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For each operator, each backend and "live" or the reason why it is not, judged on a small float32 tensor."""
+    table: dict[str, dict[str, str]] = {}
+    for name in _public_operators():
+        table[name] = {}
+        for backend in _OPERATORS[name].backends.values():
+            able, reason = _available(backend.name)
+            table[name][backend.name] = "live" if able else reason
+    return table
+
+
+def _available(backend: str) -> Verdict:
+    if backend == "cuda":
+        return extension.supports_cuda()
+    if backend == "cpu":
+        return extension.supports_cpu()
+    if backend == "triton":
+        return triton_available()
+    return True, ""
+
+
+def triton_available() -> Verdict:
+    """Whether Triton can run: installed, and with a GPU or in its interpreter."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return False, f"triton does not import: {error}"
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return True, ""
+    return False, "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+
+
+def _serves(backend: str, tensor: torch.Tensor) -> bool:
+    """Whether the automatic choice looks at this backend at all; float64 is the oracle's dtype, so the reference's."""
+    if backend == "reference":
+        return True
+    return tensor.dtype != torch.float64 and (backend == "cpu") == (tensor.device.type == "cpu")
+
+
+def _public_operators() -> list[str]:
+    return [name for name in _OPERATORS if not name.endswith("_backward")]
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _read_environment() -> None:
+    """DFQVIT_BACKEND: one backend for all ("cpu"), or a list for some ("quant_linear=reference,fake_quantize=cpu")."""
+    for part in filter(None, os.environ.get("DFQVIT_BACKEND", "").split(",")):
+        operator, _, name = part.strip().rpartition("=")
+        if name not in NAMES:
+            raise ValueError(f"DFQVIT_BACKEND names the backend '{name}'; it may be {_listed(NAMES)}")
+        _asked[operator or None] = name
+        if operator:
+            _asked[f"{operator}_backward"] = name
+
+
+_read_environment()

@@ -1,0 +1,45 @@
+"""The compiled module `dfqvit._C`, loaded on first use, and the reason when it cannot be."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """`(module, "")`, or `(None, reason)` when the module is not built or does not load. Never raises."""
+    try:
+        module = importlib.import_module("dfqvit._C")
+    except ModuleNotFoundError:
+        return None, "the compiled module dfqvit._C is not built (install with a C++ compiler and DFQVIT_BUILD unset)"
+    except ImportError as error:  # built, but for another torch or Python: the loader's own words say which symbol
+        return None, f"the compiled module dfqvit._C does not load: {str(error).splitlines()[0]}"
+    built_with = module.build_info()["torch"]
+    if built_with.split("+")[0] != torch.__version__.split("+")[0]:
+        return (
+            None,
+            f"the compiled module was built for torch {built_with}, this is torch {torch.__version__}: reinstall",
+        )
+    return module, ""
+
+
+def supports_cpu() -> tuple[bool, str]:
+    """Whether the compiled C++ kernels are there."""
+    module, reason = load()
+    return module is not None, reason
+
+
+def supports_cuda() -> tuple[bool, str]:
+    """Whether the compiled CUDA kernels are there and this machine has a GPU to run them on."""
+    module, reason = load()
+    if module is None:
+        return False, reason
+    if not module.build_info()["cuda"]:
+        return False, "the compiled module dfqvit._C was built without CUDA"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    return True, ""
