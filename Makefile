@@ -1,0 +1,44 @@
+# Everything a developer runs. `make demo` and `make test` each do all the set-up on a fresh machine.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc -type f)
+CLANG_FILES := $(filter %.cpp %.cu %.h,$(NATIVE))
+OUT ?= out
+
+.PHONY: setup demo test lint bench gpu-check wheel clean
+
+setup: $(VENV)/.ready
+
+# The pinned packages first (a build needs torch), then dfqvit itself in editable form, compiled.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch torchvision setuptools wheel pybind11 ninja
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,triton]'
+	touch $@
+
+demo: setup
+	$(BIN)/dfqvit demo --out $(OUT)/demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FILES)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks.fake_quantize --out $(OUT)/bench
+
+# On a machine with a GPU: builds, runs the GPU tests and benchmarks, writes JSON under OUT. Uses that machine's own Python.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py --out $(OUT)
+
+wheel: setup
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist out *.egg-info dfqvit/*.so

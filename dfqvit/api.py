@@ -1,0 +1,165 @@
+"""`quantize`: the whole method in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import find_adapter
+from .calibration import calibrate, check_settings, convert
+from .correction import MODES, add_corrections, choose_blocks
+from .errors import UsageError
+from .models import ModelSpec, Preprocessing
+from .synthesis import Progress, synthesize
+
+CALIBRATIONS = ("synthetic", "noise")
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """How a model was quantized; kept on it as `model.dfqvit_record` and in its file."""
+
+    spec: ModelSpec
+    preprocessing: Preprocessing
+    w_bits: int
+    a_bits: int
+    placement: str
+    quantizer: str
+    calibration: str  # "synthetic", "noise" or "images"
+    samples: int
+    acm: str = "none"
+    acm_blocks: list[int] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # of the synthesis, as far as there was one
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a file's metadata."""
+        return asdict(self)
+
+    def made_from(self, calibration: str, settings: dict[str, Any]) -> QuantizationRecord:
+        """The same, naming where the calibration images came from: for images that were synthesised beforehand."""
+        return replace(self, calibration=calibration, settings=settings)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantizationRecord:
+        """The inverse of `to_dict`, also after a trip through JSON."""
+        values = dict(values)
+        spec = ModelSpec(**values.pop("spec"))
+        return cls(spec=spec, preprocessing=Preprocessing.from_dict(values.pop("preprocessing")), **values)
+
+
+def quantize(
+    model: nn.Module,
+    w_bits: int = 4,
+    a_bits: int = 8,
+    *,
+    samples: int = 16,
+    iters: int = 500,
+    gamma: int = 1,
+    seed: int = 0,
+    calib: str | torch.Tensor = "synthetic",
+    placement: str = "gemm",
+    quantizer: str = "minmax",
+    acm: str = "sequential",
+    acm_blocks: Sequence[int] | None = (-1,),
+    acm_top: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    report: Callable[[Progress], None] | None = None,
+    **synthesis: Any,
+) -> nn.Module:
+    """Quantizes a timm vision transformer without data and without fine-tuning.
+
+    Args:
+        model: a float timm ViT, DeiT or Swin; left as it was.
+        w_bits: bits of the weights, 2 to 8.
+        a_bits: bits of the activations, 2 to 8.
+        samples: synthetic (or noise) images for calibration.
+        iters: steps of synthesis.
+        gamma: with `acm_blocks=None`, every gamma-th block is corrected, counted back from the last.
+        seed: of the synthesis or of the noise.
+        calib: "synthetic", "noise" (the lower bound), or images [n, C, H, W], normalised as the model expects.
+        placement: "gemm" quantizes the inputs and weights of every linear layer; "psaq" also quantizes their outputs, the
+            attention scores, both residual sums and the embeddings, exactly where PSAQ-ViT does.
+        quantizer: the rule for scales; "minmax".
+        acm: "sequential", "independent" or "none"; see `correction.add_corrections`.
+        acm_blocks: which blocks are corrected; the default, the last one, is the choice that carries over from synthetic
+            to real images (docs/accuracy.md). None leaves it to gamma.
+        acm_top: this many blocks of the greatest divergence instead.
+        preprocessing: mean, std and input size; default the model's own.
+        model_kwargs: what was given to timm.create_model, where the structure does not tell.
+        report: called after every step of the synthesis.
+        synthesis: further settings of `SynthesisConfig`.
+
+    Returns:
+        A quantized copy, an `nn.Module` in eval mode; `dfqvit.save` writes it.
+
+    Raises:
+        UsageError: an argument does not fit; before any work is done.
+        DfqvitError: NaN or Inf in weights or activations.
+
+    Source: DFQ-ViT, arXiv 2507.14481.
+    """
+    check_settings(w_bits, a_bits, placement, quantizer)
+    spec = ModelSpec.of(model, model_kwargs)
+    preprocessing = preprocessing or Preprocessing.of(model)
+    if acm not in MODES:
+        raise UsageError(f"acm was '{acm}'; it may be {', '.join(map(repr, MODES))}")
+    if acm_top is not None:
+        acm_blocks = None
+    qmodel = convert(model, w_bits, a_bits, placement, quantizer)
+    choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
+    images, how = calibration_images(
+        model, calib, samples=samples, iters=iters, seed=seed, preprocessing=preprocessing, report=report, **synthesis
+    )
+    calibrate(qmodel, images, placement, a_bits)
+    corrected = add_corrections(model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top)
+    settings = {"seed": seed} if how != "images" else {}
+    settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
+    qmodel.dfqvit_record = QuantizationRecord(  # type: ignore[assignment]
+        spec=spec,
+        preprocessing=preprocessing,
+        w_bits=w_bits,
+        a_bits=a_bits,
+        placement=placement,
+        quantizer=quantizer,
+        calibration=how,
+        samples=len(images),
+        acm=acm,
+        acm_blocks=sorted(corrected),
+        settings=settings,
+    )
+    return qmodel
+
+
+def calibration_images(
+    model: nn.Module,
+    calib: str | torch.Tensor,
+    *,
+    samples: int,
+    iters: int,
+    seed: int,
+    preprocessing: Preprocessing,
+    report: Callable[[Progress], None] | None = None,
+    **synthesis: Any,
+) -> tuple[torch.Tensor, str]:
+    """(images on the model's device, "synthetic" | "noise" | "images"); see `quantize` for the arguments."""
+    device = next(model.parameters()).device
+    if isinstance(calib, torch.Tensor):
+        if calib.dim() != 4 or tuple(calib.shape[1:]) != preprocessing.input_size or not len(calib):
+            raise UsageError(
+                f"calib had shape {tuple(calib.shape)}; it must be [n, {', '.join(map(str, preprocessing.input_size))}]"
+            )
+        if not calib.is_floating_point() or not bool(torch.isfinite(calib).all()):
+            raise UsageError("calib must be a float tensor of finite values, normalised as the model expects")
+        return calib.to(device), "images"
+    if calib == "noise":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(samples, *preprocessing.input_size, generator=generator).to(device), "noise"
+    if calib == "synthetic":
+        made = synthesize(model, samples, iters, seed, preprocessing=preprocessing, report=report, **synthesis)
+        return made, "synthetic"
+    raise UsageError(f"calib was '{calib}'; it may be 'synthetic', 'noise' or a tensor of images")

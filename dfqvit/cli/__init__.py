@@ -1,0 +1,87 @@
+"""The command line. `main` turns every error into one line on stderr: exit status 2 for wrong use, 1 for failure."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import click
+
+from ..errors import DfqvitError, UsageError
+from ..version import __version__
+
+COMMANDS = {
+    "demo": "quantize the embedded model and print accuracies for float, real, noise and data-free calibration",
+    "evaluate": "top-1, top-5 and agreement with the float model, on a folder or an .npz",
+    "info": "versions, devices and backends; with FILE, check a saved model completely and describe it",
+    "quantize": "from a float model to a saved low-bit model, with no data",
+    "synthesize": "optimise images from noise against a float model",
+}
+
+
+class _Commands(click.Group):
+    """Loads a command's module, and with it torch and timm, only when the command runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = __import__(f"{__name__}.{name}", fromlist=["command"])
+        return module.command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dfqvit")
+def program() -> None:
+    """Data-free quantization of timm vision transformers.
+
+    MODEL is a timm name of the ViT, DeiT or Swin families, or `demo` / `demo-swin`, the embedded models.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the program and exits."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Runs the program; the exit status."""
+    warnings.showwarning = _one_line_warning
+    try:
+        program.main(arguments, prog_name="dfqvit", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except (click.ClickException, UsageError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        return _fail(message, 2)
+    except DfqvitError as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; the same command with --resume goes on where a synthesis stopped", 1)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
+        return 1
+    except OSError as error:
+        return _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""), 1)
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+            return _fail("out of memory; fewer --samples or a smaller --batch-size need less", 1)
+        raise
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    click.echo(f"dfqvit: {' '.join(message.split())}", err=True)
+    return status
+
+
+def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
+    click.echo(f"dfqvit: warning: {message}", err=True)

@@ -1,0 +1,89 @@
+"""`dfqvit demo`: the main job on an embedded model, with accuracies."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from .. import demo as embedded
+from ..api import quantize
+from ..data import batches, open_images, spread_images
+from ..evaluation import Evaluation, evaluate
+from ..io import save
+from ..models import Preprocessing, load_model
+from ..synthesis import SynthesisConfig
+from .options import common, emit, pick_device
+from .synthesize import run_synthesis
+
+_BITS = (8, 4, 3)
+
+
+@click.command("demo")
+@click.option("--model", type=click.Choice(list(embedded.ALIASES)), default="demo", show_default=True)
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--iters", type=click.IntRange(1), default=300, show_default=True)
+@click.option("--images", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="Test images to use.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out/demo"), show_default=True)
+@common
+def command(**options: Any) -> None:
+    """Quantize an embedded model to W8/A8, W4/A8 and W3/A8 and print top-1 on Fashion-MNIST's test images.
+
+    Calibration on real training images, on noise, and on synthetic images (data-free) stand side by side. Needs no network.
+    Replaces its own results of an earlier run.
+    """
+    device, out = pick_device(options["device"]), options["out"]
+    started = time.perf_counter()
+    model = load_model(options["model"], device=device)
+    preprocessing = Preprocessing.of(model)
+    test = open_images(embedded.TEST_IMAGES, preprocessing)
+    loaded = [(x, y) for x, y in batches(torch.utils.data.Subset(test, range(options["images"])), 250)]
+    real = spread_images(open_images(embedded.TRAIN_SAMPLE, preprocessing), min(options["samples"], 64))
+    config = SynthesisConfig(samples=options["samples"], iters=options["iters"], seed=options["seed"])
+    synthetic = run_synthesis(model, preprocessing, config, out, resume=False)
+
+    sources: dict[str, str | torch.Tensor] = {"real images": real, "noise": "noise", "data-free": synthetic}
+    results: dict[str, dict[str, Any]] = {}
+    with tqdm(
+        total=len(loaded) * (1 + len(_BITS) * len(sources)), desc="evaluate", unit="batch", dynamic_ncols=True
+    ) as bar:
+
+        def measure(candidate: torch.nn.Module, against: torch.nn.Module | None) -> Evaluation:
+            return evaluate(candidate, loaded, against, lambda _: bar.update())
+
+        base = measure(model, None)
+        for bits in _BITS:
+            row: dict[str, Any] = {"float": base.top1}
+            for source, images in sources.items():
+                qmodel = quantize(
+                    model, bits, samples=config.samples, seed=config.seed, calib=images, preprocessing=preprocessing
+                )
+                found = measure(qmodel, None)
+                row[source] = found.top1
+                if source == "data-free":
+                    qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())  # type: ignore[operator,union-attr]
+                    path = save(qmodel, out / f"w{bits}a8.safetensors")
+                    row["MB"] = path.stat().st_size / 1e6
+                    row["images/s"] = found.images_per_second
+            results[f"W{bits}/A8"] = row
+    headers = ["top-1 %", "float", *sources, "MB", "images/s"]
+    table = tabulate(
+        [[name, *(row[key] for key in headers[1:])] for name, row in results.items()],
+        headers=headers,
+        floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f", ".0f"),
+    )
+    floats = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
+    text = (
+        f"{table}\n\n{options['model']}: {base.images} test images of Fashion-MNIST; float32: {floats:.2f} MB, "
+        f"{base.images_per_second:.0f} images/s; {config.samples} synthetic images, {config.iters} steps; "
+        f"{time.perf_counter() - started:.0f} s in all\n"
+        f"models:   {out}/w8a8.safetensors, w4a8.safetensors, w3a8.safetensors\n"
+        f"pictures: {out / 'samples.png'}, {out / 'curriculum.png'}"
+    )
+    record = {"model": options["model"], "images": base.images, "top1": results, "out": str(out)}
+    emit(options["as_json"], record, text)

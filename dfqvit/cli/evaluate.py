@@ -1,0 +1,55 @@
+"""`dfqvit evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+from tqdm import tqdm
+
+from ..api import QuantizationRecord
+from ..data import batches, open_images
+from ..evaluation import evaluate
+from ..io import load
+from ..models import load_model
+from .options import adjusted, common, emit, pick_device
+
+
+@click.command("evaluate")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="A folder of classes, or an .npz file.")
+@click.option("--classes", type=click.Path(path_type=Path), help="Text file: line k is the folder name of class k.")
+@click.option("--against", help="The float MODEL to compare with, as a timm name.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights of --against.")
+@click.option("--mean", help="Comma-separated; default the file's.")
+@click.option("--std", help="Comma-separated; default the file's.")
+@click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic"]), help="Default the file's.")
+@click.option("--unreadable", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read images.")
+@common
+def command(**options: Any) -> None:
+    """Measure a saved FILE on labelled images: top-1, top-5, and with --against the agreement with the float model."""
+    device = pick_device(options["device"])
+    model = load(options["file"], device)
+    record: QuantizationRecord = model.dfqvit_record  # type: ignore[assignment]
+    preprocessing = adjusted(record.preprocessing, options["mean"], options["std"], options["interpolation"])
+    images = open_images(options["data"], preprocessing, options["classes"], options["unreadable"])
+    against = None
+    if options["against"] is not None:
+        kwargs = {key: record.spec.kwargs.get(key) for key in ("num_classes", "in_chans")}
+        size = record.spec.kwargs.get("img_size")
+        kwargs["img_size"] = size[0] if isinstance(size, (list, tuple)) else size
+        against = load_model(options["against"], options["checkpoint"], device=device, **kwargs)
+    with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
+        result = evaluate(model, batches(images, options["batch_size"], options["workers"]), against, bar.update)
+    rows = [[f"W{record.w_bits}/A{record.a_bits}", result.top1, result.top5]]
+    if against is not None:
+        rows.append(["float", result.against_top1, result.against_top5])
+    text = tabulate(rows, headers=["model", "top-1 %", "top-5 %"], floatfmt=".2f")
+    text += f"\n{result.images} images, {result.images_per_second:.1f} images/s"
+    if against is not None:
+        text += f"\nagreement {result.agreement:.2f} %, mean logit error {result.logit_error:.4f}"
+    emit(options["as_json"], {"file": str(options["file"]), **result.to_dict()}, text)

@@ -1,0 +1,67 @@
+"""`dfqvit info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from .. import environment
+from ..api import QuantizationRecord
+from ..io import load
+from .options import common, emit, pick_device
+
+
+@click.command("info")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@common
+def command(file: Path | None, device: str, seed: int, as_json: bool) -> None:
+    """Without FILE: versions, devices, CPU and backends. With FILE: check a saved model completely and describe it."""
+    if file is None:
+        record = environment.collect()
+        emit(as_json, record, environment.describe(record))
+    else:
+        described = describe_file(file, pick_device(device), seed)
+        emit(as_json, described, _as_text(described))
+
+
+def describe_file(path: Path, device: torch.device, seed: int) -> dict[str, Any]:
+    """Loads the file (checksum, structure, shapes), runs one image through it, and says what is in it."""
+    model = load(path, device)
+    record: QuantizationRecord = model.dfqvit_record  # type: ignore[assignment]
+    image = torch.randn(1, *record.preprocessing.input_size, generator=torch.Generator().manual_seed(seed)).to(device)
+    with torch.no_grad():
+        finite = bool(torch.isfinite(model(image)).all())
+    kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
+    for key, tensor in model.state_dict().items():
+        kind = (
+            "packed weights" if key.endswith("weight_packed") else "ACM" if key.endswith(".acm") else "everything else"
+        )
+        kinds[kind] += tensor.numel() * tensor.element_size()
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "bytes_by_kind": kinds,
+        "finite_logits": finite,
+        **record.to_dict(),
+    }
+
+
+def _as_text(described: dict[str, Any]) -> str:
+    spec, preprocessing = described["spec"], described["preprocessing"]
+    kinds = ", ".join(f"{kind} {size / 1e6:.3f} MB" for kind, size in described["bytes_by_kind"].items())
+    return "\n".join(
+        [
+            f"{described['file']}: whole, checksum holds, logits {'finite' if described['finite_logits'] else 'NOT finite'}",
+            f"model          {spec['architecture']} {spec['kwargs'] or ''}",
+            f"bits           W{described['w_bits']}/A{described['a_bits']}, placement {described['placement']}, "
+            f"quantizer {described['quantizer']}",
+            f"calibration    {described['samples']} images, {described['calibration']} {described['settings'] or ''}",
+            f"correction     {described['acm']}, blocks {described['acm_blocks']}",
+            f"input          {preprocessing['input_size']}, mean {preprocessing['mean']}, std {preprocessing['std']}, "
+            f"{preprocessing['interpolation']}, crop {preprocessing['crop_pct']}",
+            f"size           {described['bytes'] / 1e6:.3f} MB: {kinds}",
+        ]
+    )

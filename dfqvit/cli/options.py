@@ -1,0 +1,129 @@
+"""Options and helpers that the commands share, so that they mean the same everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from tqdm import tqdm
+
+from ..errors import UsageError
+from ..models import Preprocessing, load_model
+from ..synthesis import Progress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def common(command: Command) -> Command:
+    """--device, --seed, --json."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")(command)
+    command = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)(command)
+    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
+
+
+def model_options(command: Command) -> Command:
+    """MODEL and what describes it."""
+    for option in (
+        click.option("--std", help="Comma-separated, a value a channel; default the model's own."),
+        click.option("--mean", help="Comma-separated, a value a channel; default the model's own."),
+        click.option("--img-size", type=click.IntRange(1), help="Side of the square input, pixels."),
+        click.option("--in-chans", type=click.IntRange(1), help="Channels of the images."),
+        click.option("--num-classes", type=click.IntRange(1), help="Classes of the head."),
+        click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights, .safetensors or .pth."),
+        click.argument("model"),
+    ):
+        command = option(command)
+    return command
+
+
+def synthesis_options(command: Command) -> Command:
+    """The settings of the synthesis."""
+    for option in (
+        click.option("--resume", is_flag=True, help="Go on from the snapshot that an interrupted run left in --out."),
+        click.option("--crop-upper", type=float, default=1.0, show_default=True, help="Greatest crop area."),
+        click.option("--crop-lower", type=float, default=0.08, show_default=True, help="Least crop area."),
+        click.option(
+            "--schedule", type=click.Choice(["e2h", "fixed", "hard-to-easy"]), default="e2h", show_default=True
+        ),
+        click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of synthesis."),
+        click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images."),
+    ):
+        command = option(command)
+    return command
+
+
+def pick_device(name: str) -> torch.device:
+    """The device, or UsageError when torch does not have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device was '{name}'; it may be cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device was '{name}'; it may be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device was '{name}'; torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """A comma-separated list of numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{name} was '{text}'; it must be numbers separated by commas") from error
+
+
+def adjusted(
+    preprocessing: Preprocessing, mean: str | None, std: str | None, interpolation: str | None = None
+) -> Preprocessing:
+    """`preprocessing` with what the command line replaces."""
+    return Preprocessing(
+        input_size=preprocessing.input_size,
+        mean=numbers("--mean", mean) or preprocessing.mean,
+        std=numbers("--std", std) or preprocessing.std,
+        interpolation=interpolation or preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+    )
+
+
+def open_model(device: str, **options: Any) -> tuple[torch.nn.Module, Preprocessing]:
+    """The float model and its preprocessing, from the values of `model_options`."""
+    place = pick_device(device)
+    mean, std = options.pop("mean"), options.pop("std")
+    model = load_model(options.pop("model"), options.pop("checkpoint"), device=place, **options)
+    return model, adjusted(Preprocessing.of(model), mean, std)
+
+
+def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
+    """Prints the result, as JSON or for people."""
+    click.echo(json.dumps(record, sort_keys=True) if as_json else text)
+
+
+class SynthesisBar:
+    """A progress bar on stderr with the three terms of the loss and the crop's area; call it with each `Progress`."""
+
+    def __init__(self, steps: int, done: int = 0) -> None:
+        self.bar = tqdm(total=steps, initial=done, desc="synthesis", unit="step", dynamic_ncols=True)
+
+    def __call__(self, progress: Progress) -> None:
+        self.bar.set_postfix(
+            entropy=f"{progress.entropy:.3f}",
+            onehot=f"{progress.onehot:.3f}",
+            tv=f"{progress.tv:.2f}",
+            crop=f"{progress.crop_ratio:.2f}",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def __enter__(self) -> SynthesisBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

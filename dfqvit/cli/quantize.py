@@ -1,0 +1,121 @@
+"""`dfqvit quantize`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import safetensors
+import safetensors.torch
+import torch
+
+from ..api import quantize
+from ..calibration import check_settings
+from ..data import open_images, spread_images
+from ..errors import DfqvitError, UsageError
+from ..files import refuse_existing
+from ..io import save
+from ..models import Preprocessing
+from ..pictures import save_grid
+from ..synthesis import SynthesisConfig
+from .options import common, emit, model_options, open_model, synthesis_options
+from .synthesize import run_synthesis
+
+FILE = "model.safetensors"
+
+
+@click.command("quantize")
+@model_options
+@click.option("--w-bits", type=int, default=4, show_default=True, help="Bits of the weights, 2 to 8.")
+@click.option("--a-bits", type=int, default=8, show_default=True, help="Bits of the activations, 2 to 8.")
+@click.option("--placement", type=click.Choice(["gemm", "psaq"]), default="gemm", show_default=True)
+@click.option("--quantizer", type=click.Choice(["minmax"]), default="minmax", show_default=True)
+@click.option(
+    "--calib",
+    default="synthetic",
+    show_default=True,
+    help="synthetic, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder of classes.",
+)
+@synthesis_options
+@click.option(
+    "--acm", type=click.Choice(["sequential", "independent", "none"]), default="sequential", show_default=True
+)
+@click.option("--gamma", type=click.IntRange(1), help="Correct every gamma-th block, counted back from the last.")
+@click.option("--acm-blocks", help="Correct these blocks: comma-separated, -1 is the last. The default is -1.")
+@click.option("--acm-top", type=click.IntRange(1), help="Correct this many blocks, those of the greatest divergence.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
+@click.option("--force", is_flag=True, help="Replace an existing result.")
+@common
+def command(**options: Any) -> None:
+    """Quantize MODEL without data and save it as DIR/model.safetensors, with pictures of the synthetic images."""
+    out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
+    refuse_existing(out / FILE, force)
+    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer")}
+    check_settings(**bits)
+    correction = _correction(options)
+    calib, resume, seed = options.pop("calib"), options.pop("resume"), options.pop("seed")
+    settings = {key: options.pop(key) for key in ("samples", "iters", "schedule", "crop_lower", "crop_upper")}
+    config = SynthesisConfig(seed=seed, **settings)
+    model, preprocessing = open_model(**options)
+    started = time.perf_counter()
+    images: str | torch.Tensor = calib
+    if calib == "synthetic":
+        images = run_synthesis(model, preprocessing, config, out, resume)
+    elif calib != "noise":
+        images = _read_images(Path(calib), preprocessing, config.samples)
+        out.mkdir(parents=True, exist_ok=True)
+        save_grid(images[:64], out / "samples.png", preprocessing)
+    qmodel = quantize(
+        model, samples=config.samples, seed=seed, calib=images, preprocessing=preprocessing, **bits, **correction
+    )
+    if calib == "synthetic":
+        qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())  # type: ignore[operator,union-attr]
+    path = save(qmodel, out / FILE)
+    seconds = time.perf_counter() - started
+    floats = sum(parameter.numel() * 4 for parameter in model.parameters())
+    record = {
+        "out": str(path),
+        "bytes": path.stat().st_size,
+        "float32_bytes": floats,
+        "seconds": round(seconds, 1),
+        "record": qmodel.dfqvit_record.to_dict(),  # type: ignore[operator,union-attr]
+    }
+    text = (
+        f"{path}: W{bits['w_bits']}/A{bits['a_bits']}, {path.stat().st_size / 1e6:.2f} MB "
+        f"({path.stat().st_size / floats:.3f}x float32), {seconds:.0f} s"
+    )
+    if calib != "noise":
+        text += f"\npictures: {out / 'samples.png'}" + (f", {out / 'curriculum.png'}" if calib == "synthetic" else "")
+    emit(as_json, record, text)
+
+
+def _correction(options: dict[str, Any]) -> dict[str, Any]:
+    """The ACM settings of `quantize` from --acm, --gamma, --acm-blocks and --acm-top."""
+    acm, gamma = options.pop("acm"), options.pop("gamma")
+    text, top = options.pop("acm_blocks"), options.pop("acm_top")
+    if sum(value is not None for value in (gamma, text, top)) > 1:
+        raise UsageError("--gamma, --acm-blocks and --acm-top exclude each other; give one of them")
+    result: dict[str, Any] = {"acm": acm, "acm_top": top}
+    if gamma is not None:
+        result |= {"gamma": gamma, "acm_blocks": None}
+    if text is not None:
+        try:
+            result["acm_blocks"] = [int(part) for part in text.split(",")]
+        except ValueError as error:
+            raise UsageError(f"--acm-blocks was '{text}'; it must be whole numbers separated by commas") from error
+    return result
+
+
+def _read_images(path: Path, preprocessing: Preprocessing, count: int) -> torch.Tensor:
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            return safetensors.torch.load_file(path)["images"]
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise DfqvitError(f"--calib '{path}' is not a samples file of `dfqvit synthesize`: {error}") from error
+    if not path.exists():
+        raise UsageError(
+            f"--calib was '{path}'; it may be 'synthetic', 'noise', or an existing file or folder of images"
+        )
+    return spread_images(open_images(path, preprocessing), count)

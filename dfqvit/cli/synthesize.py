@@ -1,0 +1,59 @@
+"""`dfqvit synthesize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import safetensors.torch
+import torch
+
+from ..files import atomic, refuse_existing
+from ..models import Preprocessing
+from ..pictures import save_curriculum, save_grid
+from ..synthesis import Synthesis, SynthesisConfig
+from .options import SynthesisBar, common, emit, model_options, open_model, synthesis_options
+
+SAMPLES = "samples.safetensors"
+
+
+@click.command("synthesize")
+@model_options
+@synthesis_options
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
+@click.option("--force", is_flag=True, help="Replace existing results.")
+@common
+def command(**options: Any) -> None:
+    """Optimise images from noise against the float MODEL.
+
+    Writes samples.safetensors (float32 [n, C, H, W], normalised), samples.png and curriculum.png to --out.
+    """
+    out, as_json = options.pop("out"), options.pop("as_json")
+    refuse_existing(out / SAMPLES, options.pop("force"))
+    settings = {key: options.pop(key) for key in ("samples", "iters", "seed", "schedule", "crop_lower", "crop_upper")}
+    resume = options.pop("resume")
+    config = SynthesisConfig(**settings)
+    model, preprocessing = open_model(**options)
+    images = run_synthesis(model, preprocessing, config, out, resume)
+    with atomic(out / SAMPLES) as temporary:
+        safetensors.torch.save_file({"images": images.cpu()}, temporary, {"format": "dfqvit-samples"})
+    record = {"samples": len(images), "iters": config.iters, "seed": config.seed, "out": str(out)}
+    emit(as_json, record, f"{len(images)} images: {out / SAMPLES}, {out / 'samples.png'}, {out / 'curriculum.png'}")
+
+
+def run_synthesis(
+    model: torch.nn.Module, preprocessing: Preprocessing, config: SynthesisConfig, out: Path, resume: bool
+) -> torch.Tensor:
+    """Synthesises with a progress bar and a snapshot in `out`, which goes when the run is complete; writes the pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    snapshot = out / "synthesis.snapshot.safetensors"
+    run = Synthesis(model, config, preprocessing, snapshot)
+    if resume:
+        run.resume()
+    with SynthesisBar(config.iters, run.step) as bar:
+        images = run.run(bar)
+    save_grid(images, out / "samples.png", preprocessing)
+    save_curriculum(run.frames, out / "curriculum.png", preprocessing)
+    snapshot.unlink(missing_ok=True)
+    return images

@@ -1,0 +1,134 @@
+"""One .safetensors file for a quantized model: packed weights, scales, zero points, ACM, and what rebuilds the structure.
+
+The file's metadata has one entry, `dfqvit`: JSON with `format_version`, `record` (see `QuantizationRecord`) and `sha256`
+over all tensors. Nothing is pickled. The tensors are the quantized model's state_dict, so their names are timm's, with
+`weight_packed` and `weight_scale` in place of the `weight` of a quantized layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from .adapters import find_adapter
+from .api import QuantizationRecord
+from .calibration import check_settings, freeze
+from .correction import STORED
+from .errors import DfqvitError, UsageError
+from .files import atomic
+from .models import FAMILIES
+from .version import __version__
+
+FORMAT_VERSION = 1
+
+
+def save(qmodel: nn.Module, path: str | Path) -> Path:
+    """Writes a model from `quantize` (or `load`) to `path`, atomically.
+
+    Raises:
+        UsageError: the model was not quantized by dfqvit.
+    """
+    record = getattr(qmodel, "dfqvit_record", None)
+    if not isinstance(record, QuantizationRecord):
+        raise UsageError("qmodel has no quantization record; save takes what dfqvit.quantize or dfqvit.load returned")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in qmodel.state_dict().items()}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "dfqvit_version": __version__,
+        "record": record.to_dict(),
+        "sha256": _digest(tensors),
+    }
+    with atomic(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"dfqvit": json.dumps(header, sort_keys=True)})
+    return Path(path)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The quantized model in `path`, in eval mode, giving the same logits bit for bit as the one that was saved.
+
+    Args:
+        path: a file that `save` wrote.
+        device: where the model goes.
+
+    Raises:
+        UsageError: there is no such file.
+        DfqvitError: the file is not dfqvit's, is of a newer format, is truncated or was altered.
+    """
+    record, tensors = read(path)
+    try:
+        model = record.spec.build()
+        adapter = find_adapter(model)
+        adapter.convert(record.w_bits, record.a_bits, record.placement, record.quantizer)
+        freeze(model, allocate_only=True)
+        for index in record.acm_blocks:
+            adapter.set_acm(index, torch.zeros((), dtype=STORED))
+        for name, module in model.named_modules():
+            if isinstance(module._buffers.get("acm"), torch.Tensor):
+                module.acm = torch.zeros_like(tensors[f"{name}.acm"])
+        model.load_state_dict(tensors)
+    except (KeyError, RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+        raise DfqvitError(f"'{path}' does not fit the model it names: {str(error).splitlines()[0]}") from error
+    model.dfqvit_record = record  # type: ignore[assignment]
+    model.dfqvit_spec = record.spec  # type: ignore[assignment]
+    return model.eval().requires_grad_(False).to(device)
+
+
+def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:
+    """The record and the tensors of a file, checked against its checksum; see `load` for the errors."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"file was '{path}'; there is no such file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "dfqvit" not in metadata:
+                raise DfqvitError(f"'{path}' is a safetensors file, but not of a model that dfqvit quantized")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+        if isinstance(error, DfqvitError):
+            raise
+        raise DfqvitError(
+            f"'{path}' is no whole safetensors file (truncated, damaged or of another kind): {error}"
+        ) from error
+    try:
+        header = json.loads(metadata["dfqvit"])
+        version = header["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DfqvitError(f"'{path}' has a damaged dfqvit header") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise DfqvitError(
+            f"'{path}' has format version {version}; dfqvit {__version__} reads up to {FORMAT_VERSION}: upgrade dfqvit"
+        )
+    if header.get("sha256") != _digest(tensors):
+        raise DfqvitError(f"'{path}' was altered or damaged: its tensors do not match their checksum")
+    return _record(path, header), tensors
+
+
+def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
+    try:
+        record = QuantizationRecord.from_dict(header["record"])
+        check_settings(record.w_bits, record.a_bits, record.placement, record.quantizer)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DfqvitError(f"'{path}' has a damaged dfqvit header: {error}") from error
+    name = record.spec.architecture
+    if not isinstance(name, str) or not name.startswith(FAMILIES) or not timm.is_model(name):
+        raise DfqvitError(f"'{path}' names the model '{name}', which this timm ({timm.__version__}) does not have")
+    return record
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key]
+        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

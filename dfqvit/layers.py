@@ -1,0 +1,145 @@
+"""Quantized stand-ins for the layers of a timm model, and the hooks that quantize or correct a module's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .kernels import pack_weight, quant_linear
+from .kernels.pack_weight import packed_row_bytes
+from .quantizers import WEIGHT_RULES, ActivationQuantizer
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a quantized input and packed weights, run by `kernels.quant_linear`.
+
+    Until `freeze()` it computes in float and its input quantizer observes; afterwards it holds `weight_packed` (uint8, see
+    `pack_weight`) and `weight_scale` ([out_features]) in place of `weight`. `acm`, where set, is [tokens, out_features] and
+    is added in the epilogue.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    acm: torch.Tensor | None
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, w_bits: int, a_bits: int, quantizer: str
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.w_bits = w_bits
+        self.quantizer = quantizer
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.input = ActivationQuantizer(a_bits, quantizer).to(weight.device)
+        self.register_buffer("acm", None)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str) -> QuantLinear:
+        """The stand-in for an `nn.Linear`."""
+        return cls(linear.weight, linear.bias, w_bits, a_bits, quantizer)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights are packed."""
+        return self.weight is None
+
+    def allocate(self) -> None:
+        """Replaces the float weight by empty packed buffers of the right shape, to be filled by load_state_dict."""
+        weight = self.weight
+        assert weight is not None
+        self.weight = None
+        row_bytes = packed_row_bytes(self.in_features, self.w_bits)
+        empty = torch.zeros(self.out_features, row_bytes, dtype=torch.uint8, device=weight.device)
+        self.register_buffer("weight_packed", empty)
+        self.register_buffer("weight_scale", torch.zeros(self.out_features, device=weight.device))
+        self.input.frozen = True
+
+    def freeze(self) -> None:
+        """Quantizes and packs the weights and freezes the input quantizer."""
+        weight = self.weight
+        assert weight is not None
+        scale = WEIGHT_RULES[self.quantizer](weight, self.w_bits)
+        self.allocate()
+        self.weight_scale.copy_(scale)
+        self.weight_packed.copy_(pack_weight(weight, scale, self.w_bits))
+        self.input.freeze()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if self.weight is not None:
+            return F.linear(self.input(x), self.weight, self.bias)
+        return quant_linear(
+            x,
+            self.weight_packed,
+            self.bias,
+            self.acm,
+            x_scale=self.input.scale,
+            x_zero=self.input.zero_point,
+            w_scale=self.weight_scale,
+            a_bits=self.input.bits,
+            w_bits=self.w_bits,
+        )
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, w_bits={self.w_bits}"
+
+
+class QuantPatchProjection(QuantLinear):
+    """Stands in for the convolution of a patch embedding (stride = kernel size): a linear layer over flattened patches."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> None:
+        super().__init__(weight.flatten(1), bias, *args)
+        self.kernel_size = (weight.shape[2], weight.shape[3])
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, w_bits: int, a_bits: int, quantizer: str) -> QuantPatchProjection:
+        """The stand-in for an `nn.Conv2d` whose patches do not overlap."""
+        return cls(conv.weight, conv.bias, w_bits, a_bits, quantizer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] to [B, embed_dim, H / patch, W / patch]."""
+        (height, width), (batch, channels, *_) = self.kernel_size, x.shape
+        rows, columns = x.shape[2] // height, x.shape[3] // width
+        x = x[:, :, : rows * height, : columns * width]
+        patches = x.reshape(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        tokens = super().forward(patches.reshape(batch, rows * columns, self.in_features))
+        return tokens.transpose(1, 2).reshape(batch, self.out_features, rows, columns)
+
+
+def quantize_output(module: nn.Module, name: str, bits: int, quantizer: str) -> ActivationQuantizer:
+    """Adds an ActivationQuantizer as the child `name` of `module` and applies it to the module's output from now on."""
+    site = ActivationQuantizer(bits, quantizer)
+    module.add_module(name, site)
+    module.register_forward_hook(_QuantizeOutput(name))
+    return site
+
+
+class _QuantizeOutput:
+    """The hook of `quantize_output`; finds its quantizer by name so that deepcopy of the module stays whole."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return getattr(module, self.name)(output)
+
+
+def correct_output(module: Any, acm: torch.Tensor | None) -> None:
+    """Adds `acm` [tokens, channels] to the module's output [B, ..., channels] from now on; None takes it away."""
+    if "acm" not in module._buffers:
+        module.register_buffer("acm", None)
+        module.register_forward_hook(_add_acm)
+    module.acm = acm
+
+
+def _add_acm(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+    if module.acm is None:
+        return output
+    return output + module.acm.to(output.dtype).view(output.shape[1:])

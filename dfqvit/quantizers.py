@@ -1,0 +1,102 @@
+"""Rules that turn values into a scale and a zero point, and the module that quantizes an activation.
+
+A rule is chosen by name (`quantizer="minmax"`); adding one means adding an entry to `WEIGHT_RULES` and `RANGE_RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import DfqvitError, UsageError
+from .kernels import fake_quantize
+
+_LEAST_SCALE = torch.finfo(torch.float32).eps  # as in PSAQ-ViT: an all-zero channel or a constant activation gets this
+
+
+def minmax_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N] for weight [N, ...]: `max|w| / ((2^b - 1) / 2)` of each output channel."""
+    return (weight.detach().flatten(1).abs().amax(dim=1).float() / (((1 << bits) - 1) / 2)).clamp_min(_LEAST_SCALE)
+
+
+def affine_parameters(least: torch.Tensor, greatest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero_point) of an asymmetric quantizer for [least, greatest]: `s = (max - min) / (2^b - 1)`, `z = -min / s`."""
+    steps = (1 << bits) - 1
+    scale = ((greatest - least) / steps).float().clamp_min(_LEAST_SCALE)
+    return scale, (-least / scale).round().clamp(0, steps)
+
+
+class MinMaxRange:
+    """The range rule of the baseline: from the least to the greatest value seen."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.least: torch.Tensor | None = None
+        self.greatest: torch.Tensor | None = None
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Widens the range to hold all of x."""
+        least, greatest = x.detach().float().aminmax()
+        self.least = least if self.least is None else torch.minimum(self.least, least)
+        self.greatest = greatest if self.greatest is None else torch.maximum(self.greatest, greatest)
+
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, zero_point), scalars."""
+        if self.least is None or self.greatest is None:
+            raise DfqvitError("calibration: an activation quantizer saw no values; run the calibration images first")
+        if not bool(torch.isfinite(self.greatest - self.least)):
+            raise DfqvitError("calibration: an activation held NaN or Inf, or its range overflows float32")
+        return affine_parameters(self.least, self.greatest, self.bits)
+
+
+WEIGHT_RULES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {"minmax": minmax_weight_scale}
+RANGE_RULES: dict[str, Callable[[int], Any]] = {"minmax": MinMaxRange}
+
+
+def check_rule(quantizer: str) -> None:
+    """UsageError unless `quantizer` names a rule."""
+    if quantizer not in RANGE_RULES:
+        raise UsageError(f"quantizer was '{quantizer}'; it may be {', '.join(map(repr, RANGE_RULES))}")
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes one activation tensor: passes x through while observing, rounds it to the grid once frozen.
+
+    Buffers: `scale` and `zero_point`, float32 scalars; `scale` is 0 until the quantizer is frozen or loaded.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, bits: int, quantizer: str = "minmax") -> None:
+        super().__init__()
+        self.bits = bits
+        self.range: Any = RANGE_RULES[quantizer](bits)
+        self.frozen = False
+        self.register_buffer("scale", torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Lets the range rule see x."""
+        self.range.observe(x)
+
+    def freeze(self) -> None:
+        """Ends observation: scale and zero point now hold."""
+        scale, zero_point = self.range.parameters()
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.frozen = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X itself while observing; x on the quantizer's grid once frozen."""
+        if not self.frozen:
+            self.observe(x)
+            return x
+        return fake_quantize(x, self.scale, self.zero_point, quant_min=0, quant_max=(1 << self.bits) - 1)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"bits={self.bits}, frozen={self.frozen}"

@@ -1,0 +1,54 @@
+"""The three terms of the synthesis loss, each a value per image or per batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ..adapters import Features
+from ..kernels import patch_similarity_entropy
+
+_TV_BATCH = 32  # PSAQ-ViT's target is for the norm over a batch of 32 images of 3 x 224 x 224
+_TV_TARGET = (2500.0, 3000.0)
+_TV_VALUES = 3 * 224 * 224
+
+
+def entropy_loss(features: Features, points: int, bandwidth: float) -> torch.Tensor:
+    """Minus the patch-similarity entropy, averaged over the batch and summed over the layers; a scalar."""
+    layers = [
+        patch_similarity_entropy(tensor, points, bandwidth, windows=windows).mean(dim=1).sum()
+        for tensor, windows in features.stacked()
+    ]
+    return -torch.stack(layers).sum()
+
+
+def onehot_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with the target classes, averaged over the batch; a scalar."""
+    return F.cross_entropy(logits.float(), labels)
+
+
+def total_variation(images: torch.Tensor) -> torch.Tensor:
+    """[B]: the sum of the Euclidean norms of the differences of each pixel with its four forward neighbours."""
+    across = images[..., :, :-1] - images[..., :, 1:]
+    down = images[..., :-1, :] - images[..., 1:, :]
+    falling = images[..., 1:, :-1] - images[..., :-1, 1:]
+    rising = images[..., :-1, :-1] - images[..., 1:, 1:]
+    return torch.stack([d.flatten(1).norm(dim=1) for d in (across, down, falling, rising)]).sum(dim=0)
+
+
+def tv_loss(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How far the total variation of each image is from its target, averaged over the batch; a scalar.
+
+    PSAQ-ViT takes the norm over a batch of 32 images of 3 x 224 x 224. Here it is taken for each image, so that the result
+    depends neither on the batch nor on the size: scaled such that at PSAQ-ViT's batch and size the gradients are the same.
+
+    Args:
+        images: [B, C, H, W], normalised.
+        target: [B], in [0, 1): where in PSAQ-ViT's range of targets each image's lies.
+    """
+    least, greatest = (bound / math.sqrt(_TV_BATCH) for bound in _TV_TARGET)
+    size = math.sqrt(_TV_VALUES / images[0].numel())
+    wanted = least + (greatest - least) * target
+    return math.sqrt(_TV_BATCH) * (total_variation(images) * size - wanted).abs().mean()
