@@ -18,10 +18,7 @@ def fake_quantize(
     The gradient passes where q was not clamped, to x and, in the LSQ form (arXiv 1902.08153), to scale and zero_point.
     Computed in float32 (float64 for a float64 x) and returned in the dtype of x.
     """
-    shape = [1] * x.dim()
-    if scale.numel() > 1:
-        shape[axis] = scale.numel()
-        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    scale, zero_point = _along(axis, x, scale), _along(axis, x, zero_point)
     ratio = x.to(scale.dtype) / scale
     rounded = ratio + (ratio.round() - ratio).detach()
     q = rounded + zero_point
@@ -40,9 +37,15 @@ def fake_quantize_backward(
     axis: int,
 ) -> torch.Tensor:
     """The gradient for x: `grad` where q was not clamped, else 0."""
-    if scale.numel() > 1:
-        shape = [1] * x.dim()
-        shape[axis] = scale.numel()
-        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    scale, zero_point = _along(axis, x, scale), _along(axis, x, zero_point)
     q = (x.to(scale.dtype) / scale).round() + zero_point
     return torch.where((q < quant_min) | (q > quant_max), torch.zeros_like(grad), grad)
+
+
+def _along(axis: int, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values`, one or one for each channel, shaped to broadcast against x along `axis`."""
+    if values.numel() == 1:
+        return values.reshape(())
+    shape = [1] * x.dim()
+    shape[axis] = values.numel()
+    return values.reshape(shape)

@@ -49,19 +49,41 @@ def quant_linear_backward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     acm: torch.Tensor | None,
-    *constants: object,
+    x_scale: torch.Tensor,
+    x_zero: torch.Tensor,
+    w_scale: torch.Tensor,
+    a_bits: int,
+    w_bits: int,
+    activation: str,
 ) -> list[torch.Tensor]:
-    """The straight-through gradients of x, weight, bias and acm, by autograd; an empty tensor where there is none."""
-    inputs = [x, weight, bias, acm]
-    leaves = [
-        value.detach().requires_grad_() if value is not None and value.is_floating_point() else value
-        for value in inputs
-    ]
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    with torch.enable_grad():
-        y = quant_linear(*leaves, *constants)  # type: ignore[arg-type]
-    found = iter(torch.autograd.grad(y, wanted, grad))
-    return [next(found) if leaf is not None and leaf.requires_grad else grad.new_empty(0) for leaf in leaves]
+    """The straight-through gradients of x, weight, bias and acm; an empty tensor where there is none.
+
+    Written out rather than left to autograd, which does not record inside an operator.
+    """
+    if activation != "none":
+        inputs = (x, weight, bias, acm, x_scale, x_zero, w_scale, a_bits, w_bits, "none")
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        grad = torch.ops.aten.gelu_backward(grad, quant_linear(*inputs), approximate=approximate)
+    rows = grad.reshape(-1, grad.shape[-1]).to(x_scale.dtype)
+    ratio = x.to(x_scale.dtype) / x_scale
+    qx = ratio.round() + x_zero
+    fake_x = (qx.clamp(0, (1 << a_bits) - 1) - x_zero) * x_scale
+    results = [grad.new_empty(0)] * 4
+    if weight.dtype == torch.uint8:
+        fake_w = unpack_weight(weight, w_bits, x.shape[-1]).to(x_scale.dtype) * w_scale.reshape(-1, 1)
+    else:
+        half = 1 << (w_bits - 1)
+        qw = (weight.to(x_scale.dtype) / w_scale.reshape(-1, 1)).round()
+        fake_w = qw.clamp(-half, half - 1) * w_scale.reshape(-1, 1)
+        grad_weight = rows.t() @ fake_x.reshape(-1, x.shape[-1])
+        results[1] = torch.where((qw < -half) | (qw >= half), 0.0, grad_weight).to(weight.dtype)
+    grad_x = (rows @ fake_w).reshape(x.shape)
+    results[0] = torch.where((qx < 0) | (qx >= 1 << a_bits), 0.0, grad_x).to(x.dtype)
+    if bias is not None:
+        results[2] = rows.sum(0).to(bias.dtype)
+    if acm is not None:
+        results[3] = rows.reshape(-1, *acm.shape).sum(0).to(acm.dtype)
+    return results
 
 
 def _straight_through(ratio: torch.Tensor, zero: torch.Tensor, quant_min: int, quant_max: int) -> torch.Tensor:

@@ -1,0 +1,101 @@
+"""Devices, dtypes, fresh random seeds, small models, and the place of the real data."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from dfqvit.kernels import extension
+
+DATA = Path(os.environ.get("DFQVIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed for every run, printed so that a failure can be repeated with DFQVIT_TEST_SEED."""
+    value = int(os.environ.get("DFQVIT_TEST_SEED", secrets.randbelow(2**31)))
+    print(f"DFQVIT_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device of this machine."""
+    return request.param
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Any:
+    """Every CPU path that this processor can run, one after the other."""
+    module, reason = extension.load()
+    if module is None:
+        pytest.skip(reason)
+    before = module.active_isa()
+    try:
+        module.set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    module.set_isa(before)
+
+
+@pytest.fixture
+def data() -> Path:
+    """The folder of real weights and images."""
+    if not (DATA / "deit_tiny_patch16_224.in1k.safetensors").exists():
+        pytest.skip(f"no real data at '{DATA}' (set DFQVIT_DATA)")
+    return DATA
+
+
+def small_vit(**kwargs: Any) -> nn.Module:
+    """A ViT of 3 blocks on 32 x 32 images, with random weights large enough to matter."""
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, **kwargs}
+    return _lively(timm.create_model("vit_tiny_patch16_224", **options))
+
+
+def small_distilled(**kwargs: Any) -> nn.Module:
+    """A distilled DeiT of the same size."""
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7, **kwargs}
+    return _lively(timm.create_model("deit_tiny_distilled_patch16_224", **options))
+
+
+def small_swin(**kwargs: Any) -> nn.Module:
+    """A Swin of 2 + 2 blocks on 32 x 32 images, with shifted windows of 4."""
+    options = {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "window_size": 4,
+        "num_classes": 7,
+        **kwargs,
+    }
+    return _lively(timm.create_model("swin_tiny_patch4_window7_224", **options))
+
+
+MODELS = {"vit": small_vit, "distilled": small_distilled, "swin": small_swin}
+
+
+def _lively(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.3 / max(parameter.shape[-1], 1) ** 0.5 * 3 if parameter.dim() > 1 else 0.1
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model.eval()
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request: pytest.FixtureRequest, seed: int) -> nn.Module:
+    """One small model of each family."""
+    return MODELS[request.param]()
