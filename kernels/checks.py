@@ -67,3 +67,12 @@ def positive(name: str, tensor: torch.Tensor) -> None:
         return
     if tensor.numel() and not bool((tensor > 0).all()):
         raise ValueError(f"{name} held {float(tensor.min()):g}; every scale must be greater than 0")
+
+
+def ascending(name: str, ends: torch.Tensor) -> None:
+    """ValueError unless each pair [..., 2] is finite and in order; checked under the same conditions as `positive`."""
+    finite(name, ends)
+    if torch.compiler.is_compiling() or type(ends) is not torch.Tensor or ends.device.type != "cpu":
+        return
+    if bool((ends[..., 0] > ends[..., 1]).any()):
+        raise ValueError(f"{name} held {ends.tolist()}; in each pair the first must not be greater than the second")
