@@ -26,7 +26,12 @@ def finite(name: str, tensor: torch.Tensor) -> None:
     if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
         return
     wanted = os.environ.get("DFQVIT_CHECK_FINITE", "1" if tensor.device.type == "cpu" else "0")
-    if wanted == "1" and not bool(torch.isfinite(tensor).all()):
+    if wanted != "1":
+        return
+    total = tensor.detach().sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
+    if bool(torch.isfinite(total)):  # one pass; NaN and Inf cannot leave a sum finite
+        return
+    if not bool(torch.isfinite(tensor).all()):  # or the sum itself overflowed
         raise ValueError(f"{name} held NaN or Inf; every value must be finite")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, anything
+from ..dispatch import Backend, Operator, Verdict, anything, compiled
 from . import reference
 
 
@@ -111,24 +111,49 @@ def _fake_forward(
     return features.new_empty(images), value_range.new_empty(*images, points)
 
 
+def _supports_range(features: torch.Tensor) -> Verdict:
+    return features.dtype != torch.float64, "float64 runs on the reference"
+
+
+def _supports(features: torch.Tensor, value_range: torch.Tensor, points: int, bandwidth: float, *_: Any) -> Verdict:
+    if not 1e-6 <= bandwidth <= 1e6:
+        return False, f"bandwidth was {bandwidth}; float32 arithmetic serves 1e-6 to 1e6"
+    return _supports_range(features)
+
+
+def _supports_backward(
+    grad: torch.Tensor, features: torch.Tensor, value_range: torch.Tensor, density: torch.Tensor, *constants: Any
+) -> Verdict:
+    return _supports(features, value_range, density.shape[-1], *constants)
+
+
 range_operator = Operator(
     "similarity_range(Tensor features) -> Tensor",
     fake=lambda features: features.new_empty(features.shape[0], 2, dtype=_range_dtype(features)),
-    backends=[Backend("reference", reference.similarity_range, anything)],
+    backends=[
+        compiled("similarity_range", "cpu", _supports_range),
+        Backend("reference", reference.similarity_range, anything),
+    ],
 )
 
 forward = Operator(
     "patch_similarity_entropy(Tensor features, Tensor value_range, int points, float bandwidth, int windows)"
     " -> (Tensor entropy, Tensor density)",
     fake=_fake_forward,
-    backends=[Backend("reference", reference.patch_similarity_entropy, anything)],
+    backends=[
+        compiled("patch_similarity_entropy", "cpu", _supports),
+        Backend("reference", reference.patch_similarity_entropy, anything),
+    ],
 )
 
 backward = Operator(
     "patch_similarity_entropy_backward(Tensor grad, Tensor features, Tensor value_range, Tensor density,"
     " float bandwidth, int windows) -> Tensor",
     fake=lambda grad, features, *_: torch.empty_like(features, memory_format=torch.contiguous_format),
-    backends=[Backend("reference", reference.patch_similarity_entropy_backward, anything)],
+    backends=[
+        compiled("patch_similarity_entropy_backward", "cpu", _supports_backward),
+        Backend("reference", reference.patch_similarity_entropy_backward, anything),
+    ],
 )
 
 
