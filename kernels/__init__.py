@@ -3,6 +3,7 @@
     fake_quantize              quantize and dequantize, straight-through gradient
     quant_linear               integer matrix product with bias, ACM and activation in the epilogue
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
+    similarity_range           the range that its density is taken over, for batches processed in parts
     pack_weight, unpack_weight weights of 2 to 8 bits, packed
 
 This package never imports the method (`dfqvit.synthesis`, ...) and never imports timm.
@@ -11,7 +12,7 @@ This package never imports the method (`dfqvit.synthesis`, ...) and never import
 from .dispatch import BackendError, BackendFallbackWarning, backends, set_backend, use_backend
 from .fake_quantize import fake_quantize
 from .pack_weight import pack_weight, unpack_weight
-from .patch_similarity_entropy import patch_similarity_entropy
+from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
 from .quant_linear import quant_linear
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "patch_similarity_entropy",
     "quant_linear",
     "set_backend",
+    "similarity_range",
     "unpack_weight",
     "use_backend",
 ]

@@ -26,7 +26,12 @@ def finite(name: str, tensor: torch.Tensor) -> None:
     if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
         return
     wanted = os.environ.get("DFQVIT_CHECK_FINITE", "1" if tensor.device.type == "cpu" else "0")
-    if wanted == "1" and not bool(torch.isfinite(tensor).all()):
+    if wanted != "1":
+        return
+    total = tensor.detach().sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
+    if bool(torch.isfinite(total)):  # one pass; NaN and Inf cannot leave a sum finite
+        return
+    if not bool(torch.isfinite(tensor).all()):  # or the sum itself overflowed
         raise ValueError(f"{name} held NaN or Inf; every value must be finite")
 
 
@@ -67,3 +72,12 @@ def positive(name: str, tensor: torch.Tensor) -> None:
         return
     if tensor.numel() and not bool((tensor > 0).all()):
         raise ValueError(f"{name} held {float(tensor.min()):g}; every scale must be greater than 0")
+
+
+def ascending(name: str, ends: torch.Tensor) -> None:
+    """ValueError unless each pair [..., 2] is finite and in order; checked under the same conditions as `positive`."""
+    finite(name, ends)
+    if torch.compiler.is_compiling() or type(ends) is not torch.Tensor or ends.device.type != "cpu":
+        return
+    if bool((ends[..., 0] > ends[..., 1]).any()):
+        raise ValueError(f"{name} held {ends.tolist()}; in each pair the first must not be greater than the second")

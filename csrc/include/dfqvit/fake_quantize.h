@@ -4,11 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define DFQVIT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define DFQVIT_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "dfqvit/host_device.h"
 
 namespace dfqvit {
 
