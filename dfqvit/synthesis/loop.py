@@ -120,7 +120,7 @@ class Synthesis:
         self._optimizer.step()
         torch.clamp(self.images, self.low, self.high, out=self.images)
         self.step += 1
-        return Progress(self.step, float(entropy), float(onehot), float(tv), ratio)
+        return Progress(self.step, entropy.item(), onehot.item(), tv.item(), ratio)
 
     def _learning_rate(self) -> float:
         """Linear warm-up, then half a cosine to zero."""

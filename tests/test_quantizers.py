@@ -1,0 +1,59 @@
+"""Scales and zero points against the formulas, in Python's own floats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.quantizers import ActivationQuantizer, affine_parameters, check_rule, minmax_weight_scale
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weight_scale_is_max_over_half_the_range(seed, bits):
+    weight = torch.randn(5, 3, 2, 2)
+    found = minmax_weight_scale(weight, bits)
+    for channel in range(5):
+        assert found[channel].item() == pytest.approx(
+            max(abs(v) for v in weight[channel].flatten().tolist()) / ((2**bits - 1) / 2)
+        )
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("ends", [(-1.5, 4.0), (0.0, 3.0), (-2.0, 0.0), (1.0, 2.0), (-3.0, -1.0)])
+def test_affine_parameters(bits, ends):
+    scale, zero = affine_parameters(*map(torch.tensor, ends), bits)
+    steps = 2**bits - 1
+    assert scale.item() == pytest.approx((ends[1] - ends[0]) / steps)
+    assert zero.item() == min(max(round(-ends[0] / scale.item()), 0), steps)
+
+
+def test_quantizer_sees_several_batches_and_then_rounds(seed):
+    quantizer = ActivationQuantizer(8)
+    batches = [torch.randn(4, 5) * 3 for _ in range(3)]
+    for batch in batches:
+        assert quantizer(batch) is batch
+    quantizer.freeze()
+    seen = torch.cat(batches)
+    assert quantizer.scale.item() == pytest.approx(float(seen.max() - seen.min()) / 255)
+    error = (quantizer(seen) - seen).abs()
+    assert float(error.max()) <= quantizer.scale.item() * 1.001  # half a step, and half a step of the zero point
+    assert float(error.max()) > 0
+
+
+def test_constant_activation_does_not_divide_by_zero():
+    quantizer = ActivationQuantizer(8)
+    quantizer(torch.zeros(3))
+    quantizer.freeze()
+    assert quantizer(torch.zeros(3)).tolist() == [0.0] * 3
+
+
+def test_errors():
+    with pytest.raises(DfqvitError, match="an activation quantizer saw no values"):
+        ActivationQuantizer(8).freeze()
+    quantizer = ActivationQuantizer(8)
+    quantizer(torch.tensor([1.0, float("inf")]))
+    with pytest.raises(DfqvitError, match="an activation held NaN or Inf"):
+        quantizer.freeze()
+    with pytest.raises(UsageError, match="quantizer was 'mse'; it may be 'minmax'"):
+        check_rule("mse")
