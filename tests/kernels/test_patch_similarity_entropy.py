@@ -1,8 +1,9 @@
 """patch_similarity_entropy and similarity_range on every backend that is live here, against loops in float64.
 
-The entropy is a sum of terms of both signs, so its error is measured against the sum of their sizes: "relative" means
-|error| / trapezoid(|p log p|), at most 1e-5 in float32. Gradients are compared by norm. Seeds are fresh in every run and stand in
-the test's id; DFQVIT_TEST_SEED repeats one.
+The entropy is a sum of terms of both signs, so its error is measured against the sum of their sizes: in float32, at most 1e-5 of
+trapezoid(|p log p|), plus what two units of rounding (2^-22) in every similarity can do to the entropy, which exceeds the first
+part only where the entropy is ill-conditioned (a range of little width, places that only tails reach). Gradients are compared by
+norm. Seeds are fresh in every run and stand in the test's id; DFQVIT_TEST_SEED repeats one.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from dfqvit.kernels.patch_similarity_entropy import op, reference
 from dfqvit import kernels
 
 SEED = int(os.environ.setdefault("DFQVIT_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
-SEEDS = [SEED + k for k in range(6)]
 PATHS = ("avx512", "avx2", "portable")
 BACKENDS = [*(f"cpu-{path}" for path in PATHS), "reference", "triton", "cuda"]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes seconds for what takes others milliseconds
+SEEDS = [SEED + k for k in range(2 if INTERPRETED else 6)]
 
 
 @dataclass(frozen=True)
@@ -70,36 +71,45 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Live]:
         module.set_isa(before)
 
 
-def oracle(
-    features: np.ndarray, points: int, bandwidth: float, windows: int, ends: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Entropy [L, B], trapezoid(|p log p|) [L, B] and range [L, 2] of features [L, B * windows, N, D], in float64."""
+@dataclass
+class Exact:
+    entropy: np.ndarray  # [L, B]
+    size: np.ndarray  # [L, B]: trapezoid(|p log p|)
+    rounding: np.ndarray  # [L, B]: how far the entropy moves at most when every similarity moves by 2^-22
+    ends: np.ndarray  # [L, 2]: the range
+
+
+def oracle(features: np.ndarray, points: int, bandwidth: float, windows: int, ends: np.ndarray | None = None) -> Exact:
+    """The definition, in loops, for features [L, B * windows, N, D] in float64."""
     layers, sets, n, _ = features.shape
-    entropy = np.zeros((layers, sets // windows))
-    size = np.zeros_like(entropy)
-    found = np.zeros((layers, 2))
+    shape = layers, sets // windows
+    exact = Exact(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros((layers, 2)))
     for layer in range(layers):
         similarities = []
         for vectors in features[layer].astype(np.float64):
             unit = np.array([v / max(math.sqrt(float(v @ v)), 1e-8) for v in vectors])
             similarities.append(np.clip(unit @ unit.T, -1, 1))
-        found[layer] = min(s.min() for s in similarities), max(s.max() for s in similarities)
-        low, high = found[layer] if ends is None else ends[layer]
+        exact.ends[layer] = min(s.min() for s in similarities), max(s.max() for s in similarities)
+        low, high = exact.ends[layer] if ends is None else ends[layer]
         if ends is None and high - low < 16 * 2.0**-23:
             low = high
+        step = (high - low) / (points - 1)
         for image in range(sets // windows):
-            terms = []
+            own = similarities[image * windows : (image + 1) * windows]
+            terms, slopes = [], []
             for j in range(points):
-                place = low + (high - low) * j / (points - 1)
-                total = 0.0
-                for s in similarities[image * windows : (image + 1) * windows]:
-                    total += float(np.exp(-0.5 * ((s - place) / bandwidth) ** 2).sum())
-                p = total / (windows * n * n) / (bandwidth * math.sqrt(2 * math.pi)) + 1e-4
+                away = [(s - (low + step * j)) / bandwidth for s in own]
+                gaussians = [np.exp(-0.5 * z**2) / (windows * n * n * bandwidth * math.sqrt(2 * math.pi)) for z in away]
+                p = sum(float(g.sum()) for g in gaussians) + 1e-4
+                steepness = sum(float((g * np.abs(z)).sum()) for g, z in zip(gaussians, away, strict=True)) / bandwidth
                 terms.append(-p * math.log(p))
-            step = (high - low) / (points - 1)
-            entropy[layer, image] = sum((a + b) / 2 * step for a, b in itertools.pairwise(terms))
-            size[layer, image] = sum((abs(a) + abs(b)) / 2 * step for a, b in itertools.pairwise(terms))
-    return entropy, size, found
+                slopes.append(steepness * abs(math.log(p) + 1))
+            exact.entropy[layer, image] = sum((a + b) / 2 * step for a, b in itertools.pairwise(terms))
+            size = sum((abs(a) + abs(b)) / 2 * step for a, b in itertools.pairwise(terms))
+            slope = sum((a + b) / 2 * step for a, b in itertools.pairwise(slopes))
+            exact.size[layer, image] = size
+            exact.rounding[layer, image] = 2.0**-22 * (2 * slope + (2 * size / (high - low) if high > low else 0))
+    return exact
 
 
 def exact_gradient(features, points, bandwidth, windows, grad, value_range=None) -> torch.Tensor:
@@ -127,11 +137,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Solution:
-    """What every backend must give for a case: entropy and its size, range, the gradient for `grad`."""
+    """What every backend must give for a case; `gradient` is for `grad`, the gradient of the entropy."""
 
-    entropy: np.ndarray
-    size: np.ndarray
-    ends: np.ndarray
+    exact: Exact
     grad: torch.Tensor
     gradient: torch.Tensor
 
@@ -144,10 +152,10 @@ def solve(case: Case, dtype: torch.dtype) -> Solution:
     features = case.features.to(dtype).double()
     key = (features.numpy().tobytes(), case.points, case.bandwidth, case.windows)
     if key not in _solutions:
-        entropy, size, ends = oracle(features.numpy(), case.points, case.bandwidth, case.windows)
-        grad = (torch.rand(entropy.shape, generator=torch.Generator().manual_seed(SEED)) + 0.5).to(dtype)
+        exact = oracle(features.numpy(), case.points, case.bandwidth, case.windows)
+        grad = (torch.rand(exact.entropy.shape, generator=torch.Generator().manual_seed(SEED)) + 0.5).to(dtype)
         gradient = exact_gradient(features, case.points, case.bandwidth, case.windows, grad)
-        _solutions[key] = Solution(entropy, size, ends, grad, gradient)
+        _solutions[key] = Solution(exact, grad, gradient)
     return _solutions[key]
 
 
@@ -175,23 +183,29 @@ def random_case(seed: int, limit: int = 120) -> Case:
 def check(case: Case, live: Live, dtype: torch.dtype = torch.float32) -> None:
     """Range, entropy and gradient of a case against the oracles."""
     features = case.features.to(live.device, dtype, copy=True).requires_grad_()
-    expected = solve(case, dtype)
+    solution = solve(case, dtype)
+    exact = solution.exact
     found = kernels.similarity_range(features)
     assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.cpu().numpy(), expected.ends, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.cpu().numpy(), exact.ends, rtol=0, atol=2e-6)
 
     result = kernels.patch_similarity_entropy(features, case.points, case.bandwidth, windows=case.windows)
     assert result.dtype == dtype
-    error = np.abs(result.detach().double().cpu().numpy() - expected.entropy)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    worst = np.max(error / np.maximum(expected.size, 1e-30), initial=0.0)
-    assert (error <= tolerance * expected.size + 1e-30).all(), f"relative error {worst:.2e}"
+    assert_close(result, exact, 1e-5 if dtype == torch.float32 else 1e-2)
 
-    (result * expected.grad.to(live.device)).sum().backward()
-    gradient = expected.gradient.to(dtype).double()  # in float16, what is small is lost in any case
+    (result * solution.grad.to(live.device)).sum().backward()
+    gradient = solution.gradient.to(dtype).double()  # in float16, what is small is lost in any case
     off = distance(features.grad, gradient)
-    if float(gradient.norm()) * float(case.features.norm()) > 1e-9:  # else it is the rounding of zero
-        assert off <= (1e-4 if dtype == torch.float32 else 1e-2), f"gradient off by {off:.2e} of its norm"
+    width = float((exact.ends[:, 1] - exact.ends[:, 0]).min())
+    if width > 1e-4 and float(gradient.norm()) * float(case.features.norm()) > 1e-9:  # else it is the rounding of zero
+        limit = 1e-4 + 2e-6 / width if dtype == torch.float32 else 1e-2
+        assert off <= limit, f"gradient off by {off:.2e} of its norm, {limit:.1e} allowed"
+
+
+def assert_close(result: torch.Tensor, exact: Exact, tolerance: float) -> None:
+    error = np.abs(result.detach().double().cpu().numpy() - exact.entropy)
+    allowed = tolerance * exact.size + exact.rounding
+    assert (error <= allowed + 1e-30).all(), f"error {error.tolist()}, allowed {allowed.tolist()}"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -209,7 +223,7 @@ def test_half_precision(backend: Live, dtype: torch.dtype) -> None:
     ("shape", "points", "bandwidth", "windows"),
     [
         ((1, 2, 64, 64), 10, 0.01, 1),  # whole tiles
-        ((2, 40, 65, 17), 10, 0.01, 1),  # one row over; many sets
+        ((2, 2 if INTERPRETED else 20, 65, 17), 10, 0.01, 1),  # one row over; many sets
         ((1, 1, 129, 130), 10, 0.01, 1),  # one set for all threads
         ((1, 8, 49, 32), 10, 0.01, 4),  # Swin
         ((1, 2, 33, 1024), 10, 0.01, 1),  # the deepest
@@ -301,10 +315,10 @@ def test_one_layer_is_the_same_as_a_batch_of_layers(backend: Live) -> None:
 def test_explicit_range(backend: Live) -> None:
     features = torch.randn(2, 3, 40, 20) + 0.5
     ends = torch.tensor([[-0.3, 0.8], [0.1, 1.3]])
-    entropy, size, _ = oracle(features.numpy(), 7, 0.03, 1, ends.double().numpy())
+    expected = oracle(features.numpy(), 7, 0.03, 1, ends.double().numpy())
     leaf = features.to(backend.device, copy=True).requires_grad_()
     result = kernels.patch_similarity_entropy(leaf, 7, 0.03, value_range=ends.to(backend.device))
-    assert (np.abs(result.detach().double().cpu().numpy() - entropy) <= 1e-5 * size).all()
+    assert_close(result, expected, 1e-5)
     result.sum().backward()
     exact = exact_gradient(features, 7, 0.03, 1, torch.ones(2, 3), ends)
     assert distance(leaf.grad, exact) < 1e-4
@@ -314,7 +328,7 @@ def test_explicit_range(backend: Live) -> None:
 
 @pytest.mark.parametrize("part", [1, 5, 17])
 def test_micro_batches_with_the_range_of_the_whole(backend: Live, part: int) -> None:
-    features = (torch.randn(2, 36, 26, 12) + 0.8).to(backend.device).requires_grad_()
+    features = (torch.randn(2, 9 if INTERPRETED else 36, 26, 12) + 0.8).to(backend.device).requires_grad_()
     whole = kernels.patch_similarity_entropy(features)
     whole.sum().backward()
     parts = features.detach().split(part, dim=1)
@@ -449,8 +463,7 @@ def test_backends_decline_with_the_reason() -> None:
 def test_the_reference_is_the_oracle_of_itself() -> None:
     features = torch.randn(2, 4, 11, 6, dtype=torch.float64)
     entropy, density = reference.patch_similarity_entropy(features, reference.similarity_range(features), 10, 0.02, 2)
-    exact, _, _ = oracle(features.numpy(), 10, 0.02, 2)
-    np.testing.assert_allclose(entropy.numpy(), exact, rtol=1e-11)
+    np.testing.assert_allclose(entropy.numpy(), oracle(features.numpy(), 10, 0.02, 2).entropy, rtol=1e-11)
     assert density.dtype == torch.float64
 
 
