@@ -27,6 +27,7 @@ CPU_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/cuda/fake_quantize.cu",
+    "csrc/cuda/patch_similarity_entropy.cu",
 ]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled
+from ..dispatch import Backend, Operator, Verdict, anything, compiled, on_device, triton_available
 from . import reference
 
 
@@ -121,16 +123,44 @@ def _supports(features: torch.Tensor, value_range: torch.Tensor, points: int, ba
     return _supports_range(features)
 
 
-def _supports_backward(
-    grad: torch.Tensor, features: torch.Tensor, value_range: torch.Tensor, density: torch.Tensor, *constants: Any
-) -> Verdict:
-    return _supports(features, value_range, density.shape[-1], *constants)
+def _supports_cuda(features: torch.Tensor, value_range: torch.Tensor, points: int, *constants: Any) -> Verdict:
+    if points > 512:
+        return False, f"points was {points}; the CUDA kernel has room for 512"
+    return _supports(features, value_range, points, *constants)
+
+
+def _backward(supports: Callable[..., Verdict]) -> Callable[..., Verdict]:
+    """What `supports` says of the forward, asked with the arguments of the backward."""
+    return lambda grad, features, value_range, density, *constants: supports(
+        features, value_range, density.shape[-1], *constants
+    )
+
+
+def _triton(name: str, supports: Callable[..., Verdict]) -> Backend:
+    """The Triton backend, imported when it is first used; CPU tensors run in Triton's interpreter."""
+
+    def supported(*args: Any) -> Verdict:
+        able, reason = triton_available()
+        if not able:
+            return False, reason
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        able, reason = on_device("cpu" if interpreted and not args[0].is_cuda else "cuda")(*args)
+        return supports(*args) if able else (False, reason)
+
+    def run(*args: Any) -> Any:
+        from . import triton
+
+        return getattr(triton, name)(*args)
+
+    return Backend("triton", run, supported)
 
 
 range_operator = Operator(
     "similarity_range(Tensor features) -> Tensor",
     fake=lambda features: features.new_empty(features.shape[0], 2, dtype=_range_dtype(features)),
     backends=[
+        compiled("similarity_range", "cuda", _supports_range),
+        _triton("similarity_range", _supports_range),
         compiled("similarity_range", "cpu", _supports_range),
         Backend("reference", reference.similarity_range, anything),
     ],
@@ -141,6 +171,8 @@ forward = Operator(
     " -> (Tensor entropy, Tensor density)",
     fake=_fake_forward,
     backends=[
+        compiled("patch_similarity_entropy", "cuda", _supports_cuda),
+        _triton("patch_similarity_entropy", _supports),
         compiled("patch_similarity_entropy", "cpu", _supports),
         Backend("reference", reference.patch_similarity_entropy, anything),
     ],
@@ -151,7 +183,9 @@ backward = Operator(
     " float bandwidth, int windows) -> Tensor",
     fake=lambda grad, features, *_: torch.empty_like(features, memory_format=torch.contiguous_format),
     backends=[
-        compiled("patch_similarity_entropy_backward", "cpu", _supports_backward),
+        compiled("patch_similarity_entropy_backward", "cuda", _backward(_supports_cuda)),
+        _triton("patch_similarity_entropy_backward", _backward(_supports)),
+        compiled("patch_similarity_entropy_backward", "cpu", _backward(_supports)),
         Backend("reference", reference.patch_similarity_entropy_backward, anything),
     ],
 )

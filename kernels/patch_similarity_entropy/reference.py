@@ -49,13 +49,28 @@ def patch_similarity_entropy_backward(
     bandwidth: float,
     windows: int,
 ) -> torch.Tensor:
-    """The gradient of the features, by autograd over one layer at a time; of `density` only the shape is used."""
+    """The gradient of the features, written out, so that it also runs where autograd is off (inside dispatch modes)."""
     result = torch.empty_like(features, memory_format=torch.contiguous_format)
-    for grad_layer, layer, ends, result_layer in zip(grad, features, value_range, result, strict=True):
-        with torch.enable_grad():
-            leaf = layer.detach().requires_grad_()
-            entropy, _ = _layer(leaf, ends, density.shape[-1], bandwidth, windows)
-        result_layer.copy_(torch.autograd.grad(entropy, leaf, grad_layer)[0])
+    points, n = density.shape[-1], features.shape[2]
+    peak = 1.0 / (math.sqrt(2.0 * math.pi) * bandwidth)
+    for index, layer in enumerate(features):
+        work = _work(layer)
+        length = torch.linalg.vector_norm(work, dim=-1, keepdim=True)
+        unit = work / length.clamp_min(NORM_FLOOR)
+        similarity = unit @ unit.mT
+        places, step = _places(value_range[index], points, work.dtype)
+        weights = torch.full_like(places, 1.0)
+        weights[0] = weights[-1] = 0.5
+        # d entropy / d p_j = -weight_j step (log p_j + 1);  d p_j / d s = Gaussian (x_j - s) / h^2 / number of pairs
+        per_place = -weights * step * (density[index].log() + 1.0) * grad[index].to(work.dtype).unsqueeze(1)
+        per_place = per_place.repeat_interleave(windows, dim=0) * (peak / (bandwidth**2 * n * n * windows))
+        slope = torch.zeros_like(similarity)
+        for j in range(points):
+            away = places[j] - similarity
+            slope += per_place[:, j, None, None] * away * ((away / bandwidth).square() * -0.5).exp()
+        unit_grad = 2.0 * (slope @ unit)
+        along = torch.where(length >= NORM_FLOOR, (unit * unit_grad).sum(dim=-1, keepdim=True), 0.0)
+        result[index] = (unit_grad - unit * along) / length.clamp_min(NORM_FLOOR)
     return result
 
 
@@ -68,19 +83,23 @@ def _similarity(work: torch.Tensor) -> torch.Tensor:
     return unit @ unit.mT
 
 
+def _places(value_range: torch.Tensor, points: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """[points]: where the density is taken, and the distance between two places."""
+    least, greatest = value_range.unbind()
+    fractions = torch.arange(points, dtype=dtype, device=value_range.device) / (points - 1)
+    return least + (greatest - least) * fractions, (greatest - least) / (points - 1)
+
+
 def _layer(
     features: torch.Tensor, value_range: torch.Tensor, points: int, bandwidth: float, windows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     work = _work(features)
     similarity = _similarity(work).flatten(1)
-    least, greatest = value_range.unbind()
-    fractions = torch.arange(points, dtype=work.dtype, device=work.device) / (points - 1)
-    places = least + (greatest - least) * fractions
+    places, step = _places(value_range, points, work.dtype)
     peak = 1.0 / (math.sqrt(2.0 * math.pi) * bandwidth)
     density = torch.stack(
         [(((similarity - place) / bandwidth).square() * -0.5).exp().mean(dim=1) * peak for place in places], dim=1
     )
     density = density.view(features.shape[0] // windows, windows, points).mean(dim=1) + SMOOTHING
     integrand = -density * density.log()
-    step = (greatest - least) / (points - 1)
     return ((integrand[:, :-1] + integrand[:, 1:]).sum(dim=1) * (0.5 * step)).to(features.dtype), density
