@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dfqvit.kernels import dispatch, extension
-from dfqvit.kernels.patch_similarity_entropy import op, reference
 
 from dfqvit import kernels
+from dfqvit.kernels import dispatch, extension
+from dfqvit.kernels.patch_similarity_entropy import op, reference
 
 SEED = int(os.environ.setdefault("DFQVIT_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
 PATHS = ("avx512", "avx2", "portable")

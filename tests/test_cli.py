@@ -1,0 +1,236 @@
+"""The command line as a user sees it: results, one line for every error, exit statuses, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+import dfqvit.cli
+from dfqvit import cli, demo
+from dfqvit.models import load_model
+
+QUICK = ["--samples", "2", "--iters", "2"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the program in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        status = cli.run([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def said(err):
+    """The program's own lines on stderr, without progress bars."""
+    return [line for line in err.replace("\r", "\n").split("\n") if line.startswith("dfqvit:")]
+
+
+@pytest.fixture
+def small_test(tmp_path):
+    """200 of the test images, to evaluate on."""
+    with np.load(demo.TEST_IMAGES) as file:
+        np.savez(tmp_path / "test.npz", images=file["images"][:200], labels=file["labels"][:200])
+    return tmp_path / "test.npz"
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-swin"])
+def test_quantize_evaluate_info(run, tmp_path, small_test, name):
+    out = tmp_path / "out"
+    status, stdout, _ = run("quantize", name, "--w-bits", 8, "--calib", demo.TRAIN_SAMPLE, "--out", out, "--json")
+    record = json.loads(stdout)
+    assert status == 0
+    assert record["bytes"] == (out / "model.safetensors").stat().st_size
+    assert record["record"]["calibration"] == "images"
+
+    status, stdout, _ = run("evaluate", out / "model.safetensors", "--data", small_test, "--against", name, "--json")
+    result = json.loads(stdout)
+    assert status == 0
+    assert result["images"] == 200
+    assert result["against_top1"] > 85
+    assert abs(result["top1"] - result["against_top1"]) <= 3
+    assert result["agreement"] > 90
+
+    status, stdout, _ = run("info", out / "model.safetensors")
+    assert status == 0
+    assert "whole, checksum holds, logits finite" in stdout
+    assert "W8/A8" in stdout
+
+
+def test_synthesize_then_quantize_from_the_samples(run, tmp_path):
+    status, _, err = run("synthesize", "demo", *QUICK, "--out", tmp_path / "s")
+    assert status == 0
+    assert "entropy=" in err
+    assert "onehot=" in err
+    assert "tv=" in err
+    assert "crop=" in err
+    assert sorted(os.listdir(tmp_path / "s")) == ["curriculum.png", "samples.png", "samples.safetensors"]
+    assert Image.open(tmp_path / "s" / "samples.png").size[0] > 100
+    samples = tmp_path / "s" / "samples.safetensors"
+    assert run("quantize", "demo", "--calib", samples, "--out", tmp_path / "q")[0] == 0
+
+
+def test_one_call_equals_two(run, tmp_path):
+    run("quantize", "demo", *QUICK, "--out", tmp_path / "one")
+    run("synthesize", "demo", *QUICK, "--out", tmp_path / "s")
+    run("quantize", "demo", "--calib", tmp_path / "s" / "samples.safetensors", "--out", tmp_path / "two")
+    x = torch.randn(2, 1, 28, 28)
+    one, two = (dfqvit.load(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert torch.equal(one(x), two(x))
+    assert one.dfqvit_record.calibration == "synthetic"
+    assert one.dfqvit_record.settings["iters"] == 2
+
+
+def test_results_are_not_replaced_without_force(run, tmp_path):
+    arguments = ("quantize", "demo", "--calib", "noise", "--out", tmp_path)
+    assert run(*arguments)[0] == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert said(err) == [f"dfqvit: '{tmp_path / 'model.safetensors'}' exists already; give --force to replace it"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert run(*arguments, "--force")[0] == 0
+    run("synthesize", "demo", *QUICK, "--out", tmp_path)
+    assert run("synthesize", "demo", *QUICK, "--out", tmp_path)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["quantize", "deit_tny_patch16_224"], 2, "MODEL was 'deit_tny_patch16_224'; .* nearest are deit_tiny"),
+        (["quantize", "resnet18"], 2, "MODEL was 'resnet18'; it may be a timm name of the ViT"),
+        (["quantize", "demo", "--w-bits", "1"], 2, "w_bits was 1; it may be a whole number from 2 to 8"),
+        (["quantize", "demo", "--a-bits", "9"], 2, "a_bits was 9"),
+        (["quantize", "demo", "--w-bits", "four"], 2, "'four' is not a valid integer"),
+        (["quantize", "demo", "--acm-blocks", "99", "--calib", "noise"], 2, "the model has blocks 0 to 3"),
+        (["quantize", "demo", "--acm-blocks", "x"], 2, "--acm-blocks was 'x'"),
+        (["quantize", "demo", "--acm-blocks", "1", "--gamma", "2"], 2, "exclude each other"),
+        (["quantize", "demo", "--calib", "nothing.npz"], 2, "--calib was 'nothing.npz'; it may be"),
+        (["quantize", "demo", "--checkpoint", "none.safetensors"], 2, "checkpoint was 'none.safetensors'"),
+        (["quantize", "demo", "--num-classes", "3"], 2, "has 10 classes and the model 3; give --num-classes 10"),
+        (["quantize", "demo", "--mean", "1,2"], 2, "mean had 2 values; the model takes images of 1 channels"),
+        (["quantize", "demo", "--std", "abc"], 2, "--std was 'abc'; it must be numbers"),
+        (["quantize", "demo", "--device", "tpu"], 2, "--device was 'tpu'; it may be cpu, cuda or cuda:N"),
+        (["quantize", "demo", "--device", "cuda:77"], 2, "--device was 'cuda:77'; torch sees"),
+        (["quantize", "demo", "--crop-lower", "2"], 2, "crop bounds were 2.0 and 1.0"),
+        (["quantize", "demo", "--schedule", "easy"], 2, "'easy' is not one of"),
+        (["quantize", "demo", "--no-such-option"], 2, "No such option"),
+        (["quantize"], 2, "Missing argument 'MODEL'"),
+        (["paint"], 2, "No such command 'paint'"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, arguments, status, message):
+    out = tmp_path / "out"
+    extra = ["--out", out] if len(arguments) > 1 else []
+    found, stdout, err = run(*arguments, *extra)
+    assert found == status
+    assert stdout == ""
+    (line,) = said(err)
+    assert __import__("re").search(message, line), line
+    assert "Traceback" not in err
+    assert not (out / "model.safetensors").exists()
+
+
+def test_checkpoint_of_another_architecture_names_keys(run, tmp_path):
+    safetensors.torch.save_file(load_model("demo").state_dict(), tmp_path / "w.safetensors")
+    status, _, err = run("quantize", "demo-swin", "--checkpoint", tmp_path / "w.safetensors", "--out", tmp_path / "o")
+    assert status == 2
+    assert "is not of MODEL 'demo-swin': keys" in said(err)[0]
+    assert "missing (" in said(err)[0]
+    assert not (tmp_path / "o").exists()
+
+
+def test_not_a_number_in_weights_is_a_failure(run, tmp_path):
+    weights = load_model("demo").state_dict()
+    weights["norm.bias"][3] = float("nan")
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    status, _, err = run("quantize", "demo", "--checkpoint", tmp_path / "w.safetensors", "--out", tmp_path / "o")
+    assert status == 1
+    assert said(err) == ["dfqvit: weights: 'norm.bias' holds NaN or Inf"]
+
+
+def test_evaluate_errors(run, tmp_path, small_test):
+    assert run("evaluate", tmp_path / "none", "--data", small_test)[0] == 2
+    (tmp_path / "junk").write_bytes(b"x" * 100)
+    status, _, err = run("evaluate", tmp_path / "junk", "--data", small_test)
+    assert status == 1
+    assert "is no whole safetensors file" in said(err)[0]
+    run("quantize", "demo", "--calib", "noise", "--out", tmp_path / "q")
+    file = tmp_path / "q" / "model.safetensors"
+    assert run("evaluate", file, "--data", tmp_path / "nowhere")[0] == 2
+    folder = tmp_path / "images" / "0"
+    folder.mkdir(parents=True)
+    Image.new("L", (28, 28)).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"no image")
+    status, _, err = run("evaluate", file, "--data", folder.parent)
+    assert status == 1
+    assert "bad.png' is not a readable image" in said(err)[0]
+    status, stdout, err = run("evaluate", file, "--data", folder.parent, "--unreadable", "skip", "--json")
+    assert status == 0
+    assert json.loads(stdout)["images"] == 1
+    assert "skipped" in said(err)[0]
+
+
+def test_info(run):
+    status, stdout, _ = run("info", "--json")
+    record = json.loads(stdout)
+    assert status == 0
+    assert record["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert record["packages"]["timm"] == timm.__version__
+    assert record["backends"]["quant_linear"]["reference"] == "live"
+    status, stdout, _ = run("info")
+    assert "backends:" in stdout
+
+
+def test_help_lists_the_commands(run):
+    status, stdout, _ = run("--help")
+    assert status == 0
+    for command in cli.COMMANDS:
+        assert command in stdout
+        assert run(command, "--help")[0] == 0
+
+
+def test_demo_on_a_few_images(run, tmp_path):
+    status, stdout, _ = run("demo", "--images", 250, *QUICK, "--out", tmp_path, "--json")
+    top1 = json.loads(stdout)["top1"]
+    assert status == 0
+    assert set(top1) == {"W8/A8", "W4/A8", "W3/A8"}
+    assert top1["W8/A8"]["real images"] > 85
+    assert (tmp_path / "w3a8.safetensors").exists()
+
+
+def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(tmp_path):
+    """A real process and a real signal."""
+    arguments = ["quantize", "demo", "--samples", "2", "--iters", "60"]
+    program = [sys.executable, "-m", "dfqvit", *arguments]
+    process = subprocess.Popen([*program, "--out", tmp_path / "a"], stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "crop=" not in seen:  # the first steps are done
+        seen += process.stderr.read(1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert said(rest) == ["dfqvit: interrupted; the same command with --resume goes on where a synthesis stopped"]
+    assert "Traceback" not in rest
+    assert os.listdir(tmp_path / "a") == ["synthesis.snapshot.safetensors"]
+    for folder, extra in (("a", ["--resume"]), ("b", [])):
+        subprocess.run([*program, "--out", tmp_path / folder, *extra], check=True, capture_output=True)
+    x = torch.randn(2, 1, 28, 28)
+    one, two = (dfqvit.load(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert torch.equal(one(x), two(x))
+    assert sorted(os.listdir(tmp_path / "a")) == ["curriculum.png", "model.safetensors", "samples.png"]

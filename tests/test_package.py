@@ -1,0 +1,93 @@
+"""The package as it is installed: without a compiler, from the repository root, its light import."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfqvit import demo
+from dfqvit.models import load_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments, cwd=None, **environment):
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_is_light():
+    found = python("-c", "import sys, dfqvit; print([m for m in ('torch', 'timm', 'click') if m in sys.modules])")
+    assert found == "[]"
+
+
+def test_a_source_tree_works_without_installation(tmp_path):
+    """A clone shadows a regular install when it is the working folder; its own operators must be found."""
+    for folder in ("dfqvit", "kernels"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "assets", "__pycache__")
+        )
+    code = "import dfqvit.kernels as k; print(k.__file__); print(k.backends()['fake_quantize']['cpu'])"
+    place, reason = python("-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}").split("\n")
+    assert place == str(tmp_path / "kernels" / "__init__.py")
+    assert "is not built" in reason
+
+
+@pytest.mark.slow
+def test_installs_without_compiling_and_still_works(tmp_path):
+    """DFQVIT_BUILD=0 into an empty folder: everything runs on the reference backend."""
+    command = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(tmp_path / "site"),
+    ]
+    tree = tmp_path / "tree"
+    shutil.copytree(
+        ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "*.so", "build", "*.egg-info", "out", "__pycache__")
+    )
+    python(*command, ".", cwd=tree, DFQVIT_BUILD="0")
+    code = (
+        "import warnings; warnings.simplefilter('ignore');"
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r});"
+        "import torch, dfqvit, dfqvit.kernels; from dfqvit.models import load_model;"
+        "assert dfqvit.__file__.startswith(sys.path[0]), dfqvit.__file__;"
+        "q = dfqvit.quantize(load_model('demo'), 4, calib='noise', samples=2);"
+        "print(tuple(q(torch.zeros(1, 1, 28, 28)).shape), dfqvit.kernels.backends()['fake_quantize']['cpu'])"
+    )
+    found = python("-I", "-c", code)
+    assert found.startswith("(1, 10) the compiled module dfqvit._C is not built")
+
+
+@pytest.mark.parametrize(("name", "least"), [("demo", 91.0), ("demo-swin", 90.0)])
+def test_embedded_models_reach_their_accuracy(name, least):
+    """On all 10,000 test images of Fashion-MNIST, in float32."""
+    from dfqvit.data import batches, open_images
+    from dfqvit.evaluation import evaluate
+    from dfqvit.models import Preprocessing
+
+    model = load_model(name)
+    images = open_images(demo.TEST_IMAGES, Preprocessing.of(model))
+    assert len(images) == 10_000
+    assert evaluate(model, batches(images, 500)).top1 >= least
+
+
+def test_assets_are_small():
+    assert all(path.stat().st_size < 8e6 for path in demo.ASSETS.iterdir())
