@@ -56,16 +56,16 @@ class Units {
   template <typename T>
   void normalise(const T* x, int64_t row) {
     float* unit = unit_.mutable_data_ptr<float>() + row * stride_;
-    double squares = 0.0;
-    for (int64_t d = 0; d < depth_; ++d) {
-      const float value = static_cast<float>(x[d]);
-      unit[d] = value;
-      squares += static_cast<double>(value) * value;
+    for (int64_t d = 0; d < depth_; ++d) unit[d] = static_cast<float>(x[d]);
+    for (int64_t d = depth_; d < stride_; ++d) unit[d] = 0.0f;
+    double part[8] = {};  // so that the additions need not wait for each other
+    for (int64_t d = 0; d < stride_; d += 8) {
+      for (int l = 0; l < 8; ++l) part[l] += static_cast<double>(unit[d + l]) * unit[d + l];
     }
+    const double squares = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
     const double norm = std::sqrt(squares);
     const double inverse = 1.0 / std::max(norm, kNormFloor);
     for (int64_t d = 0; d < depth_; ++d) unit[d] = static_cast<float>(unit[d] * inverse);
-    for (int64_t d = depth_; d < stride_; ++d) unit[d] = 0.0f;
     inverse_[row] = inverse;
     // NaN and Inf (where the check of inputs is off) end up here, and through the diagonal in every result.
     diagonal_[row] = norm >= kNormFloor && std::isfinite(norm) ? 1.0f : static_cast<float>(squares * inverse * inverse);
@@ -77,8 +77,8 @@ class Units {
   std::vector<double> inverse_;
 };
 
-// Runs work(item, scratch) for every item, on all threads, the next item to whoever is free. `gradient` floats of
-// scratch.lanes' kind come with each thread as a third argument.
+// Runs work(item, scratch) for every item, on all threads, the next item to whoever is free. Each thread has `gradient`
+// floats of its own, the third argument.
 template <typename Work>
 void for_each_item(int64_t items, const Units& units, int64_t points, int64_t gradient, const Work& work) {
   std::atomic<int64_t> next{0};
