@@ -21,9 +21,9 @@ from pathlib import Path
 import runner
 import torch
 import torch.nn.functional as F
-from dfqvit.kernels.patch_similarity_entropy import op
 
 from dfqvit import kernels
+from dfqvit.kernels.patch_similarity_entropy import op
 
 POINTS, BANDWIDTH = 10, 0.01
 # L, B, N, D

@@ -90,7 +90,7 @@ def test_total_variation_against_numpy(seed):
 
 def test_tv_gradient_is_psaq_vits_at_its_batch_and_size(seed):
     """PSAQ-ViT: |norm over the batch of 32 - target|. With equal images both losses and gradients are the same."""
-    one = torch.randn(1, 3, 224, 224)
+    one = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     images = one.repeat(32, 1, 1, 1).requires_grad_()
     diffs = (
         images[:, :, :, :-1] - images[:, :, :, 1:],
@@ -100,10 +100,10 @@ def test_tv_gradient_is_psaq_vits_at_its_batch_and_size(seed):
     )
     target = 2750.0
     theirs = (sum(torch.norm(d) for d in diffs) - target).abs()
-    ours = tv_loss(images, torch.full((32,), 0.5))
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    ours = tv_loss(images, torch.full((32,), 0.5, dtype=torch.float64))
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     pair = [torch.autograd.grad(loss, images)[0] for loss in (ours, theirs)]
-    assert torch.allclose(*pair, rtol=1e-3, atol=1e-9)
+    assert torch.allclose(*pair, rtol=1e-6, atol=1e-12)
 
 
 def test_same_seed_same_bits_other_seed_other_images(model):
@@ -119,6 +119,21 @@ def test_start_of_an_image_does_not_depend_on_how_many_there_are(model):
     assert torch.equal(few.images, many.images[:2])
     assert torch.equal(few._draws, many._draws[:, :2])
     assert torch.equal(few.labels, many.labels[:2])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_micro_batches_change_nothing_but_rounding(model, batch_size):
+    """The range of similarities is the whole batch's, whatever the parts."""
+    config, preprocessing = {"samples": 5, "iters": 3, "seed": 4}, Preprocessing.of(model)
+    reports = []
+    for size in (5, batch_size):
+        run = Synthesis(model, SynthesisConfig(batch_size=size, **config), preprocessing)
+        reports.append([])
+        run.run(reports[-1].append)
+    for whole, parts in zip(*reports, strict=True):
+        assert parts.entropy == pytest.approx(whole.entropy, rel=1e-3)
+        assert parts.onehot == pytest.approx(whole.onehot, rel=1e-3)
+        assert parts.tv == pytest.approx(whole.tv, rel=1e-3)
 
 
 def test_pixels_are_valid_and_the_model_is_left_as_it_was(model):
@@ -191,6 +206,7 @@ def test_frames_show_the_curriculum(model):
         ({"crop_lower": 0.0}, "crop bounds were 0.0 and 1.0"),
         ({"crop_lower": 0.5, "crop_upper": 0.4}, "crop bounds were 0.5 and 0.4"),
         ({"learning_rate": 0.0}, "learning_rate was 0.0"),
+        ({"batch_size": 0}, "batch_size was 0; it must be at least 1"),
         ({"compat": "x"}, "compat was 'x'"),
         ({"lerning_rate": 0.1}, "synthesize has no setting 'lerning_rate'"),
     ],

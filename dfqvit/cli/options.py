@@ -49,6 +49,9 @@ def synthesis_options(command: Command) -> Command:
         click.option(
             "--schedule", type=click.Choice(["e2h", "fixed", "hard-to-easy"]), default="e2h", show_default=True
         ),
+        click.option(
+            "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images in one forward pass."
+        ),
         click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of synthesis."),
         click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images."),
     ):

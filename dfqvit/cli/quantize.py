@@ -56,7 +56,9 @@ def command(**options: Any) -> None:
     check_settings(**bits)
     correction = _correction(options)
     calib, resume, seed = options.pop("calib"), options.pop("resume"), options.pop("seed")
-    settings = {key: options.pop(key) for key in ("samples", "iters", "schedule", "crop_lower", "crop_upper")}
+    settings = {
+        key: options.pop(key) for key in ("samples", "iters", "schedule", "crop_lower", "crop_upper", "batch_size")
+    }
     config = SynthesisConfig(seed=seed, **settings)
     model, preprocessing = open_model(**options)
     started = time.perf_counter()

@@ -31,7 +31,10 @@ def command(**options: Any) -> None:
     """
     out, as_json = options.pop("out"), options.pop("as_json")
     refuse_existing(out / SAMPLES, options.pop("force"))
-    settings = {key: options.pop(key) for key in ("samples", "iters", "seed", "schedule", "crop_lower", "crop_upper")}
+    settings = {
+        key: options.pop(key)
+        for key in ("samples", "iters", "seed", "schedule", "crop_lower", "crop_upper", "batch_size")
+    }
     resume = options.pop("resume")
     config = SynthesisConfig(**settings)
     model, preprocessing = open_model(**options)

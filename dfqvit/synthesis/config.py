@@ -27,10 +27,13 @@ class SynthesisConfig:
     jitter: float = 30 / 224  # greatest circular shift, as a share of the side
     points: int = 10
     bandwidth: float = 0.01
+    batch_size: int = (
+        32  # images in one forward pass; more samples are processed in parts, with the whole batch's range
+    )
     compat: str = ""  # "psaq": drop the first patch of every Swin window, as PSAQ-ViT's code does
 
     def __post_init__(self) -> None:
-        for name in ("samples", "iters"):
+        for name in ("samples", "iters", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} was {getattr(self, name)}; it must be at least 1")
         if self.schedule not in SCHEDULES:

@@ -16,13 +16,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ..adapters import find_adapter
+from ..adapters import Features, find_adapter
 from ..errors import DfqvitError, UsageError
 from ..files import atomic
 from ..models import Preprocessing, check_finite
 from .config import SynthesisConfig
 from .curriculum import DRAWS, crop_ratio, crop_shift_flip
-from .losses import entropy_loss, onehot_loss, tv_loss
+from .losses import entropy_loss, onehot_loss, similarity_ranges, tv_loss, union
 
 _BETAS = (0.5, 0.9)
 _FRAME_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # when the pictures of the curriculum are taken
@@ -108,19 +108,38 @@ class Synthesis:
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         ratio = crop_ratio(config.schedule, self.step, config.iters, config.crop_lower, config.crop_upper)
-        self.images.requires_grad_(True)
-        views = crop_shift_flip(self.images, self._draws[self.step], ratio, config.jitter)
-        with self.adapter.capture() as features:
-            logits = self.model(views)
-        entropy = config.entropy_weight * entropy_loss(features, config.points, config.bandwidth)
-        onehot = config.onehot_weight * onehot_loss(logits, self.labels)
-        tv = config.tv_weight * tv_loss(self.images, self._tv_target)
-        (self.images.grad,) = torch.autograd.grad(entropy + onehot + tv, self.images)
-        self.images.requires_grad_(False)
+        parts = torch.arange(config.samples, device=self.device).split(config.batch_size)
+        ranges = None if len(parts) == 1 else union([self._ranges(part, ratio) for part in parts])
+        terms, gradients = torch.zeros(3, device=self.device), []
+        for part in parts:
+            images = self.images[part].requires_grad_(True)
+            features, logits = self._forward(images, part, ratio)
+            losses = torch.stack(
+                [
+                    config.entropy_weight * entropy_loss(features, config.points, config.bandwidth, ranges),
+                    config.onehot_weight * onehot_loss(logits, self.labels[part]),
+                    config.tv_weight * tv_loss(images, self._tv_target[part]),
+                ]
+            ) * (len(part) / config.samples)
+            gradients.append(torch.autograd.grad(losses.sum(), images)[0])
+            terms += losses.detach()
+        self.images.grad = torch.cat(gradients)
         self._optimizer.step()
         torch.clamp(self.images, self.low, self.high, out=self.images)
         self.step += 1
-        return Progress(self.step, entropy.item(), onehot.item(), tv.item(), ratio)
+        entropy, onehot, tv = terms.tolist()
+        return Progress(self.step, entropy, onehot, tv, ratio)
+
+    def _forward(self, images: torch.Tensor, part: torch.Tensor, ratio: float) -> tuple[Features, torch.Tensor]:
+        """(features, logits) of this step's crops of some of the images."""
+        views = crop_shift_flip(images, self._draws[self.step, part], ratio, self.config.jitter)
+        with self.adapter.capture() as features:
+            logits = self.model(views)
+        return features, logits
+
+    @torch.no_grad()
+    def _ranges(self, part: torch.Tensor, ratio: float) -> list[torch.Tensor]:
+        return similarity_ranges(self._forward(self.images[part], part, ratio)[0])
 
     def _learning_rate(self) -> float:
         """Linear warm-up, then half a cosine to zero."""

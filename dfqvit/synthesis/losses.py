@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from ..adapters import Features
-from ..kernels import patch_similarity_entropy
+from ..kernels import patch_similarity_entropy, similarity_range
 
 _TV_BATCH = 32  # PSAQ-ViT's target is for the norm over a batch of 32 images of 3 x 224 x 224
 _TV_TARGET = (2500.0, 3000.0)
 _TV_VALUES = 3 * 224 * 224
 
 
-def entropy_loss(features: Features, points: int, bandwidth: float) -> torch.Tensor:
-    """Minus the patch-similarity entropy, averaged over the batch and summed over the layers; a scalar."""
-    layers = [
-        patch_similarity_entropy(tensor, points, bandwidth, windows=windows).mean(dim=1).sum()
-        for tensor, windows in features.stacked()
-    ]
+def entropy_loss(
+    features: Features, points: int, bandwidth: float, ranges: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Minus the patch-similarity entropy, averaged over the batch and summed over the layers; a scalar.
+
+    `ranges`, one for each stack of features, are the ends of the similarities when these features are part of a batch.
+    """
+    layers = []
+    for index, (tensor, windows) in enumerate(features.stacked()):
+        ends = None if ranges is None else ranges[index]
+        entropy = patch_similarity_entropy(tensor, points, bandwidth, windows=windows, value_range=ends)
+        layers.append(entropy.mean(dim=1).sum())
     return -torch.stack(layers).sum()
+
+
+def similarity_ranges(features: Features) -> list[torch.Tensor]:
+    """[L, 2] for each stack of features: least and greatest similarity."""
+    return [similarity_range(tensor) for tensor, _ in features.stacked()]
+
+
+def union(ranges: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The ranges of a batch from those of its parts."""
+    ends = [torch.stack(parts) for parts in zip(*ranges, strict=True)]
+    return [torch.stack([part[..., 0].amin(0), part[..., 1].amax(0)], dim=-1) for part in ends]
 
 
 def onehot_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
