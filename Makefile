@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
-CLANG_FILES := $(filter %.cpp %.cu %.h,$(NATIVE))
+CLANG_FILES := $(filter %.cpp %.cu %.cuh %.h,$(NATIVE))
 OUT ?= out
 
 .PHONY: setup demo test lint bench gpu-check wheel clean
@@ -31,7 +31,8 @@ test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: setup
-	$(BIN)/python -m benchmarks.fake_quantize --out $(OUT)/bench
+	for name in fake_quantize patch_similarity_entropy synthesis; do \
+	  $(BIN)/python benchmarks/$$name.py --out $(OUT)/bench/$$name.jsonl || exit 1; done
 
 # On a machine with a GPU: builds, runs the GPU tests and benchmarks, writes JSON under OUT. Uses that machine's own Python.
 gpu-check:

@@ -1,0 +1,79 @@
+"""One step of synthesis against the model alone, and against the same step with the eager entropy.
+
+model      the float model's forward and backward to the pixels, one-hot loss only
+fused      a whole step of `dfqvit.synthesize`: crop, model, entropy, total variation, Adam
+reference  the same with the entropy in plain torch (the Gram-matrix formula, one point at a time)
+
+python benchmarks/synthesis.py [--device cpu|cuda] [--models NAME ...] [--samples N] [--out FILE.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import runner
+import timm
+import torch
+import torch.nn.functional as F
+
+from dfqvit import kernels
+from dfqvit.models import Preprocessing
+from dfqvit.synthesis import Synthesis, SynthesisConfig
+
+MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "swin_tiny_patch4_window7_224"]
+
+
+def model_alone(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    leaf = images.clone().requires_grad_()
+
+    def step() -> None:
+        torch.autograd.grad(F.cross_entropy(model(leaf), labels), leaf)
+
+    return step
+
+
+def whole_step(run: Synthesis, backend: str | None) -> Callable[[], None]:
+    def step() -> None:
+        run.step = run.config.iters // 2
+        with kernels.use_backend(backend, "patch_similarity_entropy"), kernels.use_backend(backend, "similarity_range"):
+            run._advance()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--models", nargs="+", default=MODELS[:1])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=40.0, help="time for each model")
+    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
+    args = parser.parse_args()
+    writer = runner.Writer("synthesis", args.device, args.out)
+    for name in args.models:
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval().requires_grad_(False).to(args.device)
+        run = Synthesis(model, SynthesisConfig(samples=args.samples, iters=10), Preprocessing.of(model))
+        variants = {
+            "model": model_alone(model, run.images, run.labels),
+            "fused": whole_step(run, None),
+            "reference": whole_step(run, "reference"),
+        }
+        timings = runner.interleave(variants, args.device, args.seconds)
+        for variant, timing in timings.items():
+            writer.add(
+                model=name,
+                samples=args.samples,
+                variant=variant,
+                **timing.row(),
+                times_model=timing.median / timings["model"].median,
+            )
+    print(json.dumps(writer.common))
+    print(writer.table(["model", "samples", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "times_model"]))
+
+
+if __name__ == "__main__":
+    main()
