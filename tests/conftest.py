@@ -90,7 +90,7 @@ MODELS = {"vit": small_vit, "distilled": small_distilled, "swin": small_swin}
 def _lively(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
-            spread = 0.3 / max(parameter.shape[-1], 1) ** 0.5 * 3 if parameter.dim() > 1 else 0.1
+            spread = 0.5 / max(parameter.shape[-1], 1) ** 0.5 if parameter.dim() > 1 else 0.1
             parameter.add_(torch.randn_like(parameter) * spread)
     return model.eval()
 

@@ -26,7 +26,7 @@ def quant_linear(
     w_bits: int,
     activation: str,
 ) -> torch.Tensor:
-    """The formula of `op.quant_linear`. Integers are summed in float64, exact below 2^53, on every device."""
+    """The formula of `op.quant_linear`. The integers are summed in a float type wide enough to be exact, on every device."""
     qx = _straight_through(x.to(x_scale.dtype) / x_scale, x_zero, 0, (1 << a_bits) - 1)
     if weight.dtype == torch.uint8:
         qw = unpack_weight(weight, w_bits, x.shape[-1]).to(x_scale.dtype)
@@ -34,7 +34,10 @@ def quant_linear(
         half = 1 << (w_bits - 1)
         ratio = weight.to(x_scale.dtype) / w_scale.reshape(-1, 1)
         qw = _straight_through(ratio, torch.zeros_like(x_zero), -half, half - 1)
-    total = qx.double() @ qw.double().t() - x_zero.double() * qw.double().sum(1)
+    largest = x.shape[-1] * ((1 << a_bits) - 1) << (w_bits - 1)
+    exact = torch.float32 if largest < 1 << 24 and x_scale.dtype == torch.float32 else torch.float64
+    qx, qw = qx.to(exact), qw.to(exact)
+    total = qx @ qw.t() - x_zero.to(exact) * qw.sum(1)
     y = (x_scale * w_scale) * total.to(x_scale.dtype)
     if bias is not None:
         y = y + bias
