@@ -174,7 +174,10 @@ def train(options: argparse.Namespace) -> None:
             safetensors.torch.save_file({"logits": taught}, cache)
     print(f"{options.model}:")
     model = timm.create_model(NAMES[options.model])
-    initialise(model)
+    if options.init:
+        model.load_state_dict(safetensors.torch.load_file(options.init))
+    else:
+        initialise(model)
     best, top1 = fit(model, (train_images, train_labels, taught), test, options, options.epochs)
     weights = {key: value.contiguous() for key, value in best.state_dict().items()}
     metadata = {"dataset": "Fashion-MNIST", "top1": f"{top1:.2f}", "epochs": str(options.epochs)}
@@ -192,6 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of the idx files (default: Debian's)")
     parser.add_argument("--teacher", help="file that keeps the teacher's logits for the next run")
+    parser.add_argument("--init", type=Path, help="go on from these weights, with a schedule of --epochs of its own")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
