@@ -1,4 +1,4 @@
-"""The embedded models: a small DeiT-like ViT (`demo`) and a small Swin (`demo-swin`), trained by this project on Fashion-MNIST.
+"""The embedded models: a small DeiT-like ViT (`demo`) and a small Swin (`demo-swin`), trained on Fashion-MNIST.
 
 They are ordinary timm models, registered under `dfqvit_demo_vit` and `dfqvit_demo_swin`, so that every command that takes a timm
 name takes them too. `scripts/train_demo.py` trains them; the weights and the test images ship in `dfqvit/assets`.
