@@ -39,11 +39,11 @@ def test_float_model(deit):
 @pytest.mark.parametrize(("w_bits", "least"), [(8, 74), (4, 66)])
 def test_real_images_keep_the_accuracy(deit, w_bits, least):
     model, batches, calib = deit
-    qmodel = dfqvit.quantize(model, w_bits, calib=calib, placement="psaq", acm="none")
+    qmodel = dfqvit.quantize(model, w_bits, calib=calib, placement="psaq", quantizer="minmax", acm="none")
     assert evaluate(qmodel, batches).top1 >= least
 
 
 def test_noise_loses_it(deit):
     model, batches, _ = deit
-    qmodel = dfqvit.quantize(model, 8, calib="noise", samples=32, placement="psaq", acm="none")
+    qmodel = dfqvit.quantize(model, 8, calib="noise", samples=32, placement="psaq", quantizer="minmax", acm="none")
     assert evaluate(qmodel, batches).top1 <= 20

@@ -215,13 +215,13 @@ def test_demo_on_a_few_images(run, tmp_path):
 
 def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(tmp_path):
     """A real process and a real signal."""
-    arguments = ["quantize", "demo", "--samples", "2", "--iters", "60"]
+    arguments = ["quantize", "demo", "--samples", "2", "--iters", "600"]
     program = [sys.executable, "-m", "dfqvit", *arguments]
     process = subprocess.Popen([*program, "--out", tmp_path / "a"], stderr=subprocess.PIPE, text=True)
     seen = ""
     while "crop=" not in seen:  # the first steps are done
         seen += process.stderr.read(1)
-    time.sleep(0.3)
+    time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 1

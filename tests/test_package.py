@@ -16,6 +16,10 @@ from dfqvit.models import load_model
 ROOT = Path(__file__).parent.parent
 
 
+# This environment's own editable install would serve what the installation under test lacks.
+ALONE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()];"
+
+
 def python(*arguments, cwd=None, **environment):
     result = subprocess.run(
         [sys.executable, *arguments],
@@ -41,7 +45,7 @@ def test_a_source_tree_works_without_installation(tmp_path):
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "assets", "__pycache__")
         )
     code = "import dfqvit.kernels as k; print(k.__file__); print(k.backends()['fake_quantize']['cpu'])"
-    place, reason = python("-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}").split("\n")
+    place, reason = python("-I", "-c", ALONE + f"sys.path.insert(0, {str(tmp_path)!r}); {code}").split("\n")
     assert place == str(tmp_path / "kernels" / "__init__.py")
     assert "is not built" in reason
 
@@ -65,8 +69,8 @@ def test_installs_without_compiling_and_still_works(tmp_path):
     )
     python(*command, ".", cwd=tree, DFQVIT_BUILD="0")
     code = (
-        "import warnings; warnings.simplefilter('ignore');"
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r});"
+        f"{ALONE} import warnings; warnings.simplefilter('ignore');"
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r});"
         "import torch, dfqvit, dfqvit.kernels; from dfqvit.models import load_model;"
         "assert dfqvit.__file__.startswith(sys.path[0]), dfqvit.__file__;"
         "q = dfqvit.quantize(load_model('demo'), 4, calib='noise', samples=2);"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfqvit.errors import DfqvitError, UsageError
-from dfqvit.quantizers import ActivationQuantizer, affine_parameters, check_rule, minmax_weight_scale
+from dfqvit.quantizers import ActivationQuantizer, affine_parameters, check_rule, minmax_weight_scale, mse_weight_scale
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -17,6 +17,21 @@ def test_weight_scale_is_max_over_half_the_range(seed, bits):
         assert found[channel].item() == pytest.approx(
             max(abs(v) for v in weight[channel].flatten().tolist()) / ((2**bits - 1) / 2)
         )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mse_scale_is_the_best_of_its_grid_for_every_channel(seed, bits):
+    weight = torch.randn(4, 60) ** 3
+    found, half = mse_weight_scale(weight, bits), 1 << (bits - 1)
+
+    def error(row, scale):
+        return sum((max(-half, min(half - 1, round(v / scale))) * scale - v) ** 2 for v in row)
+
+    for channel in range(4):
+        row, widest = weight[channel].tolist(), minmax_weight_scale(weight, bits)[channel].item()
+        least = min(error(row, widest * (0.3 + 0.02 * step)) for step in range(41))
+        assert error(row, found[channel].item()) == pytest.approx(least, rel=1e-2)
+        assert error(row, found[channel].item()) <= error(row, widest) * 1.01
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -55,5 +70,5 @@ def test_errors():
     quantizer(torch.tensor([1.0, float("inf")]))
     with pytest.raises(DfqvitError, match="an activation held NaN or Inf"):
         quantizer.freeze()
-    with pytest.raises(UsageError, match="quantizer was 'mse'; it may be 'minmax'"):
-        check_rule("mse")
+    with pytest.raises(UsageError, match="quantizer was 'gptq'; it may be 'minmax', 'mse'"):
+        check_rule("gptq")

@@ -31,7 +31,12 @@ FILE = "model.safetensors"
 @click.option("--w-bits", type=int, default=4, show_default=True, help="Bits of the weights, 2 to 8.")
 @click.option("--a-bits", type=int, default=8, show_default=True, help="Bits of the activations, 2 to 8.")
 @click.option("--placement", type=click.Choice(["gemm", "psaq"]), default="gemm", show_default=True)
-@click.option("--quantizer", type=click.Choice(["minmax"]), default="minmax", show_default=True)
+@click.option("--quantizer", type=click.Choice(["mse", "minmax"]), default="mse", show_default=True)
+@click.option(
+    "--first-last-bits",
+    type=int,
+    help="Bits of the first and last layers; default at least 6 (gemm) or as --w-bits (psaq).",
+)
 @click.option(
     "--calib",
     default="synthetic",
@@ -52,7 +57,7 @@ def command(**options: Any) -> None:
     """Quantize MODEL without data and save it as DIR/model.safetensors, with pictures of the synthetic images."""
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
-    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer")}
+    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "first_last_bits")}
     check_settings(**bits)
     correction = _correction(options)
     calib, resume, seed = options.pop("calib"), options.pop("resume"), options.pop("seed")
