@@ -29,7 +29,7 @@ class QuantizationRecord:
     a_bits: int
     placement: str
     quantizer: str
-    first_last_bits: int
+    patch_bits: int
     calibration: str  # "synthetic", "noise" or "images"
     samples: int
     acm: str = "none"
@@ -64,7 +64,7 @@ def quantize(
     calib: str | torch.Tensor = "synthetic",
     placement: str = "gemm",
     quantizer: str = "mse",
-    first_last_bits: int | None = None,
+    patch_bits: int | None = None,
     acm: str = "sequential",
     acm_blocks: Sequence[int] | None = (-1,),
     acm_top: int | None = None,
@@ -88,7 +88,7 @@ def quantize(
             attention scores, both residual sums and the embeddings, exactly where PSAQ-ViT does.
         quantizer: the rule for scales: "mse" searches those of the weights for the least squared error, "minmax" is the
             baseline of the literature.
-        first_last_bits: weights of the patch projection and of the classifier; default at least 6 with "gemm", w_bits with "psaq".
+        patch_bits: bits of the patch projection's weights; default 8 with "gemm", w_bits with "psaq".
         acm: "sequential", "independent" or "none"; see `correction.add_corrections`.
         acm_blocks: which blocks are corrected; the default, the last one, is the choice that carries over from synthetic
             to real images (docs/accuracy.md). None leaves it to gamma.
@@ -107,14 +107,14 @@ def quantize(
 
     Source: DFQ-ViT, arXiv 2507.14481.
     """
-    first_last_bits = check_settings(w_bits, a_bits, placement, quantizer, first_last_bits)
+    patch_bits = check_settings(w_bits, a_bits, placement, quantizer, patch_bits)
     spec = ModelSpec.of(model, model_kwargs)
     preprocessing = preprocessing or Preprocessing.of(model)
     if acm not in MODES:
         raise UsageError(f"acm was '{acm}'; it may be {', '.join(map(repr, MODES))}")
     if acm_top is not None:
         acm_blocks = None
-    qmodel = convert(model, w_bits, a_bits, placement, quantizer, first_last_bits)
+    qmodel = convert(model, w_bits, a_bits, placement, quantizer, patch_bits)
     choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
     images, how = calibration_images(
         model, calib, samples=samples, iters=iters, seed=seed, preprocessing=preprocessing, report=report, **synthesis
@@ -130,7 +130,7 @@ def quantize(
         a_bits=a_bits,
         placement=placement,
         quantizer=quantizer,
-        first_last_bits=first_last_bits,
+        patch_bits=patch_bits,
         calibration=how,
         samples=len(images),
         acm=acm,

@@ -17,21 +17,21 @@ from .quantizers import ActivationQuantizer, check_rule
 BATCH = 32  # images in one forward pass of calibration; ranges do not depend on it
 
 
-def check_settings(w_bits: int, a_bits: int, placement: str, quantizer: str, first_last_bits: int | None = None) -> int:
-    """The bits of the first and last layers; UsageError that names the setting which does not fit.
+def check_settings(w_bits: int, a_bits: int, placement: str, quantizer: str, patch_bits: int | None = None) -> int:
+    """The bits of the patch projection's weights; UsageError that names the setting which does not fit.
 
-    By default those are at least 6 with "gemm" (two layers, a few per cent of the weights, and at 4 bits much of the loss),
-    and `w_bits` with "psaq", which is the literature's.
+    By default those are 8 with "gemm" (one small layer, and at 4 bits most of the loss), and `w_bits` with "psaq", which is
+    the literature's.
     """
-    if first_last_bits is None:
-        first_last_bits = max(w_bits, 6) if placement == "gemm" else w_bits
-    for name, bits in (("w_bits", w_bits), ("a_bits", a_bits), ("first_last_bits", first_last_bits)):
+    if patch_bits is None:
+        patch_bits = 8 if placement == "gemm" else w_bits
+    for name, bits in (("w_bits", w_bits), ("a_bits", a_bits), ("patch_bits", patch_bits)):
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
             raise UsageError(f"{name} was {bits!r}; it may be a whole number from 2 to 8")
     if placement not in PLACEMENTS:
         raise UsageError(f"placement was '{placement}'; it may be {', '.join(map(repr, PLACEMENTS))}")
     check_rule(quantizer)
-    return first_last_bits
+    return patch_bits
 
 
 def convert(
@@ -40,7 +40,7 @@ def convert(
     a_bits: int,
     placement: str = "gemm",
     quantizer: str = "minmax",
-    first_last_bits: int | None = None,
+    patch_bits: int | None = None,
 ) -> nn.Module:
     """A copy of `model` with quantized layers that still compute in float and observe ranges; `calibrate` comes next.
 
@@ -48,10 +48,10 @@ def convert(
         UsageError: a setting or the model does not fit.
         DfqvitError: NaN or Inf in the weights.
     """
-    first_last_bits = check_settings(w_bits, a_bits, placement, quantizer, first_last_bits)
+    patch_bits = check_settings(w_bits, a_bits, placement, quantizer, patch_bits)
     check_finite(model)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
-    find_adapter(qmodel).convert(w_bits, a_bits, placement, quantizer, first_last_bits)
+    find_adapter(qmodel).convert(w_bits, a_bits, placement, quantizer, patch_bits)
     return qmodel.to(next(model.parameters()).device)
 
 

@@ -67,7 +67,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     try:
         model = record.spec.build()
         adapter = find_adapter(model)
-        adapter.convert(record.w_bits, record.a_bits, record.placement, record.quantizer, record.first_last_bits)
+        adapter.convert(record.w_bits, record.a_bits, record.placement, record.quantizer, record.patch_bits)
         freeze(model, allocate_only=True)
         for index in record.acm_blocks:
             adapter.set_acm(index, torch.zeros((), dtype=STORED))
@@ -116,7 +116,7 @@ def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]
 def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
     try:
         record = QuantizationRecord.from_dict(header["record"])
-        check_settings(record.w_bits, record.a_bits, record.placement, record.quantizer, record.first_last_bits)
+        check_settings(record.w_bits, record.a_bits, record.placement, record.quantizer, record.patch_bits)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DfqvitError(f"'{path}' has a damaged dfqvit header: {error}") from error
     name = record.spec.architecture

@@ -123,14 +123,12 @@ def test_every_linear_layer_and_the_patch_projection_are_replaced(variant):
     assert sum(isinstance(module, QuantLinear) for module in qmodel.modules()) == wanted
 
 
-@pytest.mark.parametrize(("placement", "given", "expected"), [("gemm", None, 6), ("psaq", None, 3), ("gemm", 5, 5)])
-def test_first_and_last_layers_have_their_own_bits(variant, placement, given, expected):
-    qmodel = convert(variant, 3, 8, placement, first_last_bits=given)
+@pytest.mark.parametrize(("placement", "given", "expected"), [("gemm", None, 8), ("psaq", None, 3), ("gemm", 5, 5)])
+def test_patch_projection_has_its_own_bits(variant, placement, given, expected):
+    qmodel = convert(variant, 3, 8, placement, patch_bits=given)
     found = {name: module.w_bits for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)}
-    ends = {name for name in found if name.startswith(("head", "patch_embed"))}
-    assert len(ends) >= 2
-    assert {found[name] for name in ends} == {expected}
-    assert {bits for name, bits in found.items() if name not in ends} == {3}
+    assert found.pop("patch_embed.proj") == expected
+    assert set(found.values()) == {3}
 
 
 def test_psaq_sites_are_where_psaq_vit_has_them():

@@ -41,8 +41,6 @@ class Adapter(abc.ABC):
     `compat="psaq"` makes features as PSAQ-ViT's own code does where that differs (Swin).
     """
 
-    classifiers: tuple[str, ...]  # names of the layers that give the logits
-
     def __init__(self, model: nn.Module, compat: str = "") -> None:
         self.model: Any = model
         self.compat = compat
@@ -68,19 +66,16 @@ class Adapter(abc.ABC):
     def feature_of(self, attention: Any, output: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(features [B * windows, N, D], windows) from an attention layer's `softmax(QK^T)V` of shape [B', N', heads * D]."""
 
-    def convert(self, w_bits: int, a_bits: int, placement: str, quantizer: str, first_last_bits: int) -> None:
+    def convert(self, w_bits: int, a_bits: int, placement: str, quantizer: str, patch_bits: int) -> None:
         """Replaces every linear layer and the patch projection by quantized ones, in place, and adds the placement's sites.
 
-        The patch projection and the classifiers take `first_last_bits` in place of `w_bits`.
+        The weights of the patch projection take `patch_bits` in place of `w_bits`.
         """
         for name, module in list(self.model.named_modules()):
             if type(module) is nn.Linear:
-                bits = first_last_bits if name in self.classifiers else w_bits
-                self._replace(name, QuantLinear.from_float(module, bits, a_bits, quantizer))
+                self._replace(name, QuantLinear.from_float(module, w_bits, a_bits, quantizer))
         projection = self.model.patch_embed.proj
-        self._replace(
-            "patch_embed.proj", QuantPatchProjection.from_conv(projection, first_last_bits, a_bits, quantizer)
-        )
+        self._replace("patch_embed.proj", QuantPatchProjection.from_conv(projection, patch_bits, a_bits, quantizer))
         if placement == "psaq":
             self.add_psaq_sites(a_bits, quantizer)
 

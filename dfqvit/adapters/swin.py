@@ -19,8 +19,6 @@ from .constants import quantize_constant_
 class SwinAdapter(Adapter):
     """timm's SwinTransformer."""
 
-    classifiers = ("head.fc",)
-
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
         """Whether `model` is a SwinTransformer (the first version)."""

@@ -19,8 +19,6 @@ from .constants import quantize_constant_
 class VitAdapter(Adapter):
     """timm's VisionTransformer and VisionTransformerDistilled."""
 
-    classifiers = ("head", "head_dist")
-
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
         """Whether `model` is a VisionTransformer."""

@@ -33,7 +33,7 @@ FILE = "model.safetensors"
 @click.option("--placement", type=click.Choice(["gemm", "psaq"]), default="gemm", show_default=True)
 @click.option("--quantizer", type=click.Choice(["mse", "minmax"]), default="mse", show_default=True)
 @click.option(
-    "--first-last-bits",
+    "--patch-bits",
     type=int,
     help="Bits of the first and last layers; default at least 6 (gemm) or as --w-bits (psaq).",
 )
@@ -57,7 +57,7 @@ def command(**options: Any) -> None:
     """Quantize MODEL without data and save it as DIR/model.safetensors, with pictures of the synthetic images."""
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
-    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "first_last_bits")}
+    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "patch_bits")}
     check_settings(**bits)
     correction = _correction(options)
     calib, resume, seed = options.pop("calib"), options.pop("resume"), options.pop("seed")
