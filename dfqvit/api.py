@@ -16,7 +16,7 @@ from .errors import UsageError
 from .models import ModelSpec, Preprocessing
 from .synthesis import Progress, synthesize
 
-CALIBRATIONS = ("synthetic", "noise")
+LAST_BLOCK = (-1,)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def quantize(
     placement: str = "gemm",
     quantizer: str = "mse",
     patch_bits: int | None = None,
-    acm: str = "sequential",
-    acm_blocks: Sequence[int] | None = (-1,),
+    acm: str = "auto",
+    acm_blocks: Sequence[int] | None = LAST_BLOCK,
     acm_top: int | None = None,
     preprocessing: Preprocessing | None = None,
     model_kwargs: dict[str, Any] | None = None,
@@ -89,9 +89,9 @@ def quantize(
         quantizer: the rule for scales: "mse" searches those of the weights for the least squared error, "minmax" is the
             baseline of the literature.
         patch_bits: bits of the patch projection's weights; default 8 with "gemm", w_bits with "psaq".
-        acm: "sequential", "independent" or "none"; see `correction.add_corrections`.
-        acm_blocks: which blocks are corrected; the default, the last one, is the choice that carries over from synthetic
-            to real images (docs/accuracy.md). None leaves it to gamma.
+        acm: "sequential", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential" where blocks are
+            chosen explicitly or w_bits is at most 3, else "none": what was measured to help (docs/accuracy.md).
+        acm_blocks: which blocks are corrected; the default is the last one. None leaves it to gamma.
         acm_top: this many blocks of the greatest divergence instead.
         preprocessing: mean, std and input size; default the model's own.
         model_kwargs: what was given to timm.create_model, where the structure does not tell.
@@ -110,8 +110,11 @@ def quantize(
     patch_bits = check_settings(w_bits, a_bits, placement, quantizer, patch_bits)
     spec = ModelSpec.of(model, model_kwargs)
     preprocessing = preprocessing or Preprocessing.of(model)
+    if acm == "auto":
+        chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
+        acm = "sequential" if chosen or w_bits <= 3 else "none"
     if acm not in MODES:
-        raise UsageError(f"acm was '{acm}'; it may be {', '.join(map(repr, MODES))}")
+        raise UsageError(f"acm was '{acm}'; it may be 'auto', {', '.join(map(repr, MODES))}")
     if acm_top is not None:
         acm_blocks = None
     qmodel = convert(model, w_bits, a_bits, placement, quantizer, patch_bits)

@@ -45,7 +45,7 @@ FILE = "model.safetensors"
 )
 @synthesis_options
 @click.option(
-    "--acm", type=click.Choice(["sequential", "independent", "none"]), default="sequential", show_default=True
+    "--acm", type=click.Choice(["auto", "sequential", "independent", "none"]), default="auto", show_default=True
 )
 @click.option("--gamma", type=click.IntRange(1), help="Correct every gamma-th block, counted back from the last.")
 @click.option("--acm-blocks", help="Correct these blocks: comma-separated, -1 is the last. The default is -1.")
