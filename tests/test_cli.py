@@ -217,7 +217,12 @@ def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(tmp_path):
     """A real process and a real signal."""
     arguments = ["quantize", "demo", "--samples", "2", "--iters", "600"]
     program = [sys.executable, "-m", "dfqvit", *arguments]
-    process = subprocess.Popen([*program, "--out", tmp_path / "a"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*program, "--out", tmp_path / "a"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell's children ignore it
+    )
     seen = ""
     while "crop=" not in seen:  # the first steps are done
         seen += process.stderr.read(1)
