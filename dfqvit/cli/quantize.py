@@ -35,7 +35,7 @@ FILE = "model.safetensors"
 @click.option(
     "--patch-bits",
     type=int,
-    help="Bits of the first and last layers; default at least 6 (gemm) or as --w-bits (psaq).",
+    help="Bits of the patch projection; default 8 (gemm) or as --w-bits (psaq).",
 )
 @click.option(
     "--calib",
