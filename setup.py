@@ -24,6 +24,8 @@ CPU_SOURCES = [
     "csrc/cpu/isa.cpp",
     "csrc/cpu/fake_quantize.cpp",
     "csrc/cpu/patch_similarity_entropy.cpp",
+    "csrc/cpu/roll_resize.cpp",
+    "csrc/cpu/total_variation.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/fake_quantize.cu",

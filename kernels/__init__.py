@@ -4,6 +4,8 @@
     quant_linear               integer matrix product with bias, ACM and activation in the epilogue
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
     similarity_range           the range that its density is taken over, for batches processed in parts
+    roll_resize                crop, resize, flip and roll of images as one interpolation
+    total_variation            of images, without temporaries
     pack_weight, unpack_weight weights of 2 to 8 bits, packed
 
 This package never imports the method (`dfqvit.synthesis`, ...) and never imports timm.
@@ -14,6 +16,8 @@ from .fake_quantize import fake_quantize
 from .pack_weight import pack_weight, unpack_weight
 from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
 from .quant_linear import quant_linear
+from .roll_resize import roll_resize
+from .total_variation import total_variation
 
 __all__ = [
     "BackendError",
@@ -23,8 +27,10 @@ __all__ = [
     "pack_weight",
     "patch_similarity_entropy",
     "quant_linear",
+    "roll_resize",
     "set_backend",
     "similarity_range",
+    "total_variation",
     "unpack_weight",
     "use_backend",
 ]

@@ -13,7 +13,8 @@ from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.models import Preprocessing
 from dfqvit.synthesis import Synthesis, SynthesisConfig
 from dfqvit.synthesis.curriculum import DRAWS, crop_ratio, crop_shift_flip
-from dfqvit.synthesis.losses import total_variation, tv_loss
+from dfqvit.kernels import total_variation
+from dfqvit.synthesis.losses import tv_loss
 
 from .conftest import small_vit
 

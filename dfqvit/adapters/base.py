@@ -131,9 +131,26 @@ def _last_linear(block: Any) -> nn.Module | None:
     return getattr(getattr(block, "mlp", None), "fc2", None)
 
 
-def heads_mean(output: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, N, heads * D] to [B, N, D], the mean over heads."""
-    return output.unflatten(-1, (heads, -1)).mean(dim=-2)
+def heads_mean(output: torch.Tensor, heads: int, skip: int = 0) -> torch.Tensor:
+    """[B, N, heads * D] to [B, N - skip, D], the mean over heads without the first `skip` tokens."""
+    return _HeadsMean.apply(output, heads, skip)
+
+
+class _HeadsMean(torch.autograd.Function):
+    """Autograd's own backward writes the gradient four times (expand, divide, two slices); this one writes it once."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, heads: int, skip: int) -> torch.Tensor:
+        ctx.shape, ctx.heads, ctx.skip = output.shape, heads, skip
+        return output[:, skip:].unflatten(-1, (heads, -1)).mean(dim=-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        result = grad.new_empty(ctx.shape)
+        result[:, : ctx.skip] = 0
+        kept = result[:, ctx.skip :].unflatten(-1, (ctx.heads, -1))
+        kept.copy_((grad / ctx.heads).unsqueeze(-2).expand_as(kept))
+        return result, None, None
 
 
 def add_block_sites(block: Any, bits: int, quantizer: str) -> None:

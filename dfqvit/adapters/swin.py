@@ -30,8 +30,8 @@ class SwinAdapter(Adapter):
 
     def feature_of(self, attention: Any, output: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Every window is a set of vectors of its own. Swin has no class token; PSAQ-ViT drops the first vector all the same."""
-        features = heads_mean(output, attention.num_heads)
-        return features[:, 1:] if self.compat == "psaq" else features, self._windows[attention]
+        skip = 1 if self.compat == "psaq" else 0
+        return heads_mean(output, attention.num_heads, skip), self._windows[attention]
 
     @functools.cached_property
     def _windows(self) -> dict[nn.Module, int]:

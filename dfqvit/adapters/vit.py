@@ -34,7 +34,7 @@ class VitAdapter(Adapter):
             raise UsageError(
                 f"model has attention of class {type(attention).__name__}; synthesis needs timm's Attention"
             )
-        return heads_mean(output, attention.num_heads)[:, self.model.num_prefix_tokens :], 1
+        return heads_mean(output, attention.num_heads, self.model.num_prefix_tokens), 1
 
     def add_psaq_sites(self, bits: int, quantizer: str) -> None:
         """Patch tokens, tokens before and after the position embedding, every block, logits."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..adapters import Features
-from ..kernels import patch_similarity_entropy, similarity_range
+from ..kernels import patch_similarity_entropy, similarity_range, total_variation
 
 _TV_BATCH = 32  # PSAQ-ViT's target is for the norm over a batch of 32 images of 3 x 224 x 224
 _TV_TARGET = (2500.0, 3000.0)
@@ -45,15 +45,6 @@ def union(ranges: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
 def onehot_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy with the target classes, averaged over the batch; a scalar."""
     return F.cross_entropy(logits.float(), labels)
-
-
-def total_variation(images: torch.Tensor) -> torch.Tensor:
-    """[B]: the sum of the Euclidean norms of the differences of each pixel with its four forward neighbours."""
-    across = images[..., :, :-1] - images[..., :, 1:]
-    down = images[..., :-1, :] - images[..., 1:, :]
-    falling = images[..., 1:, :-1] - images[..., :-1, 1:]
-    rising = images[..., :-1, :-1] - images[..., 1:, 1:]
-    return torch.stack([d.flatten(1).norm(dim=1) for d in (across, down, falling, rising)]).sum(dim=0)
 
 
 def tv_loss(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
