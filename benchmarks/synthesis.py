@@ -2,7 +2,8 @@
 
 model      the float model's forward and backward to the pixels, one-hot loss only
 fused      a whole step of `dfqvit.synthesize`: crop, model, entropy, total variation, Adam
-reference  the same with the entropy in plain torch (the Gram-matrix formula, one point at a time)
+fused bfloat16  the same with the model in bfloat16 (autocast)
+reference  the same as "fused" with the entropy in plain torch (the Gram-matrix formula, one point at a time)
 
 python benchmarks/synthesis.py [--device cpu|cuda] [--models NAME ...] [--samples N] [--out FILE.jsonl]
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import runner
@@ -21,7 +23,8 @@ import torch.nn.functional as F
 
 from dfqvit import kernels
 from dfqvit.models import Preprocessing
-from dfqvit.synthesis import Synthesis, SynthesisConfig
+from dfqvit.synthesis import SynthesisConfig
+from dfqvit.synthesis.step import Step
 
 MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "swin_tiny_patch4_window7_224"]
 
@@ -35,11 +38,11 @@ def model_alone(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tens
     return step
 
 
-def whole_step(run: Synthesis, backend: str | None) -> Callable[[], None]:
+def whole_step(run: Step, backend: str | None) -> Callable[[], None]:
     def step() -> None:
-        run.step = run.config.iters // 2
+        run._index.fill_(run.config.iters // 2)
         with kernels.use_backend(backend, "patch_similarity_entropy"), kernels.use_backend(backend, "similarity_range"):
-            run._advance()
+            run()
 
     return step
 
@@ -56,11 +59,15 @@ def main() -> None:
     for name in args.models:
         torch.manual_seed(0)
         model = timm.create_model(name).eval().requires_grad_(False).to(args.device)
-        run = Synthesis(model, SynthesisConfig(samples=args.samples, iters=10), Preprocessing.of(model))
+        config = SynthesisConfig(samples=args.samples, iters=10)
+        run = Step(model, config, Preprocessing.of(model))
+        low = Step(model, replace(config, precision="bfloat16"), Preprocessing.of(model))
+        slow = Step(model, config, Preprocessing.of(model))
         variants = {
             "model": model_alone(model, run.images, run.labels),
             "fused": whole_step(run, None),
-            "reference": whole_step(run, "reference"),
+            "fused bfloat16": whole_step(low, None),
+            "reference": whole_step(slow, "reference"),
         }
         timings = runner.interleave(variants, args.device, args.seconds)
         for variant, timing in timings.items():

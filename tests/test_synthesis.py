@@ -10,11 +10,12 @@ import torch
 
 from dfqvit import synthesize
 from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.kernels import total_variation, use_backend
 from dfqvit.models import Preprocessing
 from dfqvit.synthesis import Synthesis, SynthesisConfig
 from dfqvit.synthesis.curriculum import DRAWS, crop_ratio, crop_shift_flip
-from dfqvit.kernels import total_variation
 from dfqvit.synthesis.losses import tv_loss
+from dfqvit.synthesis.step import Step
 
 from .conftest import small_vit
 
@@ -118,8 +119,8 @@ def test_start_of_an_image_does_not_depend_on_how_many_there_are(model):
     few = Synthesis(model, SynthesisConfig(samples=2, **config), Preprocessing.of(model))
     many = Synthesis(model, SynthesisConfig(samples=5, **config), Preprocessing.of(model))
     assert torch.equal(few.images, many.images[:2])
-    assert torch.equal(few._draws, many._draws[:, :2])
-    assert torch.equal(few.labels, many.labels[:2])
+    assert torch.equal(few.advance._draws, many.advance._draws[:, :2])
+    assert torch.equal(few.advance.labels, many.advance.labels[:2])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -135,6 +136,40 @@ def test_micro_batches_change_nothing_but_rounding(model, batch_size):
         assert parts.entropy == pytest.approx(whole.entropy, rel=1e-3)
         assert parts.onehot == pytest.approx(whole.onehot, rel=1e-3)
         assert parts.tv == pytest.approx(whole.tv, rel=1e-3)
+
+
+def test_fused_and_reference_loss_give_the_same_images_over_20_steps(model):
+    """At a tenth of the default rate: at the default, Adam's steps double any difference every few steps (docs/method.md)."""
+    found = []
+    for backend in (None, "reference"):
+        with use_backend(backend):
+            found.append(synthesize(model, 4, 20, seed=1, learning_rate=0.02))
+    assert float((found[0] - found[1]).abs().max()) < 1e-3
+    assert float((found[0] - found[1]).abs().mean()) < 1e-5
+    assert float((found[0] - synthesize(model, 4, 1, seed=1, learning_rate=0.02)).abs().mean()) > 1e-2  # they moved
+
+
+def test_bfloat16_follows_float32(model):
+    """At a low rate the two stay close; the pixels themselves are always float32."""
+    found = [synthesize(model, 4, 10, precision=p, learning_rate=0.02) for p in ("float32", "bfloat16")]
+    assert found[1].dtype == torch.float32
+    moved = (found[0] - synthesize(model, 4, 1, learning_rate=0.02)).abs().mean()
+    assert float((found[0] - found[1]).abs().mean()) < 0.5 * float(moved)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graph_of_the_step_gives_what_eager_steps_give(model):
+    config = SynthesisConfig(samples=4, iters=12, seed=2)
+    run = Synthesis(model.cuda(), config, Preprocessing.of(model))
+    reports = []
+    found = run.run(reports.append)
+    eager = Step(model, config, Preprocessing.of(model))
+    for _ in range(config.iters):
+        eager._compute()
+    assert torch.allclose(found, eager.images, atol=1e-4)
+    assert [r.step for r in reports][-1] == config.iters
+    assert torch.allclose(run.advance.terms, eager.terms, rtol=1e-3)
 
 
 def test_pixels_are_valid_and_the_model_is_left_as_it_was(model):
@@ -208,6 +243,7 @@ def test_frames_show_the_curriculum(model):
         ({"crop_lower": 0.5, "crop_upper": 0.4}, "crop bounds were 0.5 and 0.4"),
         ({"learning_rate": 0.0}, "learning_rate was 0.0"),
         ({"batch_size": 0}, "batch_size was 0; it must be at least 1"),
+        ({"precision": "float16"}, "precision was 'float16'; it may be 'float32' or 'bfloat16'"),
         ({"compat": "x"}, "compat was 'x'"),
         ({"lerning_rate": 0.1}, "synthesize has no setting 'lerning_rate'"),
     ],

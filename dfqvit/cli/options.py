@@ -47,6 +47,13 @@ def synthesis_options(command: Command) -> Command:
         click.option("--crop-upper", type=float, default=1.0, show_default=True, help="Greatest crop area."),
         click.option("--crop-lower", type=float, default=0.08, show_default=True, help="Least crop area."),
         click.option(
+            "--precision",
+            type=click.Choice(["float32", "bfloat16"]),
+            default="float32",
+            show_default=True,
+            help="of the model while it makes images; bfloat16 is faster where the processor has it",
+        ),
+        click.option(
             "--schedule", type=click.Choice(["e2h", "fixed", "hard-to-easy"]), default="e2h", show_default=True
         ),
         click.option(

@@ -62,7 +62,8 @@ def command(**options: Any) -> None:
     correction = _correction(options)
     calib, resume, seed = options.pop("calib"), options.pop("resume"), options.pop("seed")
     settings = {
-        key: options.pop(key) for key in ("samples", "iters", "schedule", "crop_lower", "crop_upper", "batch_size")
+        key: options.pop(key)
+        for key in ("samples", "iters", "schedule", "crop_lower", "crop_upper", "batch_size", "precision")
     }
     config = SynthesisConfig(seed=seed, **settings)
     model, preprocessing = open_model(**options)

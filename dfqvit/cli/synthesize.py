@@ -33,7 +33,7 @@ def command(**options: Any) -> None:
     refuse_existing(out / SAMPLES, options.pop("force"))
     settings = {
         key: options.pop(key)
-        for key in ("samples", "iters", "seed", "schedule", "crop_lower", "crop_upper", "batch_size")
+        for key in ("samples", "iters", "seed", "schedule", "crop_lower", "crop_upper", "batch_size", "precision")
     }
     resume = options.pop("resume")
     config = SynthesisConfig(**settings)

@@ -27,9 +27,8 @@ class SynthesisConfig:
     jitter: float = 30 / 224  # greatest circular shift, as a share of the side
     points: int = 10
     bandwidth: float = 0.01
-    batch_size: int = (
-        32  # images in one forward pass; more samples are processed in parts, with the whole batch's range
-    )
+    batch_size: int = 32  # images in one pass; more samples go in parts, which share the whole batch's range
+    precision: str = "float32"  # of the model's forward and backward: "float32" or "bfloat16" (autocast)
     compat: str = ""  # "psaq": drop the first patch of every Swin window, as PSAQ-ViT's code does
 
     def __post_init__(self) -> None:
@@ -44,6 +43,8 @@ class SynthesisConfig:
             )
         if self.learning_rate <= 0:
             raise UsageError(f"learning_rate was {self.learning_rate}; it must be greater than 0")
+        if self.precision not in ("float32", "bfloat16"):
+            raise UsageError(f"precision was '{self.precision}'; it may be 'float32' or 'bfloat16'")
         if self.compat not in ("", "psaq"):
             raise UsageError(f"compat was '{self.compat}'; it may be '' or 'psaq'")
 

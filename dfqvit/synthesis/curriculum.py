@@ -50,9 +50,7 @@ def crop_shift_flip(
     return roll_resize(images, rows, columns, shift)
 
 
-def _positions(
-    size: int, share: torch.Tensor, centre: torch.Tensor, flip: torch.Tensor | float = 1.0
-) -> torch.Tensor:
+def _positions(size: int, share: torch.Tensor, centre: torch.Tensor, flip: torch.Tensor | float = 1.0) -> torch.Tensor:
     """[B, size]: where the pixels of the resized crop lie along one axis, in pixels from the centre of the first."""
     middle = size * (share / 2 + centre * (1 - share))
     steps = (torch.arange(size, device=share.device, dtype=share.dtype) + 0.5) - size / 2

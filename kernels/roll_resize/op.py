@@ -11,12 +11,11 @@ from ..dispatch import Backend, Operator, Verdict, anything, compiled
 from . import reference
 
 
-def roll_resize(
-    images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, shift: torch.Tensor
-) -> torch.Tensor:
+def roll_resize(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Bilinear samples of circularly rolled images on a separable grid: crop, resize, flip and roll in one operation.
 
-        out[b, c, i, j] = rolled[b, c](rows[b, i], columns[b, j]),   rolled[b, c, y, x] = images[b, c, (y + s0) mod H, (x + s1) mod W]
+        out[b, c, i, j] = rolled[b, c](rows[b, i], columns[b, j])
+        rolled[b, c, y, x] = images[b, c, (y + shift[b, 0]) mod H, (x + shift[b, 1]) mod W]
 
     Positions are in pixels, 0 the centre of the first; outside [0, size - 1] they are clamped. Falling positions flip.
     Differentiable in the images, deterministic on every device. No host synchronisation.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def roll_resize(
-    images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, shift: torch.Tensor
-) -> torch.Tensor:
+def roll_resize(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """[B, C, H', W']: `R @ image @ C^T` with the interpolation matrices R [H', H] and C [W', W] of each image."""
     height, width = images.shape[2:]
     down, across = _matrices(rows, columns, shift, height, width)

@@ -88,7 +88,9 @@ def test_results_do_not_depend_on_threads_or_strides(seed):
 
 def test_operator_contract(seed):
     torch.library.opcheck(torch.ops.dfqvit.total_variation.default, (torch.randn(2, 3, 5, 6),))
-    torch.library.opcheck(torch.ops.dfqvit.total_variation_backward.default, (torch.rand(2, 4), torch.randn(2, 3, 5, 6)))
+    torch.library.opcheck(
+        torch.ops.dfqvit.total_variation_backward.default, (torch.rand(2, 4), torch.randn(2, 3, 5, 6))
+    )
 
 
 def test_bad_input():

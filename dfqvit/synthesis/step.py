@@ -1,0 +1,149 @@
+"""One step of synthesis, as work that reads nothing from the host: eager on a CPU, replayed as one CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ..adapters import Features, find_adapter
+from ..errors import UsageError
+from ..models import Preprocessing
+from .config import SynthesisConfig
+from .curriculum import DRAWS, crop_ratio, crop_shift_flip
+from .losses import entropy_loss, onehot_loss, similarity_ranges, tv_loss, union
+
+_BETAS = (0.5, 0.9)
+_EAGER_STEPS = 3  # before a graph is captured: libraries set themselves up in the first ones
+
+
+class Step:
+    """The images, the optimizer, and tables of what each step needs to know; calling it takes the next step.
+
+    Every random number of image i comes from a generator seeded by (seed, i), so an image does not depend on how many
+    others are made beside it, except through the range of similarities that the batch shares.
+
+    Attributes:
+        images: float32 [samples, C, H, W], normalised, updated in place.
+        terms: float32 [iters, 3]: entropy, one-hot and total variation loss of each step taken.
+        crop_ratios: the crop's share of the area at each step.
+    """
+
+    def __init__(self, model: nn.Module, config: SynthesisConfig, preprocessing: Preprocessing) -> None:
+        self.model, self.config = model, config
+        self.adapter = find_adapter(model, config.compat)
+        self.device = next(model.parameters()).device
+        self.low, self.high = preprocessing.channel_bounds(self.device)
+        classes = int(getattr(model, "num_classes", 0))
+        if classes < 1:
+            raise UsageError("model has no classifier (num_classes is 0); synthesis needs its logits")
+        order = torch.randperm(classes, generator=torch.Generator().manual_seed(config.seed))
+        images, draws, targets = [], [], []
+        for index in range(config.samples):
+            generator = torch.Generator().manual_seed((config.seed << 20) + index)
+            images.append(torch.randn(preprocessing.input_size, generator=generator))
+            draws.append(torch.rand(config.iters, DRAWS, generator=generator))
+            targets.append(torch.rand((), generator=generator))
+        self.images = torch.stack(images).to(self.device)
+        self.labels = order[torch.arange(config.samples) % classes].to(self.device)
+        self.crop_ratios = [
+            crop_ratio(config.schedule, step, config.iters, config.crop_lower, config.crop_upper)
+            for step in range(config.iters)
+        ]
+        self.terms = torch.zeros(config.iters, 3, device=self.device)
+        self._draws = torch.stack(draws, dim=1).to(self.device)  # [iters, samples, DRAWS]
+        self._tv_target = torch.stack(targets).to(self.device)
+        self._ratio_table = torch.tensor(self.crop_ratios, device=self.device)
+        self._rate_table = torch.tensor([learning_rate(config, step) for step in range(config.iters)])
+        self._rate_table = self._rate_table.to(self.device)
+        self._index = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._rate = torch.tensor(config.learning_rate, device=self.device)
+        self.images.grad = torch.zeros_like(self.images)
+        self._optimizer = torch.optim.Adam([self.images], lr=self._rate, betas=_BETAS, fused=True)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager_steps = 0
+
+    def __call__(self) -> None:
+        """Takes one step. On a GPU it only queues work, without waiting for it."""
+        if self.device.type != "cuda":
+            self._compute()
+        elif self._eager_steps < _EAGER_STEPS:
+            self._eager_steps += 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._compute()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):  # records the step without taking it
+                    self._compute()
+            self._graph.replay()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the steps to come depend on, but for the step's number."""
+        state = self._optimizer.state[self.images]
+        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
+        return {"images": self.images.detach().contiguous(), **moments}
+
+    def load_state(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Continues from `state()` of a run that had taken `step` steps."""
+        self._index.fill_(step)
+        self.images.copy_(tensors["images"])
+        if "exp_avg" in tensors:
+            self._optimizer.state[self.images] = {
+                "step": torch.tensor(float(step), device=self.device),
+                "exp_avg": tensors["exp_avg"].to(self.device),
+                "exp_avg_sq": tensors["exp_avg_sq"].to(self.device),
+            }
+
+    def _compute(self) -> None:
+        config = self.config
+        self._rate.copy_(self._rate_table.index_select(0, self._index)[0])
+        ratio = self._ratio_table.index_select(0, self._index)
+        draws = self._draws.index_select(0, self._index)[0]
+        parts = [
+            slice(start, min(start + config.batch_size, config.samples))
+            for start in range(0, config.samples, config.batch_size)
+        ]
+        ranges = None if len(parts) == 1 else union([self._ranges(part, draws, ratio) for part in parts])
+        terms = torch.zeros(3, device=self.device)
+        for part in parts:
+            images = self.images[part].detach().requires_grad_(True)
+            features, logits = self._forward(images, draws[part], ratio)
+            losses = torch.stack(
+                [
+                    config.entropy_weight * entropy_loss(features, config.points, config.bandwidth, ranges),
+                    config.onehot_weight * onehot_loss(logits, self.labels[part]),
+                    config.tv_weight * tv_loss(images, self._tv_target[part]),
+                ]
+            ) * (len(images) / config.samples)
+            self.images.grad[part] = torch.autograd.grad(losses.sum(), images)[0]  # type: ignore[index]
+            terms += losses.detach()
+        self._optimizer.step()
+        torch.clamp(self.images, self.low, self.high, out=self.images)
+        self.terms.index_copy_(0, self._index, terms[None])
+        self._index += 1
+
+    def _forward(self, images: torch.Tensor, draws: torch.Tensor, ratio: torch.Tensor) -> tuple[Features, torch.Tensor]:
+        """(features, logits) of this step's crops of some of the images."""
+        views = crop_shift_flip(images, draws, ratio, self.config.jitter)
+        half = self.config.precision == "bfloat16"
+        with self.adapter.capture() as features, torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            logits = self.model(views)
+        return features, logits
+
+    @torch.no_grad()
+    def _ranges(self, part: slice, draws: torch.Tensor, ratio: torch.Tensor) -> list[torch.Tensor]:
+        return similarity_ranges(self._forward(self.images[part], draws[part], ratio)[0])
+
+
+def learning_rate(config: SynthesisConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    warmup = max(1, round(config.warmup * config.iters))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.iters - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
