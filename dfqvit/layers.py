@@ -113,6 +113,31 @@ class QuantPatchProjection(QuantLinear):
         return tokens.transpose(1, 2).reshape(batch, self.out_features, rows, columns)
 
 
+class AttentionOperands(nn.Module):
+    """The products of attention, `softmax(scale Q K^T + bias) V`, with quantized operands.
+
+    Q, K and V are quantized like any activation. The exponentials are rounded to whole steps of 1/255 of each row's
+    greatest, and divided by the sum of what was rounded: their range needs no calibration, and rows still sum to 1.
+    """
+
+    def __init__(self, bits: int, quantizer: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (ActivationQuantizer(bits, quantizer) for _ in range(3))
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, heads, N, D] each, bias to be added to [B, heads, N, N]; returns [B, heads, N, D]."""
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        scores = (q @ k.mT) * scale
+        if bias is not None:
+            scores = scores + bias
+        if not self.q.frozen:
+            return scores.softmax(dim=-1) @ v
+        steps = (255 * (scores - scores.amax(dim=-1, keepdim=True)).exp()).round()
+        return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+
+
 def quantize_output(module: nn.Module, name: str, bits: int, quantizer: str) -> ActivationQuantizer:
     """Adds an ActivationQuantizer as the child `name` of `module` and applies it to the module's output from now on."""
     site = ActivationQuantizer(bits, quantizer)

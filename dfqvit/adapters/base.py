@@ -59,6 +59,10 @@ class Adapter(abc.ABC):
         """Quantizes the activations that PSAQ-ViT quantizes beside the inputs of linear layers; see `placement="psaq"`."""
 
     @abc.abstractmethod
+    def add_gemm_sites(self, bits: int, quantizer: str) -> None:
+        """Quantizes the operands of the matrix products that are no layers: attention's."""
+
+    @abc.abstractmethod
     def quantize_constants(self, bits: int) -> None:
         """Rounds the parameters that PSAQ-ViT treats as activations (embeddings, bias tables) to their grids, in place."""
 
@@ -76,8 +80,8 @@ class Adapter(abc.ABC):
                 self._replace(name, QuantLinear.from_float(module, w_bits, a_bits, quantizer))
         projection = self.model.patch_embed.proj
         self._replace("patch_embed.proj", QuantPatchProjection.from_conv(projection, patch_bits, a_bits, quantizer))
-        if placement == "psaq":
-            self.add_psaq_sites(a_bits, quantizer)
+        sites = self.add_psaq_sites if placement == "psaq" else self.add_gemm_sites
+        sites(a_bits, quantizer)
 
     def set_acm(self, index: int, acm: torch.Tensor | None) -> None:
         """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.
