@@ -1,6 +1,7 @@
 """The operators of dfqvit, usable alone: each is one folder with its public function, its reference and its backends.
 
     fake_quantize              quantize and dequantize, straight-through gradient
+    layer_norm_quantize        LayerNorm and quantization in one pass
     quant_linear               integer matrix product with bias, ACM and activation in the epilogue
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
     similarity_range           the range that its density is taken over, for batches processed in parts
@@ -13,6 +14,7 @@ This package never imports the method (`dfqvit.synthesis`, ...) and never import
 
 from .dispatch import BackendError, BackendFallbackWarning, backends, set_backend, use_backend
 from .fake_quantize import fake_quantize
+from .layer_norm_quantize import layer_norm_quantize
 from .pack_weight import pack_weight, unpack_weight
 from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
 from .quant_linear import quant_linear
@@ -24,6 +26,7 @@ __all__ = [
     "BackendFallbackWarning",
     "backends",
     "fake_quantize",
+    "layer_norm_quantize",
     "pack_weight",
     "patch_similarity_entropy",
     "quant_linear",
