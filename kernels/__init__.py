@@ -1,10 +1,11 @@
 """The operators of dfqvit, usable alone: each is one folder with its public function, its reference and its backends.
 
     fake_quantize              quantize and dequantize, straight-through gradient
-    quant_linear               integer matrix product with bias, ACM and activation in the epilogue
+    quant_linear               integer matrix product; bias, ACM, activation, residual, requantization in the epilogue
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
     similarity_range           the range that its density is taken over, for batches processed in parts
     pack_weight, unpack_weight weights of 2 to 8 bits, packed
+    block_weight               packed weights in the order that the CPU kernels read
 
 This package never imports the method (`dfqvit.synthesis`, ...) and never imports timm.
 """
@@ -13,12 +14,13 @@ from .dispatch import BackendError, BackendFallbackWarning, backends, set_backen
 from .fake_quantize import fake_quantize
 from .pack_weight import pack_weight, unpack_weight
 from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
-from .quant_linear import quant_linear
+from .quant_linear import block_weight, quant_linear
 
 __all__ = [
     "BackendError",
     "BackendFallbackWarning",
     "backends",
+    "block_weight",
     "fake_quantize",
     "pack_weight",
     "patch_similarity_entropy",
