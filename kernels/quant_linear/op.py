@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, anything
+from ..dispatch import Backend, Operator, Verdict, anything, compiled
 from ..pack_weight import packed_row_bytes
 from . import reference
 from .blocked import blocked_shape
@@ -176,15 +176,17 @@ def _result_dtype(
     return asked
 
 
-def _check_values(x: torch.Tensor, *arguments: Any) -> None:
+def _check_values(x: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
     """ValueError for values that the formula is not defined for; on GPUs only if asked for, see `checks.finite`."""
-    x_scale, x_zero, w_scale, a_bits, out_scale, out_zero, out_bits = (arguments[i] for i in (3, 4, 5, 6, 10, 11, 12))
+    x_scale, x_zero, w_scale, a_bits, out_scale, out_zero, out_bits = (arguments[i] for i in (2, 3, 4, 5, 9, 10, 11))
     checks.positive("x_scale", x_scale)
     checks.whole("x_zero", x_zero, (1 << a_bits) - 1)
     checks.positive("w_scale", w_scale)
     if out_scale is not None:
         checks.positive("out_scale", out_scale)
         checks.whole("out_zero", out_zero, (1 << out_bits) - 1)
+    if weight.is_floating_point():
+        checks.finite("weight", weight)
     if x.is_floating_point():
         checks.finite("x", x)
     else:
@@ -199,6 +201,30 @@ def checking(backend: Backend) -> Backend:
         return backend.run(*args)
 
     return dataclasses.replace(backend, run=run)
+
+
+def _supports_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    acm: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero: torch.Tensor,
+    w_scale: torch.Tensor,
+    a_bits: int,
+    w_bits: int,
+    activation: str,
+    residual: torch.Tensor | None,
+    *rest: Any,
+) -> Verdict:
+    for tensor in (x, weight, bias, acm, residual):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return False, "float64 runs on the reference"
+    if rest[-1] == torch.float64:
+        return False, "float64 runs on the reference"
+    if x.shape[-1] * ((1 << a_bits) - 1) << (w_bits - 1) >= 1 << 31:
+        return False, f"sums of {x.shape[-1]} products of {a_bits} and {w_bits} bits do not fit in int32"
+    return True, ""
 
 
 _ARGUMENTS = (
@@ -239,7 +265,10 @@ forward = Operator(
     f"quant_linear({_ARGUMENTS}, Tensor? residual, Tensor? out_scale, Tensor? out_zero, int out_bits, "
     "ScalarType out_dtype) -> Tensor",
     fake=_fake_forward,
-    backends=[checking(Backend("reference", reference.quant_linear, anything))],
+    backends=[
+        compiled("quant_linear", "cpu", _supports_cpu),
+        checking(Backend("reference", reference.quant_linear, anything)),
+    ],
 )
 
 backward = Operator(
