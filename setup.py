@@ -25,6 +25,7 @@ CPU_SOURCES = [
     "csrc/cpu/fake_quantize.cpp",
     "csrc/cpu/layer_norm_quantize.cpp",
     "csrc/cpu/patch_similarity_entropy.cpp",
+    "csrc/cpu/quant_linear.cpp",
     "csrc/cpu/roll_resize.cpp",
     "csrc/cpu/total_variation.cpp",
 ]
@@ -94,7 +95,7 @@ def extension() -> tuple[list, dict, str]:
     kind = CUDAExtension if with_cuda else CppExtension
     flags = {"cxx": cxx_flags, "nvcc": nvcc_flags} if with_cuda else {"cxx": cxx_flags}
     module = kind(extra_compile_args=flags, **common)
-    summary = f"dfqvit._C for torch {torch.__version__}: C++ (AVX-512, AVX2, portable), " + (
+    summary = f"dfqvit._C for torch {torch.__version__}: C++ (AMX, AVX-512, AVX2, portable), " + (
         f"CUDA {torch.version.cuda} for {archs} from {toolkit}" if with_cuda else f"no CUDA ({why_not_cuda})"
     )
     return [module], {"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)}, summary

@@ -74,6 +74,17 @@ def positive(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} held {float(tensor.min()):g}; every scale must be greater than 0")
 
 
+def whole(name: str, tensor: torch.Tensor, greatest: int) -> None:
+    """ValueError unless every value is a whole number from 0 to `greatest`; checked under the same conditions as `positive`."""
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return
+    wrong = (tensor < 0) | (tensor > greatest)
+    if tensor.is_floating_point():
+        wrong |= tensor != tensor.round()
+    if bool(wrong.any()):
+        raise ValueError(f"{name} held {float(tensor[wrong][0]):g}; it must be a whole number from 0 to {greatest}")
+
+
 def ascending(name: str, ends: torch.Tensor) -> None:
     """ValueError unless each pair [..., 2] is finite and in order; checked under the same conditions as `positive`."""
     finite(name, ends)

@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def isa(request: pytest.FixtureRequest) -> Any:
     """Every CPU path that this processor can run, one after the other."""
     module, reason = extension.load()

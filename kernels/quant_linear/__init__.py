@@ -1,5 +1,6 @@
 """The quantized matrix product: see `op.py`."""
 
+from .blocked import block_weight
 from .op import quant_linear
 
-__all__ = ["quant_linear"]
+__all__ = ["block_weight", "quant_linear"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfqvit.kernels import pack_weight, quant_linear
+from dfqvit.kernels import block_weight, pack_weight, quant_linear, unpack_weight
 from dfqvit.kernels.quant_linear import reference
+from dfqvit.kernels.quant_linear.blocked import stored_bits, unblock_weight
 
 SHAPES = [((1,), 1), ((3, 5), 7), ((2, 9, 41), 13), ((0, 6), 4), ((2, 3, 4, 17), 5)]
 
@@ -85,6 +86,55 @@ def test_packed_weights_give_the_same_bits(seed, w_bits):
     assert torch.equal(quant_linear(x, packed, **p), quant_linear(x, weight, **p))
 
 
+@pytest.mark.parametrize("w_bits", range(2, 9))
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (16, 64), (37, 65), (5, 0)])
+def test_blocked_weights_hold_the_same_integers(seed, w_bits, out_features, in_features):
+    packed = pack_weight(torch.randn(out_features, in_features) * 50, 1.0, w_bits)
+    q = unpack_weight(packed, w_bits, in_features)
+    blocked = block_weight(packed, in_features, w_bits)
+    assert blocked.dtype == torch.int32
+    assert torch.equal(unblock_weight(blocked, in_features, w_bits)[:out_features], q)
+    assert torch.equal(blocked[:, :16].flatten()[:out_features], q.sum(1, dtype=torch.int32))
+    if stored_bits(w_bits) == 8 and in_features == 65:  # vector i of a chunk: weights 4i to 4i + 3 of 16 outputs
+        chunk = blocked[1, 16:].contiguous().view(torch.int8).view(2, 16, 16, 4)[0]
+        assert torch.equal(chunk[7, 3], q[19, 28:32])
+
+
+def test_integers_as_input_give_the_same_bits(seed):
+    x, weight, p = sample((2, 5, 43), 11)
+    qx = ((x / p["x_scale"]).round() + p["x_zero"]).clamp(0, 255).to(torch.uint8)
+    found = quant_linear(qx, weight, **p)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, quant_linear(x, weight, **p))
+    residual = torch.randn(2, 5, 11).bfloat16()
+    assert quant_linear(qx, weight, residual=residual, **p).dtype == torch.bfloat16
+    assert quant_linear(qx, weight, residual=residual, out_dtype=torch.float16, **p).dtype == torch.float16
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_residual_is_added_after_the_activation(seed, activation):
+    x, weight, p = sample((2, 5, 43), 11)
+    residual = torch.randn(2, 5, 11)
+    plain = quant_linear(x, weight, activation=activation, **p)
+    assert torch.equal(quant_linear(x, weight, activation=activation, residual=residual, **p), plain + residual)
+
+
+@pytest.mark.parametrize("out_bits", [2, 5, 8])
+@pytest.mark.parametrize("per_output", [False, True])
+def test_requantized_result(seed, out_bits, per_output):
+    x, weight, p = sample((2, 5, 43), 11)
+    y = quant_linear(x, weight, **p).numpy()
+    steps = (1 << out_bits) - 1
+    scale = np.full(11, np.abs(y).max() * 1.5 / steps, dtype=np.float32)
+    if per_output:
+        scale *= np.random.default_rng(seed).uniform(0.5, 2, 11).astype(np.float32)
+    expected = np.clip(np.rint(y / scale) + steps // 2, 0, steps).astype(np.uint8)
+    given = torch.from_numpy(scale) if per_output else float(scale[0])
+    found = quant_linear(x, weight, out_scale=given, out_zero=steps // 2, out_bits=out_bits, **p)
+    assert found.dtype == torch.uint8
+    assert np.array_equal(found.numpy(), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "function"), [("gelu", F.gelu), ("gelu_tanh", lambda y: F.gelu(y, approximate="tanh"))]
 )
@@ -127,15 +177,37 @@ def test_gradients_are_straight_through(seed):
     assert torch.allclose(acm.grad, grad.sum(0), atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["float", "packed", "blocked", "integers"])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
-def test_gradients_equal_autograd_through_the_reference(seed, activation):
+def test_gradients_equal_autograd_through_the_reference(seed, activation, form):
+    """Of everything that has one, the scales in the LSQ form among them."""
     x, weight, p = sample((2, 3, 9), 5, w_bits=3)
-    bias, acm, grad = torch.randn(5), torch.randn(3, 5), torch.randn(2, 3, 5)
-    leaves = [t.requires_grad_() for t in (x, weight, bias, acm)]
-    found = torch.autograd.grad(quant_linear(*leaves, activation=activation, **p), leaves, grad)
-    y = reference.quant_linear(*leaves, *p.values(), activation or "none")
+    tensors = [x, weight, torch.randn(5), torch.randn(3, 5), torch.randn(2, 3, 5), p["x_scale"], p["w_scale"]]
+    if form in ("packed", "blocked"):
+        tensors[1] = pack_weight(weight, p["w_scale"], 3)
+    if form == "blocked":
+        tensors[1] = block_weight(tensors[1], 9, 3)
+    if form == "integers":
+        tensors[0] = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    leaves = [t.requires_grad_() for t in tensors if t.is_floating_point()]
+    x, weight, bias, acm, residual, p["x_scale"], p["w_scale"] = tensors
+    grad = torch.randn(2, 3, 5)
+    y = quant_linear(x, weight, bias, acm, activation=activation, residual=residual, **p)
+    found = torch.autograd.grad(y, leaves, grad)
+    y = reference.quant_linear(
+        x, weight, bias, acm, *p.values(), activation or "none", residual, out_dtype=torch.float32
+    )
     for ours, theirs in zip(found, torch.autograd.grad(y, leaves, grad), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_no_gradient_of_integers():
+    x, weight, p = sample((2, 9), 5)
+    x.requires_grad_()
+    with pytest.raises(ValueError, match=r"out_scale was given while a gradient is wanted"):
+        quant_linear(x, weight, out_scale=1.0, out_zero=0, **p)
+    with torch.no_grad():
+        assert quant_linear(x, weight, out_scale=1.0, out_zero=0, **p).dtype == torch.uint8
 
 
 def test_gradient_of_x_with_packed_weights_and_no_bias(seed):
@@ -161,8 +233,14 @@ def test_opcheck(seed, device):
     tensors = [t.to(device) for t in (x, weight, torch.randn(5), torch.randn(3, 5))]
     scales = [t.to(device) for t in (p["x_scale"], p["x_zero"], p["w_scale"])]
     arguments = (*tensors, *scales, 8, 4, "gelu")
-    torch.library.opcheck(torch.ops.dfqvit.quant_linear, arguments)
-    torch.library.opcheck(torch.ops.dfqvit.quant_linear_backward, (torch.randn(2, 3, 5, device=device), *arguments))
+    residual = torch.randn(2, 3, 5, device=device)
+    for rest in (
+        (None, None, None, 8, torch.float32),
+        (residual, scales[2], torch.full((5,), 3.0, device=device), 6, torch.uint8),
+    ):
+        torch.library.opcheck(torch.ops.dfqvit.quant_linear, (*arguments, *rest))
+    backward = (torch.randn(2, 3, 5, device=device), *arguments, [True, False, True, True, True, True])
+    torch.library.opcheck(torch.ops.dfqvit.quant_linear_backward, backward)
 
 
 def test_compiles_without_graph_breaks(seed):
@@ -200,7 +278,27 @@ BASE = {
         ({"x": torch.tensor(1.0)}, "x had no dimensions"),
         ({"weight": torch.zeros(5, 9)}, r"weight had shape \(5, 9\); for this x, float, it must be \[N, 8\]"),
         ({"weight": torch.zeros(5, 8, dtype=torch.uint8)}, r"packed to 4 bits, it must be \[N, 4\]"),
-        ({"weight": torch.zeros(5, 8, dtype=torch.int32)}, "weight had dtype torch.int32"),
+        ({"weight": torch.zeros(5, 8, dtype=torch.int16)}, "weight had dtype torch.int16"),
+        (
+            {"weight": torch.zeros(1, 8, dtype=torch.int32)},
+            r"5 values of w_scale, blocked in 4 bits, it must be \[1, 144\]",
+        ),
+        ({"x_zero": 3.5}, "x_zero held 3.5; it must be a whole number from 0 to 255"),
+        ({"x_zero": 16, "a_bits": 4}, "x_zero held 16; it must be a whole number from 0 to 15"),
+        (
+            {"x": torch.full((4, 8), 16, dtype=torch.uint8), "a_bits": 4},
+            "x held 16; it must be a whole number from 0 to 15",
+        ),
+        ({"residual": torch.zeros(4, 8)}, r"residual had shape \(4, 8\); it must be \[4, 5\]"),
+        ({"residual": torch.zeros(4, 5, dtype=torch.int32)}, "residual had dtype torch.int32"),
+        ({"bias": torch.zeros(5, dtype=torch.int32)}, "bias had dtype torch.int32"),
+        ({"out_scale": 1.0}, "out_zero was None; it must be given if out_scale is, and only then"),
+        ({"out_scale": torch.ones(4), "out_zero": 0}, "out_scale had 4 values; it must have 1 or 5"),
+        ({"out_scale": -1.0, "out_zero": 0}, "out_scale held -1"),
+        ({"out_scale": 1.0, "out_zero": 256}, "out_zero held 256; it must be a whole number from 0 to 255"),
+        ({"out_scale": 1.0, "out_zero": 0, "out_bits": 1}, "out_bits was 1"),
+        ({"out_scale": 1.0, "out_zero": 0, "out_dtype": torch.float32}, "with out_scale the result is uint8"),
+        ({"out_dtype": torch.int32}, "out_dtype was torch.int32; it may be float32"),
         ({"bias": torch.zeros(4)}, r"bias had shape \(4,\); it must be \[5\]"),
         ({"acm": torch.zeros(4, 4)}, r"acm had shape \(4, 4\); it must be \[tokens, 5\]"),
         ({"acm": torch.zeros(3, 5)}, "acm was for 3 tokens; the 4 rows of x are not a multiple"),

@@ -5,7 +5,8 @@
 
 namespace dfqvit {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+// In order: each has what those before it have. amx is avx512 with VNNI and the int8 tiles.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The best path that this processor and this build can run.
 Isa detected_isa();
@@ -15,6 +16,9 @@ Isa active_isa();
 
 // Uses `isa` from now on, in every thread. Throws std::invalid_argument when this processor lacks it.
 void set_active_isa(Isa isa);
+
+// Whether this processor multiplies bytes in AVX-512 (dpbusd); not every one of Isa::avx512 does.
+bool has_avx512_vnni();
 
 const char* isa_name(Isa isa);
 
@@ -28,6 +32,9 @@ Isa isa_from_name(const std::string& name);
 #define DFQVIT_X86 1
 #define DFQVIT_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define DFQVIT_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define DFQVIT_TARGET_VNNI __attribute__((target("avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define DFQVIT_TARGET_AMX \
+  __attribute__((target("amx-tile,amx-int8,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #else
 #define DFQVIT_X86 0
 #define DFQVIT_TARGET_AVX2

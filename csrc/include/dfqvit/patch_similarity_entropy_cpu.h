@@ -75,7 +75,7 @@ namespace entropy {
 
 inline const Kernels& kernels_for(Isa isa) {
 #if DFQVIT_X86
-  if (isa == Isa::avx512) return avx512::kKernels;
+  if (isa >= Isa::avx512) return avx512::kKernels;
   if (isa == Isa::avx2) return avx2::kKernels;
 #endif
   (void)isa;

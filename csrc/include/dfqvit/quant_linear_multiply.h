@@ -1,0 +1,198 @@
+// The integer products of each CPU path: `multiply` sums some rows times one or two blocks. No torch headers.
+//
+// Each path has kRows, the most rows of a tile, and
+//   prepare(rows), release()   around all the tiles of a product with `rows` rows, on the thread that computes them;
+//   multiply(a, stride, r, rows, panels, blocks, chunks, sums)
+//     rows r to min(r + kRows, rows) of a, uint8 with `stride` bytes from row to row, readable to chunks * 64;
+//     panels: `blocks` (1 or 2) unpacked blocks, chunks * 1024 bytes each;
+//     sums: [blocks][kRows][16] int32. Rows beyond the last are not written, or hold nothing of use; kHeadroom int32
+//     before it may be written too.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "dfqvit/isa.h"
+
+#if DFQVIT_X86
+#include <immintrin.h>
+#endif
+
+namespace dfqvit {
+namespace quant {
+
+constexpr int kHeadroom = 256;
+
+namespace portable {
+
+constexpr int kRows = 1;
+inline void prepare(int64_t) {}
+inline void release() {}
+
+inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const uint8_t* const* panels, int blocks,
+                     int64_t chunks, int32_t* sums) {
+  for (int j = 0; j < blocks; ++j) {
+    int32_t total[16] = {};
+    const uint8_t* row = a + r * stride;
+    const int8_t* panel = reinterpret_cast<const int8_t*>(panels[j]);
+    for (int64_t v = 0; v < chunks * 16; ++v, row += 4, panel += 64) {
+      for (int n = 0; n < 16; ++n) {
+        const int8_t* w = panel + 4 * n;
+        total[n] += row[0] * w[0] + row[1] * w[1] + row[2] * w[2] + row[3] * w[3];
+      }
+    }
+    std::memcpy(sums + 16 * j, total, sizeof(total));
+  }
+}
+
+}  // namespace portable
+
+#if DFQVIT_X86
+namespace avx2 {
+
+constexpr int kRows = 2;
+inline void prepare(int64_t) {}
+inline void release() {}
+
+// Bytes are widened to 16 bits: products of bytes in pairs (vpmaddubsw) would saturate.
+DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
+                                        const uint8_t* const* panels, int blocks, int64_t chunks, int32_t* sums) {
+  const uint8_t* row[kRows];
+  for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
+  for (int j = 0; j < blocks; ++j) {
+    __m256i total[kRows][4];
+    for (int i = 0; i < kRows; ++i) {
+      for (int q = 0; q < 4; ++q) total[i][q] = _mm256_setzero_si256();
+    }
+    for (int64_t v = 0; v < chunks * 16; ++v) {
+      __m256i w[4];  // four outputs each, four weights an output
+      const __m128i* bytes = reinterpret_cast<const __m128i*>(panels[j] + 64 * v);
+      for (int q = 0; q < 4; ++q) w[q] = _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes + q));
+      for (int i = 0; i < kRows; ++i) {
+        const __m256i x = _mm256_broadcastq_epi64(_mm_cvtepu8_epi16(_mm_loadu_si32(row[i] + 4 * v)));
+        for (int q = 0; q < 4; ++q) total[i][q] = _mm256_add_epi32(total[i][q], _mm256_madd_epi16(x, w[q]));
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int q = 0; q < 4; q += 2) {
+        const __m256i pairs = _mm256_hadd_epi32(total[i][q], total[i][q + 1]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16 * (kRows * j + i) + 4 * q),
+                            _mm256_permute4x64_epi64(pairs, 0xD8));
+      }
+    }
+  }
+}
+
+}  // namespace avx2
+
+namespace avx512 {
+
+constexpr int kRows = 8;
+inline void prepare(int64_t) {}
+inline void release() {}
+
+template <int kBlocks>
+DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t* const* panels, int64_t chunks,
+                                        int32_t* sums) {
+  __m512i total[kRows][kBlocks];
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kBlocks; ++j) total[i][j] = _mm512_setzero_si512();
+  }
+  for (int64_t v = 0; v < chunks * 16; ++v) {
+    __m512i w[kBlocks];
+    for (int j = 0; j < kBlocks; ++j) w[j] = _mm512_loadu_si512(panels[j] + 64 * v);
+    for (int i = 0; i < kRows; ++i) {
+      int32_t four;
+      std::memcpy(&four, row[i] + 4 * v, sizeof(four));
+      const __m512i x = _mm512_set1_epi32(four);
+      for (int j = 0; j < kBlocks; ++j) total[i][j] = _mm512_dpbusd_epi32(total[i][j], x, w[j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kBlocks; ++j) _mm512_storeu_si512(sums + 16 * (kRows * j + i), total[i][j]);
+  }
+}
+
+inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows, const uint8_t* const* panels,
+                     int blocks, int64_t chunks, int32_t* sums) {
+  const uint8_t* row[kRows];  // past the end the last row again
+  for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
+  blocks == 2 ? multiply<2>(row, panels, chunks, sums) : multiply<1>(row, panels, chunks, sums);
+}
+
+}  // namespace avx512
+
+namespace amx {
+
+constexpr int kRows = 32;
+
+// Tiles 0 to 3: sums; 4, 5: rows of a; 6, 7: panels.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+DFQVIT_TARGET_AMX inline void prepare(int64_t rows) {
+  TileConfig config;
+  if (rows < 16) std::memset(config.rows, static_cast<int>(rows), 6);
+  _tile_loadconfig(&config);
+}
+
+DFQVIT_TARGET_AMX inline void release() {
+  _tile_release();
+}
+
+template <int kTiles, int kBlocks>
+DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a0, const uint8_t* a1, int64_t stride, const uint8_t* w0,
+                                       const uint8_t* w1, int64_t chunks, int32_t* to0, int32_t* to1) {
+  _tile_zero(0);
+  if (kBlocks == 2) _tile_zero(1);
+  if (kTiles == 2) _tile_zero(2);
+  if (kTiles == 2 && kBlocks == 2) _tile_zero(3);
+  for (int64_t c = 0; c < chunks; ++c) {
+    _tile_loadd(6, w0, 64);
+    _tile_loadd(4, a0, stride);
+    _tile_dpbusd(0, 4, 6);
+    if (kBlocks == 2) {
+      _tile_loadd(7, w1, 64);
+      _tile_dpbusd(1, 4, 7);
+    }
+    if (kTiles == 2) {
+      _tile_loadd(5, a1, stride);
+      _tile_dpbusd(2, 5, 6);
+      if (kBlocks == 2) _tile_dpbusd(3, 5, 7);
+    }
+    w0 += 1024;
+    w1 += 1024;
+    a0 += 64;
+    a1 += 64;
+  }
+  _tile_stored(0, to0, 64);
+  if (kBlocks == 2) _tile_stored(1, to0 + kRows * 16, 64);
+  if (kTiles == 2) _tile_stored(2, to1, 64);
+  if (kTiles == 2 && kBlocks == 2) _tile_stored(3, to1 + kRows * 16, 64);
+}
+
+// A tile that would end beyond the last row starts earlier; the sums of the rows it repeats land where they belong, or
+// in the headroom.
+inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows, const uint8_t* const* panels,
+                     int blocks, int64_t chunks, int32_t* sums) {
+  const int64_t last = rows < 16 ? 0 : rows - 16;
+  const int64_t r0 = r < last ? r : last, r1 = r + 16 < last ? r + 16 : last;
+  const uint8_t *a0 = a + r0 * stride, *a1 = a + r1 * stride, *w0 = panels[0], *w1 = panels[blocks - 1];
+  int32_t *to0 = sums + (r0 - r) * 16, *to1 = sums + (r1 - r) * 16;
+  if (r + 16 < rows) {
+    blocks == 2 ? multiply<2, 2>(a0, a1, stride, w0, w1, chunks, to0, to1)
+                : multiply<2, 1>(a0, a1, stride, w0, w1, chunks, to0, to1);
+  } else {
+    blocks == 2 ? multiply<1, 2>(a0, a0, stride, w0, w1, chunks, to0, to0)
+                : multiply<1, 1>(a0, a0, stride, w0, w1, chunks, to0, to0);
+  }
+}
+
+}  // namespace amx
+#endif  // DFQVIT_X86
+
+}  // namespace quant
+}  // namespace dfqvit

@@ -1,0 +1,211 @@
+// More of dfqvit/simd.h: bfloat16, float16, int32 and bytes to and from a vector of floats, exact quotients. No torch
+// headers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "dfqvit/simd.h"
+
+namespace dfqvit {
+namespace simd {
+
+struct bfloat {
+  uint16_t bits;
+};
+struct half {
+  uint16_t bits;
+};
+
+// The least and the greatest divisor for which `exact_quotient` neither overflows nor underflows in between.
+constexpr float kLeastDivisor = 0x1p-100f, kGreatestDivisor = 0x1p100f;
+
+#if DFQVIT_X86
+namespace avx512 {
+
+#define DFQVIT_INLINE DFQVIT_TARGET_AVX512 inline __attribute__((always_inline))
+DFQVIT_INLINE vec load(const bfloat* p) {
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, wide, 16));
+}
+DFQVIT_INLINE vec load(const half* p) {
+  return _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+DFQVIT_INLINE void store(bfloat* p, vec a) {  // half to even; NaN stays NaN
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(kAll, bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 number = _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7FC00000), number, up);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtepi32_epi16(kAll, _mm512_maskz_srli_epi32(kAll, kept, 16)));
+}
+DFQVIT_INLINE void store(half* p, vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAll, a, _MM_FROUND_TO_NEAREST_INT));
+}
+// p[i] - offset[i], in integers, as floats.
+DFQVIT_INLINE vec difference(const int32_t* p, const int32_t* offset) {
+  return _mm512_maskz_cvtepi32_ps(kAll, _mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_loadu_si512(offset)));
+}
+DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) {  // value, or 0 where a < limit
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, limit, _CMP_NLT_UQ), value);
+}
+DFQVIT_INLINE vec reciprocal(vec a) {  // within 2^-22
+  const vec r = _mm512_maskz_rcp14_ps(kAll, a);
+  return _mm512_mul_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(2.0f)));
+}
+DFQVIT_INLINE vec fnma(vec a, vec b, vec c) {  // c - a b
+  return _mm512_fnmadd_ps(a, b, c);
+}
+// clamp(round(a) + zero, 0, greatest) as bytes; |a| < 2^30, zero and greatest whole.
+DFQVIT_INLINE void store_integers(uint8_t* p, vec a, vec zero, vec greatest) {
+  __m512i q = _mm512_add_epi32(_mm512_maskz_cvtps_epi32(kAll, a), _mm512_maskz_cvtps_epi32(kAll, zero));
+  q = _mm512_maskz_max_epi32(kAll, q, _mm512_setzero_si512());
+  q = _mm512_maskz_min_epi32(kAll, q, _mm512_maskz_cvtps_epi32(kAll, greatest));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(kAll, q));
+}
+DFQVIT_INLINE bool any_nan(vec a) {
+  return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0;
+}
+#undef DFQVIT_INLINE
+}  // namespace avx512
+
+namespace avx2 {
+
+#define DFQVIT_INLINE DFQVIT_TARGET_AVX2 inline __attribute__((always_inline))
+DFQVIT_INLINE vec load(const bfloat* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+DFQVIT_INLINE vec load(const half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+DFQVIT_INLINE void store(bfloat* p, vec a) {  // half to even; NaN stays NaN
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_ORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(_mm256_set1_epi32(0x7FC00000), up, number), 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
+}
+DFQVIT_INLINE void store(half* p, vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+DFQVIT_INLINE vec difference(const int32_t* p, const int32_t* offset) {
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offset))));
+}
+DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) {  // value, or 0 where a < limit
+  return _mm256_and_ps(value, _mm256_cmp_ps(a, limit, _CMP_NLT_UQ));
+}
+DFQVIT_INLINE vec reciprocal(vec a) {  // within 2^-22
+  const vec r = _mm256_rcp_ps(a);
+  return _mm256_mul_ps(r, _mm256_fnmadd_ps(a, r, _mm256_set1_ps(2.0f)));
+}
+DFQVIT_INLINE vec fnma(vec a, vec b, vec c) {  // c - a b
+  return _mm256_fnmadd_ps(a, b, c);
+}
+DFQVIT_INLINE void store_integers(uint8_t* p, vec a, vec zero, vec greatest) {
+  __m256i q = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(zero));
+  q = _mm256_max_epi32(q, _mm256_setzero_si256());
+  q = _mm256_min_epi32(q, _mm256_cvtps_epi32(greatest));
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+DFQVIT_INLINE bool any_nan(vec a) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0;
+}
+#undef DFQVIT_INLINE
+}  // namespace avx2
+
+// a / b, correctly rounded, for finite a with |a / b| < 2^24 and b between kLeastDivisor and kGreatestDivisor, given
+// inverse = 1 / b correctly rounded. Five multiply-adds, a fraction of a division's time. The first two corrections
+// bring the quotient within one unit of the last place; from there one more gives the rounded quotient exactly
+// (Markstein, IBM J. Res. Dev. 34, 1990, theorem 7; Muller et al., Handbook of Floating-Point Arithmetic, section 4.7).
+#define DFQVIT_EXACT_QUOTIENT                     \
+  vec exact_quotient(vec a, vec b, vec inverse) { \
+    vec q = mul(a, inverse);                      \
+    q = fma(fnma(b, q, a), inverse, q);           \
+    return fma(fnma(b, q, a), inverse, q);        \
+  }
+namespace avx512 {
+DFQVIT_TARGET_AVX512 inline __attribute__((always_inline)) DFQVIT_EXACT_QUOTIENT
+}  // namespace avx512
+namespace avx2 {
+DFQVIT_TARGET_AVX2 inline __attribute__((always_inline)) DFQVIT_EXACT_QUOTIENT
+}  // namespace avx2
+#undef DFQVIT_EXACT_QUOTIENT
+#endif  // DFQVIT_X86
+
+namespace portable {
+
+#define DFQVIT_INLINE inline __attribute__((always_inline))
+DFQVIT_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+DFQVIT_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+DFQVIT_INLINE float from_half(uint16_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, fraction = h & 1023u;
+  if (exponent == 31) return bits_to_float(sign | 0x7F800000u | fraction << 13);
+  if (exponent == 0) return bits_to_float(sign | float_to_bits(static_cast<float>(fraction) * 0x1p-24f));
+  return bits_to_float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+DFQVIT_INLINE uint16_t to_half(float value) {  // half to even
+  const uint32_t sign = float_to_bits(value) >> 16 & 0x8000u, magnitude = float_to_bits(value) & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
+  if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {  // denormal: the sum has the rounded multiple of 2^-24 in its low bits
+    return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000u));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude + 0xFFFu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13));
+}
+
+// clang-format off
+#define DFQVIT_EACH_LANE(expression)                      \
+  vec r;                                                  \
+  for (int l = 0; l < kLanes; ++l) r.v[l] = (expression); \
+  return r;
+DFQVIT_INLINE vec load(const bfloat* p) { DFQVIT_EACH_LANE(bits_to_float(static_cast<uint32_t>(p[l].bits) << 16)) }
+DFQVIT_INLINE vec load(const half* p) { DFQVIT_EACH_LANE(from_half(p[l].bits)) }
+DFQVIT_INLINE vec difference(const int32_t* p, const int32_t* offset) {
+  DFQVIT_EACH_LANE(static_cast<float>(p[l] - offset[l]))
+}
+DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) { DFQVIT_EACH_LANE(a.v[l] < limit.v[l] ? 0.0f : value.v[l]) }
+DFQVIT_INLINE vec reciprocal(vec a) { DFQVIT_EACH_LANE(1.0f / a.v[l]) }
+DFQVIT_INLINE vec exact_quotient(vec a, vec b, vec) { DFQVIT_EACH_LANE(a.v[l] / b.v[l]) }
+#undef DFQVIT_EACH_LANE
+// clang-format on
+DFQVIT_INLINE void store(bfloat* p, vec a) {
+  for (int l = 0; l < kLanes; ++l) {
+    const uint32_t bits = float_to_bits(a.v[l]);
+    p[l].bits = static_cast<uint16_t>(a.v[l] != a.v[l] ? 0x7FC0u : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+  }
+}
+DFQVIT_INLINE void store(half* p, vec a) {
+  for (int l = 0; l < kLanes; ++l) p[l].bits = to_half(a.v[l]);
+}
+DFQVIT_INLINE void store_integers(uint8_t* p, vec a, vec zero, vec greatest) {
+  for (int l = 0; l < kLanes; ++l) {
+    float q = std::nearbyintf(a.v[l]) + zero.v[l];
+    q = q < 0.0f ? 0.0f : q > greatest.v[l] ? greatest.v[l] : q;
+    p[l] = static_cast<uint8_t>(q);
+  }
+}
+DFQVIT_INLINE bool any_nan(vec a) {
+  bool any = false;
+  for (int l = 0; l < kLanes; ++l) any |= a.v[l] != a.v[l];
+  return any;
+}
+#undef DFQVIT_INLINE
+}  // namespace portable
+
+}  // namespace simd
+}  // namespace dfqvit
