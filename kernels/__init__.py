@@ -1,12 +1,8 @@
 """The operators of dfqvit, usable alone: each is one folder with its public function, its reference and its backends.
 
     fake_quantize              quantize and dequantize, straight-through gradient
-<<<<<<< HEAD
     layer_norm_quantize        LayerNorm and quantization in one pass
-    quant_linear               integer matrix product with bias, ACM and activation in the epilogue
-=======
     quant_linear               integer matrix product; bias, ACM, activation, residual, requantization in the epilogue
->>>>>>> cpu
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
     similarity_range           the range that its density is taken over, for batches processed in parts
     roll_resize                crop, resize, flip and roll of images as one interpolation
@@ -22,13 +18,9 @@ from .fake_quantize import fake_quantize
 from .layer_norm_quantize import layer_norm_quantize
 from .pack_weight import pack_weight, unpack_weight
 from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
-<<<<<<< HEAD
-from .quant_linear import quant_linear
+from .quant_linear import block_weight, quant_linear
 from .roll_resize import roll_resize
 from .total_variation import total_variation
-=======
-from .quant_linear import block_weight, quant_linear
->>>>>>> cpu
 
 __all__ = [
     "BackendError",
