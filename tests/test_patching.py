@@ -7,6 +7,7 @@ import functools
 import inspect
 import io
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ import dfqvit
 from dfqvit import live
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.kernels import pack_weight
+from dfqvit.models import load_model
 
 from .conftest import _lively, small_swin, small_vit
 
@@ -576,3 +578,15 @@ def test_unpatch_refuses_a_layer_that_changed_its_class(seed):
     nn.utils.parametrize.remove_parametrizations(fc1, "weight")
     handle.unpatch()
     assert type(fc1) is nn.Linear
+
+
+def test_the_example_in_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "docs" / "patching.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "patching.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert f"# {printed[0]}" in text  # the comment beside print(handle)
+    assert "'patch_embed.proj': 'a Conv2d, not a plain nn.Linear'" in printed[1]
+    keys = torch.load(tmp_path / "weights.pth").keys()
+    assert keys == load_model("demo").state_dict().keys()
