@@ -370,6 +370,15 @@ def test_calibration_leaves_each_modules_mode_alone(seed):
         assert model.blocks[0].attn.qkv.input_scale is not scale
 
 
+def test_calibration_runs_without_dropout(seed):
+    model = build("deit_tiny_patch16_224")
+    x, scales = images_for(model), []
+    for training in (False, True):
+        with dfqvit.patch(model.train(training), calib=x):
+            scales.append([layer.input_scale for layer in model.modules() if isinstance(layer, live.LiveQuantLinear)])
+    assert scales[0] == scales[1]
+
+
 def test_packed_weights(seed):
     """trainable=False: the same numbers, and no gradient for the weights."""
     model = small_vit()
