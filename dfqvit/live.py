@@ -60,9 +60,9 @@ class LiveQuantLinear(nn.Linear):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
-    def fix_range(self, inputs: Any) -> None:
-        """From now on every input is quantized to what `inputs`, a range rule that has observed, says."""
-        self.input_scale, self.input_zero = inputs.parameters()
+    def fix_range(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        """From now on every input is quantized by these two scalars."""
+        self.input_scale, self.input_zero = scale, zero_point
 
     def pack(self) -> None:
         """Quantizes the weight once and for all, until it is seen to change."""

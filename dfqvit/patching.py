@@ -152,8 +152,9 @@ class PatchHandle:
                 hook.remove()
             for module, training in modes:
                 module.training = training
-        for layer, inputs in ranges.items():
-            layer.fix_range(inputs)
+        parameters = [inputs.parameters() for inputs in ranges.values()]  # all, before any layer changes
+        for layer, (scale, zero_point) in zip(ranges, parameters, strict=True):
+            layer.fix_range(scale, zero_point)
 
     def unpatch(self, model: nn.Module | None = None) -> None:
         """Gives every layer back its own forward; a second call does nothing.

@@ -359,15 +359,23 @@ def test_train_and_eval_while_patched_outlive_it(seed):
     assert all(module.training for module in model.modules())
 
 
-def test_calibration_leaves_each_modules_mode_alone(seed):
+def test_calibration_again_and_the_modes_of_modules(seed):
     model = build("deit_tiny_patch16_224").train()
     model.blocks[1].attn.eval()
-    modes = [module.training for module in model.modules()]
+    modes, before = [module.training for module in model.modules()], model.blocks[1].norm1.bias[0].item()
     with dfqvit.patch(model, calib=images_for(model)) as handle:
         assert [module.training for module in model.modules()] == modes
         scale = model.blocks[0].attn.qkv.input_scale
         handle.calibrate(images_for(model) * 3)
         assert model.blocks[0].attn.qkv.input_scale is not scale
+        quantized = model.eval()(x := images_for(model))
+        with torch.no_grad():
+            model.blocks[1].norm1.bias[0] = torch.inf  # the first block's ranges can be had, the second's cannot
+        with pytest.raises(DfqvitError, match="an activation held NaN or Inf"):
+            handle.calibrate(x)
+        with torch.no_grad():
+            model.blocks[1].norm1.bias[0] = before
+        assert torch.equal(model(x), quantized)  # a calibration that fails changes no layer
 
 
 def test_calibration_runs_without_dropout(seed):
@@ -422,7 +430,7 @@ def test_ranges_that_do_not_hold_zero(seed):
     assert torch.allclose(linear(x), wanted, rtol=0.02, atol=0.3)
     inputs = live.new_range(linear)
     inputs.observe(x)
-    linear.fix_range(inputs)
+    linear.fix_range(*inputs.parameters())
     assert torch.allclose(linear(x), wanted, rtol=0.02, atol=0.3)
     assert settings.observing is False
 
