@@ -1,6 +1,6 @@
 """dfqvit: data-free quantization of timm vision transformers (DFQ-ViT, arXiv 2507.14481), with fused kernels.
 
-The method is here (`quantize`, `synthesize`, `save`, `load`); the operators are in `dfqvit.kernels` and can be used alone.
+The method is here (`quantize`, `synthesize`, `patch`, `save`, `load`); the operators are in `dfqvit.kernels` and can be used alone.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
     from .api import quantize
     from .io import load, save
     from .kernels import set_backend
+    from .patching import patch
     from .synthesis import synthesize
 
 _HOMES = {
     "kernels": "",
     "load": "io",
+    "patch": "patching",
     "quantize": "api",
     "save": "io",
     "set_backend": "kernels",
     "synthesize": "synthesis",
 }
 
-__all__ = ["__version__", "kernels", "load", "quantize", "save", "set_backend", "synthesize"]
+__all__ = ["__version__", "kernels", "load", "patch", "quantize", "save", "set_backend", "synthesize"]
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: `import dfqvit` stays light, timm is imported when the method is used

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .adapters import find_adapter
+from .adapters.fusable import is_patched
 from .calibration import calibrate, check_settings, convert
 from .correction import MODES, add_corrections, choose_blocks
 from .errors import UsageError
@@ -108,6 +109,8 @@ def quantize(
     Source: DFQ-ViT, arXiv 2507.14481.
     """
     patch_bits = check_settings(w_bits, a_bits, placement, quantizer, patch_bits)
+    if is_patched(model):
+        raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
     spec = ModelSpec.of(model, model_kwargs)
     preprocessing = preprocessing or Preprocessing.of(model)
     if acm == "auto":

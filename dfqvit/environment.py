@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu": {
-            "model": _cpu_model(),
+            "model": extension.cpu_name(),
             "threads": torch.get_num_threads(),
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
             "detected_isa": module.detected_isa() if module else None,
@@ -71,18 +69,18 @@ def describe(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def describe_tuning(table: dict[str, Any]) -> str:
+    """The record of `kernels.tuning.table` as text."""
+    state = "" if table["enabled"] else " (not used: DFQVIT_TUNING=0)"
+    lines = [f"measured choices of backends{state}: {table['file']}"]
+    for key, entry in table["choices"].items():
+        times = ", ".join(f"{backend} {time:g} us" for backend, time in entry["microseconds"].items())
+        lines.append(f"  {key}: {entry['backend']} ({times})")
+    return "\n".join(lines if table["choices"] else [*lines, "  none yet"])
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux: the platform module's name has to do
-    return platform.processor() or platform.machine() or sys.platform

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import extension
+from . import extension, tuning
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 Verdict = tuple[bool, str]  # (True, "") or (False, the reason)
@@ -47,10 +47,25 @@ class Backend:
 
 
 class Operator:
-    """A torch operator with several backends; calling it calls `torch.ops.dfqvit.<name>`."""
+    """A torch operator with several backends; calling it calls `torch.ops.dfqvit.<name>`.
 
-    def __init__(self, schema: str, *, fake: Callable[..., Any], backends: Sequence[Backend]) -> None:
+    With `tune`, which gives a key for a call's shape, the automatic choice takes the fastest for that key; see `tuning`.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        backends: Sequence[Backend],
+        tune: Callable[..., str] | None = None,
+    ) -> None:
         self.name = schema.split("(", 1)[0]
+        if tune is not None and "!" in schema:
+            raise ValueError(
+                f"tune was given for {self.name}, which writes to its arguments; it cannot be run for a try"
+            )
+        self.tune = tune
         self.backends = {backend.name: backend for backend in sorted(backends, key=lambda b: NAMES.index(b.name))}
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
@@ -72,14 +87,21 @@ class Operator:
         if asked is not None:
             return self._resolve_by_name(asked, *args)
         first = next(arg for arg in args if isinstance(arg, torch.Tensor))
-        for backend in self.backends.values():
-            if not _serves(backend.name, first):
-                continue
+        serving = [backend for backend in self.backends.values() if _serves(backend.name, first)]
+        for place, backend in enumerate(serving):
             able, reason = backend.supports(*args)
             if able:
-                return backend
+                return backend if self.tune is None else self._fastest(serving[place:], *args)
             self._warn_once(backend.name, reason)
         raise BackendError(f"no backend of {self.name} supports these arguments on device '{first.device.type}'")
+
+    def _fastest(self, able: Sequence[Backend], *args: Any) -> Backend:
+        """Of `able`, whose first supports the arguments; the reference is a fallback, never a candidate."""
+        rest = (backend for backend in able[1:] if backend.name != "reference" and backend.supports(*args)[0])
+        candidates = {backend.name: backend.run for backend in (able[0], *rest)}
+        if self.tune is None or len(candidates) == 1:
+            return able[0]
+        return self.backends[tuning.fastest(self.name, self.tune(*args), candidates, args)]
 
     def _resolve_by_name(self, name: str, *args: Any) -> Backend:
         backend = self.backends.get(name)

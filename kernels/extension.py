@@ -1,9 +1,12 @@
-"""The compiled module `dfqvit._C`, loaded on first use, and the reason when it cannot be."""
+"""The compiled module `dfqvit._C`, loaded on first use, and the reason when it cannot be; the processor that it runs on."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import platform
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -43,3 +46,15 @@ def supports_cuda() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device"
     return True, ""
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name, as well as this platform tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: the platform module's name has to do
+    return platform.processor() or platform.machine() or sys.platform

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
+from .fusable import MLP_LAYERS, LayerNames, linear_layers
 
 PLACEMENTS = ("gemm", "psaq")
 
@@ -40,6 +41,8 @@ class Adapter(abc.ABC):
 
     `compat="psaq"` makes features as PSAQ-ViT's own code does where that differs (Swin).
     """
+
+    patchable: ClassVar[LayerNames]  # where `dfqvit.patch` takes linear layers over, beside MLPs
 
     def __init__(self, model: nn.Module, compat: str = "") -> None:
         self.model: Any = model
@@ -82,6 +85,10 @@ class Adapter(abc.ABC):
         self._replace("patch_embed.proj", QuantPatchProjection.from_conv(projection, patch_bits, a_bits, quantizer))
         sites = self.add_psaq_sites if placement == "psaq" else self.add_gemm_sites
         sites(a_bits, quantizer)
+
+    def linear_layers(self, exclude: Sequence[str]) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+        """Every layer with weights, and whether `dfqvit.patch` takes it over; see `fusable.linear_layers`."""
+        return linear_layers(self.model, {**self.patchable, **MLP_LAYERS}, exclude)
 
     def set_acm(self, index: int, acm: torch.Tensor | None) -> None:
         """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import nn
 
 from ..errors import UsageError
@@ -18,6 +18,8 @@ from .constants import quantize_constant_
 
 class SwinAdapter(Adapter):
     """timm's SwinTransformer."""
+
+    patchable: ClassVar = {WindowAttention: ("qkv", "proj"), PatchMerging: ("reduction",)}
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:

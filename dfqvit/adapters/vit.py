@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention
@@ -19,6 +19,8 @@ from .constants import quantize_constant_
 
 class VitAdapter(Adapter):
     """timm's VisionTransformer and VisionTransformerDistilled."""
+
+    patchable: ClassVar = {Attention: ("qkv", "gate", "proj")}
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:

@@ -10,16 +10,24 @@ import torch
 
 from .. import environment
 from ..api import QuantizationRecord
+from ..errors import UsageError
 from ..io import load
+from ..kernels.tuning import table as measured_choices
 from .options import common, emit, pick_device
 
 
 @click.command("info")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--tuning", is_flag=True, help="Only the choices of backends that were measured on this machine.")
 @common
-def command(file: Path | None, device: str, seed: int, as_json: bool) -> None:
+def command(file: Path | None, tuning: bool, device: str, seed: int, as_json: bool) -> None:
     """Without FILE: versions, devices, CPU and backends. With FILE: check a saved model completely and describe it."""
-    if file is None:
+    if tuning:
+        if file is not None:
+            raise UsageError("--tuning was given with a FILE; it may be given alone")
+        table = measured_choices()
+        emit(as_json, table, environment.describe_tuning(table))
+    elif file is None:
         record = environment.collect()
         emit(as_json, record, environment.describe(record))
     else:
