@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels import pack_weight, quant_linear
+from .kernels import block_weight, extension, pack_weight, quant_linear
 from .kernels.pack_weight import packed_row_bytes
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
 
@@ -38,6 +38,7 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.input = ActivationQuantizer(a_bits, quantizer).to(weight.device)
         self.register_buffer("acm", None)
+        self._blocked: tuple[tuple[int, int], torch.Tensor] | None = None
 
     @classmethod
     def from_float(cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str) -> QuantLinear:
@@ -70,13 +71,23 @@ class QuantLinear(nn.Module):
         self.weight_packed.copy_(pack_weight(weight, scale, self.w_bits))
         self.input.freeze()
 
+    def kernel_weight(self) -> torch.Tensor:
+        """The packed weight in the form that the kernels of its device run fastest with, made once."""
+        packed = self.weight_packed
+        if packed.device.type != "cpu" or not extension.supports_cpu()[0]:
+            return packed
+        key = (packed.data_ptr(), packed._version)
+        if self._blocked is None or self._blocked[0] != key:
+            self._blocked = (key, block_weight(packed, self.in_features, self.w_bits))
+        return self._blocked[1]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
         if self.weight is not None:
             return F.linear(self.input(x), self.weight, self.bias)
         return quant_linear(
             x,
-            self.weight_packed,
+            self.kernel_weight(),
             self.bias,
             self.acm,
             x_scale=self.input.scale,

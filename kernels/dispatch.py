@@ -133,8 +133,12 @@ def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backen
             able, reason = present()
         return supports(*args) if able else (False, reason)
 
+    found: list[Callable[..., Any]] = []  # torch's own look-up of an operator by name costs microseconds
+
     def run(*args: Any) -> Any:
-        return getattr(getattr(torch.ops, f"dfqvit_{device}"), name)(*args)
+        if not found:
+            found.append(getattr(getattr(torch.ops, f"dfqvit_{device}"), name).default)
+        return found[0](*args)
 
     return Backend(device, run, supported)
 
@@ -186,6 +190,11 @@ def use_backend(name: str | None, operator: str | None = None) -> Iterator[None]
     finally:
         _asked.clear()
         _asked.update(before)
+
+
+def choices() -> frozenset[tuple[str | None, str]]:
+    """What was asked for by name, as (operator or None, backend): for callers that remember a choice while this is the same."""
+    return frozenset(_asked.items())
 
 
 def backends() -> dict[str, dict[str, str]]:

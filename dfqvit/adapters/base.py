@@ -90,6 +90,15 @@ class Adapter(abc.ABC):
         """Every layer with weights, and whether `dfqvit.patch` takes it over; see `fusable.linear_layers`."""
         return linear_layers(self.model, {**self.patchable, **MLP_LAYERS}, exclude)
 
+    @property
+    @abc.abstractmethod
+    def integer_block(self) -> type:
+        """The class of a block that runs as a chain of integer operators, see `runtime`."""
+
+    @abc.abstractmethod
+    def why_not_integer(self, block: Any) -> str:
+        """Why this family's block cannot become an `integer_block`, or ""."""
+
     def set_acm(self, index: int, acm: torch.Tensor | None) -> None:
         """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.
 
@@ -97,6 +106,7 @@ class Adapter(abc.ABC):
         that layer's epilogue; otherwise (LayerScale, quantizers in between) it is added to the block's output.
         """
         block: Any = self.blocks()[index]
+        block.__dict__.pop("_chain", None)  # of the integer runtime: made with the correction there was
         last = _last_linear(block)
         plain = isinstance(getattr(block, "ls2", nn.Identity()), nn.Identity) and not hasattr(block, "output_quantizer")
         if isinstance(last, QuantLinear) and plain:

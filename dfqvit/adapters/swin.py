@@ -6,9 +6,16 @@ import functools
 from typing import Any, ClassVar
 
 import torch
-from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    WindowAttention,
+    window_partition,
+)
 from torch import nn
 
+from ..chain import Chain, chain_of
 from ..errors import UsageError
 from ..layers import AttentionOperands, quantize_output
 from ..quantizers import ActivationQuantizer
@@ -69,6 +76,18 @@ class SwinAdapter(Adapter):
                 block.attn.operands = AttentionOperands(bits, quantizer)
                 block.attn.__class__ = QuantWindowAttention
 
+    @property
+    def integer_block(self) -> type:
+        """IntegerSwinBlock."""
+        return IntegerSwinBlock
+
+    def why_not_integer(self, block: Any) -> str:
+        """Only timm's plain block, and no padded windows."""
+        if type(block) is not SwinTransformerBlock:
+            return f"it is a {type(block).__name__}"
+        padded = any(size % window for size, window in zip(block.input_resolution, block.window_size, strict=True))
+        return "its windows are padded" if padded else ""
+
     def quantize_constants(self, bits: int) -> None:
         """The relative position bias tables, each on its own grid."""
         for block in self.blocks():
@@ -96,6 +115,26 @@ class QuantWindowAttention(WindowAttention):
             bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)
         y = self.operands(q, k, v, self.scale, bias)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+
+class IntegerSwinBlock(SwinTransformerBlock):
+    """timm's block in integers; shift and windows are lists of token indices that the attention reads by."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, C] to float32 [B, H, W, C]."""
+        if self.training or x.shape[1:3] != self.input_resolution:
+            return super().forward(x)
+        return chain_of(self, self._make_chain)(x.flatten(1, 2)).view_as(x)
+
+    def _make_chain(self) -> Chain:
+        height, width = self.input_resolution
+        device = self.norm1.weight.device
+        places = torch.arange(height * width, dtype=torch.int32, device=device).view(1, height, width, 1)
+        rolled = places.roll((-self.shift_size[0], -self.shift_size[1]), (1, 2))
+        index = window_partition(rolled, self.window_size).flatten(1).contiguous()
+        mask = self.get_attn_mask(device=device, dtype=torch.float32)
+        bias = self.attn._get_rel_pos_bias()[0].detach().contiguous()
+        return Chain(self, bias=bias, mask=mask, index=index)
 
 
 class PsaqWindowAttention(WindowAttention):

@@ -10,6 +10,7 @@ from timm.layers.attention import resolve_self_attn_mask
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from ..chain import Chain, chain_of
 from ..errors import UsageError
 from ..layers import AttentionOperands, quantize_output
 from ..quantizers import ActivationQuantizer
@@ -76,6 +77,15 @@ class VitAdapter(Adapter):
                 block.attn.operands = AttentionOperands(bits, quantizer)
                 block.attn.__class__ = QuantAttention
 
+    @property
+    def integer_block(self) -> type:
+        """IntegerBlock."""
+        return IntegerBlock
+
+    def why_not_integer(self, block: Any) -> str:
+        """Only timm's plain Block."""
+        return "" if type(block) is Block else f"it is a {type(block).__name__}"
+
     def _prefix_tokens(self) -> list[nn.Parameter]:
         names = ("cls_token", "dist_token", "reg_token")
         return [token for token in (getattr(self.model, name, None) for name in names) if token is not None]
@@ -96,6 +106,16 @@ class QuantAttention(Attention):
         if gate is not None:
             y = y * gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
+
+
+class IntegerBlock(Block):
+    """timm's Block in integers; masks, gradients and training go the simulated way."""
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """[B, N, C] to float32 [B, N, C]."""
+        if attn_mask is not None or is_causal or self.training:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return chain_of(self, lambda: Chain(self))(x)
 
 
 class PsaqAttention(Attention):

@@ -1,0 +1,30 @@
+"""The integer runtime: a frozen quantized model whose blocks run as chains of integer operators (see `chain`).
+
+The blocks take another class; everything else of the timm model stays as it is: its forward, `forward_features` and
+`forward_intermediates`, its state_dict. Hooks on the layers inside a block do not fire while its chain runs.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .adapters import find_adapter
+from .chain import why_not
+
+
+def accelerate(model: nn.Module) -> dict[str, str]:
+    """Lets every block of a frozen quantized model that the runtime knows run in integers, in place.
+
+    Returns:
+        The blocks that stay simulated, by name, each with the reason; empty when all were taken.
+    """
+    skipped = {}
+    adapter = find_adapter(model)
+    names = {module: name for name, module in model.named_modules()}
+    for block in adapter.blocks():
+        reason = why_not(block) or adapter.why_not_integer(block)
+        if reason:
+            skipped[names[block]] = reason
+        else:
+            block.__class__ = adapter.integer_block
+    return skipped
