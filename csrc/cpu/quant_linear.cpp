@@ -9,6 +9,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -38,6 +42,19 @@ uint8_t* thread_scratch(int64_t bytes) {
     memory.reset(std::aligned_alloc(64, size));
   }
   return static_cast<uint8_t*>(memory.get());
+}
+
+// A large result of its own pages costs more in page faults than in arithmetic: huge pages, where the system grants
+// them.
+void ask_for_huge_pages(const at::Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + tensor.nbytes()) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)tensor;
+#endif
 }
 
 Type type_of(at::ScalarType type) {
@@ -228,6 +245,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
     whole_value("x", most, greatest);
   }
   at::Tensor result = at::empty(shape, x.options().dtype(out_dtype));
+  ask_for_huge_pages(result);
   Epilogue e{};
   e.columns = constants.data();
   e.out_features = e.out_stride = outputs;

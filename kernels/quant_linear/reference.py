@@ -136,6 +136,6 @@ def _integers(weight: torch.Tensor, w_bits: int, in_features: int, out_features:
 
 
 def _straight_through(ratio: torch.Tensor, zero: torch.Tensor, quant_min: int, quant_max: int) -> torch.Tensor:
-    q = ratio + (ratio.round() - ratio).detach() + zero
-    inside = (q >= quant_min) & (q <= quant_max)
-    return torch.where(inside | q.isnan(), q, q.clamp(quant_min, quant_max).detach())
+    rounded = (ratio.round() + zero).detach()
+    q = rounded.clamp(quant_min, quant_max)
+    return torch.where(rounded == q, q + (ratio - ratio.detach()), q)

@@ -140,7 +140,8 @@ def test_requantized_result(seed, out_bits, per_output):
 )
 def test_activation(seed, name, function):
     x, weight, p = sample((4, 9), 6)
-    assert torch.equal(quant_linear(x, weight, activation=name, **p), function(quant_linear(x, weight, **p)))
+    found = quant_linear(x, weight, activation=name, **p)
+    assert torch.allclose(found, function(quant_linear(x, weight, **p)), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -317,3 +318,16 @@ def test_bad_input(change, message):
 
 def test_reference_knows_every_activation_that_the_checks_accept():
     assert set(reference.ACTIVATIONS) == {"none", "gelu", "gelu_tanh"}
+
+
+def test_gradcheck_in_float64(seed):
+    """Of what enters smoothly, in its oracle's dtype."""
+    x, weight, p = sample((2, 3, 9), 5, dtype=torch.float64)
+    p["w_scale"] = p["w_scale"].double()
+    addends = [torch.randn(5), torch.randn(3, 5), torch.randn(2, 3, 5)]
+    addends = [t.double().requires_grad_() for t in addends]
+
+    def run(bias, acm, residual):
+        return quant_linear(x, weight, bias, acm, residual=residual, activation="gelu", **p)
+
+    assert torch.autograd.gradcheck(run, addends)

@@ -95,70 +95,75 @@ constexpr int64_t size_of(Type type) {
   return type == Type::f32 ? 4 : type == Type::u8 ? 1 : 2;
 }
 
-// One block's Columns in registers.
-struct Constants {
-  vec scale[kVectors], bias[kVectors], out_scale[kVectors], out_reciprocal[kVectors], out_zero[kVectors];
-
-  DFQVIT_INLINE explicit Constants(const Columns& c) {
-    for (int v = 0; v < kVectors; ++v) {
-      scale[v] = simd::load(c.scale + v * simd::kLanes);
-      bias[v] = simd::load(c.bias + v * simd::kLanes);
-      out_scale[v] = simd::load(c.out_scale + v * simd::kLanes);
-      out_reciprocal[v] = simd::load(c.out_reciprocal + v * simd::kLanes);
-      out_zero[v] = simd::load(c.out_zero + v * simd::kLanes);
-    }
-  }
-};
-
 // The epilogue of quant_linear, in float32 and in the order of the reference. T: what the result consists of.
 template <Activation kActivation, class T>
 struct Standard {
   const Epilogue& e;
 
-  // 16 outputs of one row.
-  DFQVIT_INLINE void finish(const int32_t* sums, const Columns& columns, const Constants& c, const float* acm,
-                            const void* residual, T* out) const {
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = v * simd::kLanes;
-      vec y = simd::mul(c.scale[v], simd::difference(sums + at, columns.offset + at));
-      y = simd::add(y, c.bias[v]);
-      if (acm != nullptr) y = simd::add(y, simd::load(acm + at));
-      if constexpr (kActivation == Activation::gelu) y = gelu(y, kGelu);
-      if constexpr (kActivation == Activation::gelu_tanh) y = gelu(y, kGeluTanh);
-      if (residual != nullptr) y = simd::add(y, load_as(residual, e.residual_type, at));
-      if constexpr (sizeof(T) == 1) {
-        quantize_vector(out + at, y, c.out_scale[v], c.out_reciprocal[v], c.out_zero[v],
-                        simd::broadcast(e.out_greatest));
-      } else {
-        simd::store(out + at, y);
-      }
+  // sums [count, 16] of rows `row` on and of one block.
+  DFQVIT_TARGET void operator()(int64_t row, int64_t count, int64_t block, const int32_t* sums) const {
+    const int64_t column = block * kOutputs, first = e.first_row + row;
+    const int64_t valid = std::min<int64_t>(kOutputs, e.out_features - column), step = size_of(e.residual_type);
+    const int64_t place = first * e.out_features + column;
+    const char* residual = e.residual ? static_cast<const char*>(e.residual) + place * step : nullptr;
+    T* out = static_cast<T*>(e.out) + first * e.out_stride + column;
+    int64_t token = e.acm ? first % e.tokens : 0;
+    const float* acm = e.acm ? e.acm + column : nullptr;
+    if (valid == kOutputs) {
+      const int64_t stride = e.out_features;
+      if (acm && residual) return finish<true, true>(sums, count, block, acm, token, residual, stride, out);
+      if (acm) return finish<true, false>(sums, count, block, acm, token, residual, stride, out);
+      if (residual) return finish<false, true>(sums, count, block, acm, token, residual, stride, out);
+      return finish<false, false>(sums, count, block, acm, token, residual, stride, out);
+    }
+    for (int64_t i = 0; i < count; ++i, sums += kOutputs, out += e.out_stride) {  // the last block, row by row
+      float acm_copy[kOutputs] = {};
+      char residual_copy[kOutputs * sizeof(float)] = {};
+      T result[kOutputs];
+      if (acm) std::memcpy(acm_copy, acm + (token + i) % e.tokens * e.out_features, valid * sizeof(float));
+      if (residual) std::memcpy(residual_copy, residual + i * e.out_features * step, valid * step);
+      finish<true, true>(sums, 1, block, acm_copy, 0, residual_copy, 0, result);
+      std::memcpy(out, result, valid * sizeof(T));
     }
   }
 
-  // sums [count, 16] of rows `row` on and of one block.
-  DFQVIT_INLINE void operator()(int64_t row, int64_t count, int64_t block, const int32_t* sums) const {
+ private:
+  // 16 outputs of `count` rows. `stride`: elements from row to row of acm and residual. Adding 0 where there is neither
+  // changes nothing but -0.
+  template <bool kAcm, bool kResidual>
+  DFQVIT_TARGET void finish(const int32_t* sums, int64_t count, int64_t block, const float* acm, int64_t token,
+                            const char* residual, int64_t stride, T* out) const {
     const Columns& columns = e.columns[block];
-    const Constants constants(columns);
-    const int64_t column = block * kOutputs, first = e.first_row + row;
-    const int64_t valid = std::min<int64_t>(kOutputs, e.out_features - column), step = size_of(e.residual_type);
-    const char* residual = static_cast<const char*>(e.residual);
-    int64_t token = e.acm ? first % e.tokens : 0;
-    for (int64_t i = 0; i < count; ++i, sums += kOutputs) {
-      const int64_t place = (first + i) * e.out_features + column;
-      const float* acm = e.acm ? e.acm + token * e.out_features + column : nullptr;
-      const char* addend = residual ? residual + place * step : nullptr;
-      T* out = static_cast<T*>(e.out) + (first + i) * e.out_stride + column;
-      if (valid == kOutputs) {
-        finish(sums, columns, constants, acm, addend, out);
-      } else {
-        float acm_copy[kOutputs] = {}, residual_copy[kOutputs] = {};
-        T result[kOutputs];
-        if (acm) std::memcpy(acm_copy, acm, valid * sizeof(float));
-        if (addend) std::memcpy(residual_copy, addend, valid * step);
-        finish(sums, columns, constants, acm ? acm_copy : nullptr, addend ? residual_copy : nullptr, result);
-        std::memcpy(out, result, valid * sizeof(T));
+    const vec out_greatest = simd::broadcast(e.out_greatest);
+    const int64_t step = size_of(e.residual_type) * stride, tokens = e.tokens, out_stride = e.out_stride;
+    const Type residual_type = e.residual_type;
+    vec scale[kVectors], bias[kVectors], out_scale[kVectors], out_reciprocal[kVectors], out_zero[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      scale[v] = simd::load(columns.scale + v * simd::kLanes);
+      bias[v] = simd::load(columns.bias + v * simd::kLanes);
+      out_scale[v] = simd::load(columns.out_scale + v * simd::kLanes);
+      out_reciprocal[v] = simd::load(columns.out_reciprocal + v * simd::kLanes);
+      out_zero[v] = simd::load(columns.out_zero + v * simd::kLanes);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = v * simd::kLanes;
+        vec y = simd::mul(scale[v], simd::difference(sums + at, columns.offset + at));
+        y = simd::add(y, bias[v]);
+        if constexpr (kAcm) y = simd::add(y, simd::load(acm + token * stride + at));
+        if constexpr (kActivation == Activation::gelu) y = gelu(y, kGelu);
+        if constexpr (kActivation == Activation::gelu_tanh) y = gelu(y, kGeluTanh);
+        if constexpr (kResidual) y = simd::add(y, load_as(residual, residual_type, at));
+        if constexpr (sizeof(T) == 1) {
+          quantize_vector(out + at, y, out_scale[v], out_reciprocal[v], out_zero[v], out_greatest);
+        } else {
+          simd::store(out + at, y);
+        }
       }
-      if (++token == e.tokens) token = 0;
+      sums += kOutputs;
+      out += out_stride;
+      if constexpr (kResidual) residual += step;
+      if constexpr (kAcm) token = token + 1 == tokens ? 0 : token + 1;
     }
   }
 };
@@ -183,15 +188,40 @@ DFQVIT_TARGET inline void unpack(const uint8_t* packed, int64_t chunks, int bits
   }
 }
 
+// A computed tile that waits to be finished, while the next is computed.
+template <class Finish>
+struct Pending {
+  const Finish& finish;
+  int64_t rows_of_part;
+  const int32_t* sums = nullptr;  // [blocks][kRows][16]
+  int64_t row = 0, count = 0, block = 0;
+  int blocks = 0;
+
+  DFQVIT_TARGET void part(int64_t i) const {
+    const int64_t begin = i * rows_of_part;
+    if (begin < count) rows(begin, std::min(count, begin + rows_of_part));
+  }
+  DFQVIT_TARGET void all() const {
+    if (count > 0) rows(0, count);
+  }
+  DFQVIT_TARGET __attribute__((noinline)) void rows(int64_t begin, int64_t end) const {
+    for (int j = 0; j < blocks; ++j) {
+      finish(row + begin, end - begin, block + j, sums + (j * kRows + begin) * kOutputs);
+    }
+  }
+};
+
 // The product of `rows` rows of bytes with the blocks begin to end, tile by tile: finish(row, count, block, sums) takes
-// each. `a` has `stride` bytes from row to row and is readable to chunks * 64 in each row; what stands there beyond K
-// does not matter. `scratch` holds weight.scratch_bytes().
+// `count` rows of 16 sums, in this order. `a` has `stride` bytes from row to row and is readable to chunks * 64 in each
+// row; what stands there beyond K does not matter. `scratch` holds weight.scratch_bytes().
 template <class Finish>
 DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const Weight& weight, int64_t begin,
                         int64_t end, uint8_t* scratch, const Finish& finish) {
   if (rows == 0) return;
-  alignas(64) int32_t buffer[kHeadroom + 2 * kRows * kOutputs];
-  int32_t* sums = buffer + kHeadroom;
+  constexpr int kTile = kHeadroom + 2 * kRows * kOutputs;
+  alignas(64) int32_t buffers[2][kTile];
+  int turn = 0;
+  Pending<Finish> pending{finish, (kRows - 1) / std::max<int64_t>(weight.chunks, 1) + 1};
   prepare(rows);
   for (int64_t block = begin; block < end; block += 2) {
     const int blocks = static_cast<int>(std::min<int64_t>(2, end - block));
@@ -205,14 +235,18 @@ DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const We
       }
     }
     asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
-    for (int64_t r = 0; r < rows; r += kRows) {
-      multiply(a, stride, r, rows, panels, blocks, weight.chunks, sums);
-      for (int j = 0; j < blocks; ++j) {
-        finish(r, std::min<int64_t>(kRows, rows - r), block + j, sums + j * kRows * kOutputs);
-      }
+    for (int64_t r = 0; r < rows; r += kRows, turn ^= 1) {
+      int32_t* sums = buffers[turn] + kHeadroom;
+      multiply(a, stride, r, rows, panels, blocks, weight.chunks, sums, pending);
+      pending.sums = sums;
+      pending.row = r;
+      pending.count = std::min<int64_t>(kRows, rows - r);
+      pending.block = block;
+      pending.blocks = blocks;
     }
   }
   release();
+  pending.all();
 }
 
 template <Activation kActivation>
