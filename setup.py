@@ -25,6 +25,7 @@ CPU_SOURCES = [
     "csrc/cpu/fake_quantize.cpp",
     "csrc/cpu/layer_norm_quantize.cpp",
     "csrc/cpu/patch_similarity_entropy.cpp",
+    "csrc/cpu/quant_attention.cpp",
     "csrc/cpu/quant_linear.cpp",
     "csrc/cpu/roll_resize.cpp",
     "csrc/cpu/total_variation.cpp",
