@@ -23,6 +23,7 @@ CPU_SOURCES = [
     "csrc/module.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/fake_quantize.cpp",
+    "csrc/cpu/int8_peak.cpp",
     "csrc/cpu/layer_norm_quantize.cpp",
     "csrc/cpu/patch_similarity_entropy.cpp",
     "csrc/cpu/quant_attention.cpp",

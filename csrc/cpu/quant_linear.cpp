@@ -26,6 +26,7 @@ namespace quant {
 namespace {
 
 constexpr int64_t kBufferBytes = 1 << 19;  // of quantized rows a thread works on
+constexpr size_t kStreamBytes = 8 << 20;   // from this size on a float32 result is written past the caches
 constexpr int64_t kLeastRows = 64, kMostRows = 1024;
 
 using Optional = std::optional<at::Tensor>;
@@ -258,6 +259,8 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   e.residual_type = residual ? type_of(addend.scalar_type()) : Type::f32;
   e.out = result.mutable_data_ptr();
   e.type = type_of(out_dtype);
+  e.stream = e.type == Type::f32 && result.nbytes() >= kStreamBytes && outputs % kOutputs == 0 &&
+             reinterpret_cast<uintptr_t>(e.out) % 64 == 0;
   e.out_greatest = static_cast<float>((1 << out_bits) - 1);
   if (rows > 0 && outputs > 0) {
     TORCH_CHECK_VALUE(run(input, packed, e, blocks.size(0)), "x held NaN or Inf; every value must be finite");

@@ -115,6 +115,16 @@ def test_calls_from_several_threads_at_once(seed, isa):
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
+def test_large_results_are_written_past_the_caches(seed, isa):
+    """From 8 MB on, if every row starts at a multiple of 64 bytes."""
+    for outputs in (512, 510):
+        x, weight = torch.randn(4200, 3), torch.randn(outputs, 3)
+        found, expected = both(
+            x, weight, **IDENTITY | {"x_scale": 0.03, "x_zero": 128, "w_scale": torch.full((outputs,), 0.02)}
+        )
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("x_zero", [0, 255])
 def test_sums_up_to_the_limit_of_int32(isa, x_zero):
     depth = 65793  # 65793 * 255 * 128 is just below 2^31

@@ -63,6 +63,7 @@ struct Epilogue {
   Type type;
   int64_t out_stride;  // elements
   float out_greatest;
+  bool stream;        // Type::f32 only: past the caches; `out` and its rows then lie at multiples of 64 bytes
   int64_t first_row;  // the row of the result that row 0 of the product is
 };
 

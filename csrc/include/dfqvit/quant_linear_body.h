@@ -13,33 +13,51 @@ constexpr int kVectors = kOutputs / simd::kLanes;  // that hold 16 values
 // Numerators beyond this many steps are cut there: the result is clamped anyway, and the quotient stays exact.
 constexpr float kSteps = 512.0f;
 
-DFQVIT_INLINE void quantize_vector(uint8_t* out, vec x, vec scale, vec reciprocal, vec zero, vec greatest) {
-  const vec limit = simd::mul(scale, simd::broadcast(kSteps));
-  x = simd::min(simd::max(x, simd::sub(simd::broadcast(0.0f), limit)), limit);
-  simd::store_integers(out, simd::exact_quotient(x, scale, reciprocal), zero, greatest);
+// Vectors that are worked on side by side, step by step: one alone would wait for each step's latency. In AVX-512 four
+// rows of 16; the other paths have too few registers for more than the vectors of one row.
+constexpr int kGroup = simd::kLanes == kOutputs ? 4 : 1;
+
+#define DFQVIT_EACH for (int i = 0; i < n; ++i)
+
+// x[i] to bytes at out[i]. The other arguments are one vector for each i, or one for every `columns`.
+template <int n, int columns>
+DFQVIT_INLINE void quantize_vectors(uint8_t* const* out, vec* x, const vec* scale, const vec* reciprocal,
+                                    const vec* zero, vec greatest) {
+  DFQVIT_EACH {
+    const vec limit = simd::mul(scale[i % columns], simd::broadcast(kSteps));
+    x[i] = simd::min(simd::max(x[i], simd::sub(simd::broadcast(0.0f), limit)), limit);
+  }
+  simd::exact_quotients<n, columns>(x, scale, reciprocal);
+  DFQVIT_EACH simd::store_integers(out[i], x[i], zero[i % columns], greatest);
 }
 
 template <class T>
 DFQVIT_TARGET bool quantize_rows(const T* x, int64_t rows, int64_t columns, const Quantizer& q, uint8_t* out,
                                  int64_t out_stride) {
+  constexpr int n = 4, kStep = n * simd::kLanes;
   const vec scale = simd::broadcast(q.scale), reciprocal = simd::broadcast(q.reciprocal);
   const vec zero = simd::broadcast(q.zero), greatest = simd::broadcast(q.greatest);
   vec strange = simd::broadcast(0.0f);  // NaN once a value was not finite
   for (int64_t r = 0; r < rows; ++r, x += columns, out += out_stride) {
-    int64_t i = 0;
-    for (; i + simd::kLanes <= columns; i += simd::kLanes) {
-      const vec v = simd::load(x + i);
-      strange = simd::add(strange, simd::sub(v, v));
-      quantize_vector(out + i, v, scale, reciprocal, zero, greatest);
-    }
-    if (i < columns) {
-      T rest[simd::kLanes] = {};
-      uint8_t bytes[simd::kLanes];
-      std::memcpy(rest, x + i, (columns - i) * sizeof(T));
-      const vec v = simd::load(rest);
-      strange = simd::add(strange, simd::sub(v, v));
-      quantize_vector(bytes, v, scale, reciprocal, zero, greatest);
-      std::memcpy(out + i, bytes, columns - i);
+    for (int64_t first = 0; first < columns; first += kStep) {
+      T rest[kStep];
+      uint8_t bytes[kStep];
+      const bool whole = first + kStep <= columns;
+      if (!whole) {
+        std::memset(static_cast<void*>(rest), 0, sizeof(rest));
+        std::memcpy(static_cast<void*>(rest), x + first, (columns - first) * sizeof(T));
+      }
+      const T* from = whole ? x + first : rest;
+      uint8_t* to = whole ? out + first : bytes;
+      vec v[n];
+      uint8_t* places[n];
+      DFQVIT_EACH {
+        v[i] = simd::load(from + i * simd::kLanes);
+        places[i] = to + i * simd::kLanes;
+        strange = simd::add(strange, simd::sub(v[i], v[i]));
+      }
+      quantize_vectors<n, 1>(places, v, &scale, &reciprocal, &zero, greatest);
+      if (!whole) std::memcpy(out + first, bytes, columns - first);
     }
     std::memset(out + columns, 0, out_stride - columns);
   }
@@ -73,16 +91,28 @@ constexpr Gelu kGeluTanh = {
     {0x1.ee664ep-3f, 0x1.8788bap-6f, 0x1.4c4c0ap-10f, 0x1.39a1f0p-14f, 0x1.73be46p-20f},
     5.2f};
 
-DFQVIT_INLINE vec gelu(vec x, const Gelu& c) {
+template <int n>
+DFQVIT_INLINE void gelu(vec* x, const Gelu& c) {
   const vec limit = simd::broadcast(c.limit), minus_limit = simd::broadcast(-c.limit);
-  const vec cut = simd::min(simd::max(x, minus_limit), limit);
-  const vec z = simd::mul(cut, cut);
-  vec p = simd::broadcast(c.p[5]), q = simd::broadcast(c.q[4]);
-  for (int i = 4; i >= 0; --i) p = simd::fma(p, z, simd::broadcast(c.p[i]));
-  for (int i = 3; i >= 0; --i) q = simd::fma(q, z, simd::broadcast(c.q[i]));
-  q = simd::fma(q, z, simd::broadcast(1.0f));
-  const vec part = simd::mul(simd::mul(cut, p), simd::reciprocal(q));
-  return simd::zero_below(simd::fma(x, part, simd::mul(x, simd::broadcast(0.5f))), x, minus_limit);
+  vec cut[n], z[n], p[n], q[n];
+  DFQVIT_EACH {
+    cut[i] = simd::min(simd::max(x[i], minus_limit), limit);
+    z[i] = simd::mul(cut[i], cut[i]);
+    p[i] = simd::broadcast(c.p[5]);
+    q[i] = simd::broadcast(c.q[4]);
+  }
+  for (int k = 4; k >= 0; --k) {
+    const vec a = simd::broadcast(c.p[k]), b = simd::broadcast(k == 0 ? 1.0f : c.q[k - 1]);
+    DFQVIT_EACH {
+      p[i] = simd::fma(p[i], z[i], a);
+      q[i] = simd::fma(q[i], z[i], b);
+    }
+  }
+  DFQVIT_EACH p[i] = simd::mul(simd::mul(cut[i], p[i]), simd::reciprocal(q[i]));
+  DFQVIT_EACH {
+    const vec half = simd::mul(x[i], simd::broadcast(0.5f));
+    x[i] = simd::zero_below(simd::fma(x[i], p[i], half), x[i], minus_limit);
+  }
 }
 
 DFQVIT_INLINE vec load_as(const void* p, Type type, int64_t i) {
@@ -128,42 +158,73 @@ struct Standard {
   }
 
  private:
+  struct Constants {
+    vec scale[kVectors], bias[kVectors], out_scale[kVectors], out_reciprocal[kVectors], out_zero[kVectors];
+  };
+
   // 16 outputs of `count` rows. `stride`: elements from row to row of acm and residual. Adding 0 where there is neither
   // changes nothing but -0.
   template <bool kAcm, bool kResidual>
   DFQVIT_TARGET void finish(const int32_t* sums, int64_t count, int64_t block, const float* acm, int64_t token,
                             const char* residual, int64_t stride, T* out) const {
     const Columns& columns = e.columns[block];
-    const vec out_greatest = simd::broadcast(e.out_greatest);
-    const int64_t step = size_of(e.residual_type) * stride, tokens = e.tokens, out_stride = e.out_stride;
-    const Type residual_type = e.residual_type;
-    vec scale[kVectors], bias[kVectors], out_scale[kVectors], out_reciprocal[kVectors], out_zero[kVectors];
+    Constants c;
     for (int v = 0; v < kVectors; ++v) {
-      scale[v] = simd::load(columns.scale + v * simd::kLanes);
-      bias[v] = simd::load(columns.bias + v * simd::kLanes);
-      out_scale[v] = simd::load(columns.out_scale + v * simd::kLanes);
-      out_reciprocal[v] = simd::load(columns.out_reciprocal + v * simd::kLanes);
-      out_zero[v] = simd::load(columns.out_zero + v * simd::kLanes);
+      c.scale[v] = simd::load(columns.scale + v * simd::kLanes);
+      c.bias[v] = simd::load(columns.bias + v * simd::kLanes);
+      c.out_scale[v] = simd::load(columns.out_scale + v * simd::kLanes);
+      c.out_reciprocal[v] = simd::load(columns.out_reciprocal + v * simd::kLanes);
+      c.out_zero[v] = simd::load(columns.out_zero + v * simd::kLanes);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int at = v * simd::kLanes;
-        vec y = simd::mul(scale[v], simd::difference(sums + at, columns.offset + at));
-        y = simd::add(y, bias[v]);
-        if constexpr (kAcm) y = simd::add(y, simd::load(acm + token * stride + at));
-        if constexpr (kActivation == Activation::gelu) y = gelu(y, kGelu);
-        if constexpr (kActivation == Activation::gelu_tanh) y = gelu(y, kGeluTanh);
-        if constexpr (kResidual) y = simd::add(y, load_as(residual, residual_type, at));
-        if constexpr (sizeof(T) == 1) {
-          quantize_vector(out + at, y, out_scale[v], out_reciprocal[v], out_zero[v], out_greatest);
-        } else {
-          simd::store(out + at, y);
-        }
-      }
+    int64_t i = 0;
+    for (; i + kGroup <= count; i += kGroup) {
+      group<kAcm, kResidual, kGroup>(sums, columns, c, acm, token, residual, stride, out);
+      sums += kGroup * kOutputs;
+      out += kGroup * e.out_stride;
+      if constexpr (kResidual) residual += kGroup * stride * size_of(e.residual_type);
+    }
+    for (; i < count; ++i) {
+      group<kAcm, kResidual, 1>(sums, columns, c, acm, token, residual, stride, out);
       sums += kOutputs;
-      out += out_stride;
-      if constexpr (kResidual) residual += step;
-      if constexpr (kAcm) token = token + 1 == tokens ? 0 : token + 1;
+      out += e.out_stride;
+      if constexpr (kResidual) residual += stride * size_of(e.residual_type);
+    }
+  }
+
+  // kRowsAtOnce rows of the above; moves `token` on.
+  template <bool kAcm, bool kResidual, int kRowsAtOnce>
+  DFQVIT_INLINE void group(const int32_t* sums, const Columns& columns, const Constants& c, const float* acm,
+                           int64_t& token, const char* residual, int64_t stride, T* out) const {
+    constexpr int n = kRowsAtOnce * kVectors;
+    vec y[n];
+    T* places[n];
+    DFQVIT_EACH {
+      const int v = i % kVectors, at = v * simd::kLanes;
+      y[i] = simd::mul(c.scale[v], simd::difference(sums + i * simd::kLanes, columns.offset + at));
+      y[i] = simd::add(y[i], c.bias[v]);
+      if constexpr (kAcm) {
+        y[i] = simd::add(y[i], simd::load(acm + token * stride + at));
+        if (v == kVectors - 1) token = token + 1 == e.tokens ? 0 : token + 1;
+      }
+      places[i] = out + i / kVectors * e.out_stride + at;
+    }
+    if constexpr (kActivation == Activation::gelu) gelu<n>(y, kGelu);
+    if constexpr (kActivation == Activation::gelu_tanh) gelu<n>(y, kGeluTanh);
+    if constexpr (kResidual) {
+      const Type type = e.residual_type;
+      DFQVIT_EACH y[i] = simd::add(y[i], load_as(residual, type, i / kVectors * stride + i % kVectors * simd::kLanes));
+    }
+    if constexpr (sizeof(T) == 1) {
+      const vec greatest = simd::broadcast(e.out_greatest);
+      quantize_vectors<n, kVectors>(places, y, c.out_scale, c.out_reciprocal, c.out_zero, greatest);
+    } else if constexpr (sizeof(T) == 4) {
+      if (e.stream) {
+        DFQVIT_EACH simd::stream(places[i], y[i]);
+      } else {
+        DFQVIT_EACH simd::store(places[i], y[i]);
+      }
+    } else {
+      DFQVIT_EACH simd::store(places[i], y[i]);
     }
   }
 };
@@ -188,40 +249,15 @@ DFQVIT_TARGET inline void unpack(const uint8_t* packed, int64_t chunks, int bits
   }
 }
 
-// A computed tile that waits to be finished, while the next is computed.
-template <class Finish>
-struct Pending {
-  const Finish& finish;
-  int64_t rows_of_part;
-  const int32_t* sums = nullptr;  // [blocks][kRows][16]
-  int64_t row = 0, count = 0, block = 0;
-  int blocks = 0;
-
-  DFQVIT_TARGET void part(int64_t i) const {
-    const int64_t begin = i * rows_of_part;
-    if (begin < count) rows(begin, std::min(count, begin + rows_of_part));
-  }
-  DFQVIT_TARGET void all() const {
-    if (count > 0) rows(0, count);
-  }
-  DFQVIT_TARGET __attribute__((noinline)) void rows(int64_t begin, int64_t end) const {
-    for (int j = 0; j < blocks; ++j) {
-      finish(row + begin, end - begin, block + j, sums + (j * kRows + begin) * kOutputs);
-    }
-  }
-};
-
 // The product of `rows` rows of bytes with the blocks begin to end, tile by tile: finish(row, count, block, sums) takes
-// `count` rows of 16 sums, in this order. `a` has `stride` bytes from row to row and is readable to chunks * 64 in each
-// row; what stands there beyond K does not matter. `scratch` holds weight.scratch_bytes().
+// `count` rows of 16 sums. `a` has `stride` bytes from row to row and is readable to chunks * 64 in each row; what
+// stands there beyond K does not matter. `scratch` holds weight.scratch_bytes().
 template <class Finish>
 DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const Weight& weight, int64_t begin,
                         int64_t end, uint8_t* scratch, const Finish& finish) {
   if (rows == 0) return;
-  constexpr int kTile = kHeadroom + 2 * kRows * kOutputs;
-  alignas(64) int32_t buffers[2][kTile];
-  int turn = 0;
-  Pending<Finish> pending{finish, (kRows - 1) / std::max<int64_t>(weight.chunks, 1) + 1};
+  alignas(64) int32_t buffer[kHeadroom + 2 * kRows * kOutputs];
+  int32_t* sums = buffer + kHeadroom;
   prepare(rows);
   for (int64_t block = begin; block < end; block += 2) {
     const int blocks = static_cast<int>(std::min<int64_t>(2, end - block));
@@ -235,18 +271,15 @@ DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const We
       }
     }
     asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
-    for (int64_t r = 0; r < rows; r += kRows, turn ^= 1) {
-      int32_t* sums = buffers[turn] + kHeadroom;
-      multiply(a, stride, r, rows, panels, blocks, weight.chunks, sums, pending);
-      pending.sums = sums;
-      pending.row = r;
-      pending.count = std::min<int64_t>(kRows, rows - r);
-      pending.block = block;
-      pending.blocks = blocks;
+    for (int64_t r = 0; r < rows; r += kRows) {
+      multiply(a, stride, r, rows, panels, blocks, weight.chunks, sums);
+      for (int j = 0; j < blocks; ++j) {
+        finish(r, std::min<int64_t>(kRows, rows - r), block + j, sums + j * kRows * kOutputs);
+      }
     }
   }
   release();
-  pending.all();
+  simd::finish_stream();
 }
 
 template <Activation kActivation>
@@ -275,6 +308,7 @@ DFQVIT_TARGET inline void linear(const uint8_t* a, int64_t stride, int64_t rows,
   }
 }
 
+#undef DFQVIT_EACH
 #undef DFQVIT_INLINE
 }  // namespace DFQVIT_PATH
 }  // namespace quant

@@ -2,13 +2,11 @@
 //
 // Each path has kRows, the most rows of a tile, and
 //   prepare(rows), release()   around all the tiles of a product with `rows` rows, on the thread that computes them;
-//   multiply(a, stride, r, rows, panels, blocks, chunks, sums, between)
+//   multiply(a, stride, r, rows, panels, blocks, chunks, sums)
 //     rows r to min(r + kRows, rows) of a, uint8 with `stride` bytes from row to row, readable to chunks * 64;
 //     panels: `blocks` (1 or 2) unpacked blocks, chunks * 1024 bytes each;
 //     sums: [blocks][kRows][16] int32. Rows beyond the last are not written, or hold nothing of use; kHeadroom int32
 //     before it may be written too.
-//     between: finishes the tile before. between.all() does all of it, between.part(c) for c = 0 to chunks - 1 a part
-//     each: while the tile unit of AMX computes, the vector units are free.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +29,8 @@ constexpr int kRows = 1;
 inline void prepare(int64_t) {}
 inline void release() {}
 
-template <class Between>
-void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const uint8_t* const* panels, int blocks,
-              int64_t chunks, int32_t* sums, const Between& between) {
-  between.all();
+inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const uint8_t* const* panels, int blocks,
+                     int64_t chunks, int32_t* sums) {
   for (int j = 0; j < blocks; ++j) {
     int32_t total[16] = {};
     const uint8_t* row = a + r * stride;
@@ -59,11 +55,8 @@ inline void prepare(int64_t) {}
 inline void release() {}
 
 // Bytes are widened to 16 bits: products of bytes in pairs (vpmaddubsw) would saturate.
-template <class Between>
-DFQVIT_TARGET_AVX2 void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
-                                 const uint8_t* const* panels, int blocks, int64_t chunks, int32_t* sums,
-                                 const Between& between) {
-  between.all();
+DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
+                                        const uint8_t* const* panels, int blocks, int64_t chunks, int32_t* sums) {
   const uint8_t* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
   for (int j = 0; j < blocks; ++j) {
@@ -120,11 +113,8 @@ DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t
   }
 }
 
-template <class Between>
-DFQVIT_TARGET_VNNI void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
-                                 const uint8_t* const* panels, int blocks, int64_t chunks, int32_t* sums,
-                                 const Between& between) {
-  between.all();
+DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
+                                        const uint8_t* const* panels, int blocks, int64_t chunks, int32_t* sums) {
   const uint8_t* row[kRows];  // past the end the last row again
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
   blocks == 2 ? multiply<2>(row, panels, chunks, sums) : multiply<1>(row, panels, chunks, sums);
@@ -154,9 +144,9 @@ DFQVIT_TARGET_AMX inline void release() {
   _tile_release();
 }
 
-template <int kTiles, int kBlocks, class Between>
-DFQVIT_TARGET_AMX void multiply(const uint8_t* a0, const uint8_t* a1, int64_t stride, const uint8_t* w0,
-                                const uint8_t* w1, int64_t chunks, int32_t* to0, int32_t* to1, const Between& between) {
+template <int kTiles, int kBlocks>
+DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a0, const uint8_t* a1, int64_t stride, const uint8_t* w0,
+                                       const uint8_t* w1, int64_t chunks, int32_t* to0, int32_t* to1) {
   _tile_zero(0);
   if (kBlocks == 2) _tile_zero(1);
   if (kTiles == 2) _tile_zero(2);
@@ -174,7 +164,6 @@ DFQVIT_TARGET_AMX void multiply(const uint8_t* a0, const uint8_t* a1, int64_t st
       _tile_dpbusd(2, 5, 6);
       if (kBlocks == 2) _tile_dpbusd(3, 5, 7);
     }
-    between.part(c);
     w0 += 1024;
     w1 += 1024;
     a0 += 64;
@@ -188,22 +177,20 @@ DFQVIT_TARGET_AMX void multiply(const uint8_t* a0, const uint8_t* a1, int64_t st
 
 // A tile that would end beyond the last row starts earlier; the sums of the rows it repeats land where they belong, or
 // in the headroom.
-template <class Between>
-DFQVIT_TARGET_AMX void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows, const uint8_t* const* panels,
-                                int blocks, int64_t chunks, int32_t* sums, const Between& between) {
-  if (chunks == 0) between.all();
+DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
+                                       const uint8_t* const* panels, int blocks, int64_t chunks, int32_t* sums) {
   const int64_t last = rows < 16 ? 0 : rows - 16;
   const int64_t r0 = r < last ? r : last, r1 = r + 16 < last ? r + 16 : last;
   const uint8_t *a0 = a + r0 * stride, *a1 = a + r1 * stride, *w0 = panels[0], *w1 = panels[blocks - 1];
   int32_t *to0 = sums + (r0 - r) * 16, *to1 = sums + (r1 - r) * 16;
   if (r + 16 < rows && blocks == 2) {
-    multiply<2, 2>(a0, a1, stride, w0, w1, chunks, to0, to1, between);
+    multiply<2, 2>(a0, a1, stride, w0, w1, chunks, to0, to1);
   } else if (r + 16 < rows) {
-    multiply<2, 1>(a0, a1, stride, w0, w1, chunks, to0, to1, between);
+    multiply<2, 1>(a0, a1, stride, w0, w1, chunks, to0, to1);
   } else if (blocks == 2) {
-    multiply<1, 2>(a0, a0, stride, w0, w1, chunks, to0, to0, between);
+    multiply<1, 2>(a0, a0, stride, w0, w1, chunks, to0, to0);
   } else {
-    multiply<1, 1>(a0, a0, stride, w0, w1, chunks, to0, to0, between);
+    multiply<1, 1>(a0, a0, stride, w0, w1, chunks, to0, to0);
   }
 }
 

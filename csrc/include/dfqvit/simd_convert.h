@@ -1,4 +1,4 @@
-// More of dfqvit/simd.h: bfloat16, float16, int32 and bytes to and from a vector of floats, exact quotients. No torch
+// More of dfqvit/simd.h: bfloat16, float16, int32 and bytes to and from vectors of floats, exact quotients. No torch
 // headers.
 #pragma once
 
@@ -18,7 +18,7 @@ struct half {
   uint16_t bits;
 };
 
-// The least and the greatest divisor for which `exact_quotient` neither overflows nor underflows in between.
+// The least and the greatest divisor for which `exact_quotients` neither overflows nor underflows in between.
 constexpr float kLeastDivisor = 0x1p-100f, kGreatestDivisor = 0x1p100f;
 
 #if DFQVIT_X86
@@ -67,6 +67,25 @@ DFQVIT_INLINE void store_integers(uint8_t* p, vec a, vec zero, vec greatest) {
 }
 DFQVIT_INLINE bool any_nan(vec a) {
   return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0;
+}
+// a[i] / b, correctly rounded, into a[i], for finite a with |a / b| < 2^24 and b between kLeastDivisor and
+// kGreatestDivisor, given 1 / b correctly rounded. Five multiply-adds, a fraction of a division's time. The first
+// two corrections bring the quotient within one unit of the last place; from there one more gives the rounded quotient
+// exactly (Markstein, IBM J. Res. Dev. 34, 1990; Muller et al., Handbook of Floating-Point Arithmetic, section 4.7).
+// One b and inverse for every `columns` vectors.
+template <int n, int columns>
+DFQVIT_INLINE void exact_quotients(vec* a, const vec* b, const vec* inverse) {
+  vec q[n];
+  for (int i = 0; i < n; ++i) q[i] = mul(a[i], inverse[i % columns]);
+  for (int i = 0; i < n; ++i) q[i] = fma(fnma(b[i % columns], q[i], a[i]), inverse[i % columns], q[i]);
+  for (int i = 0; i < n; ++i) a[i] = fma(fnma(b[i % columns], q[i], a[i]), inverse[i % columns], q[i]);
+}
+// A store past the caches, to an address that is a multiple of the vector's size, and the end of a run of them.
+DFQVIT_INLINE void stream(float* p, vec a) {
+  _mm512_stream_ps(p, a);
+}
+DFQVIT_INLINE void finish_stream() {
+  _mm_sfence();
 }
 #undef DFQVIT_INLINE
 }  // namespace avx512
@@ -117,26 +136,22 @@ DFQVIT_INLINE void store_integers(uint8_t* p, vec a, vec zero, vec greatest) {
 DFQVIT_INLINE bool any_nan(vec a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0;
 }
+template <int n, int columns>
+DFQVIT_INLINE void exact_quotients(vec* a, const vec* b, const vec* inverse) {
+  vec q[n];
+  for (int i = 0; i < n; ++i) q[i] = mul(a[i], inverse[i % columns]);
+  for (int i = 0; i < n; ++i) q[i] = fma(fnma(b[i % columns], q[i], a[i]), inverse[i % columns], q[i]);
+  for (int i = 0; i < n; ++i) a[i] = fma(fnma(b[i % columns], q[i], a[i]), inverse[i % columns], q[i]);
+}
+DFQVIT_INLINE void stream(float* p, vec a) {
+  _mm256_stream_ps(p, a);
+}
+DFQVIT_INLINE void finish_stream() {
+  _mm_sfence();
+}
 #undef DFQVIT_INLINE
 }  // namespace avx2
 
-// a / b, correctly rounded, for finite a with |a / b| < 2^24 and b between kLeastDivisor and kGreatestDivisor, given
-// inverse = 1 / b correctly rounded. Five multiply-adds, a fraction of a division's time. The first two corrections
-// bring the quotient within one unit of the last place; from there one more gives the rounded quotient exactly
-// (Markstein, IBM J. Res. Dev. 34, 1990, theorem 7; Muller et al., Handbook of Floating-Point Arithmetic, section 4.7).
-#define DFQVIT_EXACT_QUOTIENT                     \
-  vec exact_quotient(vec a, vec b, vec inverse) { \
-    vec q = mul(a, inverse);                      \
-    q = fma(fnma(b, q, a), inverse, q);           \
-    return fma(fnma(b, q, a), inverse, q);        \
-  }
-namespace avx512 {
-DFQVIT_TARGET_AVX512 inline __attribute__((always_inline)) DFQVIT_EXACT_QUOTIENT
-}  // namespace avx512
-namespace avx2 {
-DFQVIT_TARGET_AVX2 inline __attribute__((always_inline)) DFQVIT_EXACT_QUOTIENT
-}  // namespace avx2
-#undef DFQVIT_EXACT_QUOTIENT
 #endif  // DFQVIT_X86
 
 namespace portable {
@@ -180,7 +195,7 @@ DFQVIT_INLINE vec difference(const int32_t* p, const int32_t* offset) {
 }
 DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) { DFQVIT_EACH_LANE(a.v[l] < limit.v[l] ? 0.0f : value.v[l]) }
 DFQVIT_INLINE vec reciprocal(vec a) { DFQVIT_EACH_LANE(1.0f / a.v[l]) }
-DFQVIT_INLINE vec exact_quotient(vec a, vec b, vec) { DFQVIT_EACH_LANE(a.v[l] / b.v[l]) }
+DFQVIT_INLINE vec divide(vec a, vec b) { DFQVIT_EACH_LANE(a.v[l] / b.v[l]) }
 #undef DFQVIT_EACH_LANE
 // clang-format on
 DFQVIT_INLINE void store(bfloat* p, vec a) {
@@ -204,6 +219,14 @@ DFQVIT_INLINE bool any_nan(vec a) {
   for (int l = 0; l < kLanes; ++l) any |= a.v[l] != a.v[l];
   return any;
 }
+template <int n, int columns>
+DFQVIT_INLINE void exact_quotients(vec* a, const vec* b, const vec*) {
+  for (int i = 0; i < n; ++i) a[i] = divide(a[i], b[i % columns]);
+}
+DFQVIT_INLINE void stream(float* p, vec a) {
+  store(p, a);
+}
+DFQVIT_INLINE void finish_stream() {}
 #undef DFQVIT_INLINE
 }  // namespace portable
 
