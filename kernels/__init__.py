@@ -2,6 +2,7 @@
 
     fake_quantize              quantize and dequantize, straight-through gradient
     layer_norm_quantize        LayerNorm and quantization in one pass
+    quant_attention            attention on integers, of whole images or of windows
     quant_linear               integer matrix product; bias, ACM, activation, residual, requantization in the epilogue
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
     similarity_range           the range that its density is taken over, for batches processed in parts
@@ -18,6 +19,7 @@ from .fake_quantize import fake_quantize
 from .layer_norm_quantize import layer_norm_quantize
 from .pack_weight import pack_weight, unpack_weight
 from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
+from .quant_attention import quant_attention
 from .quant_linear import block_weight, quant_linear
 from .roll_resize import roll_resize
 from .total_variation import total_variation
@@ -31,6 +33,7 @@ __all__ = [
     "layer_norm_quantize",
     "pack_weight",
     "patch_similarity_entropy",
+    "quant_attention",
     "quant_linear",
     "roll_resize",
     "set_backend",

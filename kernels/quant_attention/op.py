@@ -1,36 +1,127 @@
+"""The operator `quant_attention`: public function, checks, registration."""
+
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
-from ..dispatch import Backend, Operator, anything
+from .. import checks
+from ..dispatch import Backend, Operator, Verdict, anything, compiled
+from . import reference
 
 
-def ref(qkv, heads, in_scale, in_zero, scale, bias, mask, index, out_scale, out_zero, out_bits):
-    b, t, _ = qkv.shape
-    x = qkv.view(b, t, 3, heads, -1).float()
-    x = (x - in_zero.view(1, 1, 3, 1, 1)) * in_scale.view(1, 1, 3, 1, 1)
+def quant_attention(
+    qkv: torch.Tensor,
+    heads: int,
+    *,
+    in_scale: torch.Tensor,
+    in_zero: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    out_scale: torch.Tensor | float | None = None,
+    out_zero: torch.Tensor | float | None = None,
+    out_bits: int = 8,
+) -> torch.Tensor:
+    """Multi-head self-attention on integers, for whole images or windows; no gradient.
+
+        s_ij  = scale * q_scale * k_scale * sum_d (q_id - q_zero) * (k_jd - k_zero) + bias_ij + mask_ij
+        p_ij  = round(255 * exp(s_ij - max_j s_ij))
+        y_i   = v_scale * (sum_j p_ij * (v_j - v_zero)) / sum_j p_ij
+        result = y, or with out_scale: clamp(round(y / out_scale) + out_zero, 0, 2^out_bits - 1)
+
+    The integer sums are exact, rounding is half to even. Exponentials differ in their last bits between backends, so a p_ij
+    may be one step apart where 255 exp(...) lies that close to the middle between two.
+
+    Args:
+        qkv: uint8 [B, T, 3 * heads * D], as timm's qkv layer lays it out.
+        heads: number of heads.
+        in_scale: [3], positive: of q, k and v.
+        in_zero: [3], whole numbers in [0, 255].
+        scale: of the softmax, usually D^-0.5.
+        bias: float [heads, N, N] or None: Swin's relative position bias.
+        mask: float [W, N, N] or None, added in window w; -inf hides a key. Every query must see a key.
+        index: int32 [W, N] or None: the tokens of each window; every token of an image in exactly one. So windows are
+            shifted and partitioned by reading. None: one window of all tokens, N = T.
+        out_scale: scalar, positive; None (default) for a float32 result.
+        out_zero: scalar, a whole number in [0, 2^out_bits - 1]; given if out_scale is.
+        out_bits: 2 to 8.
+
+    Returns:
+        [B, T, heads * D], float32 or with out_scale uint8.
+
+    Raises:
+        TypeError: a tensor has a dtype that it may not have.
+        ValueError: shapes, devices or values do not fit.
+
+    Source: the online softmax's unnormalised form (arXiv 2205.14135), with its exponentials rounded as in arXiv 2410.02367.
+    """
+    if qkv.dtype != torch.uint8:
+        raise TypeError(f"qkv had dtype {qkv.dtype}; it must be uint8")
+    checks.bits("out_bits", out_bits)
+    checks.same_device(qkv=qkv, bias=bias, mask=mask, index=index)
+    if heads < 1 or qkv.dim() != 3 or qkv.shape[2] % (3 * max(heads, 1)) or qkv.shape[2] == 0:
+        raise ValueError(f"qkv had shape {tuple(qkv.shape)}; with {heads} heads it must be [B, T, 3 * {heads} * D]")
+    windows, tokens = 1, qkv.shape[1]
     if index is not None:
-        w, n = index.shape
-        x = x[:, index.flatten().long()].view(b * w, n, *x.shape[2:])
-    q, k, v = x.permute(2, 0, 3, 1, 4).unbind(0)
-    s = (q @ k.mT) * scale
-    if bias is not None:
-        s = s + bias
-    if mask is not None:
-        s = (s.view(b, -1, *s.shape[1:]) + mask[:, None]).flatten(0, 1)
-    p = (255 * (s - s.amax(-1, keepdim=True)).exp()).round()
-    y = ((p @ v) / p.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
-    if index is not None:
-        z = y.new_empty(b, t, y.shape[-1])
-        z[:, index.flatten().long()] = y.reshape(b, t, -1)
-        y = z
-    if out_scale is not None:
-        return ((y / out_scale).round() + out_zero).clamp(0, 2**out_bits - 1).to(torch.uint8)
-    return y
+        if index.dtype != torch.int32:
+            raise TypeError(f"index had dtype {index.dtype}; it must be int32")
+        if index.dim() != 2 or index.numel() != qkv.shape[1]:
+            raise ValueError(f"index had shape {tuple(index.shape)}; it must be [W, N] with W * N = {qkv.shape[1]}")
+        windows, tokens = index.shape
+        _check_permutation(index)
+    for name, tensor, first in (("bias", bias, heads), ("mask", mask, windows)):
+        if tensor is not None and tensor.shape != (first, tokens, tokens):
+            raise ValueError(f"{name} had shape {tuple(tensor.shape)}; it must be [{first}, {tokens}, {tokens}]")
+    parameters = []
+    for name, value in (("in_scale", in_scale), ("in_zero", in_zero)):
+        value = checks.parameter(name, value, qkv)
+        if value.shape != (3,):
+            raise ValueError(f"{name} had shape {tuple(value.shape)}; it must be [3], for q, k and v")
+        parameters.append(value)
+    checks.positive("in_scale", parameters[0])
+    checks.whole("in_zero", parameters[1], 255)
+    if (out_scale is None) != (out_zero is None):
+        raise ValueError(f"out_zero was {out_zero!r}; it must be given if out_scale is, and only then")
+    outs: list[torch.Tensor | None] = [None, None]
+    if out_scale is not None and out_zero is not None:
+        scale_out, zero_out = checks.parameter("out_scale", out_scale, qkv), checks.parameter("out_zero", out_zero, qkv)
+        for name, value in (("out_scale", scale_out), ("out_zero", zero_out)):
+            if value.numel() != 1:
+                raise ValueError(f"{name} had {value.numel()} values; it must be a scalar")
+        checks.positive("out_scale", scale_out)
+        checks.whole("out_zero", zero_out, (1 << out_bits) - 1)
+        outs = [scale_out.reshape(()), zero_out.reshape(())]
+    floats = [None if tensor is None else tensor.detach().float() for tensor in (bias, mask)]
+    return forward(qkv, heads, *parameters, float(scale), *floats, index, *outs, out_bits)
+
+
+def _check_permutation(index: torch.Tensor) -> None:
+    """ValueError unless every token is in one window; like `checks.finite`, on CPUs only."""
+    if torch.compiler.is_compiling() or type(index) is not torch.Tensor or index.device.type != "cpu":
+        return
+    if not torch.equal(index.flatten().sort().values.long(), torch.arange(index.numel())):
+        raise ValueError(f"index must hold every token from 0 to {index.numel() - 1} exactly once")
+
+
+def _supports(qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, *_: Any) -> Verdict:
+    return (in_scale.dtype != torch.float64, "float64 runs on the reference")
+
+
+def _fake(qkv: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    in_scale, out_scale = arguments[1], arguments[7]
+    shape = (*qkv.shape[:2], qkv.shape[2] // 3)
+    return qkv.new_empty(shape, dtype=in_scale.dtype if out_scale is None else torch.uint8)
 
 
 forward = Operator(
-    "quant_attention(Tensor qkv, int heads, Tensor in_scale, Tensor in_zero, float scale, Tensor? bias, Tensor? mask, Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits) -> Tensor",
-    fake=lambda q, h, *a: q.new_empty(*q.shape[:2], q.shape[2] // 3),
-    backends=[Backend("reference", ref, anything)],
+    "quant_attention(Tensor qkv, int heads, Tensor in_scale, Tensor in_zero, float scale, Tensor? bias, Tensor? mask, "
+    "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits) -> Tensor",
+    fake=_fake,
+    backends=[
+        compiled("quant_attention", "cpu", _supports),
+        Backend("reference", reference.quant_attention, anything),
+    ],
 )
