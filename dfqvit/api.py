@@ -15,6 +15,7 @@ from .calibration import calibrate, check_settings, convert
 from .correction import MODES, add_corrections, choose_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
+from .runtime import check_runtime, set_runtime
 from .synthesis import Progress, synthesize
 
 LAST_BLOCK = (-1,)
@@ -71,6 +72,7 @@ def quantize(
     acm_top: int | None = None,
     preprocessing: Preprocessing | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    runtime: str = "auto",
     report: Callable[[Progress], None] | None = None,
     **synthesis: Any,
 ) -> nn.Module:
@@ -96,6 +98,7 @@ def quantize(
         acm_top: this many blocks of the greatest divergence instead.
         preprocessing: mean, std and input size; default the model's own.
         model_kwargs: what was given to timm.create_model, where the structure does not tell.
+        runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
         report: called after every step of the synthesis.
         synthesis: further settings of `SynthesisConfig`.
 
@@ -111,6 +114,7 @@ def quantize(
     patch_bits = check_settings(w_bits, a_bits, placement, quantizer, patch_bits)
     if is_patched(model):
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
+    check_runtime(runtime)
     spec = ModelSpec.of(model, model_kwargs)
     preprocessing = preprocessing or Preprocessing.of(model)
     if acm == "auto":
@@ -143,6 +147,7 @@ def quantize(
         acm_blocks=sorted(corrected),
         settings=settings,
     )
+    set_runtime(qmodel, runtime)
     return qmodel
 
 

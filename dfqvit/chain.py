@@ -94,10 +94,10 @@ class Attention:
     ) -> None:
         self.run = bound(attention_operator)
         sites = [grid(site) for site in (attention.operands.q, attention.operands.k, attention.operands.v)]
-        ends = [torch.stack([site[i] for site in sites]) for i in (0, 1)]  # type: ignore[arg-type]
         self.arguments = (
             attention.num_heads,
-            *ends,
+            torch.stack([scale for scale, _, _ in sites]),
+            torch.stack([zero_point for _, zero_point, _ in sites]),
             float(attention.scale),
             bias,
             mask,

@@ -26,6 +26,7 @@ from .correction import STORED
 from .errors import DfqvitError, UsageError
 from .files import atomic
 from .models import FAMILIES
+from .runtime import check_runtime, set_runtime
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -52,17 +53,20 @@ def save(qmodel: nn.Module, path: str | Path) -> Path:
     return Path(path)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+def load(path: str | Path, device: torch.device | str = "cpu", runtime: str = "auto") -> nn.Module:
     """The quantized model in `path`, in eval mode, giving the same logits bit for bit as the one that was saved.
 
     Args:
         path: a file that `save` wrote.
         device: where the model goes.
+        runtime: "integer" runs the blocks as chains of integer operators (see `runtime`), "simulated" in float with rounded
+            operands, layer by layer, so that hooks see every layer; "auto" is "integer" where there are compiled kernels.
 
     Raises:
         UsageError: there is no such file.
         DfqvitError: the file is not dfqvit's, is of a newer format, is truncated or was altered.
     """
+    check_runtime(runtime)
     record, tensors = read(path)
     try:
         model = record.spec.build()
@@ -79,7 +83,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
         raise DfqvitError(f"'{path}' does not fit the model it names: {str(error).splitlines()[0]}") from error
     model.dfqvit_record = record  # type: ignore[assignment]
     model.dfqvit_spec = record.spec  # type: ignore[assignment]
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    set_runtime(model, runtime)
+    return model
 
 
 def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:

@@ -10,6 +10,26 @@ from torch import nn
 
 from .adapters import find_adapter
 from .chain import why_not
+from .errors import UsageError
+from .kernels import extension
+
+RUNTIMES = ("auto", "integer", "simulated")
+
+
+def check_runtime(runtime: str) -> None:
+    """UsageError unless `runtime` is one."""
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime was '{runtime}'; it may be {', '.join(map(repr, RUNTIMES))}")
+
+
+def set_runtime(model: nn.Module, runtime: str) -> None:
+    """Runs a frozen quantized model in integers as far as the runtime knows its blocks, or leaves it simulated.
+
+    "auto" is "integer" where the operators have compiled kernels: on CPUs, with dfqvit._C.
+    """
+    on_cpu = all(buffer.device.type == "cpu" for buffer in model.buffers())
+    if runtime == "integer" or (runtime == "auto" and on_cpu and extension.supports_cpu()[0]):
+        accelerate(model)
 
 
 def accelerate(model: nn.Module) -> dict[str, str]:

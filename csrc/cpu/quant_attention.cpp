@@ -46,7 +46,7 @@ class Packed {
     uint8_t* value_bytes = reinterpret_cast<uint8_t*>(values_.data());
     for (int64_t t = 0; t < tokens_; ++t) {
       const uint8_t* q = from + (index ? index[t] : t) * stride;
-      const uint8_t *k = q + third, *v = k + third;
+      const uint8_t* k = q + third;
       std::memcpy(queries_.data() + t * key_chunks_ * kDepth, q, depth_);
       // Key t is output t % 16 of block t / 16; four of its values stand together.
       uint8_t* to = key_bytes + (t / kOutputs * key_stride_ + kOutputs) * 4 + t % kOutputs * 4;
@@ -61,9 +61,18 @@ class Packed {
       }
       for (; d < depth_; ++d) to[d / 4 * 4 * kOutputs + d % 4] = k[d] ^ 0x80;
       offsets_[t] = q_zero * sum;
-      // Value t is depth t of every block.
-      to = value_bytes + kOutputs * 4 + t / 4 * 64 + t % 4;
-      for (int64_t c = 0; c < depth_; ++c) to[c / kOutputs * value_stride_ * 4 + c % kOutputs * 4] = v[c] ^ 0x80;
+    }
+    // Four values of one channel stand together: value t is depth t of every block.
+    for (int64_t t = 0; t < tokens_; t += 4) {
+      const uint8_t* rows[4];  // past the end the last one again: its probabilities are 0
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t token = std::min(t + i, tokens_ - 1);
+        rows[i] = from + (index ? index[token] : token) * stride + 2 * third;
+      }
+      for (int64_t c = 0; c < depth_; c += kOutputs) {
+        uint8_t* to = value_bytes + (c / kOutputs * value_stride_ + kOutputs) * 4 + t * kOutputs;
+        interleave(rows, c, std::min<int64_t>(kOutputs, depth_ - c), to);
+      }
     }
     head.queries = queries_.data();
     head.keys = {keys_.data(), key_stride_, key_chunks_, 8};
@@ -77,6 +86,17 @@ class Packed {
   int64_t value_chunks() const { return value_chunks_; }
 
  private:
+  // Column c + i of four rows to the bytes 4i to 4i + 3, as signed bytes.
+  static void interleave(const uint8_t* const* rows, int64_t c, int64_t count, uint8_t* to) {
+    uint8_t row[4][kOutputs] = {};
+    for (int i = 0; i < 4; ++i) std::memcpy(row[i], rows[i] + c, count);
+    uint32_t words[kOutputs];
+    for (int i = 0; i < kOutputs; ++i) {
+      words[i] = (row[0][i] | row[1][i] << 8 | row[2][i] << 16 | static_cast<uint32_t>(row[3][i]) << 24) ^ 0x80808080u;
+    }
+    std::memcpy(to, words, sizeof(words));
+  }
+
   int64_t tokens_, depth_, key_chunks_, value_chunks_, key_blocks_, value_blocks_, key_stride_, value_stride_;
   std::vector<uint8_t> queries_;
   std::vector<int32_t> keys_, values_, offsets_;
