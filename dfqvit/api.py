@@ -11,10 +11,11 @@ from torch import nn
 
 from .adapters import find_adapter
 from .adapters.fusable import is_patched
-from .calibration import calibrate, check_settings, convert
+from .calibration import calibrate, convert
 from .correction import MODES, add_corrections, choose_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
+from .recipe import Recipe
 from .runtime import check_runtime, set_runtime
 from .synthesis import Progress, synthesize
 
@@ -27,11 +28,7 @@ class QuantizationRecord:
 
     spec: ModelSpec
     preprocessing: Preprocessing
-    w_bits: int
-    a_bits: int
-    placement: str
-    quantizer: str
-    patch_bits: int
+    recipe: Recipe
     calibration: str  # "synthetic", "noise" or "images"
     samples: int
     acm: str = "none"
@@ -50,8 +47,10 @@ class QuantizationRecord:
     def from_dict(cls, values: dict[str, Any]) -> QuantizationRecord:
         """The inverse of `to_dict`, also after a trip through JSON."""
         values = dict(values)
-        spec = ModelSpec(**values.pop("spec"))
-        return cls(spec=spec, preprocessing=Preprocessing.from_dict(values.pop("preprocessing")), **values)
+        spec, recipe = ModelSpec(**values.pop("spec")), Recipe(**values.pop("recipe"))
+        return cls(
+            spec=spec, preprocessing=Preprocessing.from_dict(values.pop("preprocessing")), recipe=recipe, **values
+        )
 
 
 def quantize(
@@ -66,7 +65,8 @@ def quantize(
     calib: str | torch.Tensor = "synthetic",
     placement: str = "gemm",
     quantizer: str = "mse",
-    patch_bits: int | None = None,
+    rounding: str | None = None,
+    edge_bits: int | None = None,
     acm: str = "auto",
     acm_blocks: Sequence[int] | None = LAST_BLOCK,
     acm_top: int | None = None,
@@ -91,7 +91,9 @@ def quantize(
             attention scores, both residual sums and the embeddings, exactly where PSAQ-ViT does.
         quantizer: the rule for scales: "mse" searches those of the weights for the least squared error, "minmax" is the
             baseline of the literature.
-        patch_bits: bits of the patch projection's weights; default 8 with "gemm", w_bits with "psaq".
+        rounding: "nearest" or "second-order", which picks the integers that keep the layers' outputs on the calibration
+            images; default second-order with "gemm" and "mse", else nearest.
+        edge_bits: bits of the first and last layers' weights; default 8 with "gemm", w_bits with "psaq".
         acm: "sequential", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential" where blocks are
             chosen explicitly or w_bits is at most 3, else "none": what was measured to help (docs/accuracy.md).
         acm_blocks: which blocks are corrected; the default is the last one. None leaves it to gamma.
@@ -111,7 +113,7 @@ def quantize(
 
     Source: DFQ-ViT, arXiv 2507.14481.
     """
-    patch_bits = check_settings(w_bits, a_bits, placement, quantizer, patch_bits)
+    recipe = Recipe(w_bits, a_bits, placement, quantizer, rounding, edge_bits)
     if is_patched(model):
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
     check_runtime(runtime)
@@ -124,23 +126,19 @@ def quantize(
         raise UsageError(f"acm was '{acm}'; it may be 'auto', {', '.join(map(repr, MODES))}")
     if acm_top is not None:
         acm_blocks = None
-    qmodel = convert(model, w_bits, a_bits, placement, quantizer, patch_bits)
+    qmodel = convert(model, recipe)
     choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
     images, how = calibration_images(
         model, calib, samples=samples, iters=iters, seed=seed, preprocessing=preprocessing, report=report, **synthesis
     )
-    calibrate(qmodel, images, placement, a_bits)
+    calibrate(qmodel, images, recipe)
     corrected = add_corrections(model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top)
     settings = {"seed": seed} if how != "images" else {}
     settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
     qmodel.dfqvit_record = QuantizationRecord(  # type: ignore[assignment]
         spec=spec,
         preprocessing=preprocessing,
-        w_bits=w_bits,
-        a_bits=a_bits,
-        placement=placement,
-        quantizer=quantizer,
-        patch_bits=patch_bits,
+        recipe=recipe,
         calibration=how,
         samples=len(images),
         acm=acm,

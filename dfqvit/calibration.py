@@ -8,61 +8,61 @@ import torch
 from torch import nn
 
 from .adapters import find_adapter
-from .adapters.base import PLACEMENTS
-from .errors import UsageError
 from .layers import QuantLinear
 from .models import check_finite
-from .quantizers import ActivationQuantizer, check_rule
+from .quantizers import ActivationQuantizer
+from .recipe import Recipe
+from .synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
 
 BATCH = 32  # images in one forward pass of calibration; ranges do not depend on it
+CROPS = 2  # of each image, for second-order rounding
+LEAST_CROP = 0.08  # of the area
 
 
-def check_settings(w_bits: int, a_bits: int, placement: str, quantizer: str, patch_bits: int | None = None) -> int:
-    """The bits of the patch projection's weights; UsageError that names the setting which does not fit.
-
-    By default those are 8 with "gemm" (one small layer, and at 4 bits most of the loss), and `w_bits` with "psaq", which is
-    the literature's.
-    """
-    if patch_bits is None:
-        patch_bits = 8 if placement == "gemm" else w_bits
-    for name, bits in (("w_bits", w_bits), ("a_bits", a_bits), ("patch_bits", patch_bits)):
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise UsageError(f"{name} was {bits!r}; it may be a whole number from 2 to 8")
-    if placement not in PLACEMENTS:
-        raise UsageError(f"placement was '{placement}'; it may be {', '.join(map(repr, PLACEMENTS))}")
-    check_rule(quantizer)
-    return patch_bits
-
-
-def convert(
-    model: nn.Module,
-    w_bits: int,
-    a_bits: int,
-    placement: str = "gemm",
-    quantizer: str = "minmax",
-    patch_bits: int | None = None,
-) -> nn.Module:
+def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
     """A copy of `model` with quantized layers that still compute in float and observe ranges; `calibrate` comes next.
 
     Raises:
-        UsageError: a setting or the model does not fit.
+        UsageError: the model does not fit.
         DfqvitError: NaN or Inf in the weights.
     """
-    patch_bits = check_settings(w_bits, a_bits, placement, quantizer, patch_bits)
     check_finite(model)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
-    find_adapter(qmodel).convert(w_bits, a_bits, placement, quantizer, patch_bits)
+    find_adapter(qmodel).convert(recipe)
     return qmodel.to(next(model.parameters()).device)
 
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, images: torch.Tensor, placement: str, a_bits: int) -> None:
-    """Runs the images [n, C, H, W] through a converted model, then freezes every quantizer and packs the weights."""
+def calibrate(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
+    """Runs the images [n, C, H, W] through a converted model, then freezes every quantizer, rounds and packs the weights.
+
+    Second-order rounding also sees crops of the images: its statistics need more variety than a few images have.
+    """
+    if recipe.rounding == "second-order":
+        images = torch.cat([images, crops(images)])
+        for module in qmodel.modules():
+            if isinstance(module, QuantLinear):
+                module.observe_inputs()
     for batch in images.split(BATCH):
         qmodel(batch)
     freeze(qmodel)
-    if placement == "psaq":
-        find_adapter(qmodel).quantize_constants(a_bits)
+    if recipe.placement == "psaq":
+        find_adapter(qmodel).quantize_constants(recipe.a_bits)
+
+
+def crops(images: torch.Tensor) -> torch.Tensor:
+    """[n * CROPS, C, H, W]: random crops of the images, flipped and resized; the same for the same images.
+
+    Their shares of the area spread evenly over the curriculum's range.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for image in images:
+        for k in range(CROPS):
+            draws = torch.rand(1, DRAWS, generator=generator).to(images.device)
+            share = LEAST_CROP + (1 - LEAST_CROP) * (k + torch.rand((), generator=generator).item()) / CROPS
+            found.append(crop_shift_flip(image[None], draws, share, JITTER))
+    return torch.cat(found)
 
 
 def freeze(qmodel: nn.Module, allocate_only: bool = False) -> None:

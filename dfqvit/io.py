@@ -21,7 +21,7 @@ from torch import nn
 
 from .adapters import find_adapter
 from .api import QuantizationRecord
-from .calibration import check_settings, freeze
+from .calibration import freeze
 from .correction import STORED
 from .errors import DfqvitError, UsageError
 from .files import atomic
@@ -71,7 +71,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", runtime: str = "a
     try:
         model = record.spec.build()
         adapter = find_adapter(model)
-        adapter.convert(record.w_bits, record.a_bits, record.placement, record.quantizer, record.patch_bits)
+        adapter.convert(record.recipe)
         freeze(model, allocate_only=True)
         for index in record.acm_blocks:
             adapter.set_acm(index, torch.zeros((), dtype=STORED))
@@ -122,7 +122,6 @@ def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]
 def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
     try:
         record = QuantizationRecord.from_dict(header["record"])
-        check_settings(record.w_bits, record.a_bits, record.placement, record.quantizer, record.patch_bits)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DfqvitError(f"'{path}' has a damaged dfqvit header: {error}") from error
     name = record.spec.architecture

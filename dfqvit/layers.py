@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .kernels import block_weight, extension, pack_weight, quant_linear
-from .kernels.pack_weight import packed_row_bytes
+from .kernels.pack_weight import pack_integers, packed_row_bytes
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
+from .rounding import SecondMoment, round_second_order
 
 
 class QuantLinear(nn.Module):
@@ -38,6 +39,7 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.input = ActivationQuantizer(a_bits, quantizer).to(weight.device)
         self.register_buffer("acm", None)
+        self._moment: SecondMoment | None = None
         self._blocked: tuple[tuple[int, int], torch.Tensor] | None = None
 
     @classmethod
@@ -61,14 +63,24 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_scale", torch.zeros(self.out_features, device=weight.device))
         self.input.frozen = True
 
+    def observe_inputs(self) -> None:
+        """Gathers from now on what `freeze` needs to round the weights to second order, see `rounding`."""
+        self._moment = SecondMoment(self.in_features, self.input.scale.device)
+
     def freeze(self) -> None:
         """Quantizes and packs the weights and freezes the input quantizer."""
         weight = self.weight
         assert weight is not None
-        scale = WEIGHT_RULES[self.quantizer](weight, self.w_bits)
+        if self._moment is None:
+            scale = WEIGHT_RULES[self.quantizer](weight, self.w_bits)
+            packed = pack_weight(weight, scale, self.w_bits)
+        else:
+            integers, scale = round_second_order(weight, self._moment.damped(), self.w_bits)
+            packed = pack_integers(integers.to(torch.int8), self.w_bits)
+            self._moment = None
         self.allocate()
         self.weight_scale.copy_(scale)
-        self.weight_packed.copy_(pack_weight(weight, scale, self.w_bits))
+        self.weight_packed.copy_(packed)
         self.input.freeze()
 
     def kernel_weight(self) -> torch.Tensor:
@@ -84,6 +96,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
         if self.weight is not None:
+            if self._moment is not None:
+                self._moment.observe(x)
             return F.linear(self.input(x), self.weight, self.bias)
         return quant_linear(
             x,

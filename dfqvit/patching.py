@@ -13,9 +13,10 @@ from torch import nn
 
 from .adapters import find_adapter
 from .adapters.fusable import FusedMlp, can_fuse, is_patched
-from .calibration import BATCH, check_settings
+from .calibration import BATCH
 from .errors import UsageError
 from .live import LiveQuantLinear, LiveSettings, new_range
+from .recipe import Recipe
 
 
 def patch(
@@ -57,7 +58,7 @@ def patch(
         UsageError: an argument does not fit, the model is patched already, or it has no layer to patch. The model is
             then as it was, also when calibration fails.
     """
-    check_settings(w_bits, a_bits, "gemm", quantizer)
+    Recipe(w_bits, a_bits, "gemm", quantizer, "nearest")  # checks them
     adapter = find_adapter(model)
     if is_patched(model):
         raise UsageError("model is patched already; call unpatch() on its handle first")

@@ -24,17 +24,28 @@ def minmax_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def mse_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """[N]: of the min-max scale times 0.30, 0.32, ..., 1.10, the one with the least squared rounding error of each channel.
+    """[N]: the scale of the least squared rounding error of each channel; see `search_weight_scale`."""
+    return search_weight_scale(weight.detach().flatten(1).float(), bits)
+
+
+def search_weight_scale(rows: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """[N] for rows [N, K]: of the min-max scale times 0.30, 0.32, ..., 1.10, the one of least squared rounding error.
 
     Clipping a few large weights buys finer steps for all the others; at 3 and 4 bits that is worth more than the clipped ends.
+
+    Args:
+        rows: float32 [N, K].
+        bits: of the weights.
+        importance: [K], what a squared error in each column counts; default all the same.
     """
-    rows, widest = weight.detach().flatten(1).float(), minmax_weight_scale(weight, bits)
+    widest = minmax_weight_scale(rows, bits)
     half = 1 << (bits - 1)
     best, least_error = widest, torch.full_like(widest, torch.inf)
     for step in range(41):
         scale = (widest * (0.3 + 0.02 * step)).clamp_min(_LEAST_SCALE)
         rounded = (rows / scale[:, None]).round().clamp(-half, half - 1) * scale[:, None]
-        error = (rounded - rows).square().sum(dim=1)
+        errors = (rounded - rows).square()
+        error = errors.sum(dim=1) if importance is None else errors @ importance
         best = torch.where(error < least_error, scale, best)
         least_error = torch.minimum(error, least_error)
     return best

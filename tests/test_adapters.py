@@ -14,8 +14,11 @@ from dfqvit.calibration import calibrate, convert
 from dfqvit.errors import UsageError
 from dfqvit.layers import QuantLinear
 from dfqvit.quantizers import ActivationQuantizer
+from dfqvit.recipe import Recipe
 
 from .conftest import small_distilled, small_swin, small_vit
+
+PSAQ = Recipe(8, 8, "psaq", "minmax")
 
 VARIANTS = {
     "vit": small_vit,
@@ -98,7 +101,7 @@ def test_psaq_compat_drops_the_first_vector_of_every_window():
 def test_conversion_changes_nothing_until_frozen(variant, placement):
     """So the quantized forwards compute what timm's compute, with all of timm's options."""
     x = images_for(variant)
-    qmodel = convert(variant, 8, 8, placement)
+    qmodel = convert(variant, Recipe(8, 8, placement, "minmax"))
     assert torch.allclose(qmodel(x), variant(x), atol=1e-4, rtol=1e-4)
 
 
@@ -106,8 +109,8 @@ def test_conversion_changes_nothing_until_frozen(variant, placement):
 def test_eight_bits_stay_near_the_float_model(variant, placement):
     x = images_for(variant, 4)
     before = copy.deepcopy(variant.state_dict())
-    qmodel = convert(variant, 8, 8, placement)
-    calibrate(qmodel, x, placement, 8)
+    qmodel = convert(variant, Recipe(8, 8, placement, "minmax"))
+    calibrate(qmodel, x, Recipe(8, 8, placement, "minmax"))
     with torch.no_grad():
         wanted, found = variant(x), qmodel(x)
     # psaq rounds the class token on the patch tokens' grid, which is coarse for it where the weights are random
@@ -117,23 +120,25 @@ def test_eight_bits_stay_near_the_float_model(variant, placement):
 
 
 def test_every_linear_layer_and_the_patch_projection_are_replaced(variant):
-    qmodel = convert(variant, 4, 8)
+    qmodel = convert(variant, Recipe(4, 8))
     assert not any(type(module) in (nn.Linear, nn.Conv2d) for module in qmodel.modules())
     wanted = sum(type(module) in (nn.Linear, nn.Conv2d) for module in variant.modules())
     assert sum(isinstance(module, QuantLinear) for module in qmodel.modules()) == wanted
 
 
 @pytest.mark.parametrize(("placement", "given", "expected"), [("gemm", None, 8), ("psaq", None, 3), ("gemm", 5, 5)])
-def test_patch_projection_has_its_own_bits(variant, placement, given, expected):
-    qmodel = convert(variant, 3, 8, placement, patch_bits=given)
+def test_first_and_last_layer_have_their_own_bits(variant, placement, given, expected):
+    qmodel = convert(variant, Recipe(3, 8, placement, edge_bits=given))
     found = {name: module.w_bits for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)}
-    assert found.pop("patch_embed.proj") == expected
-    assert set(found.values()) == {3}
+    edges = {name for name in found if name == "patch_embed.proj" or name.startswith("head")}
+    assert len(edges) >= 2
+    assert {found[name] for name in edges} == {expected}
+    assert {bits for name, bits in found.items() if name not in edges} == {3}
 
 
 def test_psaq_sites_are_where_psaq_vit_has_them():
     """Counted in PSAQ-ViT's model files: 9 in each ViT block, 10 in each Swin block, and those of the stem and head."""
-    vit = convert(small_vit(depth=3), 8, 8, "psaq")
+    vit = convert(small_vit(depth=3), PSAQ)
     sites = [name for name, module in vit.named_modules() if isinstance(module, ActivationQuantizer)]
     per_block = [name for name in sites if name.startswith("blocks.0.")]
     assert sorted(per_block) == [
@@ -161,14 +166,14 @@ def test_psaq_sites_are_where_psaq_vit_has_them():
 
 def test_psaq_constants_are_on_their_grids(seed):
     model = small_vit()
-    qmodel = convert(model, 8, 8, "psaq")
-    calibrate(qmodel, images_for(model), "psaq", 4)
+    qmodel = convert(model, PSAQ)
+    calibrate(qmodel, images_for(model), Recipe(8, 4, "psaq", "minmax"))
     assert qmodel.pos_embed.unique().numel() <= 16
     assert not torch.equal(qmodel.cls_token, model.cls_token)
 
 
 def test_masks_are_refused_not_dropped():
-    qmodel = convert(small_vit(), 8, 8, "psaq")
+    qmodel = convert(small_vit(), PSAQ)
     with pytest.raises(UsageError, match="attn_mask was given"):
         qmodel(torch.randn(1, 3, 32, 32), attn_mask=torch.ones(17, 17, dtype=torch.bool))
 
@@ -178,13 +183,13 @@ def test_unsupported_models_and_blocks_are_refused():
         find_adapter(timm.create_model("resnet18"))
     model = timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ResPostBlock, depth=1)
     with pytest.raises(UsageError, match="block 0 is a ResPostBlock with Attention, which only 'gemm' supports"):
-        convert(model, 8, 8, "psaq")
+        convert(model, PSAQ)
 
 
 def test_quantized_models_can_be_deep_copied(variant):
     x = images_for(variant)
-    qmodel = convert(variant, 4, 8, "psaq")
-    calibrate(qmodel, x, "psaq", 8)
+    qmodel = convert(variant, PSAQ)
+    calibrate(qmodel, x, PSAQ)
     twin = copy.deepcopy(qmodel)
     assert torch.equal(twin(x), qmodel(x))
     twin.blocks[0].output_quantizer.scale.mul_(2) if hasattr(twin, "blocks") else twin.norm.output_quantizer.scale.mul_(

@@ -11,6 +11,7 @@ from dfqvit.adapters import find_adapter
 from dfqvit.calibration import calibrate, convert
 from dfqvit.correction import STORED, add_corrections, choose_blocks
 from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.recipe import Recipe
 
 from .conftest import small_vit
 
@@ -30,8 +31,8 @@ def outputs_of(model, x):
 @pytest.fixture(params=["gemm", "psaq"])
 def pair(request, model):
     x = torch.randn(6, 3, 32, 32)
-    qmodel = convert(model, 3, 8, request.param)
-    calibrate(qmodel, x, request.param, 8)
+    qmodel = convert(model, Recipe(3, 8, request.param, "minmax"))
+    calibrate(qmodel, x, Recipe(3, 8, request.param, "minmax"))
     return model, qmodel, x
 
 
@@ -93,8 +94,8 @@ def test_rides_in_the_epilogue_of_the_last_linear_layer_where_it_can(seed):
         ({}, "psaq", False),
     ):
         model = small_vit(**options)
-        qmodel = convert(model, 4, 8, placement)
-        calibrate(qmodel, x, placement, 8)
+        qmodel = convert(model, Recipe(4, 8, placement, "minmax"))
+        calibrate(qmodel, x, Recipe(4, 8, placement, "minmax"))
         add_corrections(model, qmodel, x, blocks=[1])
         assert (qmodel.blocks[1].mlp.fc2.acm is not None) == in_epilogue
 

@@ -11,6 +11,7 @@ import torch
 from dfqvit.adapters import find_adapter
 from dfqvit.calibration import calibrate, convert
 from dfqvit.correction import add_corrections
+from dfqvit.recipe import Recipe
 from dfqvit.runtime import accelerate
 
 from .conftest import small_swin, small_vit
@@ -19,8 +20,8 @@ from .conftest import small_swin, small_vit
 def quantized(model, w_bits=8, acm="none"):
     """(a quantized copy, images): calibrated on images of the same kind."""
     images = torch.randn(12, 3, *model.patch_embed.img_size)
-    qmodel = convert(model, w_bits, 8, "gemm", "mse")
-    calibrate(qmodel, images[:8], "gemm", 8)
+    qmodel = convert(model, Recipe(w_bits))
+    calibrate(qmodel, images[:8], Recipe(w_bits))
     add_corrections(model, qmodel, images[:8], acm)
     return qmodel, images[8:]
 

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from ..layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
+from ..recipe import Recipe
 from .fusable import MLP_LAYERS, LayerNames, linear_layers
-
-PLACEMENTS = ("gemm", "psaq")
 
 
 @dataclass
@@ -73,18 +72,24 @@ class Adapter(abc.ABC):
     def feature_of(self, attention: Any, output: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(features [B * windows, N, D], windows) from an attention layer's `softmax(QK^T)V` of shape [B', N', heads * D]."""
 
-    def convert(self, w_bits: int, a_bits: int, placement: str, quantizer: str, patch_bits: int) -> None:
+    def convert(self, recipe: Recipe) -> None:
         """Replaces every linear layer and the patch projection by quantized ones, in place, and adds the placement's sites.
 
-        The weights of the patch projection take `patch_bits` in place of `w_bits`.
+        The weights of the patch projection and of the classifier take `edge_bits` in place of `w_bits`.
         """
+        assert recipe.edge_bits is not None
+        heads = self.model.get_classifier()
+        heads = heads if isinstance(heads, tuple) else (heads,)
         for name, module in list(self.model.named_modules()):
             if type(module) is nn.Linear:
-                self._replace(name, QuantLinear.from_float(module, w_bits, a_bits, quantizer))
-        projection = self.model.patch_embed.proj
-        self._replace("patch_embed.proj", QuantPatchProjection.from_conv(projection, patch_bits, a_bits, quantizer))
-        sites = self.add_psaq_sites if placement == "psaq" else self.add_gemm_sites
-        sites(a_bits, quantizer)
+                w_bits = recipe.edge_bits if any(module is head for head in heads) else recipe.w_bits
+                self._replace(name, QuantLinear.from_float(module, w_bits, recipe.a_bits, recipe.quantizer))
+        projection = QuantPatchProjection.from_conv(
+            self.model.patch_embed.proj, recipe.edge_bits, recipe.a_bits, recipe.quantizer
+        )
+        self._replace("patch_embed.proj", projection)
+        sites = self.add_psaq_sites if recipe.placement == "psaq" else self.add_gemm_sites
+        sites(recipe.a_bits, recipe.quantizer)
 
     def linear_layers(self, exclude: Sequence[str]) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
         """Every layer with weights, and whether `dfqvit.patch` takes it over; see `fusable.linear_layers`."""

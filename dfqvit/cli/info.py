@@ -58,14 +58,14 @@ def describe_file(path: Path, device: torch.device, seed: int) -> dict[str, Any]
 
 
 def _as_text(described: dict[str, Any]) -> str:
-    spec, preprocessing = described["spec"], described["preprocessing"]
+    spec, preprocessing, recipe = described["spec"], described["preprocessing"], described["recipe"]
     kinds = ", ".join(f"{kind} {size / 1e6:.3f} MB" for kind, size in described["bytes_by_kind"].items())
     return "\n".join(
         [
             f"{described['file']}: whole, checksum holds, logits {'finite' if described['finite_logits'] else 'NOT finite'}",
             f"model          {spec['architecture']} {spec['kwargs'] or ''}",
-            f"bits           W{described['w_bits']}/A{described['a_bits']}, placement {described['placement']}, "
-            f"quantizer {described['quantizer']}",
+            f"bits           W{recipe['w_bits']}/A{recipe['a_bits']}, first and last layer W{recipe['edge_bits']}, "
+            f"placement {recipe['placement']}, quantizer {recipe['quantizer']}, rounding {recipe['rounding']}",
             f"calibration    {described['samples']} images, {described['calibration']} {described['settings'] or ''}",
             f"correction     {described['acm']}, blocks {described['acm_blocks']}",
             f"input          {preprocessing['input_size']}, mean {preprocessing['mean']}, std {preprocessing['std']}, "

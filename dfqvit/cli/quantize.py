@@ -12,13 +12,13 @@ import safetensors.torch
 import torch
 
 from ..api import quantize
-from ..calibration import check_settings
 from ..data import open_images, spread_images
 from ..errors import DfqvitError, UsageError
 from ..files import refuse_existing
 from ..io import save
 from ..models import Preprocessing
 from ..pictures import save_grid
+from ..recipe import Recipe
 from ..synthesis import SynthesisConfig
 from .options import common, emit, model_options, open_model, synthesis_options
 from .synthesize import run_synthesis
@@ -33,10 +33,11 @@ FILE = "model.safetensors"
 @click.option("--placement", type=click.Choice(["gemm", "psaq"]), default="gemm", show_default=True)
 @click.option("--quantizer", type=click.Choice(["mse", "minmax"]), default="mse", show_default=True)
 @click.option(
-    "--patch-bits",
-    type=int,
-    help="Bits of the patch projection; default 8 (gemm) or as --w-bits (psaq).",
+    "--rounding",
+    type=click.Choice(["nearest", "second-order"]),
+    help="How weights become integers; default second-order (with gemm and mse), else nearest.",
 )
+@click.option("--edge-bits", type=int, help="Bits of the first and last layer; default 8 (gemm) or as --w-bits (psaq).")
 @click.option(
     "--calib",
     default="synthetic",
@@ -57,8 +58,8 @@ def command(**options: Any) -> None:
     """Quantize MODEL without data and save it as DIR/model.safetensors, with pictures of the synthetic images."""
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
-    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "patch_bits")}
-    check_settings(**bits)
+    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits")}
+    Recipe(**bits)
     correction = _correction(options)
     calib, resume, seed = options.pop("calib"), options.pop("resume"), options.pop("seed")
     settings = {

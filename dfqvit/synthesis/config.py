@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import UsageError
-from .curriculum import SCHEDULES
+from .curriculum import JITTER, SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SynthesisConfig:
     entropy_weight: float = 1.0
     onehot_weight: float = 1.0
     tv_weight: float = 0.05
-    jitter: float = 30 / 224  # greatest circular shift, as a share of the side
+    jitter: float = JITTER  # greatest circular shift, as a share of the side
     points: int = 10
     bandwidth: float = 0.01
     batch_size: int = 32  # images in one pass; more samples go in parts, which share the whole batch's range

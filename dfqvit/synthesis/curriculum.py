@@ -9,6 +9,7 @@ import torch
 from ..kernels import roll_resize
 
 SCHEDULES = ("e2h", "fixed", "hard-to-easy")
+JITTER = 30 / 224  # greatest circular shift as a share of the side, as in PSAQ-ViT
 DRAWS = 5  # random numbers of one image in one step: crop centre (2), aspect ratio, shift (shared by x and y), flip
 _LOG_ASPECT = math.log(4 / 3)  # crops are between 3:4 and 4:3, as in RandomResizedCrop
 

@@ -1,0 +1,117 @@
+"""Second-order rounding against brute force and against rounding to nearest."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from dfqvit.quantizers import mse_weight_scale
+from dfqvit.recipe import Recipe
+from dfqvit.rounding import DAMPING, SecondMoment, round_second_order
+
+
+def correlated(rows, features):
+    """Inputs as layers see them: a few directions carry most of the variance."""
+    return torch.randn(rows, features // 3 + 1) @ torch.randn(features // 3 + 1, features) + 0.1 * torch.randn(
+        rows, features
+    )
+
+
+def error(weight, rounded, scale, moment):
+    e = (weight - rounded * scale[:, None]).double()
+    return ((e @ moment.double()) * e).sum(1)
+
+
+def test_moment_is_the_sum_over_vectors_of_unit_length():
+    x = torch.randn(5, 7, 24) * torch.rand(5, 7, 1) * 100
+    found = SecondMoment(24, x.device)
+    for part in x.split([1, 3, 1]):
+        found.observe(part)
+    units = (x.double() / x.double().norm(dim=-1, keepdim=True)).flatten(0, 1)
+    assert torch.allclose(found.sum, units.T @ units, atol=1e-5)
+    assert found.damped().diagonal().mean() == pytest.approx(1 + DAMPING, rel=1e-5)
+
+
+def test_moment_of_nothing_but_zeros_still_rounds():
+    found = SecondMoment(9, torch.device("cpu"))
+    found.observe(torch.zeros(4, 9))
+    weight = torch.randn(3, 9)
+    rounded, scale = round_second_order(weight, found.damped(), 4)
+    assert torch.allclose(rounded * scale[:, None], weight, atol=0.5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(5, 1), (1, 63), (17, 64), (9, 150)])
+def test_no_single_integer_can_be_moved_to_lower_the_error(shape, bits):
+    moment = SecondMoment(shape[1], torch.device("cpu"))
+    moment.observe(correlated(200, shape[1]))
+    weight, moment = torch.randn(shape), moment.damped()
+    rounded, scale = round_second_order(weight, moment, bits)
+    half = 1 << (bits - 1)
+    assert torch.equal(rounded, rounded.round().clamp(-half, half - 1))
+    least = error(weight, rounded, scale, moment)
+    worse = 0
+    for k in torch.randperm(shape[1])[:20].tolist():
+        for step in (-1, 1):
+            moved = rounded.clone()
+            moved[:, k] = (moved[:, k] + step).clamp(-half, half - 1)
+            worse = max(worse, ((least - error(weight, moved, scale, moment)) / least.clamp_min(1e-12)).max().item())
+    assert worse < (1e-3 if bits < 8 else 2e-2)  # the sweeps are bounded, and float32
+
+
+def test_close_to_the_best_of_all_integers():
+    """Brute force over all 4^5 rows of 2-bit integers."""
+    moment = SecondMoment(5, torch.device("cpu"))
+    moment.observe(correlated(100, 5))
+    weight, moment = torch.randn(40, 5), moment.damped()
+    rounded, scale = round_second_order(weight, moment, 2)
+    every = torch.tensor(list(product(range(-2, 2), repeat=5)), dtype=torch.float32)
+    best = torch.stack([error(weight, row.expand(40, 5), scale, moment) for row in every]).amin(0)
+    nearest = (weight / scale[:, None]).round().clamp(-2, 1)
+    found, plain = error(weight, rounded, scale, moment), error(weight, nearest, scale, moment)
+    assert (found >= best * (1 - 1e-4)).all()
+    assert (found <= plain * (1 + 1e-4)).all()
+    assert (found - best).sum() < 0.5 * (plain - best).sum()
+
+
+def test_uncorrelated_inputs_give_the_nearest_integers():
+    weight = torch.randn(8, 40)
+    rounded, scale = round_second_order(weight, torch.eye(40), 4)
+    assert torch.equal(scale, mse_weight_scale(weight, 4))
+    assert torch.equal(rounded, (weight / scale[:, None]).round().clamp(-8, 7))
+
+
+def test_outputs_on_other_inputs_of_the_same_kind_are_closer():
+    mixing = torch.randn(20, 60)
+    inputs, others = (torch.randn(400, 20) @ mixing + 0.3 * torch.randn(400, 60) for _ in range(2))
+    moment = SecondMoment(60, torch.device("cpu"))
+    moment.observe(inputs)
+    weight = torch.randn(30, 60)
+    rounded, scale = round_second_order(weight, moment.damped(), 3)
+    nearest_scale = mse_weight_scale(weight, 3)
+    nearest = (weight / nearest_scale[:, None]).round().clamp(-4, 3) * nearest_scale[:, None]
+    wanted = others @ weight.T
+    found = (others @ (rounded * scale[:, None]).T - wanted).square().mean()
+    assert found < 0.8 * (others @ nearest.T - wanted).square().mean()
+
+
+def test_recipe_resolves_what_is_left_open():
+    assert (Recipe().rounding, Recipe().edge_bits) == ("second-order", 8)
+    assert (Recipe(3, placement="psaq").rounding, Recipe(3, placement="psaq").edge_bits) == ("nearest", 3)
+    assert Recipe(quantizer="minmax").rounding == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"w_bits": 1}, "w_bits was 1; it may be a whole number from 2 to 8"),
+        ({"a_bits": 9}, "a_bits was 9; "),
+        ({"edge_bits": True}, "edge_bits was True; "),
+        ({"placement": "gem"}, "placement was 'gem'; it may be 'gemm', 'psaq'"),
+        ({"rounding": "up"}, "rounding was 'up'; it may be 'nearest', 'second-order'"),
+        ({"rounding": "second-order", "quantizer": "minmax"}, "quantizer must be 'mse'"),
+    ],
+)
+def test_a_recipe_that_does_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**settings)
