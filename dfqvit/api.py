@@ -95,7 +95,8 @@ def quantize(
             images; default second-order with "gemm" and "mse", else nearest.
         edge_bits: bits of the first and last layers' weights; default 8 with "gemm", w_bits with "psaq".
         acm: "sequential", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential" where blocks are
-            chosen explicitly or w_bits is at most 3, else "none": what was measured to help (docs/accuracy.md).
+            chosen explicitly or rounding is "nearest" at 3 bits or below, else "none": where it was measured to help
+            (docs/accuracy.md).
         acm_blocks: which blocks are corrected; the default is the last one. None leaves it to gamma.
         acm_top: this many blocks of the greatest divergence instead.
         preprocessing: mean, std and input size; default the model's own.
@@ -121,7 +122,8 @@ def quantize(
     preprocessing = preprocessing or Preprocessing.of(model)
     if acm == "auto":
         chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
-        acm = "sequential" if chosen or w_bits <= 3 else "none"
+        coarse = w_bits <= 3 and recipe.rounding == "nearest"
+        acm = "sequential" if chosen or coarse else "none"
     if acm not in MODES:
         raise UsageError(f"acm was '{acm}'; it may be 'auto', {', '.join(map(repr, MODES))}")
     if acm_top is not None:

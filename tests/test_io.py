@@ -126,10 +126,11 @@ def test_newer_and_foreign_files(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"w_bits": 77}, "has a damaged dfqvit header: w_bits was 77"),
+        ({"recipe": {"w_bits": 77}}, "has a damaged dfqvit header: w_bits was 77"),
+        ({"bits": 4}, "has a damaged dfqvit header: .* unexpected keyword argument 'bits'"),
         ({"spec": {"architecture": "hf-hub:a/b", "kwargs": {}}}, "names the model 'hf-hub:a/b', which this timm"),
         ({"spec": {"architecture": "vit_small_patch16_224", "kwargs": {}}}, "does not fit the model it names"),
-        ({"w_bits": 3}, "does not fit the model it names"),
+        ({"recipe": {"w_bits": 3}}, "does not fit the model it names"),
         ({"acm_blocks": [0, 1, 2, 9]}, "does not fit the model it names"),
     ],
 )
