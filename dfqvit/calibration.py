@@ -15,7 +15,7 @@ from .recipe import Recipe
 from .synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
 
 BATCH = 32  # images in one forward pass of calibration; ranges do not depend on it
-CROPS = 2  # of each image, for second-order rounding
+CROPS = 4  # of each image, for second-order rounding
 LEAST_CROP = 0.08  # of the area
 
 

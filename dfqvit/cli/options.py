@@ -13,7 +13,10 @@ from tqdm import tqdm
 
 from ..errors import UsageError
 from ..models import Preprocessing, load_model
-from ..synthesis import Progress
+from ..synthesis import Progress, SynthesisConfig
+from ..synthesis.spectrum import SPECTRA
+
+SYNTHESIS = ("samples", "iters", "seed", "schedule", "spectrum", "crop_lower", "crop_upper", "batch_size", "precision")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -54,6 +57,13 @@ def synthesis_options(command: Command) -> Command:
             help="of the model while it makes images; bfloat16 is faster where the processor has it",
         ),
         click.option(
+            "--spectrum",
+            type=click.Choice(SPECTRA),
+            default="natural",
+            show_default=True,
+            help="of the finished images: that of photographs, or as they were optimised",
+        ),
+        click.option(
             "--schedule", type=click.Choice(["e2h", "fixed", "hard-to-easy"]), default="e2h", show_default=True
         ),
         click.option(
@@ -64,6 +74,11 @@ def synthesis_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def synthesis_config(options: dict[str, Any]) -> SynthesisConfig:
+    """Takes what belongs to the synthesis out of `options`."""
+    return SynthesisConfig(**{key: options.pop(key) for key in SYNTHESIS})
 
 
 def pick_device(name: str) -> torch.device:

@@ -19,8 +19,7 @@ from ..io import save
 from ..models import Preprocessing
 from ..pictures import save_grid
 from ..recipe import Recipe
-from ..synthesis import SynthesisConfig
-from .options import common, emit, model_options, open_model, synthesis_options
+from .options import common, emit, model_options, open_model, synthesis_config, synthesis_options
 from .synthesize import run_synthesis
 
 FILE = "model.safetensors"
@@ -61,12 +60,7 @@ def command(**options: Any) -> None:
     bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits")}
     Recipe(**bits)
     correction = _correction(options)
-    calib, resume, seed = options.pop("calib"), options.pop("resume"), options.pop("seed")
-    settings = {
-        key: options.pop(key)
-        for key in ("samples", "iters", "schedule", "crop_lower", "crop_upper", "batch_size", "precision")
-    }
-    config = SynthesisConfig(seed=seed, **settings)
+    calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     started = time.perf_counter()
     images: str | torch.Tensor = calib
@@ -77,7 +71,7 @@ def command(**options: Any) -> None:
         out.mkdir(parents=True, exist_ok=True)
         save_grid(images[:64], out / "samples.png", preprocessing)
     qmodel = quantize(
-        model, samples=config.samples, seed=seed, calib=images, preprocessing=preprocessing, **bits, **correction
+        model, samples=config.samples, seed=config.seed, calib=images, preprocessing=preprocessing, **bits, **correction
     )
     if calib == "synthetic":
         qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())  # type: ignore[operator,union-attr]

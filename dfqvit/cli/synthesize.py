@@ -13,7 +13,7 @@ from ..files import atomic, refuse_existing
 from ..models import Preprocessing
 from ..pictures import save_curriculum, save_grid
 from ..synthesis import Synthesis, SynthesisConfig
-from .options import SynthesisBar, common, emit, model_options, open_model, synthesis_options
+from .options import SynthesisBar, common, emit, model_options, open_model, synthesis_config, synthesis_options
 
 SAMPLES = "samples.safetensors"
 
@@ -31,12 +31,7 @@ def command(**options: Any) -> None:
     """
     out, as_json = options.pop("out"), options.pop("as_json")
     refuse_existing(out / SAMPLES, options.pop("force"))
-    settings = {
-        key: options.pop(key)
-        for key in ("samples", "iters", "seed", "schedule", "crop_lower", "crop_upper", "batch_size", "precision")
-    }
-    resume = options.pop("resume")
-    config = SynthesisConfig(**settings)
+    resume, config = options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     images = run_synthesis(model, preprocessing, config, out, resume)
     with atomic(out / SAMPLES) as temporary:

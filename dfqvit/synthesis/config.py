@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .curriculum import JITTER, SCHEDULES
+from .spectrum import SPECTRA
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class SynthesisConfig:
     bandwidth: float = 0.01
     batch_size: int = 32  # images in one pass; more samples go in parts, which share the whole batch's range
     precision: str = "float32"  # of the model's forward and backward: "float32" or "bfloat16" (autocast)
+    spectrum: str = "natural"  # of the finished images: "natural" (see `spectrum`) or "free", as they were optimised
     compat: str = ""  # "psaq": drop the first patch of every Swin window, as PSAQ-ViT's code does
 
     def __post_init__(self) -> None:
@@ -45,6 +47,8 @@ class SynthesisConfig:
             raise UsageError(f"learning_rate was {self.learning_rate}; it must be greater than 0")
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"precision was '{self.precision}'; it may be 'float32' or 'bfloat16'")
+        if self.spectrum not in SPECTRA:
+            raise UsageError(f"spectrum was '{self.spectrum}'; it may be {', '.join(map(repr, SPECTRA))}")
         if self.compat not in ("", "psaq"):
             raise UsageError(f"compat was '{self.compat}'; it may be '' or 'psaq'")
 

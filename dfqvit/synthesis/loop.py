@@ -56,7 +56,7 @@ class Synthesis:
         return self.advance.images
 
     def run(self, report: Callable[[Progress], None] | None = None) -> torch.Tensor:
-        """Runs the steps that are left and returns the images; on an interruption the last step is snapshot first.
+        """Runs the steps that are left and returns the finished images; on an interruption the last step is snapshot first.
 
         `report` is called after every step; on a GPU after every tenth and the last, a little late, so that nothing waits.
         """
@@ -84,7 +84,7 @@ class Synthesis:
             for parameter, needed in zip(self.model.parameters(), needed_grad, strict=True):
                 parameter.requires_grad_(needed)
         self._take_frame()
-        return self.images.detach().clone()
+        return self.advance.finished()
 
     def _take_frame(self) -> None:
         self.frames[self.step] = self.images[:_FRAME_SAMPLES].detach().cpu().clone()
@@ -174,10 +174,11 @@ def synthesize(
         seed: of noise, crops and target classes. Same seed, same device, same thread count: same bits.
         preprocessing: mean, std and size of the model's input; default the model's own.
         report: called after every step.
-        settings: the other fields of `SynthesisConfig`: schedule, crop_lower, crop_upper, learning_rate, ...
+        settings: the other fields of `SynthesisConfig`: schedule, crop_lower, crop_upper, learning_rate, spectrum, ...
 
     Returns:
-        float32 [samples, C, H, W], normalised as the model expects, each pixel within the valid range.
+        float32 [samples, C, H, W], normalised as the model expects, each pixel within the valid range; finished by
+        `spectrum.natural_spectrum` unless spectrum="free".
 
     Raises:
         UsageError: a setting or the model does not fit.

@@ -13,6 +13,7 @@ from ..models import Preprocessing
 from .config import SynthesisConfig
 from .curriculum import DRAWS, crop_ratio, crop_shift_flip
 from .losses import entropy_loss, onehot_loss, similarity_ranges, tv_loss, union
+from .spectrum import natural_spectrum
 
 _BETAS = (0.5, 0.9)
 _EAGER_STEPS = 3  # before a graph is captured: libraries set themselves up in the first ones
@@ -39,12 +40,13 @@ class Step:
         if classes < 1:
             raise UsageError("model has no classifier (num_classes is 0); synthesis needs its logits")
         order = torch.randperm(classes, generator=torch.Generator().manual_seed(config.seed))
-        images, draws, targets = [], [], []
+        images, draws, targets, tones = [], [], [], []
         for index in range(config.samples):
             generator = torch.Generator().manual_seed((config.seed << 20) + index)
             images.append(torch.randn(preprocessing.input_size, generator=generator))
             draws.append(torch.rand(config.iters, DRAWS, generator=generator))
             targets.append(torch.rand((), generator=generator))
+            tones.append(torch.stack([torch.rand((), generator=generator), torch.randn((), generator=generator)]))
         self.images = torch.stack(images).to(self.device)
         self.labels = order[torch.arange(config.samples) % classes].to(self.device)
         self.crop_ratios = [
@@ -54,6 +56,7 @@ class Step:
         self.terms = torch.zeros(config.iters, 3, device=self.device)
         self._draws = torch.stack(draws, dim=1).to(self.device)  # [iters, samples, DRAWS]
         self._tv_target = torch.stack(targets).to(self.device)
+        self._tones, self._preprocessing = torch.stack(tones).to(self.device), preprocessing
         self._ratio_table = torch.tensor(self.crop_ratios, device=self.device)
         self._rate_table = torch.tensor([learning_rate(config, step) for step in range(config.iters)])
         self._rate_table = self._rate_table.to(self.device)
@@ -81,6 +84,12 @@ class Step:
                 with torch.cuda.graph(self._graph):  # records the step without taking it
                     self._compute()
             self._graph.replay()
+
+    def finished(self) -> torch.Tensor:
+        """[samples, C, H, W]: the images as they leave the synthesis."""
+        if self.config.spectrum == "free":
+            return self.images.detach().clone()
+        return natural_spectrum(self.images.detach(), self._tones, self._preprocessing)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the steps to come depend on, but for the step's number."""
