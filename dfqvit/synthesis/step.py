@@ -87,9 +87,11 @@ class Step:
 
     def finished(self) -> torch.Tensor:
         """[samples, C, H, W]: the images as they leave the synthesis."""
-        if self.config.spectrum == "free":
-            return self.images.detach().clone()
-        return natural_spectrum(self.images.detach(), self._tones, self._preprocessing)
+        images = self.images.detach().clone()
+        if self.config.spectrum == "natural":
+            for part in self._parts():
+                images[part] = natural_spectrum(images[part], self._tones[part], self._preprocessing)
+        return images
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the steps to come depend on, but for the step's number."""
@@ -108,15 +110,17 @@ class Step:
                 "exp_avg_sq": tensors["exp_avg_sq"].to(self.device),
             }
 
+    def _parts(self) -> list[slice]:
+        """The images that go through the model together."""
+        size, samples = self.config.batch_size, self.config.samples
+        return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+
     def _compute(self) -> None:
         config = self.config
         self._rate.copy_(self._rate_table.index_select(0, self._index)[0])
         ratio = self._ratio_table.index_select(0, self._index)
         draws = self._draws.index_select(0, self._index)[0]
-        parts = [
-            slice(start, min(start + config.batch_size, config.samples))
-            for start in range(0, config.samples, config.batch_size)
-        ]
+        parts = self._parts()
         ranges = None if len(parts) == 1 else union([self._ranges(part, draws, ratio) for part in parts])
         terms = torch.zeros(3, device=self.device)
         for part in parts:

@@ -1,0 +1,120 @@
+"""Top-1 after quantization, by where the calibration images come from: the table of docs/accuracy.md.
+
+Sources: "real" (of the evaluation images, evenly spread), "noise", "free" (synthetic images as they were optimised) and
+"natural" (the same, finished with a photograph's spectrum: the default). Recipes: "default", and "paper", PSAQ-ViT's placement
+and min-max ranges, with and without ACM on the last block. Noise and real images are measured for the first seed only.
+
+python benchmarks/accuracy.py deit_tiny_patch16_224 --checkpoint FILE --data FOLDER --wnids FILE --out FILE.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import runner
+import safetensors.torch
+import torch
+from torch import nn
+
+import dfqvit
+from dfqvit.cli.options import adjusted
+from dfqvit.data import batches, open_images, spread_images
+from dfqvit.evaluation import evaluate
+from dfqvit.files import atomic
+from dfqvit.models import Preprocessing, load_model
+from dfqvit.synthesis import Synthesis, SynthesisConfig
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"placement": "psaq", "quantizer": "minmax", "acm": "none"},
+    "paper + ACM": {"placement": "psaq", "quantizer": "minmax", "acm": "sequential", "acm_blocks": [-1]},
+}
+REAL = 32
+
+
+def synthetic(model: nn.Module, preprocessing: Preprocessing, config: SynthesisConfig, cache: Path) -> torch.Tensor:
+    """The optimised images of this run, from `cache` when an earlier call made them."""
+    path = cache / f"{config.samples}x{config.iters}_seed{config.seed}.safetensors"
+    if not path.exists():
+        run = Synthesis(model, config, preprocessing)
+        run.run()
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            safetensors.torch.save_file({"images": run.images.detach()}, temporary)
+    return safetensors.torch.load_file(path)["images"]
+
+
+def finished(
+    model: nn.Module, preprocessing: Preprocessing, config: SynthesisConfig, images: torch.Tensor
+) -> torch.Tensor:
+    """What `synthesize` returns when its steps end in `images`."""
+    run = Synthesis(model, config, preprocessing)
+    run.images.copy_(images)
+    return run.advance.finished()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--num-classes", type=int)
+    parser.add_argument("--mean")
+    parser.add_argument("--std")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--wnids", type=Path)
+    parser.add_argument("--limit", type=int, default=10_000, help="evaluation images, evenly spread")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--iters", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--sources", nargs="+", default=["real", "noise", "free", "natural"])
+    parser.add_argument("--cache", type=Path, default=Path("out/accuracy"), help="where optimised images are kept")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    model = load_model(options.model, options.checkpoint, num_classes=options.num_classes)
+    preprocessing = adjusted(Preprocessing.of(model), options.mean, options.std)
+    test = open_images(options.data, preprocessing, options.wnids)
+    chosen = range(0, len(test), max(1, len(test) // options.limit))
+    held = list(batches(torch.utils.data.Subset(test, chosen), 50))
+    writer = runner.Writer("accuracy", "cpu", options.out)
+    common = {"model": options.model, "data": options.data.name, "samples": options.samples, "iters": options.iters}
+    floating = evaluate(model, held)
+    writer.add(**common, recipe="float", images=floating.images, top1=floating.top1, top5=floating.top5)
+    for seed in options.seeds:
+        config = SynthesisConfig(samples=options.samples, iters=options.iters, seed=seed)
+        images: dict[str, str | torch.Tensor] = {"noise": "noise"}
+        if "real" in options.sources and seed == options.seeds[0]:
+            images["real"] = spread_images(test, REAL)
+        if {"free", "natural"} & set(options.sources):
+            images["free"] = synthetic(
+                model, preprocessing, config, options.cache / f"{options.model}-{options.data.stem}"
+            )
+            images["natural"] = finished(model, preprocessing, config, images["free"])
+        for source in options.sources:
+            if source not in images or (source == "noise" and seed != options.seeds[0]):
+                continue
+            for recipe in options.recipes:
+                for bits in options.bits:
+                    count = REAL if source in ("real", "noise") else options.samples
+                    qmodel = dfqvit.quantize(
+                        model,
+                        bits,
+                        calib=images[source],
+                        samples=count,
+                        seed=seed,
+                        preprocessing=preprocessing,
+                        **RECIPES[recipe],
+                    )
+                    found = evaluate(qmodel, held)
+                    row = {"recipe": recipe, "calibration": source, "w_bits": bits, "seed": seed}
+                    writer.add(**common, **row, images=found.images, top1=found.top1, top5=found.top5)
+                    print(f"{recipe:12} {source:8} W{bits}/A8 seed {seed}: {found.top1:.1f}", flush=True)
+    print(writer.table(["recipe", "calibration", "w_bits", "seed", "top1", "top5", "images"]))
+
+
+if __name__ == "__main__":
+    main()
