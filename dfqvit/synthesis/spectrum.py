@@ -1,11 +1,11 @@
 """The finish of synthesis: the images keep their structure and take the statistics that all photographs share.
 
 Optimised images are far from photographs in what is cheap to know about photographs: the amplitude of their frequencies, which
-falls as a power; grey that dominates colour; brightness and contrast that differ from one to the next. Layers see that in
-their inputs, so ranges and second moments learnt from raw synthetic images carry over badly (docs/accuracy.md).
+falls as a power, a different one for each scene; grey that dominates colour; brightness and contrast that differ from one to
+the next. Layers see that in their inputs, so second moments learnt from raw synthetic images carry over badly (docs/accuracy.md).
 
-Sources: natural images' amplitudes, Field 1987 and Ruderman 1994; optimising the phase under a fixed amplitude, MACO
-(arXiv 2306.06805).
+Sources: natural images' amplitudes, Field 1987; their slopes by scene, Torralba and Oliva 2003; optimising the phase under a
+fixed amplitude, MACO (arXiv 2306.06805).
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ import torch
 from ..models import Preprocessing
 
 SPECTRA = ("natural", "free")
-TONES = 2  # random numbers of one image: contrast (uniform) and brightness (normal)
-EXPONENT = 1.3  # amplitude falls as frequency to the minus this
+TONES = 3  # random numbers of one image: contrast and exponent (uniform), brightness (normal)
+EXPONENTS = (1.0, 2.2)  # amplitude falls as frequency to the minus something between these
 GREY = 0.6  # share of the variance that the channels have in common
 CONTRAST = 0.22  # mean standard deviation of an image, pixels from 0 to 1; half to one and a half of it
 BRIGHTNESS = (0.45, 0.15)  # mean and standard deviation, over images, of an image's mean pixel
+
+
+def draw_tones(generator: torch.Generator) -> torch.Tensor:
+    """[TONES] for one image."""
+    return torch.cat([torch.rand(2, generator=generator), torch.randn(1, generator=generator)])
 
 
 def natural_spectrum(images: torch.Tensor, tones: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
@@ -29,7 +34,7 @@ def natural_spectrum(images: torch.Tensor, tones: torch.Tensor, preprocessing: P
 
     Args:
         images: [n, C, H, W], normalised.
-        tones: [n, TONES], standard uniform and standard normal.
+        tones: [n, TONES] of `draw_tones`.
         preprocessing: mean and std of the images' normalisation.
 
     Returns:
@@ -42,13 +47,13 @@ def natural_spectrum(images: torch.Tensor, tones: torch.Tensor, preprocessing: P
     count = torch.bincount(rings).clamp_min(1)
     mean = torch.zeros(len(images), len(count), device=images.device).index_add_(1, rings, strength) / count
     level = mean[:, rings].view(-1, 1, height, waves.shape[-1]).clamp_min(torch.finfo(torch.float32).tiny)
-    fields = torch.fft.irfft2(waves / level * radius**-EXPONENT, s=(height, width))
-    fields = _standardised(fields)
+    exponent = EXPONENTS[0] + (EXPONENTS[1] - EXPONENTS[0]) * tones[:, 1].view(-1, 1, 1, 1)
+    fields = _standardised(torch.fft.irfft2(waves / level * radius**-exponent, s=(height, width)))
     if channels > 1:
         common = _standardised(fields.mean(dim=1, keepdim=True))
         fields = _standardised(GREY**0.5 * common + (1 - GREY) ** 0.5 * fields)
     contrast = CONTRAST * (0.5 + tones[:, 0]).view(-1, 1, 1, 1)
-    brightness = (BRIGHTNESS[0] + BRIGHTNESS[1] * tones[:, 1]).view(-1, 1, 1, 1)
+    brightness = (BRIGHTNESS[0] + BRIGHTNESS[1] * tones[:, 2]).view(-1, 1, 1, 1)
     low, high = preprocessing.channel_bounds(images.device)
     return (low + (high - low) * (brightness + contrast * fields)).clamp(low, high)
 

@@ -13,7 +13,7 @@ from ..models import Preprocessing
 from .config import SynthesisConfig
 from .curriculum import DRAWS, crop_ratio, crop_shift_flip
 from .losses import entropy_loss, onehot_loss, similarity_ranges, tv_loss, union
-from .spectrum import natural_spectrum
+from .spectrum import draw_tones, natural_spectrum
 
 _BETAS = (0.5, 0.9)
 _EAGER_STEPS = 3  # before a graph is captured: libraries set themselves up in the first ones
@@ -46,7 +46,7 @@ class Step:
             images.append(torch.randn(preprocessing.input_size, generator=generator))
             draws.append(torch.rand(config.iters, DRAWS, generator=generator))
             targets.append(torch.rand((), generator=generator))
-            tones.append(torch.stack([torch.rand((), generator=generator), torch.randn((), generator=generator)]))
+            tones.append(draw_tones(generator))
         self.images = torch.stack(images).to(self.device)
         self.labels = order[torch.arange(config.samples) % classes].to(self.device)
         self.crop_ratios = [
