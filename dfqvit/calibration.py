@@ -15,7 +15,8 @@ from .recipe import Recipe
 from .synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
 
 BATCH = 32  # images in one forward pass of calibration; ranges do not depend on it
-CROPS = 4  # of each image, for second-order rounding
+VIEWS = 192  # random crops of the images, in all, for second-order rounding
+MOST_VIEWS = 12  # of one image; the least is one
 LEAST_CROP = 0.08  # of the area
 
 
@@ -51,16 +52,17 @@ def calibrate(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
 
 
 def crops(images: torch.Tensor) -> torch.Tensor:
-    """[n * CROPS, C, H, W]: random crops of the images, flipped and resized; the same for the same images.
+    """About VIEWS random crops of the images [n, C, H, W], flipped and resized; the same for the same images.
 
-    Their shares of the area spread evenly over the curriculum's range.
+    The shares of the area of an image's crops spread evenly over the curriculum's range.
     """
+    count = min(max(1, round(VIEWS / len(images))), MOST_VIEWS)
     generator = torch.Generator().manual_seed(0)
     found = []
     for image in images:
-        for k in range(CROPS):
+        for k in range(count):
             draws = torch.rand(1, DRAWS, generator=generator).to(images.device)
-            share = LEAST_CROP + (1 - LEAST_CROP) * (k + torch.rand((), generator=generator).item()) / CROPS
+            share = LEAST_CROP + (1 - LEAST_CROP) * (k + torch.rand((), generator=generator).item()) / count
             found.append(crop_shift_flip(image[None], draws, share, JITTER))
     return torch.cat(found)
 
