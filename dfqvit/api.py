@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapters import find_adapter
 from .adapters.fusable import is_patched
+from .allocation import allocate_bits, check_budget
 from .calibration import calibrate, convert
 from .correction import MODES, add_corrections, choose_blocks
 from .errors import UsageError
@@ -67,6 +68,8 @@ def quantize(
     quantizer: str = "mse",
     rounding: str | None = None,
     edge_bits: int | None = None,
+    layer_bits: dict[str, int] | None = None,
+    size_budget: float | None = None,
     acm: str = "auto",
     acm_blocks: Sequence[int] | None = LAST_BLOCK,
     acm_top: int | None = None,
@@ -74,6 +77,7 @@ def quantize(
     model_kwargs: dict[str, Any] | None = None,
     runtime: str = "auto",
     report: Callable[[Progress], None] | None = None,
+    report_layers: Callable[[int, int], None] | None = None,
     **synthesis: Any,
 ) -> nn.Module:
     """Quantizes a timm vision transformer without data and without fine-tuning.
@@ -94,6 +98,9 @@ def quantize(
         rounding: "nearest" or "second-order", which picks the integers that keep the layers' outputs on the calibration
             images; default second-order with "gemm" and "mse", else nearest.
         edge_bits: bits of the first and last layers' weights; default 8 with "gemm", w_bits with "psaq".
+        layer_bits: {timm's name of a linear layer: bits of its weights}, in place of w_bits and edge_bits.
+        size_budget: megabytes (10^6 bytes) of the saved model; the bits of every layer are then chosen so that it fits and
+            the network loses least, see `allocation`.
         acm: "sequential", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential" where blocks are
             chosen explicitly or rounding is "nearest" at 3 bits or below, else "none": where it was measured to help
             (docs/accuracy.md).
@@ -103,6 +110,7 @@ def quantize(
         model_kwargs: what was given to timm.create_model, where the structure does not tell.
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
         report: called after every step of the synthesis.
+        report_layers: with size_budget, called with (layers measured, all layers).
         synthesis: further settings of `SynthesisConfig`.
 
     Returns:
@@ -114,7 +122,9 @@ def quantize(
 
     Source: DFQ-ViT, arXiv 2507.14481.
     """
-    recipe = Recipe(w_bits, a_bits, placement, quantizer, rounding, edge_bits)
+    recipe = Recipe(w_bits, a_bits, placement, quantizer, rounding, edge_bits, layer_bits)
+    if size_budget is not None and layer_bits is not None:
+        raise UsageError("size_budget and layer_bits were both given; give one of them")
     if is_patched(model):
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
     check_runtime(runtime)
@@ -129,10 +139,15 @@ def quantize(
     if acm_top is not None:
         acm_blocks = None
     qmodel = convert(model, recipe)
+    if size_budget is not None:
+        check_budget(model, recipe, size_budget)
     choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
     images, how = calibration_images(
         model, calib, samples=samples, iters=iters, seed=seed, preprocessing=preprocessing, report=report, **synthesis
     )
+    if size_budget is not None:
+        recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
+        qmodel = convert(model, recipe)
     calibrate(qmodel, images, recipe)
     corrected = add_corrections(model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top)
     settings = {"seed": seed} if how != "images" else {}

@@ -35,7 +35,16 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 @torch.no_grad()
 def calibrate(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
-    """Runs the images [n, C, H, W] through a converted model, then freezes every quantizer, rounds and packs the weights.
+    """Runs the images [n, C, H, W] through a converted model, then freezes every quantizer, rounds and packs the weights."""
+    observe(qmodel, images, recipe)
+    freeze(qmodel)
+    if recipe.placement == "psaq":
+        find_adapter(qmodel).quantize_constants(recipe.a_bits)
+
+
+@torch.no_grad()
+def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
+    """Lets the quantizers of a converted model see the images, and gathers what the recipe's rounding needs.
 
     Second-order rounding also sees crops of the images: its statistics need more variety than a few images have.
     """
@@ -46,9 +55,6 @@ def calibrate(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
                 module.observe_inputs()
     for batch in images.split(BATCH):
         qmodel(batch)
-    freeze(qmodel)
-    if recipe.placement == "psaq":
-        find_adapter(qmodel).quantize_constants(recipe.a_bits)
 
 
 def crops(images: torch.Tensor) -> torch.Tensor:

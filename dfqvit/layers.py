@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels import block_weight, extension, pack_weight, quant_linear
-from .kernels.pack_weight import pack_integers, packed_row_bytes
+from .kernels import block_weight, extension, quant_linear
+from .kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
 from .rounding import SecondMoment, round_second_order
 
@@ -67,20 +67,22 @@ class QuantLinear(nn.Module):
         """Gathers from now on what `freeze` needs to round the weights to second order, see `rounding`."""
         self._moment = SecondMoment(self.in_features, self.input.scale.device)
 
-    def freeze(self) -> None:
-        """Quantizes and packs the weights and freezes the input quantizer."""
+    def round_weight(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(integers int8 [out_features, in_features], scale [out_features]): to second order after `observe_inputs`."""
         weight = self.weight
         assert weight is not None
-        if self._moment is None:
-            scale = WEIGHT_RULES[self.quantizer](weight, self.w_bits)
-            packed = pack_weight(weight, scale, self.w_bits)
-        else:
-            integers, scale = round_second_order(weight, self._moment.damped(), self.w_bits)
-            packed = pack_integers(integers.to(torch.int8), self.w_bits)
-            self._moment = None
+        if self._moment is not None:
+            return round_second_order(weight, self._moment.damped(), bits)
+        scale = WEIGHT_RULES[self.quantizer](weight, bits)
+        return round_nearest(weight, scale, bits), scale
+
+    def freeze(self) -> None:
+        """Quantizes and packs the weights and freezes the input quantizer."""
+        integers, scale = self.round_weight(self.w_bits)
+        self._moment = None
         self.allocate()
         self.weight_scale.copy_(scale)
-        self.weight_packed.copy_(packed)
+        self.weight_packed.copy_(pack_integers(integers, self.w_bits))
         self.input.freeze()
 
     def kernel_weight(self) -> torch.Tensor:

@@ -24,6 +24,8 @@ class Recipe:
             "gemm" and "mse", else nearest, which is the literature's baseline.
         edge_bits: bits of the weights of the first and the last layer. By default 8 with "gemm" (two small layers, and at 4
             bits most of the loss), and w_bits with "psaq".
+        layer_bits: {name: bits} of the weights of single layers, by timm's names, in place of w_bits and edge_bits;
+            `allocation` makes it from a size.
 
     Raises:
         UsageError: names the setting which does not fit.
@@ -35,6 +37,7 @@ class Recipe:
     quantizer: str = "mse"
     rounding: str | None = None
     edge_bits: int | None = None
+    layer_bits: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -52,7 +55,21 @@ class Recipe:
             )
         if self.edge_bits is None:
             object.__setattr__(self, "edge_bits", 8 if gemm else self.w_bits)
-        for name in ("w_bits", "a_bits", "edge_bits"):
-            bits = getattr(self, name)
+        named = {name: getattr(self, name) for name in ("w_bits", "a_bits", "edge_bits")}
+        named |= {f"layer_bits['{name}']": bits for name, bits in (self.layer_bits or {}).items()}
+        for name, bits in named.items():
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
                 raise UsageError(f"{name} was {bits!r}; it may be a whole number from 2 to 8")
+
+    def bits_of(self, name: str, edge: bool) -> int:
+        """Of the weights of layer `name`, which is the first or the last if `edge`."""
+        default = self.edge_bits if edge else self.w_bits
+        assert default is not None
+        return (self.layer_bits or {}).get(name, default)
+
+    @property
+    def label(self) -> str:
+        """As "W4/A8", or "W2-8/A8" where the layers differ beyond the edges."""
+        widths = set((self.layer_bits or {}).values()) or {self.w_bits}
+        weights = f"{min(widths)}-{max(widths)}" if len(widths) > 1 else f"{min(widths)}"
+        return f"W{weights}/A{self.a_bits}"

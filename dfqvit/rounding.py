@@ -39,7 +39,7 @@ class SecondMoment:
 
 
 def round_second_order(weight: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(integers float32 [N, K], scale [N]) for weight [N, K] and the damped second moment [K, K] of its inputs.
+    """(integers int8 [N, K], scale [N]) for weight [N, K] and the damped second moment [K, K] of its inputs.
 
     The scale of each row is searched as `quantizer="mse"` does, each weight's error counted by its channel's share of H.
     """
@@ -50,7 +50,7 @@ def round_second_order(weight: torch.Tensor, moment: torch.Tensor, bits: int) ->
     for _ in range(SWEEPS):
         if not _sweep(weight, rounded, scale, moment, limits):
             break
-    return rounded, scale
+    return rounded.to(torch.int8), scale
 
 
 def _sweep(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,20 @@ def small_test(tmp_path):
     with np.load(demo.TEST_IMAGES) as file:
         np.savez(tmp_path / "test.npz", images=file["images"][:200], labels=file["labels"][:200])
     return tmp_path / "test.npz"
+
+
+def test_size_budget(run, tmp_path):
+    out, arguments = tmp_path / "out", ["quantize", "demo", "--calib", demo.TRAIN_SAMPLE, "--samples", 4]
+    status, stdout, err = run(*arguments, "--size-budget", 0.25, "--out", out)
+    assert status == 0, err
+    assert (out / "model.safetensors").stat().st_size <= 250_000
+    assert re.search(r"model.safetensors: W\d-\d/A8, 0\.2\d MB", stdout)
+    status, stdout, _ = run("info", out / "model.safetensors")
+    assert status == 0
+    assert re.search(r"W\d-\d/A8 \(\d+ layers W", stdout)
+    status, _, err = run(*arguments, "--size-budget", 0.01, "--out", tmp_path / "small")
+    assert status == 2
+    assert "size_budget was 0.01 MB; this model needs" in said(err)[0]
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-swin"])

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..errors import UsageError
 from ..layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
 from ..recipe import Recipe
 from .fusable import MLP_LAYERS, LayerNames, linear_layers
@@ -75,19 +76,20 @@ class Adapter(abc.ABC):
     def convert(self, recipe: Recipe) -> None:
         """Replaces every linear layer and the patch projection by quantized ones, in place, and adds the placement's sites.
 
-        The weights of the patch projection and of the classifier take `edge_bits` in place of `w_bits`.
+        The patch projection and the classifier are the recipe's edges. UsageError when `layer_bits` names another layer.
         """
-        assert recipe.edge_bits is not None
         heads = self.model.get_classifier()
         heads = heads if isinstance(heads, tuple) else (heads,)
         for name, module in list(self.model.named_modules()):
             if type(module) is nn.Linear:
-                w_bits = recipe.edge_bits if any(module is head for head in heads) else recipe.w_bits
+                w_bits = recipe.bits_of(name, any(module is head for head in heads))
                 self._replace(name, QuantLinear.from_float(module, w_bits, recipe.a_bits, recipe.quantizer))
-        projection = QuantPatchProjection.from_conv(
-            self.model.patch_embed.proj, recipe.edge_bits, recipe.a_bits, recipe.quantizer
-        )
-        self._replace("patch_embed.proj", projection)
+        first, w_bits = "patch_embed.proj", recipe.bits_of("patch_embed.proj", True)
+        conv = self.model.get_submodule(first)
+        self._replace(first, QuantPatchProjection.from_conv(conv, w_bits, recipe.a_bits, recipe.quantizer))
+        for name in recipe.layer_bits or {}:
+            if not isinstance(dict(self.model.named_modules()).get(name), QuantLinear):
+                raise UsageError(f"layer_bits named '{name}'; the model has no such linear layer")
         sites = self.add_psaq_sites if recipe.placement == "psaq" else self.add_gemm_sites
         sites(recipe.a_bits, recipe.quantizer)
 

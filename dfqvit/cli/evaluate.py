@@ -45,7 +45,7 @@ def command(**options: Any) -> None:
         against = load_model(options["against"], options["checkpoint"], device=device, **kwargs)
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
         result = evaluate(model, batches(images, options["batch_size"], options["workers"]), against, bar.update)
-    rows = [[f"W{record.recipe.w_bits}/A{record.recipe.a_bits}", result.top1, result.top5]]
+    rows = [[record.recipe.label, result.top1, result.top5]]
     if against is not None:
         rows.append(["float", result.against_top1, result.against_top5])
     text = tabulate(rows, headers=["model", "top-1 %", "top-5 %"], floatfmt=".2f")

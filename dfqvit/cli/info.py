@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..api import QuantizationRecord
 from ..errors import UsageError
 from ..io import load
 from ..kernels.tuning import table as measured_choices
+from ..recipe import Recipe
 from .options import common, emit, pick_device
 
 
@@ -64,7 +66,7 @@ def _as_text(described: dict[str, Any]) -> str:
         [
             f"{described['file']}: whole, checksum holds, logits {'finite' if described['finite_logits'] else 'NOT finite'}",
             f"model          {spec['architecture']} {spec['kwargs'] or ''}",
-            f"bits           W{recipe['w_bits']}/A{recipe['a_bits']}, first and last layer W{recipe['edge_bits']}, "
+            f"bits           {_bits(Recipe(**recipe))}, "
             f"placement {recipe['placement']}, quantizer {recipe['quantizer']}, rounding {recipe['rounding']}",
             f"calibration    {described['samples']} images, {described['calibration']} {described['settings'] or ''}",
             f"correction     {described['acm']}, blocks {described['acm_blocks']}",
@@ -73,3 +75,10 @@ def _as_text(described: dict[str, Any]) -> str:
             f"size           {described['bytes'] / 1e6:.3f} MB: {kinds}",
         ]
     )
+
+
+def _bits(recipe: Recipe) -> str:
+    if recipe.layer_bits is None:
+        return f"{recipe.label}, first and last layer W{recipe.edge_bits}"
+    counts = Counter(recipe.layer_bits.values())
+    return f"{recipe.label} (" + ", ".join(f"{counts[bits]} layers W{bits}" for bits in sorted(counts)) + ")"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import click
 import safetensors
 import safetensors.torch
 import torch
+from tqdm import tqdm
 
-from ..api import quantize
+from ..allocation import check_budget
+from ..api import QuantizationRecord, quantize
 from ..data import open_images, spread_images
 from ..errors import DfqvitError, UsageError
 from ..files import refuse_existing
@@ -38,6 +41,11 @@ FILE = "model.safetensors"
 )
 @click.option("--edge-bits", type=int, help="Bits of the first and last layer; default 8 (gemm) or as --w-bits (psaq).")
 @click.option(
+    "--size-budget",
+    type=float,
+    help="Megabytes of the saved model: chooses the bits of every layer by what it loses, in place of --w-bits.",
+)
+@click.option(
     "--calib",
     default="synthetic",
     show_default=True,
@@ -58,10 +66,12 @@ def command(**options: Any) -> None:
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
     bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits")}
-    Recipe(**bits)
+    recipe, budget = Recipe(**bits), options.pop("size_budget")
     correction = _correction(options)
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
+    if budget is not None:
+        check_budget(model, recipe, budget)  # before the synthesis
     started = time.perf_counter()
     images: str | torch.Tensor = calib
     if calib == "synthetic":
@@ -70,11 +80,21 @@ def command(**options: Any) -> None:
         images = _read_images(Path(calib), preprocessing, config.samples)
         out.mkdir(parents=True, exist_ok=True)
         save_grid(images[:64], out / "samples.png", preprocessing)
-    qmodel = quantize(
-        model, samples=config.samples, seed=config.seed, calib=images, preprocessing=preprocessing, **bits, **correction
-    )
+    with tqdm(desc="layers", unit="layer", dynamic_ncols=True, disable=budget is None) as bar:
+        qmodel = quantize(
+            model,
+            samples=config.samples,
+            seed=config.seed,
+            calib=images,
+            preprocessing=preprocessing,
+            size_budget=budget,
+            report_layers=partial(_show, bar),
+            **bits,
+            **correction,
+        )
+    quantization: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
     if calib == "synthetic":
-        qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())  # type: ignore[operator,union-attr]
+        qmodel.dfqvit_record = quantization.made_from("synthetic", config.to_dict())  # type: ignore[assignment]
     path = save(qmodel, out / FILE)
     seconds = time.perf_counter() - started
     floats = sum(parameter.numel() * 4 for parameter in model.parameters())
@@ -86,12 +106,17 @@ def command(**options: Any) -> None:
         "record": qmodel.dfqvit_record.to_dict(),  # type: ignore[operator,union-attr]
     }
     text = (
-        f"{path}: W{bits['w_bits']}/A{bits['a_bits']}, {path.stat().st_size / 1e6:.2f} MB "
+        f"{path}: {quantization.recipe.label}, {path.stat().st_size / 1e6:.2f} MB "
         f"({path.stat().st_size / floats:.3f}x float32), {seconds:.0f} s"
     )
     if calib != "noise":
         text += f"\npictures: {out / 'samples.png'}" + (f", {out / 'curriculum.png'}" if calib == "synthetic" else "")
     emit(as_json, record, text)
+
+
+def _show(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
 
 
 def _correction(options: dict[str, Any]) -> dict[str, Any]:

@@ -44,8 +44,13 @@ def pack_weight(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
     if scale.numel() not in (1, w.shape[0]):
         raise ValueError(f"scale had {scale.numel()} values; it must have 1 or {w.shape[0]}, one for each row of w")
     checks.positive("scale", scale)
+    return pack_integers(round_nearest(w, scale, bits), bits)
+
+
+def round_nearest(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 [rows, columns]: the integers of `pack_weight`, unpacked."""
     q = (w.to(scale.dtype) / scale.reshape(-1, 1)).round().clamp(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-    return pack_integers(q.to(torch.int8), bits)
+    return q.to(torch.int8)
 
 
 def pack_integers(q: torch.Tensor, bits: int) -> torch.Tensor:
