@@ -65,6 +65,18 @@ class Preprocessing:
         std = torch.tensor(self.std, device=device).view(-1, 1, 1)
         return (0 - mean) / std, (1 - mean) / std
 
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(pixel - mean) / std` in float32 on the pixels' device; pixels [..., C, H, W], uint8 or float in [0, 1].
+
+        The same bits on every device: torch on GPUs divides by a plain number as a product with its reciprocal, so all
+        divisors are tensors.
+        """
+        device = pixels.device
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float() / torch.tensor(255.0, device=device)
+        mean = torch.tensor(self.mean, device=device).view(-1, 1, 1)
+        return (pixels - mean) / torch.tensor(self.std, device=device).view(-1, 1, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
         return asdict(self)
