@@ -13,8 +13,7 @@ from ..api import QuantizationRecord
 from ..data import batches, open_images
 from ..evaluation import evaluate
 from ..io import load
-from ..models import load_model
-from .options import adjusted, common, emit, pick_device
+from .options import adjusted, common, emit, open_float, pick_device
 
 
 @click.command("evaluate")
@@ -39,10 +38,7 @@ def command(**options: Any) -> None:
     images = open_images(options["data"], preprocessing, options["classes"], options["unreadable"])
     against = None
     if options["against"] is not None:
-        kwargs = {key: record.spec.kwargs.get(key) for key in ("num_classes", "in_chans")}
-        size = record.spec.kwargs.get("img_size")
-        kwargs["img_size"] = size[0] if isinstance(size, (list, tuple)) else size
-        against = load_model(options["against"], options["checkpoint"], device=device, **kwargs)
+        against = open_float(record, options["against"], options["checkpoint"], device)
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
         loader = batches(images, options["batch_size"], options["workers"], device)
         result = evaluate(model, loader, against, bar.update)
