@@ -104,3 +104,54 @@ def test_blocks_really_run_in_integers(pair):
     kinds = {type(block).__name__ for block in loaded.modules() if "Block" in type(block).__name__}
     assert kinds <= {"IntegerBlock", "IntegerSwinBlock"}
     assert kinds
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "window"), [(56, None), (56, 7), (42, 7), (40, 7)])
+def test_swin_of_another_input_size(seed, tmp_path, size, window):
+    """As dense prediction sets it, after calls at the old size; 40 pads its windows, which stays simulated."""
+    path = dfqvit.save(
+        dfqvit.quantize(load_model("demo-swin"), 8, calib="noise", samples=4), tmp_path / "m.safetensors"
+    )
+    integer, simulated = dfqvit.load(path, runtime="integer"), dfqvit.load(path, runtime="simulated")
+    small, large = torch.randn(2, 1, 28, 28), torch.randn(2, 1, size, size)
+    before = integer(small)
+    for each in (integer, simulated):
+        each.set_input_size((size, size), window_size=window)
+    for ours, theirs in zip(
+        integer.forward_intermediates(large)[1], simulated.forward_intermediates(large)[1], strict=True
+    ):
+        check(ours, theirs)
+    check(integer(large), simulated(large))
+    for each in (integer, simulated):
+        each.set_input_size((28, 28), window_size=7)
+    check(integer(small), simulated(small))
+    if window == 7:  # else the tables of position biases were resized to other windows and back, which loses a little
+        assert torch.equal(integer(small), before)
+
+
+@torch.no_grad()
+def test_position_biases_resized_between_two_calls_are_seen(seed):
+    model = load_model("demo-swin")
+    integer, simulated = (
+        dfqvit.quantize(model, 8, calib="noise", samples=4, seed=1, runtime=runtime)
+        for runtime in ("integer", "simulated")
+    )
+    images = torch.randn(2, 1, 28, 28)
+    before = integer(images)
+    for each in (integer, simulated):
+        each.set_input_size((56, 56))
+        each.set_input_size((28, 28))  # the same geometry as before, other biases
+    assert not torch.equal(integer(images), before)
+    check(integer(images), simulated(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("runtime", ["integer", "simulated"])
+def test_correction_for_another_number_of_tokens_is_refused(seed, runtime):
+    model = load_model("demo-swin")
+    qmodel = dfqvit.quantize(model, 4, calib="noise", samples=4, acm="sequential", acm_blocks=[0], runtime=runtime)
+    qmodel(torch.randn(1, 1, 28, 28))
+    qmodel.set_input_size((56, 56), window_size=7)
+    with pytest.raises(ValueError, match=r"acm was made for 196 tokens an image; these have 784"):
+        qmodel(torch.randn(1, 1, 56, 56))
