@@ -18,7 +18,7 @@ from .kernels.dispatch import Operator, choices
 from .kernels.layer_norm_quantize.op import forward as norm_operator
 from .kernels.quant_attention.op import forward as attention_operator
 from .kernels.quant_linear.op import forward as linear_operator
-from .layers import AttentionOperands, QuantLinear
+from .layers import AttentionOperands, QuantLinear, check_tokens
 from .quantizers import ActivationQuantizer
 
 Grid = tuple[torch.Tensor, torch.Tensor, int]  # scale, zero point, bits
@@ -122,17 +122,19 @@ class Chain:
         self.norm2 = Norm(block.norm2, mlp.fc1.input)
         self.fc1 = Linear(mlp.fc1, [grid(mlp.fc2.input)], activation_of(mlp.act) or "none")
         self.fc2 = Linear(mlp.fc2)
+        self.acm = mlp.fc2.acm
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        check_tokens(self.acm, x)
         x = x.detach().float()
         x = self.proj(self.attention(self.qkv(self.norm1(x))), x)
         return self.fc2(self.fc1(self.norm2(x)), x)
 
 
-def chain_of(block: Any, make: Callable[[], Chain]) -> Chain:
-    """The block's chain, made at its first use on a device."""
+def chain_of(block: Any, make: Callable[[], Chain], geometry: Any = None) -> Chain:
+    """The block's chain, made at its first use on a device and in a geometry."""
     packed = block.attn.qkv.weight_packed
-    key = (packed.device, packed.data_ptr(), packed._version, choices())
+    key = (packed.device, packed.data_ptr(), packed._version, choices(), geometry)
     held = block.__dict__.get("_chain")
     if held is None or held[0] != key:
         held = block.__dict__["_chain"] = (key, make())

@@ -1,9 +1,11 @@
-"""Labelled images to evaluate on: a folder of classes, or an .npz file."""
+"""Labelled images to evaluate on: a folder of classes, or an .npz file; and the loader that feeds a device with them."""
 
 from __future__ import annotations
 
+import abc
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from .errors import DfqvitError, UsageError
 from .models import Preprocessing
@@ -20,8 +22,30 @@ from .models import Preprocessing
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-class FolderImages(Dataset):
-    """Images in `root/<class>/*`, through timm's evaluation transform; items are (image [C, H, W], label).
+Item = tuple[torch.Tensor, int]
+
+
+class Images(Dataset, abc.ABC):
+    """Labelled images; items are (image [C, H, W] as the model expects it, label)."""
+
+    preprocessing: Preprocessing
+    unreadable: str = "refuse"
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many."""
+
+    @abc.abstractmethod
+    def pixels(self, index: int) -> Item:
+        """(pixels [C, H, W], label): of the model's size and not yet normalised, uint8 or float32 in [0, 1]."""
+
+    def __getitem__(self, index: int) -> Item:
+        pixels, label = self.pixels(index)
+        return self.preprocessing.normalise(pixels), label
+
+
+class FolderImages(Images):
+    """Images in `root/<class>/*`, resized and cropped by timm's evaluation transform.
 
     Args:
         root: the folder.
@@ -52,12 +76,12 @@ class FolderImages(Dataset):
             raise UsageError(
                 f"the model takes {preprocessing.input_size[0]} channels; image files have 1 or 3, use an .npz"
             )
+        self.preprocessing, self.unreadable = preprocessing, unreadable
         self.transform = create_transform(
             input_size=preprocessing.input_size,
             is_training=False,
+            normalize=False,
             interpolation=preprocessing.interpolation,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
             crop_pct=preprocessing.crop_pct,
             crop_mode=preprocessing.crop_mode,
         )
@@ -79,17 +103,19 @@ class FolderImages(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def pixels(self, index: int) -> Item:
+        """uint8 pixels; DfqvitError names a file that cannot be decoded."""
         path, label = self.items[index]
         try:
-            with Image.open(path) as image:
-                return self.transform(image.convert(self.mode)), label
-        except OSError as error:  # a file whose header is good and whose body is cut off
+            with Image.open(path) as file:
+                image = file.convert(self.mode)
+        except (OSError, SyntaxError, ValueError) as error:  # a file whose header is good and whose body is not
             raise DfqvitError(f"data: '{path}' is not a readable image ({error})") from error
+        return self.transform(image), label
 
 
-class ArrayImages(Dataset):
-    """Images of an .npz file: `images` uint8 [n, C, H, W] and `labels` [n]; items are (image [C, H, W], label).
+class ArrayImages(Images):
+    """Images of an .npz file: `images` uint8 [n, C, H, W] and `labels` [n].
 
     The images are taken as framed already: resized to the model's input (antialiased, clamped to [0, 1]) and not cropped.
     """
@@ -113,20 +139,20 @@ class ArrayImages(Dataset):
             )
         if not len(self.images):
             raise UsageError(f"data '{path}' holds no images")
-        self.size = preprocessing.input_size[1:]
-        self.interpolation = preprocessing.interpolation
-        self.mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
-        self.std = torch.tensor(preprocessing.std).view(-1, 1, 1)
+        self.preprocessing = preprocessing
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = self.images[index].float() / 255
-        if image.shape[1:] != self.size:
-            options: dict[str, Any] = {} if self.interpolation == "nearest" else {"antialias": True}
-            image = F.interpolate(image[None], self.size, mode=self.interpolation, **options)[0].clamp(0, 1)
-        return (image - self.mean) / self.std, int(self.labels[index])
+    def pixels(self, index: int) -> Item:
+        """uint8 pixels; float32 in [0, 1] where they had to be resized."""
+        image, label = self.images[index], int(self.labels[index])
+        size, mode = self.preprocessing.input_size[1:], self.preprocessing.interpolation
+        if image.shape[1:] == size:
+            return image, label
+        options: dict[str, Any] = {} if mode == "nearest" else {"antialias": True}
+        resized = F.interpolate(image[None].float() / 255, size, mode=mode, **options)
+        return resized[0].clamp(0, 1), label
 
 
 def open_images(
@@ -154,9 +180,94 @@ def open_images(
     return ArrayImages(path, preprocessing)
 
 
-def batches(images: Dataset, batch_size: int = 64, workers: int = 0) -> DataLoader:
-    """A loader in the data set's own order."""
-    return DataLoader(images, batch_size=batch_size, shuffle=False, num_workers=workers)
+class Batches:
+    """(images [n, C, H, W], labels [n]) on `device`, in the data set's own order; every pass over it reads anew.
+
+    Pixels are decoded in `workers` processes while the model computes, travel as uint8 (a quarter of the bytes), and are
+    normalised on the device: the same bits as `images[i]` gives. None picks the number of processes.
+
+    Raises, when a pass comes to it:
+        DfqvitError: a file cannot be decoded, by its name (left out with a warning where the images say
+            `unreadable="skip"`); a worker process was killed.
+    """
+
+    def __init__(
+        self,
+        images: Images | Subset,
+        batch_size: int = 64,
+        workers: int | None = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.tasks = _Tasks(images)
+        self.preprocessing = self.tasks.images.preprocessing
+        self.workers = default_workers(self.tasks.images, self.device) if workers is None else workers
+        pin = self.device.type == "cuda"
+        self.loader = DataLoader(
+            self.tasks, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate, pin_memory=pin
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        try:
+            for pixels, labels, errors in self.loader:
+                for error in errors:
+                    if self.tasks.images.unreadable == "refuse":
+                        raise DfqvitError(error)
+                    warnings.warn(f"{error}, skipped", stacklevel=2)
+                if len(labels):
+                    pixels = pixels.to(self.device, non_blocking=True)
+                    yield self.preprocessing.normalise(pixels), labels.to(self.device, non_blocking=True)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DfqvitError(
+                "data: a process that reads images was killed; fewer --workers need less memory"
+            ) from error
+
+
+class _Tasks(Dataset):
+    """What a worker does: pixels and label, or the text of the error, which would lose its form on the way as an exception."""
+
+    def __init__(self, images: Images | Subset) -> None:
+        parts = isinstance(images, Subset)
+        self.images: Images = images.dataset if parts else images  # type: ignore[assignment,union-attr]
+        self.indices: Sequence[int] = images.indices if parts else range(len(images))  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Item | str:
+        try:
+            return self.images.pixels(self.indices[place])
+        except DfqvitError as error:
+            return str(error)
+
+
+def _collate(found: list[Item | str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    good = [item for item in found if not isinstance(item, str)]
+    pixels = torch.stack([item[0] for item in good]) if good else torch.empty(0)
+    labels = torch.tensor([item[1] for item in good], dtype=torch.long)
+    return pixels, labels, [item for item in found if isinstance(item, str)]
+
+
+def default_workers(images: Images, device: torch.device) -> int:
+    """Processes that read images: none for an .npz; for a GPU one a core, at most 8; beside a model on the CPU, one."""
+    if isinstance(images, ArrayImages):
+        return 0
+    return min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
+
+
+def batches(
+    images: Images | Subset,
+    batch_size: int = 64,
+    workers: int | None = 0,
+    device: torch.device | str = "cpu",
+) -> Batches:
+    """A loader in the data set's own order; see `Batches`."""
+    return Batches(images, batch_size, workers, device)
 
 
 def spread_images(images: Dataset, count: int) -> torch.Tensor:

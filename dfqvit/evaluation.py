@@ -18,7 +18,9 @@ class Evaluation:
     images: int
     top1: float
     top5: float
-    images_per_second: float
+    images_per_second: float  # of the model alone
+    overall_images_per_second: float  # with reading the images, and with the other model
+    waiting: float  # percent of the time spent waiting for images
     against_top1: float | None = None
     against_top5: float | None = None
     agreement: float | None = None  # percent of images on which both models have the same first class
@@ -40,15 +42,17 @@ def evaluate(
 
     Args:
         model: images [n, C, H, W] to logits [n, classes].
-        batches: (images, labels) pairs, on any device.
+        batches: (images, labels) pairs, on any device; `data.batches` reads ahead in other processes.
         against: the model to compare with, usually the float one.
         report: called with the number of images after every batch.
     """
     device = next(iter([*model.parameters(), *model.buffers()])).device
     hits = {"top1": 0, "top5": 0, "against_top1": 0, "against_top5": 0, "agreement": 0}
-    total, seconds, error, values = 0, 0.0, 0.0, 0
+    total, seconds, waited, error, values = 0, 0.0, 0.0, 0.0, 0
     model.eval()
+    began = last = time.perf_counter()
     for images, labels in batches:
+        waited += time.perf_counter() - last
         images, labels = images.to(device), labels.to(device)
         start = time.perf_counter()
         logits = model(images).float()
@@ -67,6 +71,8 @@ def evaluate(
             values += logits.numel()
         if report is not None:
             report(len(labels))
+        last = time.perf_counter()
+    overall = max(time.perf_counter() - began, 1e-9)
     percent = {key: 100.0 * count / max(total, 1) for key, count in hits.items()}
     compared = against is not None
     return Evaluation(
@@ -74,6 +80,8 @@ def evaluate(
         top1=percent["top1"],
         top5=percent["top5"],
         images_per_second=total / seconds if seconds else 0.0,
+        overall_images_per_second=total / overall,
+        waiting=100.0 * waited / overall,
         against_top1=percent["against_top1"] if compared else None,
         against_top5=percent["against_top5"] if compared else None,
         agreement=percent["agreement"] if compared else None,

@@ -101,6 +101,7 @@ class QuantLinear(nn.Module):
             if self._moment is not None:
                 self._moment.observe(x)
             return F.linear(self.input(x), self.weight, self.bias)
+        check_tokens(self.acm, x)
         return quant_linear(
             x,
             self.kernel_weight(),
@@ -163,6 +164,14 @@ class AttentionOperands(nn.Module):
             return scores.softmax(dim=-1) @ v
         steps = (255 * (scores - scores.amax(dim=-1, keepdim=True)).exp()).round()
         return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+
+
+def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:
+    """ValueError unless the images in x [B, T, ...] have as many tokens as the correction [T, N] was made for."""
+    if acm is not None and x.dim() > 2 and x.shape[-2] != acm.shape[0]:
+        raise ValueError(
+            f"acm was made for {acm.shape[0]} tokens an image; these have {x.shape[-2]}: quantize for this input size"
+        )
 
 
 def quantize_output(module: nn.Module, name: str, bits: int, quantizer: str) -> ActivationQuantizer:

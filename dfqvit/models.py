@@ -65,6 +65,18 @@ class Preprocessing:
         std = torch.tensor(self.std, device=device).view(-1, 1, 1)
         return (0 - mean) / std, (1 - mean) / std
 
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(pixel - mean) / std` in float32 on the pixels' device; pixels [..., C, H, W], uint8 or float in [0, 1].
+
+        The same bits on every device: torch on GPUs divides by a plain number as a product with its reciprocal, so all
+        divisors are tensors.
+        """
+        device = pixels.device
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float() / torch.tensor(255.0, device=device)
+        mean = torch.tensor(self.mean, device=device).view(-1, 1, 1)
+        return (pixels - mean) / torch.tensor(self.std, device=device).view(-1, 1, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
         return asdict(self)
@@ -131,6 +143,7 @@ def load_model(
     num_classes: int | None = None,
     in_chans: int | None = None,
     img_size: int | None = None,
+    pretrained: bool = True,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
     """The float model `name` in eval mode, its weights checked.
@@ -141,6 +154,7 @@ def load_model(
         num_classes: classes of the head; default the architecture's.
         in_chans: channels of the images; default the architecture's.
         img_size: side of the square input, pixels; default the architecture's.
+        pretrained: False leaves the weights random where there is no checkpoint (and the model is no demo).
         device: where the model goes.
 
     Raises:
@@ -155,7 +169,7 @@ def load_model(
     if checkpoint is None:
         checkpoint = demo.WEIGHTS.get(architecture)
     try:
-        model = timm.create_model(architecture, pretrained=checkpoint is None, **kwargs)
+        model = timm.create_model(architecture, pretrained=pretrained and checkpoint is None, **kwargs)
     except Exception as error:  # timm raises many kinds here: network, hub, unknown arguments
         what = "timm's pretrained weights could not be had" if checkpoint is None else "timm could not build it"
         raise DfqvitError(f"MODEL '{name}': {what} ({_first_line(error)}); give --checkpoint FILE") from error

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch import nn
+from torch.utils.data import Subset
 
-from dfqvit.data import batches, open_images, spread_images
+from dfqvit.data import ArrayImages, batches, open_images, spread_images
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.evaluation import evaluate
 from dfqvit.models import Preprocessing
@@ -168,3 +174,79 @@ def test_fewer_than_five_classes():
 def test_batches_keep_the_order(folder):
     labels = torch.cat([y for _, y in batches(open_images(folder, PREPROCESSING), 2)])
     assert labels.tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_pixels_are_normalised_to_the_bits_of_timms_transform(folder, mode, device):
+    preprocessing = Preprocessing((3, 16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), mode, crop_pct=0.9)
+    images = open_images(folder, preprocessing)
+    options = {"interpolation": mode, "mean": preprocessing.mean, "std": preprocessing.std, "crop_pct": 0.9}
+    transform = create_transform((3, 16, 16), **options)
+    expected = torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in images.items])
+    found = torch.cat([x for x, _ in batches(images, 2, device=device)])
+    assert found.device.type == device
+    assert torch.equal(found.cpu(), expected)
+    assert torch.equal(torch.stack([image for image, _ in images]), expected)
+
+
+def test_every_byte_is_normalised_as_torch_divides_on_the_cpu(device):
+    every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
+    preprocessing = Preprocessing((3, 16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    mean, std = (np.float32(v).reshape(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    expected = (every.numpy().astype(np.float32) / np.float32(255) - mean) / std
+    assert np.array_equal(preprocessing.normalise(every.to(device)).cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_give_the_same_batches(folder, tmp_path, workers):
+    for images in (open_images(folder, PREPROCESSING), open_images(write_npz(tmp_path / "a.npz", 40), PREPROCESSING)):
+        alone, shared = batches(images, 2), batches(images, 2, workers)
+        assert len(alone) == len(shared)
+        for _ in range(2):  # passes
+            for (x, y), (u, v) in zip(alone, shared, strict=True):
+                assert torch.equal(x, u)
+                assert torch.equal(y, v)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cut_off_file_is_named_or_left_out(folder, workers):
+    path = folder / "n02" / "1.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-400])  # its header is whole
+    images = open_images(folder, PREPROCESSING)
+    with pytest.raises(DfqvitError, match=r"^data: '.*n02/1.jpg' is not a readable image \([^\n]*\)$"):
+        list(batches(images, 2, workers))
+    images = open_images(folder, PREPROCESSING, unreadable="skip")
+    with pytest.warns(UserWarning, match=r"n02/1.jpg' is not a readable image .* skipped"):
+        labels = torch.cat([y for _, y in batches(images, 2, workers)])
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+
+
+class Deadly(ArrayImages):
+    def pixels(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_error(tmp_path):
+    images = Deadly(write_npz(tmp_path / "a.npz"), PREPROCESSING)
+    with pytest.raises(DfqvitError, match="a process that reads images was killed"):
+        list(batches(images, 2, 1))
+
+
+def test_part_of_a_data_set(tmp_path):
+    images = open_images(write_npz(tmp_path / "a.npz", count=9), PREPROCESSING)
+    found = list(batches(Subset(images, [7, 2, 5]), 2))
+    assert torch.cat([y for _, y in found]).tolist() == [7, 2, 5]
+    assert torch.equal(found[0][0][1], images[2][0])
+
+
+def test_time_spent_waiting_for_images():
+    def slow():
+        for _ in range(3):
+            time.sleep(0.05)
+            yield torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.long)
+
+    found = evaluate(Table(torch.eye(3)), slow())
+    assert found.waiting > 50
+    assert found.overall_images_per_second < 6 / 0.15
+    assert found.images_per_second > found.overall_images_per_second

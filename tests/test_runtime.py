@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,25 +91,40 @@ def test_what_it_does_not_know_stays_simulated(seed, make, reason):
     assert close(qmodel(images), expected)
 
 
-def test_any_batch_size_from_several_threads(model):
-    qmodel, images = quantized(model)
+def soak_script():
+    place = Path(__file__).parent.parent / "scripts" / "soak.py"
+    spec = importlib.util.spec_from_file_location("soak", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_any_batch_size_from_several_threads_through_failures_and_cancellations(model, seed):
+    """A few hundred calls; `scripts/soak.py` does ten thousand."""
+    qmodel, _ = quantized(model, 4)
     accelerate(qmodel)
-    expected = [qmodel(images[:n]) for n in range(5)]
-    wrong = []
+    soak = soak_script().Soak(qmodel, (3, *model.patch_embed.img_size), seed)
+    found = soak.run(300, threads=4)
+    assert found["calls"] >= 300
+    assert soak.wrong == []
 
-    def work(seed):
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(25):
-            n = int(torch.randint(0, 5, (), generator=generator))
-            if not torch.allclose(qmodel(images[:n]), expected[n], atol=1e-5):
-                wrong.append(n)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+def test_the_soak_notices_a_wrong_bit_and_a_growing_memory(seed):
+    class Leaky(torch.nn.Module):
+        calls, held = 0, ()
+
+        def forward(self, x):
+            if not torch.isfinite(x).all() or x.shape[-2:] != (32, 32):
+                raise ValueError("refused")
+            self.calls += 1
+            self.held = (*self.held, torch.ones(1 << 16))  # 256 KB
+            return x.sum((2, 3)) + (1e-2 if self.calls > 200 else 0)
+
+    soak = soak_script().Soak(Leaky(), (3, 32, 32), seed)
+    found = soak.run(400, threads=2)
+    assert found["wrong"] > 0
+    assert "differ by up to" in soak.wrong[-1]
+    assert soak.growth() > 30e6
 
 
 def test_a_failed_call_leaves_the_model_usable(model):

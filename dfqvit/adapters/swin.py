@@ -85,14 +85,17 @@ class SwinAdapter(Adapter):
         """Only timm's plain block, and no padded windows."""
         if type(block) is not SwinTransformerBlock:
             return f"it is a {type(block).__name__}"
-        padded = any(size % window for size, window in zip(block.input_resolution, block.window_size, strict=True))
-        return "its windows are padded" if padded else ""
+        return "its windows are padded" if _padded(block) else ""
 
     def quantize_constants(self, bits: int) -> None:
         """The relative position bias tables, each on its own grid."""
         for block in self.blocks():
             attention: Any = block.attn
             quantize_constant_(attention.relative_position_bias_table, bits)
+
+
+def _padded(block: Any) -> bool:
+    return any(size % window for size, window in zip(block.input_resolution, block.window_size, strict=True))
 
 
 def _windows_of(block: Any) -> int:
@@ -122,9 +125,11 @@ class IntegerSwinBlock(SwinTransformerBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, W, C] to float32 [B, H, W, C]."""
-        if self.training or x.shape[1:3] != self.input_resolution:
+        if self.training or x.shape[1:3] != self.input_resolution or _padded(self):
             return super().forward(x)
-        return chain_of(self, self._make_chain)(x.flatten(1, 2)).view_as(x)
+        table = self.attn.relative_position_bias_table  # timm's set_input_size replaces it, and the rest of this key
+        geometry = (self.input_resolution, self.window_size, self.shift_size, table.data_ptr(), table._version)
+        return chain_of(self, self._make_chain, geometry)(x.flatten(1, 2)).view_as(x)
 
     def _make_chain(self) -> Chain:
         height, width = self.input_resolution

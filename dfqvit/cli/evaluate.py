@@ -13,8 +13,7 @@ from ..api import QuantizationRecord
 from ..data import batches, open_images
 from ..evaluation import evaluate
 from ..io import load
-from ..models import load_model
-from .options import adjusted, common, emit, pick_device
+from .options import adjusted, common, emit, open_float, pick_device
 
 
 @click.command("evaluate")
@@ -28,7 +27,7 @@ from .options import adjusted, common, emit, pick_device
 @click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic"]), help="Default the file's.")
 @click.option("--unreadable", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read images.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images; default by data and device.")
 @common
 def command(**options: Any) -> None:
     """Measure a saved FILE on labelled images: top-1, top-5, and with --against the agreement with the float model."""
@@ -39,17 +38,24 @@ def command(**options: Any) -> None:
     images = open_images(options["data"], preprocessing, options["classes"], options["unreadable"])
     against = None
     if options["against"] is not None:
-        kwargs = {key: record.spec.kwargs.get(key) for key in ("num_classes", "in_chans")}
-        size = record.spec.kwargs.get("img_size")
-        kwargs["img_size"] = size[0] if isinstance(size, (list, tuple)) else size
-        against = load_model(options["against"], options["checkpoint"], device=device, **kwargs)
+        against = open_float(record, options["against"], options["checkpoint"], device)
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
+<<<<<<< HEAD
         result = evaluate(model, batches(images, options["batch_size"], options["workers"]), against, bar.update)
     rows = [[record.recipe.label, result.top1, result.top5]]
+=======
+        loader = batches(images, options["batch_size"], options["workers"], device)
+        result = evaluate(model, loader, against, bar.update)
+    rows = [[f"W{record.recipe.w_bits}/A{record.recipe.a_bits}", result.top1, result.top5]]
+>>>>>>> accuracy
     if against is not None:
         rows.append(["float", result.against_top1, result.against_top5])
     text = tabulate(rows, headers=["model", "top-1 %", "top-5 %"], floatfmt=".2f")
-    text += f"\n{result.images} images, {result.images_per_second:.1f} images/s"
+    text += (
+        f"\n{result.images} images, {result.images_per_second:.1f} images/s by the model alone, "
+        f"{result.overall_images_per_second:.1f} in all; {result.waiting:.0f} % of the time waiting for images "
+        f"({loader.workers} workers)"
+    )
     if against is not None:
         text += f"\nagreement {result.agreement:.2f} %, mean logit error {result.logit_error:.4f}"
     emit(options["as_json"], {"file": str(options["file"]), **result.to_dict()}, text)

@@ -11,6 +11,7 @@ import click
 import torch
 from tqdm import tqdm
 
+from ..api import QuantizationRecord
 from ..errors import UsageError
 from ..models import Preprocessing, load_model
 from ..synthesis import Progress, SynthesisConfig
@@ -124,6 +125,16 @@ def open_model(device: str, **options: Any) -> tuple[torch.nn.Module, Preprocess
     mean, std = options.pop("mean"), options.pop("std")
     model = load_model(options.pop("model"), options.pop("checkpoint"), device=place, **options)
     return model, adjusted(Preprocessing.of(model), mean, std)
+
+
+def open_float(
+    record: QuantizationRecord, name: str | None, checkpoint: Path | None, device: torch.device, pretrained: bool = True
+) -> torch.nn.Module:
+    """The float model that a quantized one can be compared with: of its classes, channels and input size."""
+    kwargs = {key: record.spec.kwargs.get(key) for key in ("num_classes", "in_chans")}
+    size = record.spec.kwargs.get("img_size")
+    kwargs["img_size"] = size[0] if isinstance(size, (list, tuple)) else size
+    return load_model(name or record.spec.architecture, checkpoint, pretrained=pretrained, device=device, **kwargs)
 
 
 def emit(as_json: bool, record: dict[str, Any], text: str) -> None:

@@ -1,0 +1,119 @@
+"""`dfqvit benchmark`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from ..api import QuantizationRecord, quantize
+from ..benchmark import Speed, calibration_cost, fine_tuning_cost, race
+from ..energy import Cost, Energy
+from ..errors import UsageError
+from ..io import load
+from ..models import Preprocessing, load_model
+from ..runtime import RUNTIMES
+from .options import common, emit, open_float, pick_device
+
+STEPS = 100  # of the fine-tuning that a calibration is compared with
+
+
+@click.command("benchmark")
+@click.argument("model_or_file")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Weights of the float model; times hardly need them."
+)
+@click.option("--w-bits", type=click.IntRange(2, 8), default=8, show_default=True, help="Bits of the weights of MODEL.")
+@click.option("--batch", default="1,32", show_default=True, help="Batch sizes, comma-separated.")
+@click.option("--runtime", type=click.Choice(RUNTIMES), default="auto", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Turns of each model.")
+@click.option("--energy", is_flag=True, help="Joules an image and a calibration, and those of a light fine-tuning.")
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images of the calibration.")
+@click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of the synthesis.")
+@common
+def command(**options: Any) -> None:
+    """Images a second and latency of a quantized model beside the float one, in turn.
+
+    MODEL_OR_FILE is a file of `dfqvit quantize`, or a MODEL, which is then quantized on noise for the purpose (and has
+    random weights without --checkpoint).
+    """
+    device = pick_device(options["device"])
+    sizes = _batches(options["batch"])
+    torch.manual_seed(options["seed"])
+    model, quantized, name = _open(options, device)
+    energy = Energy(device)
+    preprocessing = Preprocessing.of(model)
+    with tqdm(total=2 * len(sizes) * options["rounds"], desc="benchmark", unit="turn", dynamic_ncols=True) as bar:
+        models = {"float32": model, name: quantized}
+        speeds = race(models, sizes, preprocessing.input_size, energy, rounds=options["rounds"], report=bar.update)
+    record = {
+        "model": options["model_or_file"],
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "speeds": [asdict(speed) for speed in speeds],
+    }
+    text = speed_table(speeds, options["energy"])
+    if options["energy"]:
+        w_bits = int(name.split("/")[0][1:])
+        samples, iters = options["samples"], options["iters"]
+        images = torch.randn(samples, *preprocessing.input_size, device=device)
+        costs = calibration_cost(model, energy, w_bits=w_bits, samples=samples, iters=iters)
+        costs["fine-tuning"] = fine_tuning_cost(model, images, energy, w_bits=w_bits, steps=STEPS)
+        record |= {"costs": {key: asdict(cost) for key, cost in costs.items()}, "energy_note": energy.note}
+        text += "\n\n" + cost_table(costs, samples, iters) + (f"\n{energy.note}" if energy.note else "")
+    emit(options["as_json"], record, text)
+
+
+def _batches(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise UsageError(f"--batch was '{text}'; it must be whole numbers from 1, separated by commas")
+    return found
+
+
+def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, str]:
+    """(float model, quantized model, its name as W8/A8)."""
+    path, checkpoint = Path(options["model_or_file"]), options["checkpoint"]
+    if path.is_file():
+        quantized = load(path, device, options["runtime"])
+        record: QuantizationRecord = quantized.dfqvit_record  # type: ignore[assignment]
+        model = open_float(record, None, checkpoint, device, pretrained=False)
+    else:
+        model = load_model(options["model_or_file"], checkpoint, pretrained=False, device=device)
+        quick: dict[str, Any] = {"quantizer": "minmax", "rounding": "nearest", "acm": "none"}
+        quantized = quantize(model, options["w_bits"], calib="noise", samples=4, runtime=options["runtime"], **quick)
+        record = quantized.dfqvit_record  # type: ignore[assignment]
+    return model, quantized, f"W{record.recipe.w_bits}/A{record.recipe.a_bits}"
+
+
+def speed_table(speeds: list[Speed], energy: bool) -> str:
+    """For people."""
+    headers = ["batch", "model", "images/s", "p50 ms", "p90 ms", "p99 ms", "x float32"]
+    rows = [[s.batch, s.model, s.images_per_second, s.p50_ms, s.p90_ms, s.p99_ms, s.times_first] for s in speeds]
+    if energy and any(s.joules_per_image is not None for s in speeds):
+        headers.append("J/image")
+        for row, s in zip(rows, speeds, strict=True):
+            row.append(s.joules_per_image)
+    return tabulate(rows, headers=headers, floatfmt=".4g")
+
+
+def cost_table(costs: dict[str, Cost], samples: int, iters: int) -> str:
+    """For people: seconds and joules."""
+    names = {
+        "synthesis": f"synthesis, {samples} images, {iters} steps",
+        "calibration": f"calibration on {samples} images",
+        "fine-tuning": f"fine-tuning on {samples} images, {STEPS} steps",
+    }
+    rows = [[names[key], cost.seconds, cost.total] for key, cost in costs.items()]
+    headers = ["cost of", "seconds", "joules"]
+    if all(cost.total is None for cost in costs.values()):
+        rows, headers = [row[:2] for row in rows], headers[:2]
+    return tabulate(rows, headers=headers, floatfmt=".4g")

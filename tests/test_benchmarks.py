@@ -1,0 +1,66 @@
+"""The benchmark of whole networks: a short run on the embedded model, its rows, and what it does about peers that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs inference.py on the embedded model: (finished process, rows)."""
+
+    def call(*arguments, **environment):
+        out = tmp_path / "rows.jsonl"
+        short = ["--models", "demo", "--rounds", "2", "--slice", "0.02", "--device", "cpu", "--threads", "1"]
+        command = [sys.executable, str(BENCHMARKS / "inference.py"), *short, "--out", str(out), *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), **environment}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+        return done, [json.loads(line) for line in out.read_text().splitlines()]
+
+    return call
+
+
+def test_rows_of_each_contender_and_batch(run):
+    done, rows = run("--batches", "1", "3", "--contenders", "eager-float32", "dfqvit-w8a8")
+    assert done.returncode == 0, done.stderr
+    assert [(row["batch"], row["contender"]) for row in rows] == [
+        (1, "eager-float32"),
+        (1, "dfqvit-w8a8"),
+        (3, "eager-float32"),
+        (3, "dfqvit-w8a8"),
+    ]
+    for row in rows:
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["p50_ms"])
+        assert row["lowest"] <= row["highest"]
+        assert row["rounds"] == 2
+        assert row["calls"] >= 2
+    float_row, ours = rows[:2]
+    assert float_row["times_float32"] == 1.0
+    assert float_row["error"] == 0.0
+    assert 0 < ours["error"] < 0.1
+    assert ours["integer_blocks"] == 4
+    assert ours["weights_mb"] < 0.4 * float_row["weights_mb"]
+    assert "dfqvit-w8a8" in done.stdout
+
+
+def test_a_peer_that_is_missing_or_fails_is_a_row_with_the_reason(run, tmp_path):
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('broken on purpose')\n")
+    (tmp_path / "onnxscript.py").write_text("")
+    path = os.pathsep.join([str(tmp_path), str(BENCHMARKS.parent)])
+    peers = ["onnxruntime-int8", "openvino-int8", "eager-float32"]
+    done, rows = run("--batches", "2", "--contenders", *peers, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "broken on purpose" in rows[0]["skipped"]
+    if "skipped" in rows[1]:
+        assert rows[1]["skipped"] == "openvino, nncf not installed"
+    assert rows[2]["contender"] == "eager-float32"
+    assert "onnxruntime-int8: left out: ImportError: broken on purpose" in done.stdout
