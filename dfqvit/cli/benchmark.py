@@ -17,6 +17,7 @@ from ..energy import Cost, Energy
 from ..errors import UsageError
 from ..io import load
 from ..models import Preprocessing, load_model
+from ..recipe import Recipe
 from ..runtime import RUNTIMES
 from .options import common, emit, open_float, pick_device
 
@@ -45,11 +46,11 @@ def command(**options: Any) -> None:
     device = pick_device(options["device"])
     sizes = _batches(options["batch"])
     torch.manual_seed(options["seed"])
-    model, quantized, name = _open(options, device)
+    model, quantized, recipe = _open(options, device)
     energy = Energy(device)
     preprocessing = Preprocessing.of(model)
     with tqdm(total=2 * len(sizes) * options["rounds"], desc="benchmark", unit="turn", dynamic_ncols=True) as bar:
-        models = {"float32": model, name: quantized}
+        models = {"float32": model, recipe.label: quantized}
         speeds = race(models, sizes, preprocessing.input_size, energy, rounds=options["rounds"], report=bar.update)
     record = {
         "model": options["model_or_file"],
@@ -59,8 +60,7 @@ def command(**options: Any) -> None:
     }
     text = speed_table(speeds, options["energy"])
     if options["energy"]:
-        w_bits = int(name.split("/")[0][1:])
-        samples, iters = options["samples"], options["iters"]
+        samples, iters, w_bits = options["samples"], options["iters"], recipe.w_bits
         images = torch.randn(samples, *preprocessing.input_size, device=device)
         costs = calibration_cost(model, energy, w_bits=w_bits, samples=samples, iters=iters)
         costs["fine-tuning"] = fine_tuning_cost(model, images, energy, w_bits=w_bits, steps=STEPS)
@@ -79,8 +79,8 @@ def _batches(text: str) -> list[int]:
     return found
 
 
-def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, str]:
-    """(float model, quantized model, its name as W8/A8)."""
+def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, Recipe]:
+    """(float model, quantized model, how it was quantized)."""
     path, checkpoint = Path(options["model_or_file"]), options["checkpoint"]
     if path.is_file():
         quantized = load(path, device, options["runtime"])
@@ -91,7 +91,7 @@ def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Modul
         quick: dict[str, Any] = {"quantizer": "minmax", "rounding": "nearest", "acm": "none"}
         quantized = quantize(model, options["w_bits"], calib="noise", samples=4, runtime=options["runtime"], **quick)
         record = quantized.dfqvit_record  # type: ignore[assignment]
-    return model, quantized, f"W{record.recipe.w_bits}/A{record.recipe.a_bits}"
+    return model, quantized, record.recipe
 
 
 def speed_table(speeds: list[Speed], energy: bool) -> str:

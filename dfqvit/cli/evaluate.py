@@ -40,14 +40,9 @@ def command(**options: Any) -> None:
     if options["against"] is not None:
         against = open_float(record, options["against"], options["checkpoint"], device)
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
-<<<<<<< HEAD
-        result = evaluate(model, batches(images, options["batch_size"], options["workers"]), against, bar.update)
-    rows = [[record.recipe.label, result.top1, result.top5]]
-=======
         loader = batches(images, options["batch_size"], options["workers"], device)
         result = evaluate(model, loader, against, bar.update)
-    rows = [[f"W{record.recipe.w_bits}/A{record.recipe.a_bits}", result.top1, result.top5]]
->>>>>>> accuracy
+    rows = [[record.recipe.label, result.top1, result.top5]]
     if against is not None:
         rows.append(["float", result.against_top1, result.against_top5])
     text = tabulate(rows, headers=["model", "top-1 %", "top-5 %"], floatfmt=".2f")
