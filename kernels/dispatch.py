@@ -9,6 +9,7 @@ Compiled backends implement the same schema under `dfqvit_cpu::<name>` and `dfqv
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,23 @@ def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backen
         return found[0](*args)
 
     return Backend(device, run, supported)
+
+
+def in_triton(name: str, package: str, supports: Callable[..., Verdict]) -> Backend:
+    """The backend that runs `<package>.triton.<name>`, imported at its first use; CPU tensors run in Triton's interpreter."""
+
+    def supported(*args: Any) -> Verdict:
+        able, reason = triton_available()
+        if not able:
+            return False, reason
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        able, reason = on_device("cpu" if interpreted and not args[0].is_cuda else "cuda")(*args)
+        return supports(*args) if able else (False, reason)
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(".triton", package), name)(*args)
+
+    return Backend("triton", run, supported)
 
 
 def on_device(device: str) -> Callable[..., Verdict]:

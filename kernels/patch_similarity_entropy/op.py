@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled, on_device, triton_available
+from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
 from . import reference
 
 
@@ -136,31 +135,12 @@ def _backward(supports: Callable[..., Verdict]) -> Callable[..., Verdict]:
     )
 
 
-def _triton(name: str, supports: Callable[..., Verdict]) -> Backend:
-    """The Triton backend, imported when it is first used; CPU tensors run in Triton's interpreter."""
-
-    def supported(*args: Any) -> Verdict:
-        able, reason = triton_available()
-        if not able:
-            return False, reason
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        able, reason = on_device("cpu" if interpreted and not args[0].is_cuda else "cuda")(*args)
-        return supports(*args) if able else (False, reason)
-
-    def run(*args: Any) -> Any:
-        from . import triton
-
-        return getattr(triton, name)(*args)
-
-    return Backend("triton", run, supported)
-
-
 range_operator = Operator(
     "similarity_range(Tensor features) -> Tensor",
     fake=lambda features: features.new_empty(features.shape[0], 2, dtype=_range_dtype(features)),
     backends=[
         compiled("similarity_range", "cuda", _supports_range),
-        _triton("similarity_range", _supports_range),
+        in_triton("similarity_range", __package__, _supports_range),
         compiled("similarity_range", "cpu", _supports_range),
         Backend("reference", reference.similarity_range, anything),
     ],
@@ -172,7 +152,7 @@ forward = Operator(
     fake=_fake_forward,
     backends=[
         compiled("patch_similarity_entropy", "cuda", _supports_cuda),
-        _triton("patch_similarity_entropy", _supports),
+        in_triton("patch_similarity_entropy", __package__, _supports),
         compiled("patch_similarity_entropy", "cpu", _supports),
         Backend("reference", reference.patch_similarity_entropy, anything),
     ],
@@ -184,7 +164,7 @@ backward = Operator(
     fake=lambda grad, features, *_: torch.empty_like(features, memory_format=torch.contiguous_format),
     backends=[
         compiled("patch_similarity_entropy_backward", "cuda", _backward(_supports_cuda)),
-        _triton("patch_similarity_entropy_backward", _backward(_supports)),
+        in_triton("patch_similarity_entropy_backward", __package__, _backward(_supports)),
         compiled("patch_similarity_entropy_backward", "cpu", _backward(_supports)),
         Backend("reference", reference.patch_similarity_entropy_backward, anything),
     ],

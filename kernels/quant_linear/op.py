@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled
+from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
 from ..pack_weight import packed_row_bytes
 from . import reference
 from .blocked import blocked_shape
@@ -203,7 +203,7 @@ def checking(backend: Backend) -> Backend:
     return dataclasses.replace(backend, run=run)
 
 
-def _supports_cpu(
+def _supports(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -225,6 +225,12 @@ def _supports_cpu(
     if x.shape[-1] * ((1 << a_bits) - 1) << (w_bits - 1) >= 1 << 31:
         return False, f"sums of {x.shape[-1]} products of {a_bits} and {w_bits} bits do not fit in int32"
     return True, ""
+
+
+def _supports_triton(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Verdict:
+    if weight.dtype == torch.int32:
+        return False, "the weight is blocked, which is the form for CPUs"
+    return _supports(x, weight, *rest)
 
 
 _ARGUMENTS = (
@@ -266,7 +272,8 @@ forward = Operator(
     "ScalarType out_dtype) -> Tensor",
     fake=_fake_forward,
     backends=[
-        compiled("quant_linear", "cpu", _supports_cpu),
+        checking(in_triton("quant_linear", __package__, _supports_triton)),
+        compiled("quant_linear", "cpu", _supports),
         checking(Backend("reference", reference.quant_linear, anything)),
     ],
 )

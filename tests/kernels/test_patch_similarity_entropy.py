@@ -13,11 +13,8 @@ import itertools
 import math
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,10 +24,11 @@ from dfqvit import kernels
 from dfqvit.kernels import dispatch, extension
 from dfqvit.kernels.patch_similarity_entropy import op, reference
 
+from .interpreter import INTERPRETED, run_in_interpreter, shared_memory
+
 SEED = int(os.environ.setdefault("DFQVIT_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
 PATHS = ("avx512", "avx2", "portable")
 BACKENDS = [*(f"cpu-{path}" for path in PATHS), "reference", "triton", "cuda"]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes seconds for what takes others milliseconds
 SEEDS = [SEED + k for k in range(2 if INTERPRETED else 6)]
 
 
@@ -470,14 +468,7 @@ def test_the_reference_is_the_oracle_of_itself() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
 def test_triton_in_its_interpreter() -> None:
-    """The tests above with backend triton, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    run_in_interpreter(__file__)
 
 
 @pytest.mark.slow
@@ -485,9 +476,7 @@ def test_triton_in_its_interpreter() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_triton_compiles_for_gpus(capability: int) -> None:
     """No GPU is needed to compile; that the kernels fit in its shared memory is checked too."""
-    triton = pytest.importorskip("triton")
-    compiler = importlib.import_module("triton.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    pytest.importorskip("triton")
     module = importlib.import_module("dfqvit.kernels.patch_similarity_entropy.triton")
     kinds = {"n": "i32", "batch": "i32", "windows": "i32", "scale": "fp32", "cutoff": "fp32", "parts": "*fp64"}
     constants = {
@@ -500,10 +489,4 @@ def test_triton_compiles_for_gpus(capability: int) -> None:
     }
     for kernel in (module._range_kernel, module._density_kernel, module._backward_kernel):
         for dtype in ("*fp32", "*bf16"):
-            used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            signature = {
-                name: "constexpr" if name in used else dtype if name == "x" else kinds.get(name, "*fp32")
-                for name in kernel.arg_names
-            }
-            source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=used)
-            assert triton.compile(source, target=target).metadata.shared <= 160 * 1024
+            assert shared_memory(kernel, capability, {**kinds, "x": dtype}, constants) <= 160 * 1024

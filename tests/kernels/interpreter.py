@@ -1,0 +1,38 @@
+"""Runs a test file's Triton tests in a process whose Triton interprets: for machines without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes seconds for what takes others milliseconds
+
+
+def run_in_interpreter(file: str) -> None:
+    """The tests of `file` whose names hold "triton" pass, and there are some."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", file]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+def shared_memory(
+    kernel: Any, capability: int, kinds: dict[str, str], constants: dict[str, Any], **options: Any
+) -> int:
+    """Bytes that the kernel takes when compiled for a GPU of `capability`, which need not be there."""
+    triton = pytest.importorskip("triton")
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in used else kinds.get(name, "*fp32") for name in kernel.arg_names}
+    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=used)
+    return triton.compile(source, target=target, options=options).metadata.shared
