@@ -15,10 +15,10 @@
 
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <vector>
 
+#include "dfqvit/thread_memory.h"
 #include "dfqvit/torch_dispatch.h"
 
 namespace dfqvit {
@@ -30,20 +30,6 @@ constexpr size_t kStreamBytes = 8 << 20;   // from this size on a float32 result
 constexpr int64_t kLeastRows = 64, kMostRows = 1024;
 
 using Optional = std::optional<at::Tensor>;
-
-// Memory of this thread that stays for its next call.
-uint8_t* thread_scratch(int64_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> memory;
-  static thread_local int64_t size = 0;
-  if (bytes > size) {
-    size = (bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(64, size));
-  }
-  return static_cast<uint8_t*>(memory.get());
-}
 
 // A large result of its own pages costs more in page faults than in arithmetic: huge pages, where the system grants
 // them.
@@ -163,7 +149,7 @@ bool run(const Input& input, const Weight& weight, Epilogue e, int64_t blocks) {
     const int64_t size = ((share + parts - 1) / parts + 31) / 32 * 32;  // of whole tiles
     at::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
       const int64_t buffer = input.ready() ? 0 : size * input.stride;
-      uint8_t* scratch = thread_scratch(buffer + weight.scratch_bytes());
+      uint8_t* scratch = thread_memory(buffer + weight.scratch_bytes());
       Epilogue mine = e;
       for (int64_t part = begin; part < end; ++part) {
         const int64_t first = part * size, last = std::min(first + size, rows);
@@ -187,7 +173,7 @@ bool run(const Input& input, const Weight& weight, Epilogue e, int64_t blocks) {
   }
   e.first_row = 0;
   at::parallel_for(0, (blocks + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-    uint8_t* scratch = thread_scratch(weight.scratch_bytes());
+    uint8_t* scratch = thread_memory(weight.scratch_bytes());
     input.kernels.linear(a, input.stride, rows, weight, 2 * begin, std::min(2 * end, blocks), scratch, e);
   });
   return finite;
@@ -228,7 +214,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
     const int64_t i = n % kOutputs;
     const bool real = n < outputs;
     c.scale[i] = real ? step * scales[n] : 0.0f;
-    c.offset[i] = static_cast<int32_t>(zero) * packed.sums(n / kOutputs)[i];
+    c.start[i] = -static_cast<int32_t>(zero) * packed.sums(n / kOutputs)[i];
     c.bias[i] = real && bias ? biases.const_data_ptr<float>()[n] : 0.0f;
     c.out_scale[i] = real && out_scale ? scale_value("out_scale", out_scales.const_data_ptr<float>()[n]) : 1.0f;
     c.out_zero[i] =

@@ -43,7 +43,7 @@ struct Quantizer {
 // reciprocal, 0 elsewhere.
 struct alignas(64) Columns {
   float scale[kOutputs];           // x_scale * w_scale
-  int32_t offset[kOutputs];        // x_zero * sum_k qw
+  int32_t start[kOutputs];         // -x_zero * sum_k qw
   float bias[kOutputs];            // 0 for none
   float out_scale[kOutputs];       // the last three for Type::u8 only
   float out_reciprocal[kOutputs];  // 1 / out_scale, as float32 division gives it
