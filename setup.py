@@ -28,6 +28,7 @@ CPU_SOURCES = [
     "csrc/cpu/patch_similarity_entropy.cpp",
     "csrc/cpu/quant_attention.cpp",
     "csrc/cpu/quant_linear.cpp",
+    "csrc/cpu/quant_linear_layer.cpp",
     "csrc/cpu/roll_resize.cpp",
     "csrc/cpu/total_variation.cpp",
 ]

@@ -14,13 +14,6 @@ namespace quant {
 constexpr int64_t kStripRows = 32;      // queries whose scores are in the first cache at once, at most
 constexpr int32_t kNoKey = -(1 << 30);  // the sums of keys that do not exist begin here: never the greatest
 
-inline int64_t blocks_of(int64_t outputs) {
-  return (outputs + kOutputs - 1) / kOutputs;
-}
-inline int64_t chunks_of(int64_t depth) {
-  return (depth + kDepth - 1) / kDepth;
-}
-
 // What all heads share.
 struct Heads {
   int64_t tokens, depth;  // N of a window and D of a head

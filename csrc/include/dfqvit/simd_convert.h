@@ -79,10 +79,11 @@ DFQVIT_INLINE void store_integers(uint8_t* const* places, const vec* a, const ve
     if constexpr (kTogether) {
       _mm512_storeu_si512(places[0], bytes);
     } else {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(places[0]), _mm512_castsi512_si128(bytes));
-      _mm_storeu_ps(reinterpret_cast<float*>(places[1]), _mm512_maskz_extractf32x4_ps(0xF, _mm512_castsi512_ps(bytes), 1));
-      _mm_storeu_ps(reinterpret_cast<float*>(places[2]), _mm512_maskz_extractf32x4_ps(0xF, _mm512_castsi512_ps(bytes), 2));
-      _mm_storeu_ps(reinterpret_cast<float*>(places[3]), _mm512_maskz_extractf32x4_ps(0xF, _mm512_castsi512_ps(bytes), 3));
+      const vec rows = _mm512_castsi512_ps(bytes);
+      _mm_storeu_ps(reinterpret_cast<float*>(places[0]), _mm512_maskz_extractf32x4_ps(0xF, rows, 0));
+      _mm_storeu_ps(reinterpret_cast<float*>(places[1]), _mm512_maskz_extractf32x4_ps(0xF, rows, 1));
+      _mm_storeu_ps(reinterpret_cast<float*>(places[2]), _mm512_maskz_extractf32x4_ps(0xF, rows, 2));
+      _mm_storeu_ps(reinterpret_cast<float*>(places[3]), _mm512_maskz_extractf32x4_ps(0xF, rows, 3));
     }
   }
 }
