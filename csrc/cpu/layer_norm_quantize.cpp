@@ -1,5 +1,5 @@
-// dfqvit_cpu::layer_norm_quantize. Here: the arguments as the kernel wants them, and the division of work among threads;
-// the kernel is in dfqvit/layer_norm_quantize_body.h.
+// dfqvit_cpu::layer_norm_quantize. Here: the arguments as the kernel wants them, and the division of work among
+// threads; the kernel is in dfqvit/layer_norm_quantize_body.h.
 #include "dfqvit/layer_norm_quantize.h"
 
 #include <ATen/Parallel.h>

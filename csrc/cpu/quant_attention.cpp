@@ -1,5 +1,5 @@
-// dfqvit_cpu::quant_attention. Here: the arguments as the kernels want them, and the division of work among threads; the
-// kernels are in dfqvit/quant_attention_body.h.
+// dfqvit_cpu::quant_attention. Here: the arguments as the kernels want them, and the division of work among threads;
+// the kernels are in dfqvit/quant_attention_body.h.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -54,11 +54,11 @@ Heads AttentionLayer::heads_of(int64_t image, int64_t channels) const {
 }
 
 void AttentionLayer::run(const AttentionKernels& kernels, const Heads& all, const Workspace& work, int64_t head,
-                         int64_t window, int64_t begin, int64_t end, const uint8_t* qkv, const uint8_t* end_of_qkv,
-                         void* result) const {
-  const int64_t tokens = all.tokens, channels = all.out_stride, column = head * all.depth;
+                         int64_t window, int64_t begin, int64_t end, const uint8_t* qkv, int64_t stride,
+                         const uint8_t* end_of_qkv, void* result) const {
+  const int64_t tokens = all.tokens, column = head * all.depth;
   const int32_t* index = places.defined() ? places.const_data_ptr<int32_t>() + window * tokens : nullptr;
-  const Source source{qkv + column, 3 * channels, channels, index, end_of_qkv};
+  const Source source{qkv + column, stride, stride / 3, index, end_of_qkv};
   Head packed{source.q, source.stride, work.packed};
   if (source.in_place(all)) {
     packed.packed.queries = nullptr;
@@ -107,7 +107,7 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
       const int64_t b = group / heads / layer.windows * image * channels;
       if (begin >= end) continue;
       layer.run(kernels, all, work, group % heads, group / heads % layer.windows, begin, end, from + 3 * b,
-                from + input.numel(), to + b * result.element_size());
+                3 * channels, from + input.numel(), to + b * result.element_size());
     }
   });
   return result;

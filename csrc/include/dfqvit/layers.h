@@ -22,10 +22,10 @@ inline Type type_of(at::ScalarType type) {
 
 // quant_linear without its input and residual; the arguments are the operator's.
 struct LinearLayer {
-  LinearLayer(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& acm, const at::Tensor& x_scale,
-              const at::Tensor& x_zero, const at::Tensor& w_scale, int64_t in_features, int64_t a_bits, int64_t w_bits,
-              c10::string_view activation, const OptionalTensor& out_scale, const OptionalTensor& out_zero,
-              int64_t out_bits, at::ScalarType out_dtype);
+  LinearLayer(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& acm,
+              const at::Tensor& x_scale, const at::Tensor& x_zero, const at::Tensor& w_scale, int64_t in_features,
+              int64_t a_bits, int64_t w_bits, c10::string_view activation, const OptionalTensor& out_scale,
+              const OptionalTensor& out_zero, int64_t out_bits, at::ScalarType out_dtype);
 
   at::Tensor blocks, corrections;  // what the pointers below point to
   std::vector<Columns> columns;
@@ -57,10 +57,11 @@ struct AttentionLayer {
 
   // What depends on the image: tokens of it, and channels of its result.
   Heads heads_of(int64_t image, int64_t channels) const;
-  // Attends in rows begin to end of one head of one window. `qkv` and the result: of the image, row 0; `end_of_qkv`: of
-  // the memory that may be read.
+  // Attends in rows begin to end of one head of one window. `qkv`, `stride` bytes from row to row, and the result: of
+  // the image, row 0; `end_of_qkv`: of the memory that may be read.
   void run(const AttentionKernels& kernels, const Heads& all, const Workspace& work, int64_t head, int64_t window,
-           int64_t begin, int64_t end, const uint8_t* qkv, const uint8_t* end_of_qkv, void* result) const;
+           int64_t begin, int64_t end, const uint8_t* qkv, int64_t stride, const uint8_t* end_of_qkv,
+           void* result) const;
 
   int64_t heads, windows;
   at::Tensor biases, masks, places;  // undefined where there are none

@@ -1,6 +1,6 @@
-// The CPU kernels of quant_attention for every path. Both products are quant_linear's (quant_linear_multiply.h): keys and
-// values are packed like an 8-bit weight, so that K^T and V are its blocks. Nothing of size [N, N] is ever in memory: the
-// scores of a strip of queries are. No torch headers.
+// The CPU kernels of quant_attention for every path. Both products are quant_linear's (quant_linear_multiply.h): keys
+// and values are packed like an 8-bit weight, so that K^T and V are its blocks. Nothing of size [N, N] is ever in
+// memory: the scores of a strip of queries are. No torch headers.
 #pragma once
 
 #include <limits>
@@ -26,10 +26,10 @@ struct Heads {
 
 // Where the integers of one head of one window stand.
 struct Source {
-  const uint8_t* q;               // of token 0
-  int64_t stride, third;          // bytes from token to token, and from q to k to v
-  const int32_t* index;           // the tokens of the window, or null for 0, 1, 2, ...
-  const uint8_t* end;             // of the memory that may be read
+  const uint8_t* q;                          // of token 0
+  int64_t stride, third;                     // bytes from token to token, and from q to k to v
+  const int32_t* index;                      // the tokens of the window, or null for 0, 1, 2, ...
+  const uint8_t* end;                        // of the memory that may be read
   bool in_place(const Heads& heads) const {  // whether q can be multiplied where it stands
     return index == nullptr && q + (heads.tokens - 1) * stride + chunks_of(heads.depth) * kDepth <= end;
   }

@@ -9,8 +9,8 @@ namespace DFQVIT_PATH {
 
 constexpr float kLog2E = 1.44269504f, kLog2Of255 = 7.99435344f;
 constexpr int kStrip = kRows < 16 ? kRows : 16;  // queries whose scores are in the first cache at once
-constexpr int kRun = 4;                     // blocks of 16 that become bytes together
-constexpr int64_t kHop = kRows * kOutputs;  // from a strip's sums of one block to those of the next
+constexpr int kRun = 4;                          // blocks of 16 that become bytes together
+constexpr int64_t kHop = kRows * kOutputs;       // from a strip's sums of one block to those of the next
 
 // Copies q where it cannot be read in place, and packs k and v like weights.
 DFQVIT_TARGET inline void pack(const Source& from, const Heads& heads, const Packed& to) {
@@ -185,8 +185,8 @@ DFQVIT_TARGET inline void attend(const Head& head, const Heads& heads, int64_t b
   prepare(heads.tokens);
   for (int64_t first = begin; first < end; first += kStrip) {
     const int64_t rows = std::min<int64_t>(kStrip, end - first);
-    products(head.queries, head.query_stride, first, std::min(first + kStrip, heads.tokens), keys, key_blocks, head.packed.key_starts, kOutputs,
-             strip.scores);
+    products(head.queries, head.query_stride, first, std::min(first + kStrip, heads.tokens), keys, key_blocks,
+             head.packed.key_starts, kOutputs, strip.scores);
     for (int64_t r = 0; complete && r < rows; ++r) {
       const int64_t place = (first + r) * heads.tokens;
       add_biases(strip.scores + r * kOutputs, heads, head.bias ? head.bias + place : nullptr,
@@ -198,7 +198,8 @@ DFQVIT_TARGET inline void attend(const Head& head, const Heads& heads, int64_t b
       softmax<false>(strip.scores, rows, key_blocks, heads.factor * kLog2E, strip.steps, steps_stride);
     }
     // A whole tile even where there are fewer rows: stale ones do no harm.
-    products(strip.steps, steps_stride, 0, std::min<int64_t>(kStrip, heads.tokens), values, value_blocks, kZeros, 0, strip.results);
+    products(strip.steps, steps_stride, 0, std::min<int64_t>(kStrip, heads.tokens), values, value_blocks, kZeros, 0,
+             strip.results);
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t total = simd::sum_bytes(strip.steps + r * steps_stride, strip.ones, values.chunks);
       const int64_t place = (head.index ? head.index[first + r] : first + r) * heads.out_stride;

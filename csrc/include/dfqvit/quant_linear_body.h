@@ -203,7 +203,8 @@ struct Standard {
 
   // kRowsAtOnce rows of the above; moves `token` on.
   template <bool kAcm, bool kResidual, int kRowsAtOnce>
-  DFQVIT_INLINE void group(const int32_t* sums, const Constants& c, const float* acm, int64_t& token, const char* residual, int64_t stride, T* out) const {
+  DFQVIT_INLINE void group(const int32_t* sums, const Constants& c, const float* acm, int64_t& token,
+                           const char* residual, int64_t stride, T* out) const {
     constexpr int n = kRowsAtOnce * kVectors;
     vec y[n];
     T* places[n];
@@ -272,7 +273,8 @@ struct Tile {
 
 // The product of `rows` rows of bytes with the blocks begin to end, tile by tile: finish(row, count, block, sums) takes
 // `count` rows of 16 sums that began at finish.start(block). `a` has `stride` bytes from row to row and is readable to
-// chunks * 64 in each row; what stands there beyond K does not matter. `scratch` holds weight.scratch_bytes(end - begin).
+// chunks * 64 in each row; what stands there beyond K does not matter. `scratch` holds weight.scratch_bytes(end -
+// begin).
 //
 // Some rows that stay in the first cache meet all the blocks, then the next rows. A tile is finished after the next one
 // was begun: the processor computes both at once.

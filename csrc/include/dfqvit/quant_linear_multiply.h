@@ -30,8 +30,8 @@ constexpr int kRows = 1;
 inline void prepare(int64_t) {}
 inline void release() {}
 
-inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                     int64_t chunks, int32_t* sums) {
+inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const uint8_t* const* panels,
+                     const int32_t* const* starts, int blocks, int64_t chunks, int32_t* sums) {
   for (int j = 0; j < blocks; ++j) {
     int32_t total[16];
     std::memcpy(total, starts[j], sizeof(total));
@@ -58,7 +58,8 @@ inline void release() {}
 
 // Bytes are widened to 16 bits: products of bytes in pairs (vpmaddubsw) would saturate.
 DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
-                                        const uint8_t* const* panels, const int32_t* const* starts, int blocks, int64_t chunks, int32_t* sums) {
+                                        const uint8_t* const* panels, const int32_t* const* starts, int blocks,
+                                        int64_t chunks, int32_t* sums) {
   const uint8_t* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
   for (int j = 0; j < blocks; ++j) {
@@ -117,7 +118,8 @@ DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t
 }
 
 DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
-                                        const uint8_t* const* panels, const int32_t* const* starts, int blocks, int64_t chunks, int32_t* sums) {
+                                        const uint8_t* const* panels, const int32_t* const* starts, int blocks,
+                                        int64_t chunks, int32_t* sums) {
   const uint8_t* row[kRows];  // past the end the last row again
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
   blocks == 2 ? multiply<2>(row, panels, starts, chunks, sums) : multiply<1>(row, panels, starts, chunks, sums);
@@ -149,8 +151,8 @@ DFQVIT_TARGET_AMX inline void release() {
 
 template <int kTiles, int kBlocks>
 DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a0, const uint8_t* a1, int64_t stride, const uint8_t* w0,
-                                       const uint8_t* w1, const int32_t* const* starts, int64_t chunks,
-                                       int32_t* to0, int32_t* to1) {
+                                       const uint8_t* w1, const int32_t* const* starts, int64_t chunks, int32_t* to0,
+                                       int32_t* to1) {
   // with a stride of 0 every row of a tile is the same 16 values
   _tile_loadd(0, starts[0], 0);
   if (kBlocks == 2) _tile_loadd(1, starts[1], 0);
@@ -183,7 +185,8 @@ DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a0, const uint8_t* a1, int
 // A tile that would end beyond the last row starts earlier; the sums of the rows it repeats land where they belong, or
 // in the headroom.
 DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
-                                       const uint8_t* const* panels, const int32_t* const* starts, int blocks, int64_t chunks, int32_t* sums) {
+                                       const uint8_t* const* panels, const int32_t* const* starts, int blocks,
+                                       int64_t chunks, int32_t* sums) {
   const int64_t last = rows < 16 ? 0 : rows - 16;
   const int64_t r0 = r < last ? r : last, r1 = r + 16 < last ? r + 16 : last;
   const uint8_t *a0 = a + r0 * stride, *a1 = a + r1 * stride, *w0 = panels[0], *w1 = panels[blocks - 1];

@@ -49,8 +49,8 @@ DFQVIT_INLINE int32_t sum_bytes(const uint8_t* p, const int8_t* ones, int64_t ch
     const __m512i pairs = _mm512_maddubs_epi16(_mm512_loadu_si512(p + 64 * c), _mm512_loadu_si512(ones + 64 * c));
     total = _mm512_add_epi32(total, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
-  const __m256i half = _mm256_add_epi32(_mm512_maskz_extracti64x4_epi64(0xF, total, 0),
-                                        _mm512_maskz_extracti64x4_epi64(0xF, total, 1));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_maskz_extracti64x4_epi64(0xF, total, 0), _mm512_maskz_extracti64x4_epi64(0xF, total, 1));
   __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   quarter = _mm_add_epi32(quarter, _mm_unpackhi_epi64(quarter, quarter));
   return _mm_cvtsi128_si32(quarter) + _mm_extract_epi32(quarter, 1);

@@ -69,7 +69,8 @@ DFQVIT_INLINE void store_integers(uint8_t* const* places, const vec* a, const ve
     q[0] = _mm512_maskz_max_epi32(kAll, _mm512_add_epi32(q[0], offset), _mm512_setzero_si512());
     q[0] = _mm512_maskz_min_epi32(kAll, q[0], most);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(places[0]), _mm512_maskz_cvtepi32_epi8(kAll, q[0]));
-  } else {  // the packs saturate, and work within 128 bits: 4 bytes of each vector come to stand together in each of them
+  } else {  // the packs saturate, and work within 128 bits: 4 bytes of each vector come to stand together in each of
+            // them
     const __m512i offsets = _mm512_packs_epi32(offset, offset), mosts = _mm512_packs_epi32(most, most);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), offsets);
@@ -102,8 +103,9 @@ DFQVIT_INLINE void exact_quotients(vec* a, const vec* b, const vec* inverse) {
   for (int i = 0; i < n; ++i) q[i] = fma(fnma(b[i % columns], q[i], a[i]), inverse[i % columns], q[i]);
   for (int i = 0; i < n; ++i) a[i] = fma(fnma(b[i % columns], q[i], a[i]), inverse[i % columns], q[i]);
 }
-// Whether the products a[i] * inverse may be rounded to integers in place of the quotients by b: they then differ by less
-// than 2^-13 where they are below 512, so that only near the middle between two integers it matters. Almost always.
+// Whether the products a[i] * inverse may be rounded to integers in place of the quotients by b: they then differ by
+// less than 2^-13 where they are below 512, so that only near the middle between two integers it matters. Almost
+// always.
 template <int n, int columns>
 DFQVIT_INLINE bool round_alike(vec* a, const vec* inverse) {
   vec q[n], far = _mm512_setzero_ps();
