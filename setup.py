@@ -27,7 +27,9 @@ CPU_SOURCES = [
     "csrc/cpu/layer_norm_quantize.cpp",
     "csrc/cpu/patch_similarity_entropy.cpp",
     "csrc/cpu/quant_attention.cpp",
+    "csrc/cpu/quant_block.cpp",
     "csrc/cpu/quant_linear.cpp",
+    "csrc/cpu/quant_linear_layer.cpp",
     "csrc/cpu/roll_resize.cpp",
     "csrc/cpu/total_variation.cpp",
 ]
@@ -93,6 +95,7 @@ def extension() -> tuple[list, dict, str]:
     }
     # -ffp-contract=off: the arithmetic is a contract between backends, so no fused multiply-add behind its back.
     cxx_flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp"]
+    cxx_flags += ["-fvisibility=hidden"]  # pybind11 wants it
     nvcc_flags = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", "-Xptxas=-v"]
     kind = CUDAExtension if with_cuda else CppExtension
     flags = {"cxx": cxx_flags, "nvcc": nvcc_flags} if with_cuda else {"cxx": cxx_flags}

@@ -134,3 +134,41 @@ def test_a_failed_call_leaves_the_model_usable(model):
     with pytest.raises((RuntimeError, AssertionError, ValueError)):
         qmodel(images[:, :, :-1])
     assert torch.equal(qmodel(images), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_block_in_one_call_gives_the_same_bits(model, threads):
+    """Whether threads take images or share rows: the chain of operators, called one by one, is the oracle."""
+    qmodel, images = quantized(model, 4, acm="sequential")
+    accelerate(qmodel)
+    qmodel(images)
+    blocks = find_adapter(qmodel).blocks()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for block in (blocks[0], blocks[-1]):
+            chain = block.__dict__["_chain"][1]
+            whole = chain.whole
+            if whole is None:
+                pytest.skip("dfqvit._C is not built")
+            side = getattr(block, "input_resolution", None)
+            tokens = side[0] * side[1] if side else 16 + model.num_prefix_tokens
+            for batch in (0, 1, 3, 9):
+                x = torch.randn(batch, tokens, block.norm1.weight.numel())
+                chain.whole = None
+                expected = chain(x)
+                assert torch.equal(whole(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_block_refuses_what_it_was_not_made_for(model):
+    qmodel, images = quantized(model)
+    accelerate(qmodel)
+    qmodel(images)
+    chain = find_adapter(qmodel).blocks()[0].__dict__["_chain"][1]
+    if chain.whole is None:
+        pytest.skip("dfqvit._C is not built")
+    channels = chain.norm1.arguments[0].numel()
+    with pytest.raises(ValueError, match=rf"it must be float32 \[B, T, {channels}\]"):
+        chain.whole(torch.randn(2, 4, channels + 1))

@@ -19,6 +19,13 @@ constexpr int kOutputs = 16;               // of a block
 constexpr int kDepth = 64;                 // of a chunk: K is padded to a multiple of it
 constexpr int kChunk = kOutputs * kDepth;  // bytes of a chunk of one block, unpacked
 
+inline int64_t blocks_of(int64_t outputs) {
+  return (outputs + kOutputs - 1) / kOutputs;
+}
+inline int64_t chunks_of(int64_t depth) {
+  return (depth + kDepth - 1) / kDepth;
+}
+
 enum class Type : int { f32, bf16, f16, u8 };
 enum class Activation : int { none, gelu, gelu_tanh };
 
@@ -31,7 +38,9 @@ struct Weight {
 
   const int32_t* sums(int64_t block) const { return rows + block * stride; }
   const uint8_t* values(int64_t block) const { return reinterpret_cast<const uint8_t*>(sums(block) + kOutputs); }
-  int64_t scratch_bytes() const { return bits == 8 ? 0 : 2 * chunks * kChunk; }  // that gemm needs, 64-byte aligned
+  int64_t scratch_bytes(int64_t blocks) const {  // that gemm needs, at a multiple of 64
+    return bits == 8 ? 0 : blocks * chunks * kChunk;
+  }
 };
 
 // Float to integer: clamp(round(x / scale) + zero, 0, greatest).
@@ -43,7 +52,7 @@ struct Quantizer {
 // reciprocal, 0 elsewhere.
 struct alignas(64) Columns {
   float scale[kOutputs];           // x_scale * w_scale
-  int32_t offset[kOutputs];        // x_zero * sum_k qw
+  int32_t start[kOutputs];         // -x_zero * sum_k qw
   float bias[kOutputs];            // 0 for none
   float out_scale[kOutputs];       // the last three for Type::u8 only
   float out_reciprocal[kOutputs];  // 1 / out_scale, as float32 division gives it

@@ -19,18 +19,22 @@ constexpr int kGroup = simd::kLanes == kOutputs ? 4 : 1;
 
 #define DFQVIT_EACH for (int i = 0; i < n; ++i)
 
-// x[i] to bytes at out[i]. The other arguments are one vector for each i, or one for every `columns`.
-template <int n, int columns>
-DFQVIT_INLINE void quantize_vectors(uint8_t* const* out, vec* x, const vec* scale, const vec* reciprocal,
+// x[i] / scale to bytes at places[i], or all at places[0], one after the other. The arguments `scale` to `zero` are one
+// vector for each x, or one for every `columns`.
+template <int n, int columns, bool kTogether = false>
+DFQVIT_INLINE void quantize_vectors(uint8_t* const* places, vec* x, const vec* scale, const vec* reciprocal,
                                     const vec* zero, vec greatest) {
-  DFQVIT_EACH {
-    const vec limit = simd::mul(scale[i % columns], simd::broadcast(kSteps));
-    x[i] = simd::min(simd::max(x[i], simd::sub(simd::broadcast(0.0f), limit)), limit);
+  if (!simd::round_alike<n, columns>(x, reciprocal)) {
+    DFQVIT_EACH {
+      const vec limit = simd::mul(scale[i % columns], simd::broadcast(kSteps));
+      x[i] = simd::min(simd::max(x[i], simd::sub(simd::broadcast(0.0f), limit)), limit);
+    }
+    simd::exact_quotients<n, columns>(x, scale, reciprocal);
   }
-  simd::exact_quotients<n, columns>(x, scale, reciprocal);
-  DFQVIT_EACH simd::store_integers(out[i], x[i], zero[i % columns], greatest);
+  simd::store_integers<n, columns, kTogether>(places, x, zero, greatest);
 }
 
+constexpr int64_t kPartBytes = 24 << 10;  // of rows that stay in the first cache, beside the weights
 constexpr size_t kAhead =
     2048;  // bytes; from memory this halves the time, which the processor's own prefetch leaves idle
 
@@ -56,13 +60,11 @@ DFQVIT_TARGET bool quantize_rows(const T* x, int64_t rows, int64_t columns, cons
       const T* from = whole ? x + first : rest;
       uint8_t* to = whole ? out + first : bytes;
       vec v[n];
-      uint8_t* places[n];
       DFQVIT_EACH {
         v[i] = simd::load(from + i * simd::kLanes);
-        places[i] = to + i * simd::kLanes;
         strange = simd::add(strange, simd::sub(v[i], v[i]));
       }
-      quantize_vectors<n, 1>(places, v, &scale, &reciprocal, &zero, greatest);
+      quantize_vectors<n, 1, true>(&to, v, &scale, &reciprocal, &zero, greatest);
       if (!whole) std::memcpy(out + first, bytes, columns - first);
     }
     std::memset(out + columns, 0, out_stride - columns);
@@ -136,6 +138,8 @@ template <Activation kActivation, class T>
 struct Standard {
   const Epilogue& e;
 
+  const int32_t* start(int64_t block) const { return e.columns[block].start; }
+
   // sums [count, 16] of rows `row` on and of one block.
   DFQVIT_TARGET void operator()(int64_t row, int64_t count, int64_t block, const int32_t* sums) const {
     const int64_t column = block * kOutputs, first = e.first_row + row;
@@ -184,13 +188,13 @@ struct Standard {
     }
     int64_t i = 0;
     for (; i + kGroup <= count; i += kGroup) {
-      group<kAcm, kResidual, kGroup>(sums, columns, c, acm, token, residual, stride, out);
+      group<kAcm, kResidual, kGroup>(sums, c, acm, token, residual, stride, out);
       sums += kGroup * kOutputs;
       out += kGroup * e.out_stride;
       if constexpr (kResidual) residual += kGroup * stride * size_of(e.residual_type);
     }
     for (; i < count; ++i) {
-      group<kAcm, kResidual, 1>(sums, columns, c, acm, token, residual, stride, out);
+      group<kAcm, kResidual, 1>(sums, c, acm, token, residual, stride, out);
       sums += kOutputs;
       out += e.out_stride;
       if constexpr (kResidual) residual += stride * size_of(e.residual_type);
@@ -199,14 +203,14 @@ struct Standard {
 
   // kRowsAtOnce rows of the above; moves `token` on.
   template <bool kAcm, bool kResidual, int kRowsAtOnce>
-  DFQVIT_INLINE void group(const int32_t* sums, const Columns& columns, const Constants& c, const float* acm,
-                           int64_t& token, const char* residual, int64_t stride, T* out) const {
+  DFQVIT_INLINE void group(const int32_t* sums, const Constants& c, const float* acm, int64_t& token,
+                           const char* residual, int64_t stride, T* out) const {
     constexpr int n = kRowsAtOnce * kVectors;
     vec y[n];
     T* places[n];
     DFQVIT_EACH {
       const int v = i % kVectors, at = v * simd::kLanes;
-      y[i] = simd::mul(c.scale[v], simd::difference(sums + i * simd::kLanes, columns.offset + at));
+      y[i] = simd::mul(c.scale[v], simd::from_integers(sums + i * simd::kLanes));
       y[i] = simd::add(y[i], c.bias[v]);
       if constexpr (kAcm) {
         y[i] = simd::add(y[i], simd::load(acm + token * stride + at));
@@ -255,35 +259,58 @@ DFQVIT_TARGET inline void unpack(const uint8_t* packed, int64_t chunks, int bits
   }
 }
 
+// A tile's sums on their way to `finish`.
+template <class Finish>
+struct Tile {
+  const int32_t* sums;
+  int64_t row, count, block;
+  int blocks;
+
+  DFQVIT_TARGET void hand_to(const Finish& finish) const {
+    for (int j = 0; j < blocks; ++j) finish(row, count, block + j, sums + j * kRows * kOutputs);
+  }
+};
+
 // The product of `rows` rows of bytes with the blocks begin to end, tile by tile: finish(row, count, block, sums) takes
-// `count` rows of 16 sums. `a` has `stride` bytes from row to row and is readable to chunks * 64 in each row; what
-// stands there beyond K does not matter. `scratch` holds weight.scratch_bytes().
+// `count` rows of 16 sums that began at finish.start(block). `a` has `stride` bytes from row to row and is readable to
+// chunks * 64 in each row; what stands there beyond K does not matter. `scratch` holds weight.scratch_bytes(end -
+// begin).
+//
+// Some rows that stay in the first cache meet all the blocks, then the next rows. A tile is finished after the next one
+// was begun: the processor computes both at once.
 template <class Finish>
 DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const Weight& weight, int64_t begin,
                         int64_t end, uint8_t* scratch, const Finish& finish) {
-  if (rows == 0) return;
-  alignas(64) int32_t buffer[kHeadroom + 2 * kRows * kOutputs];
-  int32_t* sums = buffer + kHeadroom;
-  prepare(rows);
-  for (int64_t block = begin; block < end; block += 2) {
-    const int blocks = static_cast<int>(std::min<int64_t>(2, end - block));
-    const uint8_t* panels[2];
-    for (int j = 0; j < blocks; ++j) {
-      panels[j] = weight.values(block + j);
-      if (weight.bits != 8) {
-        uint8_t* panel = scratch + j * weight.chunks * kChunk;
-        unpack(panels[j], weight.chunks, weight.bits, panel);
-        panels[j] = panel;
-      }
+  if (rows == 0 || begin >= end) return;
+  alignas(64) int32_t buffers[2][kHeadroom + 2 * kRows * kOutputs];
+  const int64_t panel = weight.chunks * kChunk;
+  const uint8_t* values = weight.values(begin);
+  int64_t step = 4 * weight.stride;
+  if (weight.bits != 8) {
+    for (int64_t block = begin; block < end; ++block) {
+      unpack(weight.values(block), weight.chunks, weight.bits, scratch + (block - begin) * panel);
     }
-    asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
-    for (int64_t r = 0; r < rows; r += kRows) {
-      multiply(a, stride, r, rows, panels, blocks, weight.chunks, sums);
-      for (int j = 0; j < blocks; ++j) {
-        finish(r, std::min<int64_t>(kRows, rows - r), block + j, sums + j * kRows * kOutputs);
+    values = scratch;
+    step = panel;
+  }
+  prepare(rows);
+  asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
+  const int64_t part = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, weight.chunks * kDepth) / kRows) * kRows;
+  Tile<Finish> last{};
+  for (int64_t first = 0; first < rows; first += part) {
+    for (int64_t block = begin; block < end; block += 2) {
+      const int blocks = static_cast<int>(std::min<int64_t>(2, end - block));
+      const uint8_t* panels[2] = {values + (block - begin) * step, values + (block - begin + blocks - 1) * step};
+      const int32_t* starts[2] = {finish.start(block), finish.start(block + blocks - 1)};
+      for (int64_t r = first; r < std::min(rows, first + part); r += kRows) {
+        int32_t* sums = buffers[last.sums == buffers[0] + kHeadroom] + kHeadroom;
+        multiply(a, stride, r, rows, panels, starts, blocks, weight.chunks, sums);
+        last.hand_to(finish);
+        last = {sums, r, std::min<int64_t>(kRows, rows - r), block, blocks};
       }
     }
   }
+  last.hand_to(finish);
   release();
   simd::finish_stream();
 }

@@ -44,9 +44,8 @@ DFQVIT_INLINE void store(bfloat* p, vec a) {  // half to even; NaN stays NaN
 DFQVIT_INLINE void store(half* p, vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAll, a, _MM_FROUND_TO_NEAREST_INT));
 }
-// p[i] - offset[i], in integers, as floats.
-DFQVIT_INLINE vec difference(const int32_t* p, const int32_t* offset) {
-  return _mm512_maskz_cvtepi32_ps(kAll, _mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_loadu_si512(offset)));
+DFQVIT_INLINE vec from_integers(const int32_t* p) {
+  return _mm512_maskz_cvtepi32_ps(kAll, _mm512_loadu_si512(p));
 }
 DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) {  // value, or 0 where a < limit
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, limit, _CMP_NLT_UQ), value);
@@ -58,12 +57,36 @@ DFQVIT_INLINE vec reciprocal(vec a) {  // within 2^-22
 DFQVIT_INLINE vec fnma(vec a, vec b, vec c) {  // c - a b
   return _mm512_fnmadd_ps(a, b, c);
 }
-// clamp(round(a) + zero, 0, greatest) as bytes; |a| < 2^30, zero and greatest whole.
-DFQVIT_INLINE void store_integers(uint8_t* p, vec a, vec zero, vec greatest) {
-  __m512i q = _mm512_add_epi32(_mm512_maskz_cvtps_epi32(kAll, a), _mm512_maskz_cvtps_epi32(kAll, zero));
-  q = _mm512_maskz_max_epi32(kAll, q, _mm512_setzero_si512());
-  q = _mm512_maskz_min_epi32(kAll, q, _mm512_maskz_cvtps_epi32(kAll, greatest));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(kAll, q));
+// clamp(round(a[i]) + zero, 0, greatest) as bytes at places[i]; a[i] < 2^30, zero and greatest whole, in [0, 255]; one
+// zero for every `columns` vectors. kTogether: all at places[0], one after the other.
+template <int n, int columns, bool kTogether>
+DFQVIT_INLINE void store_integers(uint8_t* const* places, const vec* a, const vec* zero, vec greatest) {
+  static_assert(n == 1 || (n == 4 && columns == 1), "");
+  __m512i q[n];
+  for (int i = 0; i < n; ++i) q[i] = _mm512_maskz_cvtps_epi32(kAll, a[i]);
+  const __m512i offset = _mm512_maskz_cvtps_epi32(kAll, zero[0]), most = _mm512_maskz_cvtps_epi32(kAll, greatest);
+  if constexpr (n == 1) {
+    q[0] = _mm512_maskz_max_epi32(kAll, _mm512_add_epi32(q[0], offset), _mm512_setzero_si512());
+    q[0] = _mm512_maskz_min_epi32(kAll, q[0], most);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(places[0]), _mm512_maskz_cvtepi32_epi8(kAll, q[0]));
+  } else {  // the packs saturate, and work within 128 bits: 4 bytes of each vector come to stand together in each of
+            // them
+    const __m512i offsets = _mm512_packs_epi32(offset, offset), mosts = _mm512_packs_epi32(most, most);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), offsets);
+    const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), offsets);
+    __m512i bytes = _mm512_min_epu8(_mm512_packus_epi16(low, high), _mm512_packus_epi16(mosts, mosts));
+    bytes = _mm512_maskz_permutexvar_epi32(kAll, order, bytes);
+    if constexpr (kTogether) {
+      _mm512_storeu_si512(places[0], bytes);
+    } else {
+      const vec rows = _mm512_castsi512_ps(bytes);
+      _mm_storeu_ps(reinterpret_cast<float*>(places[0]), _mm512_maskz_extractf32x4_ps(0xF, rows, 0));
+      _mm_storeu_ps(reinterpret_cast<float*>(places[1]), _mm512_maskz_extractf32x4_ps(0xF, rows, 1));
+      _mm_storeu_ps(reinterpret_cast<float*>(places[2]), _mm512_maskz_extractf32x4_ps(0xF, rows, 2));
+      _mm_storeu_ps(reinterpret_cast<float*>(places[3]), _mm512_maskz_extractf32x4_ps(0xF, rows, 3));
+    }
+  }
 }
 DFQVIT_INLINE bool any_nan(vec a) {
   return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0;
@@ -79,6 +102,20 @@ DFQVIT_INLINE void exact_quotients(vec* a, const vec* b, const vec* inverse) {
   for (int i = 0; i < n; ++i) q[i] = mul(a[i], inverse[i % columns]);
   for (int i = 0; i < n; ++i) q[i] = fma(fnma(b[i % columns], q[i], a[i]), inverse[i % columns], q[i]);
   for (int i = 0; i < n; ++i) a[i] = fma(fnma(b[i % columns], q[i], a[i]), inverse[i % columns], q[i]);
+}
+// Whether the products a[i] * inverse may be rounded to integers in place of the quotients by b: they then differ by
+// less than 2^-13 where they are below 512, so that only near the middle between two integers it matters. Almost
+// always.
+template <int n, int columns>
+DFQVIT_INLINE bool round_alike(vec* a, const vec* inverse) {
+  vec q[n], far = _mm512_setzero_ps();
+  for (int i = 0; i < n; ++i) q[i] = mul(a[i], inverse[i % columns]);
+  for (int i = 0; i < n; ++i) {  // the greatest distance from an integer
+    far = _mm512_maskz_range_ps(kAll, far, _mm512_maskz_reduce_ps(kAll, q[i], _MM_FROUND_TO_NEAREST_INT), 11);
+  }
+  if (__builtin_expect(_mm512_cmp_ps_mask(far, _mm512_set1_ps(0.5f - 0x1p-12f), _CMP_GT_OQ) != 0, 0)) return false;
+  for (int i = 0; i < n; ++i) a[i] = min(q[i], _mm512_set1_ps(0x1p20f));
+  return true;
 }
 // A store past the caches, to an address that is a multiple of the vector's size, and the end of a run of them.
 DFQVIT_INLINE void stream(float* p, vec a) {
@@ -112,9 +149,8 @@ DFQVIT_INLINE void store(bfloat* p, vec a) {  // half to even; NaN stays NaN
 DFQVIT_INLINE void store(half* p, vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
-DFQVIT_INLINE vec difference(const int32_t* p, const int32_t* offset) {
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-                                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offset))));
+DFQVIT_INLINE vec from_integers(const int32_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) {  // value, or 0 where a < limit
   return _mm256_and_ps(value, _mm256_cmp_ps(a, limit, _CMP_NLT_UQ));
@@ -126,12 +162,20 @@ DFQVIT_INLINE vec reciprocal(vec a) {  // within 2^-22
 DFQVIT_INLINE vec fnma(vec a, vec b, vec c) {  // c - a b
   return _mm256_fnmadd_ps(a, b, c);
 }
-DFQVIT_INLINE void store_integers(uint8_t* p, vec a, vec zero, vec greatest) {
-  __m256i q = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(zero));
-  q = _mm256_max_epi32(q, _mm256_setzero_si256());
-  q = _mm256_min_epi32(q, _mm256_cvtps_epi32(greatest));
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+template <int n, int columns, bool kTogether>
+DFQVIT_INLINE void store_integers(uint8_t* const* places, const vec* a, const vec* zero, vec greatest) {
+  for (int i = 0; i < n; ++i) {
+    __m256i q = _mm256_add_epi32(_mm256_cvtps_epi32(a[i]), _mm256_cvtps_epi32(zero[i % columns]));
+    q = _mm256_max_epi32(q, _mm256_setzero_si256());
+    q = _mm256_min_epi32(q, _mm256_cvtps_epi32(greatest));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    uint8_t* p = kTogether ? places[0] + i * kLanes : places[i];
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+}
+template <int n, int columns>
+DFQVIT_INLINE bool round_alike(vec*, const vec*) {
+  return false;
 }
 DFQVIT_INLINE bool any_nan(vec a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0;
@@ -190,9 +234,7 @@ DFQVIT_INLINE uint16_t to_half(float value) {  // half to even
   return r;
 DFQVIT_INLINE vec load(const bfloat* p) { DFQVIT_EACH_LANE(bits_to_float(static_cast<uint32_t>(p[l].bits) << 16)) }
 DFQVIT_INLINE vec load(const half* p) { DFQVIT_EACH_LANE(from_half(p[l].bits)) }
-DFQVIT_INLINE vec difference(const int32_t* p, const int32_t* offset) {
-  DFQVIT_EACH_LANE(static_cast<float>(p[l] - offset[l]))
-}
+DFQVIT_INLINE vec from_integers(const int32_t* p) { DFQVIT_EACH_LANE(static_cast<float>(p[l])) }
 DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) { DFQVIT_EACH_LANE(a.v[l] < limit.v[l] ? 0.0f : value.v[l]) }
 DFQVIT_INLINE vec reciprocal(vec a) { DFQVIT_EACH_LANE(1.0f / a.v[l]) }
 DFQVIT_INLINE vec divide(vec a, vec b) { DFQVIT_EACH_LANE(a.v[l] / b.v[l]) }
@@ -207,12 +249,20 @@ DFQVIT_INLINE void store(bfloat* p, vec a) {
 DFQVIT_INLINE void store(half* p, vec a) {
   for (int l = 0; l < kLanes; ++l) p[l].bits = to_half(a.v[l]);
 }
-DFQVIT_INLINE void store_integers(uint8_t* p, vec a, vec zero, vec greatest) {
-  for (int l = 0; l < kLanes; ++l) {
-    float q = std::nearbyintf(a.v[l]) + zero.v[l];
-    q = q < 0.0f ? 0.0f : q > greatest.v[l] ? greatest.v[l] : q;
-    p[l] = static_cast<uint8_t>(q);
+template <int n, int columns, bool kTogether>
+DFQVIT_INLINE void store_integers(uint8_t* const* places, const vec* a, const vec* zero, vec greatest) {
+  for (int i = 0; i < n; ++i) {
+    uint8_t* p = kTogether ? places[0] + i * kLanes : places[i];
+    for (int l = 0; l < kLanes; ++l) {
+      float q = std::nearbyintf(a[i].v[l]) + zero[i % columns].v[l];
+      q = q < 0.0f ? 0.0f : q > greatest.v[l] ? greatest.v[l] : q;
+      p[l] = static_cast<uint8_t>(q);
+    }
   }
+}
+template <int n, int columns>
+DFQVIT_INLINE bool round_alike(vec*, const vec*) {
+  return false;
 }
 DFQVIT_INLINE bool any_nan(vec a) {
   bool any = false;

@@ -1,0 +1,191 @@
+// The stages of a block on some rows, and the division of rows among threads: see dfqvit/quant_block.h.
+#include "dfqvit/quant_block.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <atomic>
+#include <utility>
+
+#include "dfqvit/thread_memory.h"
+
+namespace dfqvit {
+namespace quant {
+namespace {
+
+constexpr int64_t kRowsTogether = 400;  // of whole images that a thread takes through all stages, about
+
+int64_t aligned(int64_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
+}  // namespace
+
+// The stages for the rows of some images: x and out at the first of them; what lies between in `memory`.
+struct Block::Stages {
+  const Block& block;
+  const float* x;
+  float* out;
+  int64_t image, rows;  // of an image, and of all
+  uint8_t *normed, *between, *attended, *hidden;
+  Heads heads;
+  Kernels kernels;
+  AttentionKernels attention;
+  NormKernel norm;
+
+  static int64_t bytes(const Block& b, int64_t rows) {
+    const int64_t attended = b.proj_.stride(), normed = std::max(b.qkv_.stride(), b.fc1_.stride());
+    return aligned(rows * normed) + aligned(rows * b.qkv_.out_features + kDepth) + aligned(rows * attended) +
+           aligned(rows * b.fc2_.stride());
+  }
+
+  Stages(const Block& b, const float* x, float* out, int64_t image, int64_t rows, uint8_t* memory)
+      : block(b), x(x), out(out), image(image), rows(rows) {
+    const auto take = [&](int64_t bytes) { return std::exchange(memory, memory + aligned(bytes)); };
+    normed = take(rows * std::max(b.qkv_.stride(), b.fc1_.stride()));
+    between = take(rows * b.qkv_.out_features + kDepth);
+    attended = take(rows * b.proj_.stride());
+    hidden = take(rows * b.fc2_.stride());
+    heads = b.attention_.heads_of(image, b.proj_.in_features);
+    heads.out_stride = b.proj_.stride();
+    const bool ordinary = b.norm1_.ordinary && b.norm2_.ordinary && b.qkv_.ordinary && b.proj_.ordinary &&
+                          b.fc1_.ordinary && b.fc2_.ordinary && b.attention_.ordinary;
+    const Isa isa = ordinary ? active_isa() : Isa::portable;
+    kernels = kernels_for(isa);
+    attention = attention_kernels_for(isa);
+    norm = norm_kernel_for(isa);
+  }
+
+  // Scratch of a thread for any of the stages.
+  int64_t scratch() const {
+    int64_t most = Workspace::bytes(heads);
+    for (const LinearLayer* layer : {&block.qkv_, &block.proj_, &block.fc1_, &block.fc2_}) {
+      most = std::max(most, layer->weight.scratch_bytes(layer->count()));
+    }
+    for (const NormLayer* layer : {&block.norm1_, &block.norm2_}) {
+      most = std::max<int64_t>(most, layer->norm.line() * sizeof(float));
+    }
+    return aligned(most);
+  }
+
+  // Rows begin to end of everything before attention.
+  void before(int64_t begin, int64_t end, uint8_t* scratch) const {
+    apply(block.norm1_, block.qkv_, x, begin, end, scratch);
+    apply(block.qkv_, normed, begin, end, nullptr, between, block.qkv_.out_features, scratch);
+  }
+  // Attention of rows begin to end, of whatever images they belong to; all rows of these are through `before`.
+  void attend(int64_t begin, int64_t end, uint8_t* scratch) const {
+    const Workspace work(heads, scratch);
+    for (int64_t first = begin / image * image; first < end; first += image) {
+      const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, image);
+      for (int64_t h = 0; h < block.attention_.heads; ++h) attend(first, h, 0, from, to, work);
+    }
+  }
+  // All windows of the images whose first rows are begin to end, a multiple of an image.
+  void attend_windows(int64_t image_index, int64_t window, const Workspace& work) const {
+    for (int64_t h = 0; h < block.attention_.heads; ++h) attend(image_index * image, h, window, 0, heads.tokens, work);
+  }
+  // Rows begin to end of everything after attention.
+  void after(int64_t begin, int64_t end, uint8_t* scratch) const {
+    const int64_t channels = block.proj_.out_features;
+    apply(block.proj_, attended, begin, end, x, out, channels, scratch);
+    apply(block.norm2_, block.fc1_, out, begin, end, scratch);
+    apply(block.fc1_, normed, begin, end, nullptr, hidden, block.fc2_.stride(), scratch);
+    apply(block.fc2_, hidden, begin, end, out, out, channels, scratch);
+  }
+
+ private:
+  void attend(int64_t first, int64_t head, int64_t window, int64_t begin, int64_t end, const Workspace& work) const {
+    const int64_t channels = block.proj_.in_features;
+    block.attention_.run(attention, heads, work, head, window, begin, end, between + first * 3 * channels, 3 * channels,
+                         between + rows * 3 * channels + kDepth, attended + first * heads.out_stride);
+  }
+  void apply(const NormLayer& layer, const LinearLayer& next, const float* from, int64_t begin, int64_t end,
+             uint8_t* scratch) const {
+    const int64_t channels = layer.norm.channels;
+    norm(from + begin * channels, Type::f32, end - begin, layer.norm, normed + begin * next.stride(), next.stride(),
+         reinterpret_cast<float*>(scratch));
+  }
+  void apply(const LinearLayer& layer, const uint8_t* from, int64_t begin, int64_t end, const float* residual, void* to,
+             int64_t to_stride, uint8_t* scratch) const {
+    Epilogue e = layer.epilogue;
+    e.columns = layer.columns.data();
+    e.residual = residual;
+    e.out = to;
+    e.out_stride = to_stride;
+    e.first_row = begin;
+    kernels.linear(from + begin * layer.stride(), layer.stride(), end - begin, layer.weight, 0, layer.count(), scratch,
+                   e);
+  }
+};
+
+Block::Block(NormLayer norm1, LinearLayer qkv, AttentionLayer attention, LinearLayer proj, NormLayer norm2,
+             LinearLayer fc1, LinearLayer fc2)
+    : norm1_(std::move(norm1)),
+      norm2_(std::move(norm2)),
+      qkv_(std::move(qkv)),
+      proj_(std::move(proj)),
+      fc1_(std::move(fc1)),
+      fc2_(std::move(fc2)),
+      attention_(std::move(attention)) {}
+
+// With enough images every thread takes some of them through all stages in its own memory. Otherwise the threads share
+// the rows, and wait for each other before attention, which needs the keys and values of a whole image.
+at::Tensor Block::run(const at::Tensor& x) const {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.dim() == 3 && x.size(2) == norm1_.norm.channels, "x was ",
+                    x.scalar_type(), " ", x.sizes(), "; it must be float32 [B, T, ", norm1_.norm.channels, "]");
+  TORCH_CHECK_VALUE(!attention_.places.defined() || attention_.places.numel() == x.size(1), "x had ", x.size(1),
+                    " tokens; the windows have ", attention_.places.defined() ? attention_.places.numel() : 0);
+  const at::Tensor input = x.contiguous();
+  at::Tensor result = at::empty_like(input);
+  if (input.numel() == 0) return result;
+  const int64_t batch = input.size(0), image = input.size(1), channels = input.size(2), rows = batch * image;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), windows = attention_.windows;
+  const float* from = input.const_data_ptr<float>();
+  float* to = result.mutable_data_ptr<float>();
+  if (batch % threads == 0 || batch >= 4 * threads) {
+    const int64_t most = std::max<int64_t>(1, std::min(kRowsTogether / image, (batch + threads - 1) / threads));
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t first = most * next++; first < batch; first = most * next++) {
+        const int64_t own = std::min(most, batch - first) * image, between = Stages::bytes(*this, most * image);
+        const Stages sizes(*this, nullptr, nullptr, image, own, nullptr);
+        uint8_t* memory = thread_memory(between + sizes.scratch());
+        uint8_t* scratch = memory + between;
+        const Stages stages(*this, from + first * image * channels, to + first * image * channels, image, own, memory);
+        stages.before(0, own, scratch);
+        if (windows == 1) {
+          stages.attend(0, own, scratch);
+        } else {
+          const Workspace work(stages.heads, scratch);
+          for (int64_t i = 0; i < own / image * windows; ++i) stages.attend_windows(i / windows, i % windows, work);
+        }
+        stages.after(0, own, scratch);
+      }
+    });
+    return result;
+  }
+  const at::Tensor shared = at::empty({Stages::bytes(*this, rows) + kDepth}, input.options().dtype(at::kByte));
+  uint8_t* memory = shared.mutable_data_ptr<uint8_t>();
+  memory += -reinterpret_cast<uintptr_t>(memory) % kDepth;
+  const Stages stages(*this, from, to, image, rows, memory);
+  const int64_t grain = std::max<int64_t>(1, (rows + threads - 1) / threads), scratch = stages.scratch();
+  at::parallel_for(0, rows, grain,
+                   [&](int64_t begin, int64_t end) { stages.before(begin, end, thread_memory(scratch)); });
+  if (windows > 1) {
+    at::parallel_for(0, batch * windows, 1, [&](int64_t begin, int64_t end) {
+      const Workspace work(stages.heads, thread_memory(scratch));
+      for (int64_t i = begin; i < end; ++i) stages.attend_windows(i / windows, i % windows, work);
+    });
+  }
+  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    uint8_t* own = thread_memory(scratch);
+    if (windows == 1) stages.attend(begin, end, own);
+    stages.after(begin, end, own);
+  });
+  return result;
+}
+
+}  // namespace quant
+}  // namespace dfqvit
