@@ -1,6 +1,7 @@
 // dfqvit_cuda::quant_linear: memory and launches of the kernels in dfqvit/quant_linear.cuh. Scales and zero points are
 // read on the device only, so nothing waits for the GPU. Values are not checked here.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -43,6 +44,13 @@ bool aligned(const at::Tensor& tensor, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
+// A tensor [..., columns] of bytes, ready to be read in chunks: in rows that are a multiple of `unit` long.
+at::Tensor whole_chunks(const at::Tensor& bytes, int64_t unit) {
+  const int64_t missing = (unit - bytes.size(-1) % unit) % unit;
+  if (missing != 0) return at::constant_pad_nd(bytes, {0, missing});
+  return aligned(bytes, kChunk) ? bytes.contiguous() : bytes.clone(at::MemoryFormat::Contiguous);
+}
+
 const float* floats(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
 }
@@ -55,16 +63,11 @@ at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, int64_t columns, con
   if (out.numel() == 0) return out;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>((rows + kRowsAtOnce - 1) / kRowsAtOnce, 1 << 16));
   uint8_t* data = out.mutable_data_ptr<uint8_t>();
-  if (x.scalar_type() == at::kByte) {
-    quantize_rows_kernel<uint8_t>
-        <<<blocks, kRowThreads, 0, stream>>>(x.const_data_ptr<uint8_t>(), rows, columns, quantizer, data, stride);
-  } else {
-    DFQVIT_DISPATCH_FLOATS(x.scalar_type(), "quant_linear", [&] {
-      using Element = typename DeviceType<scalar_t>::type;
-      quantize_rows_kernel<Element><<<blocks, kRowThreads, 0, stream>>>(
-          reinterpret_cast<const Element*>(x.const_data_ptr<scalar_t>()), rows, columns, quantizer, data, stride);
-    });
-  }
+  DFQVIT_DISPATCH_FLOATS(x.scalar_type(), "quant_linear", [&] {
+    using Element = typename DeviceType<scalar_t>::type;
+    quantize_rows_kernel<Element><<<blocks, kRowThreads, 0, stream>>>(
+        reinterpret_cast<const Element*>(x.const_data_ptr<scalar_t>()), rows, columns, quantizer, data, stride);
+  });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
@@ -115,24 +118,18 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   TORCH_CHECK(std::max({rows, columns, outputs}) <= std::numeric_limits<int32_t>::max() - Large::kM,
               "quant_linear: x, or the result, had more rows or columns than CUDA takes");
 
-  at::Tensor a = x.contiguous();
-  if (a.scalar_type() != at::kByte || columns % kChunk != 0 || !aligned(a, kChunk)) {
-    const Quantizer quantizer{floats(x_scale), 0, floats(x_zero), 0.0f, static_cast<float>((1 << a_bits) - 1)};
-    a = quantize_rows(a, rows, columns, quantizer, stream);
-  }
+  const Quantizer quantizer{floats(x_scale), 0, floats(x_zero), 0.0f, static_cast<float>((1 << a_bits) - 1)};
+  const at::Tensor a = x.scalar_type() == at::kByte ? whole_chunks(x, kChunk)
+                                                    : quantize_rows(x.contiguous(), rows, columns, quantizer, stream);
   const at::Tensor w_scales = w_scale.contiguous();
-  at::Tensor b = weight.contiguous();
-  int64_t bits = w_bits;
-  if (b.scalar_type() != at::kByte) {
-    const float half = static_cast<float>(1 << (w_bits - 1));
-    b = quantize_rows(b, outputs, columns, {floats(w_scales), 1, nullptr, -half, half - 1}, stream);
-    bits = 8;
-  } else if (!aligned(b, kChunk)) {
-    b = b.clone();
-  }
-  const Operands operands{a.const_data_ptr<uint8_t>(), (columns + kChunk - 1) / kChunk * kChunk,
-                          b.const_data_ptr<uint8_t>(), b.size(1),
-                          static_cast<int>(rows),      static_cast<int>(outputs),
+  const bool packed = weight.scalar_type() == at::kByte;
+  const int64_t bits = packed ? w_bits : 8;
+  const float half = static_cast<float>(1 << (w_bits - 1));
+  const Quantizer w_quantizer{floats(w_scales), 1, nullptr, -half, half - 1};
+  const at::Tensor b = packed ? whole_chunks(weight, 2 * bits)
+                              : quantize_rows(weight.contiguous(), outputs, columns, w_quantizer, stream);
+  const Operands operands{a.const_data_ptr<uint8_t>(), static_cast<int>(a.size(-1)), b.const_data_ptr<uint8_t>(),
+                          static_cast<int>(b.size(1)), static_cast<int>(rows),       static_cast<int>(outputs),
                           static_cast<int>(columns)};
 
   at::Tensor scale = at::empty({outputs}, w_scales.options()),
@@ -161,8 +158,8 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   e.out_greatest = static_cast<float>((1 << out_bits) - 1);
   e.out = result.mutable_data_ptr();
   e.type = type_of(out_dtype);
-  e.pairs =
-      outputs % 2 == 0 && aligned(result, 8) && (!acm || aligned(corrections, 8)) && (!residual || aligned(addend, 8));
+  e.whole = outputs % 4 == 0 && aligned(result, 16) && (!acm || aligned(corrections, 16)) &&
+            (!residual || aligned(addend, 16));
 
   int processors = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.device().index()));

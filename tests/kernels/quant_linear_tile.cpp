@@ -66,14 +66,12 @@ void fill(const Problem& p, Place origin, int step, uint8_t* stage) {
       const int64_t n = origin.column + at.row, chunk = static_cast<int64_t>(step) * kChunks + at.column;
       uint8_t* to = stage + S::kM * kDepth + shared_offset(at.row, at.column);
       std::memset(to, 0, kChunk);
-      if (n >= p.outputs) continue;
-      const uint8_t* row = p.b + n * p.b_bytes;
+      const uint8_t* from = p.b + n * p.b_bytes + chunk * 2 * kBits;
+      if (n >= p.outputs || chunk * 2 * kBits >= p.b_bytes) continue;
       if constexpr (kBits == 8) {
-        for (int half = 0; half < 16; half += 8) {
-          if (chunk * 16 + half < p.b_bytes) std::memcpy(to + half, row + chunk * 16 + half, 8);
-        }
+        std::memcpy(to, from, kChunk);
       } else {
-        const Unpacked u = unpack<kBits>(load_packed<kBits>(row, chunk, p.b_bytes));
+        const Unpacked u = unpack<kBits>(load_packed<kBits>(from));
         std::memcpy(to, u.word, kChunk);
       }
     }
@@ -126,14 +124,23 @@ void product(const Problem& p, int32_t* out, int32_t* written) {
       for (int warp = 0; warp < S::kThreads / 32; ++warp) multiply<S>(stage.data(), warp, sums[warp].value);
     }
     for (int warp = 0; warp < S::kThreads / 32; ++warp) {
-      for (int i = 0; i < S::kCountM * S::kCountN * 32 * 4; ++i) {
-        const int m = i / (S::kCountN * 128), n = i / 128 % S::kCountN, lane = i / 4 % 32;
-        const Place at = summed(lane, i % 4), begin = warp_origin<S>(warp);
-        const int row = origin.row + begin.row + m * kMmaM + at.row;
-        const int column = origin.column + begin.column + n * kMmaN + at.column;
-        if (row >= p.rows || column >= p.outputs) continue;
-        out[static_cast<int64_t>(row) * p.outputs + column] = sums[warp].value[m][n][lane][i % 4];
-        ++written[static_cast<int64_t>(row) * p.outputs + column];
+      for (int m = 0; m < S::kCountM; ++m) {
+        int32_t panel[kMmaM][kPanelPitch];
+        std::memset(panel, 0xAB, sizeof panel);
+        for (int i = 0; i < S::kCountN * 32 * 4; ++i) {
+          const int n = i / 128, lane = i / 4 % 32;
+          const Place at = summed(lane, i % 4);
+          panel[at.row][n * kMmaN + at.column] = sums[warp].value[m][n][lane][i % 4];
+        }
+        for (int i = 0; i < 32 * 4 * 4; ++i) {
+          const Place at = finished(i / 16), begin = warp_origin<S>(warp);
+          const int below = at.row + i / 4 % 4 * 4;
+          const int64_t row = origin.row + begin.row + m * kMmaM + below;
+          const int64_t column = origin.column + begin.column + at.column + i % 4;
+          if (row >= p.rows || column >= p.outputs) continue;
+          out[row * p.outputs + column] = panel[below][at.column + i % 4];
+          ++written[row * p.outputs + column];
+        }
       }
     }
   }
@@ -181,6 +188,25 @@ int tile_bank_conflicts() {
         const int count = ++used[shared_offset(row + i, chunk) / 16 % 8];
         worst = count > worst ? count : worst;
       }
+    }
+  }
+  return worst;
+}
+
+// The tokens that a lane finds for its `count` rows, from its first one on.
+void tile_tokens(int row, int tokens, int count, int32_t* out) {
+  int token = row % tokens;
+  for (int i = 0; i < count; ++i, token = token_below(token, tokens)) out[i] = token;
+}
+
+// The greatest number of lanes that meet in a bank when half a warp stores its pairs of sums in a panel.
+int tile_panel_conflicts() {
+  int used[32] = {}, worst = 0;
+  for (int lane = 0; lane < 16; ++lane) {
+    const Place at = summed(lane, 0);
+    for (int i = 0; i < 2; ++i) {
+      const int count = ++used[(at.row * kPanelPitch + at.column + i) % 32];
+      worst = count > worst ? count : worst;
     }
   }
   return worst;

@@ -21,7 +21,6 @@ from .test_quant_linear_cpu import IDENTITY, around_ties, random_call
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-PATTERNS = {"least": lambda low, high: low, "greatest": lambda low, high: high}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +44,7 @@ def emulate(tile, a, q, bits, large):
     (rows, depth), outputs = a.shape, q.shape[0]
     padded = F.pad(a, (0, -depth % 16))
     packed = pack_integers(q, bits)
+    packed = F.pad(packed, (0, -packed.shape[1] % (2 * bits)), value=0xAB)  # weights beyond K may be anything
     out, written = torch.full((rows, outputs), -12345, dtype=torch.int32), torch.zeros(rows, outputs, dtype=torch.int32)
     sizes = [ctypes.c_int(v) for v in (rows, outputs, depth, bits, large)]
     strides = [ctypes.c_int64(t.shape[1]) for t in (padded, packed)]
@@ -93,6 +93,15 @@ def test_every_field_is_unpacked_in_its_place(tile):
 
 def test_rows_of_shared_memory_lie_in_different_banks(tile):
     assert tile.tile_bank_conflicts() == 1
+    assert tile.tile_panel_conflicts() == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 49, 197])
+def test_rows_find_their_tokens(tile, tokens):
+    out = torch.empty(100, dtype=torch.int32)
+    for row in range(2 * tokens + 1):
+        tile.tile_tokens(row, tokens, 100, pointer(out))
+        assert torch.equal(out, (row + 4 * torch.arange(100, dtype=torch.int32)) % tokens)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

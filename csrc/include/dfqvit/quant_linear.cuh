@@ -1,6 +1,6 @@
 // The CUDA kernels of quant_linear, on raw pointers; the index arithmetic is in quant_linear_tile.h. No torch headers.
 //
-//   quantize_rows_kernel   floats (or bytes whose rows are not aligned) to integers in aligned rows
+//   quantize_rows_kernel   floats to integers in aligned rows
 //   columns_kernel         scale and offset of each output
 //   multiply_kernel        the product and its epilogue: tensor cores (mma.sync, u8 x s8, from sm_80), 3 stages of
 //                          asynchronous copies, blocks that stay and take tile after tile
@@ -28,6 +28,19 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 v) {
   return __bfloat162float(v);
 }
 
+__device__ __forceinline__ void from_float(float v, float* out) {
+  *out = v;
+}
+__device__ __forceinline__ void from_float(float v, __half* out) {
+  *out = __float2half_rn(v);
+}
+__device__ __forceinline__ void from_float(float v, __nv_bfloat16* out) {
+  *out = __float2bfloat16_rn(v);
+}
+__device__ __forceinline__ void from_float(float v, uint8_t* out) {
+  *out = static_cast<uint8_t>(static_cast<int>(v));
+}
+
 // How floats become integers: row r has scale[r * step].
 struct Quantizer {
   const float* scale;
@@ -36,7 +49,7 @@ struct Quantizer {
   float least, greatest;
 };
 
-// x [rows, columns] to out [rows, stride], with zeros from `columns` on; bytes are only moved. A warp takes a row.
+// x [rows, columns] to out [rows, stride], with zeros from `columns` on. A warp takes a row.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
     quantize_rows_kernel(const T* __restrict__ x, int rows, int columns, Quantizer q, uint8_t* __restrict__ out,
@@ -50,7 +63,7 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsAtOnce + threadIdx.x / 32; row < rows;
        row += static_cast<int64_t>(gridDim.x) * kRowsAtOnce) {
     const T* source = x + row * columns;
-    const float scale = q.scale ? q.scale[row * q.step] : 1.0f;
+    const float scale = q.scale[row * q.step];
     for (int64_t k = 4 * lane; k < stride; k += 4 * 32) {
       Four four{};
       if (whole && k < columns) {
@@ -65,12 +78,8 @@ __global__ void __launch_bounds__(kRowThreads)
       uint8_t* byte = reinterpret_cast<uint8_t*>(&bytes);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (std::is_same_v<T, uint8_t>) {
-          byte[i] = four.value[i];  // zero beyond the columns
-        } else {
-          const float v = quantized(to_float(four.value[i]), scale, zero, q.least, q.greatest);
-          byte[i] = k + i < columns ? static_cast<uint8_t>(static_cast<int>(v)) : 0;
-        }
+        const float v = quantized(to_float(four.value[i]), scale, zero, q.least, q.greatest);
+        byte[i] = k + i < columns ? static_cast<uint8_t>(static_cast<int>(v)) : 0;
       }
       *reinterpret_cast<uchar4*>(out + row * stride + k) = bytes;
     }
@@ -94,13 +103,14 @@ static __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// a [rows, depth] in rows of a_bytes, a multiple of 16, with zeros beyond depth; b [outputs, depth] packed, in rows of
-// b_bytes. Both start at multiples of 16. Weights beyond depth may be anything: they meet zeros.
+// a [rows, depth] in rows of a_bytes, with zeros beyond depth; b [outputs, depth] packed, in rows of b_bytes. Whole
+// chunks only: a_bytes is a multiple of 16, b_bytes of 2 * bits, and both start at multiples of 16. Weights beyond
+// depth may be anything: they meet zeros.
 struct Operands {
   const uint8_t* a;
-  int64_t a_bytes;
+  int a_bytes;
   const uint8_t* b;
-  int64_t b_bytes;
+  int b_bytes;
   int rows, outputs, depth;
 };
 
@@ -118,18 +128,13 @@ struct Epilogue {
   float out_greatest;
   void* out;  // [rows, outputs]
   Type type;
-  bool pairs;  // outputs is even, and acm, residual and out start at multiples of 8
+  bool whole;  // outputs is a multiple of 4, and acm, residual and out start at multiples of 16
 };
 
-// `bytes` (8 or 16) from global to shared memory, in the background; zeros unless `there`.
-template <int kBytes>
+// A chunk from global to shared memory, in the background; zeros unless `there`: then `global` is not read.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool there) {
-  const int size = there ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(size) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(size) : "memory");
-  }
+  const int size = there ? kChunk : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(size) : "memory");
 }
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -138,179 +143,227 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t shared)
                : "memory");
 }
 __device__ __forceinline__ void multiply_add(int32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// One tile's way through K for one block.
+// A thread's part of one tile's way through K. `stage` is the address of a stage in shared memory.
 template <typename S, int kBits>
 struct Walk {
-  const Operands& p;
-  const Place origin;
-  const uint32_t shared;
+  static constexpr int kRowsApart = S::kThreads / kChunks;  // between the chunks of a thread
+  static constexpr int kChunkBytes = 2 * kBits;             // of weights, packed
+
+  const uint8_t *a, *b;         // this thread's first chunks at step 0
+  int64_t a_apart, b_apart;     // bytes from one of its chunks to the next
+  int a_rows, b_rows;           // rows from its first one to the end of a and b
+  int a_left, b_left;           // bytes from its first chunk to the end of the row
+  int place;                    // of the first chunk, in an array of a stage
   Packed waiting[S::kCopiesB];  // weights on their way through registers
 
-  __device__ __forceinline__ uint32_t stage(int step) const { return shared + step % kStages * S::kStageBytes; }
+  __device__ __forceinline__ Walk(const Operands& p, Place origin) {
+    const Place at = copied(threadIdx.x, 0, S::kThreads);
+    const int row = origin.row + at.row, n = origin.column + at.row;
+    a = p.a + static_cast<int64_t>(row) * p.a_bytes + at.column * kChunk;
+    b = p.b + static_cast<int64_t>(n) * p.b_bytes + at.column * kChunkBytes;
+    a_apart = static_cast<int64_t>(kRowsApart) * p.a_bytes, b_apart = static_cast<int64_t>(kRowsApart) * p.b_bytes;
+    a_rows = p.rows - row, b_rows = p.outputs - n;
+    a_left = p.a_bytes - at.column * kChunk, b_left = p.b_bytes - at.column * kChunkBytes;
+    place = shared_offset(at.row, at.column);
+  }
 
-  __device__ __forceinline__ void copy_activations(int step) {
+  // Starts on the next step. 8-bit weights go straight to shared memory; others to registers, from where
+  // `store_weights` unpacks them. The places of a thread's chunks are whole swizzles apart.
+  __device__ __forceinline__ void fetch(uint32_t stage) {
+    static_assert(kRowsApart % (2 * kChunks) == 0, "the chunks of a thread are placed alike");
 #pragma unroll
     for (int i = 0; i < S::kCopiesA; ++i) {
-      const Place at = copied(threadIdx.x, i, S::kThreads);
-      const int64_t row = origin.row + at.row, byte = static_cast<int64_t>(step) * kDepth + at.column * kChunk;
-      const bool there = row < p.rows && byte < p.a_bytes;
-      copy_async<16>(stage(step) + shared_offset(at.row, at.column), there ? p.a + row * p.a_bytes + byte : p.a, there);
+      copy_async(stage + place + i * kRowsApart * kDepth, a + i * a_apart, i * kRowsApart < a_rows && a_left > 0);
     }
-  }
-
-  // 8-bit weights go straight to shared memory; others to registers, from where `store_weights` unpacks them.
-  __device__ __forceinline__ void fetch_weights(int step) {
 #pragma unroll
     for (int i = 0; i < S::kCopiesB; ++i) {
-      const Place at = copied(threadIdx.x, i, S::kThreads);
-      const int64_t n = origin.column + at.row, chunk = static_cast<int64_t>(step) * kChunks + at.column;
-      const uint8_t* row = p.b + n * p.b_bytes;
+      const bool there = i * kRowsApart < b_rows && b_left > 0;
       if constexpr (kBits == 8) {
-        const int64_t byte = chunk * kChunk;
-        const uint32_t to = stage(step) + S::kM * kDepth + shared_offset(at.row, at.column);
-        if (p.b_bytes % 16 == 0) {
-          const bool there = n < p.outputs && byte < p.b_bytes;
-          copy_async<16>(to, there ? row + byte : p.b, there);
-        } else {
-#pragma unroll
-          for (int half = 0; half < 16; half += 8) {
-            const bool there = n < p.outputs && byte + half < p.b_bytes;
-            copy_async<8>(to + half, there ? row + byte + half : p.b, there);
-          }
-        }
+        copy_async(stage + S::kM * kDepth + place + i * kRowsApart * kDepth, b + i * b_apart, there);
       } else {
-        waiting[i] = n < p.outputs ? load_packed<kBits>(row, chunk, p.b_bytes) : Packed{0, 0};
+        waiting[i] = there ? load_packed<kBits>(b + i * b_apart) : Packed{0, 0};
       }
     }
+    a += kDepth, a_left -= kDepth;
+    b += kChunks * kChunkBytes, b_left -= kChunks * kChunkBytes;
   }
-  __device__ __forceinline__ void store_weights(int step) {
+  __device__ __forceinline__ void store_weights(uint32_t stage) {
     if constexpr (kBits < 8) {
 #pragma unroll
       for (int i = 0; i < S::kCopiesB; ++i) {
-        const Place at = copied(threadIdx.x, i, S::kThreads);
         const Unpacked u = unpack<kBits>(waiting[i]);
-        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(stage(step) + S::kM * kDepth +
-                                                                      shared_offset(at.row, at.column)),
-                     "r"(u.word[0]), "r"(u.word[1]), "r"(u.word[2]), "r"(u.word[3])
+        const uint32_t to = stage + S::kM * kDepth + place + i * kRowsApart * kDepth;
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(u.word[0]), "r"(u.word[1]),
+                     "r"(u.word[2]), "r"(u.word[3])
                      : "memory");
-      }
-    }
-  }
-
-  __device__ __forceinline__ void multiply(int step, int32_t (&sum)[S::kCountM][S::kCountN][4]) const {
-    const int lane = threadIdx.x % 32;
-    const Place warp = warp_origin<S>(threadIdx.x / 32), x = activation_address(lane), w = weight_address(lane);
-    const uint32_t a_base = stage(step), b_base = a_base + S::kM * kDepth;
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; chunk += kMmaChunks) {
-      uint32_t a[S::kCountM][4], b[S::kCountN / 2][4];
-#pragma unroll
-      for (int i = 0; i < S::kCountM; ++i) {
-        load_matrices(a[i], a_base + shared_offset(warp.row + i * kMmaM + x.row, chunk + x.column));
-      }
-#pragma unroll
-      for (int j = 0; j < S::kCountN / 2; ++j) {
-        load_matrices(b[j], b_base + shared_offset(warp.column + j * 2 * kMmaN + w.row, chunk + w.column));
-      }
-#pragma unroll
-      for (int i = 0; i < S::kCountM; ++i) {
-#pragma unroll
-        for (int j = 0; j < S::kCountN; ++j)
-          multiply_add(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
     }
   }
 };
 
-// Values 0 and 1 at `index`, of which the second may not be there. With `pair` they are read or written at once.
-__device__ __forceinline__ float2 load_two(const void* base, Type type, int64_t index, bool pair, bool second) {
-  if (type == Type::f32) {
-    const float* p = static_cast<const float*>(base) + index;
-    return pair ? *reinterpret_cast<const float2*>(p) : make_float2(p[0], second ? p[1] : 0.0f);
-  }
-  if (type == Type::bf16) {
-    const __nv_bfloat16* p = static_cast<const __nv_bfloat16*>(base) + index;
-    if (pair) return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
-    return make_float2(to_float(p[0]), second ? to_float(p[1]) : 0.0f);
-  }
-  const __half* p = static_cast<const __half*>(base) + index;
-  if (pair) return __half22float2(*reinterpret_cast<const __half2*>(p));
-  return make_float2(to_float(p[0]), second ? to_float(p[1]) : 0.0f);
-}
-template <typename Two, typename One>
-__device__ __forceinline__ void store_two(void* base, int64_t index, Two two, One first, One other, bool pair,
-                                          bool second) {
-  One* p = static_cast<One*>(base) + index;
-  if (pair) {
-    *reinterpret_cast<Two*>(p) = two;
-  } else {
-    p[0] = first;
-    if (second) p[1] = other;
-  }
-}
-__device__ __forceinline__ void store_two(void* base, Type type, int64_t index, float2 v, bool pair, bool second) {
-  if (type == Type::f32) {
-    store_two<float2, float>(base, index, v, v.x, v.y, pair, second);
-  } else if (type == Type::bf16) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(v.x, v.y);
-    store_two<__nv_bfloat162, __nv_bfloat16>(base, index, two, two.x, two.y, pair, second);
-  } else if (type == Type::f16) {
-    const __half2 two = __floats2half2_rn(v.x, v.y);
-    store_two<__half2, __half>(base, index, two, two.x, two.y, pair, second);
-  } else {
-    const uchar2 two =
-        make_uchar2(static_cast<uint8_t>(static_cast<int>(v.x)), static_cast<uint8_t>(static_cast<int>(v.y)));
-    store_two<uchar2, uint8_t>(base, index, two, two.x, two.y, pair, second);
+// One step of a warp: its part of the stage, multiplied.
+template <typename S>
+__device__ __forceinline__ void multiply(uint32_t stage, int32_t (&sum)[S::kCountM][S::kCountN][4]) {
+  const int lane = threadIdx.x % 32;
+  const Place warp = warp_origin<S>(threadIdx.x / 32), x = activation_address(lane), w = weight_address(lane);
+  const uint32_t a_base = stage, b_base = a_base + S::kM * kDepth;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; chunk += kMmaChunks) {
+    uint32_t b[S::kCountN / 2][4];
+#pragma unroll
+    for (int j = 0; j < S::kCountN / 2; ++j) {
+      load_matrices(b[j], b_base + shared_offset(warp.column + j * 2 * kMmaN + w.row, chunk + w.column));
+    }
+#pragma unroll
+    for (int i = 0; i < S::kCountM; ++i) {
+      uint32_t a[4];
+      load_matrices(a, a_base + shared_offset(warp.row + i * kMmaM + x.row, chunk + x.column));
+#pragma unroll
+      for (int j = 0; j < S::kCountN; ++j) multiply_add(sum[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
   }
 }
 
-// What a thread holds, to the result.
+// Four neighbouring values at `index`, of which `count` are there.
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T value[4];
+};
+template <typename T>
+__device__ __forceinline__ Four<float> load_four(const void* base, int64_t index, bool whole, int count) {
+  const T* from = static_cast<const T*>(base) + index;
+  Four<T> four{};
+  if (whole) {
+    four = *reinterpret_cast<const Four<T>*>(from);
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) four.value[i] = from[i];
+    }
+  }
+  Four<float> result;
+  for (int i = 0; i < 4; ++i) result.value[i] = to_float(four.value[i]);
+  return result;
+}
+template <typename T>
+__device__ __forceinline__ void store_four(void* base, int64_t index, const Four<float>& y, bool whole, int count) {
+  T* to = static_cast<T*>(base) + index;
+  Four<T> four;
+  for (int i = 0; i < 4; ++i) from_float(y.value[i], &four.value[i]);
+  if (whole) {
+    *reinterpret_cast<Four<T>*>(to) = four;
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) to[i] = four.value[i];
+    }
+  }
+}
+
+// What belongs to four neighbouring outputs; `count` of them are there.
+struct Columns {
+  int n, count;
+  float scale[4], bias[4], out_scale[4], out_zero[4];
+  int32_t offset[4];
+
+  __device__ __forceinline__ Columns(const Epilogue& e, int first, int outputs) : n(first), count(outputs - first) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool there = i < count;
+      scale[i] = there ? e.scale[n + i] : 0.0f;
+      offset[i] = there ? e.offset[n + i] : 0;
+      bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
+      out_scale[i] = there && e.out_scale ? e.out_scale[n + i] : 1.0f;
+      out_zero[i] = there && e.out_zero ? e.out_zero[n + i] : 0.0f;
+    }
+  }
+};
+
+// The epilogue of four sums of one row.
+__device__ __forceinline__ void finish(const int32_t (&sum)[4], const Columns& c, const Epilogue& e, int token,
+                                       int64_t row, int outputs) {
+  const int64_t index = row * outputs + c.n;
+  Four<float> y;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    y.value[i] = dequantized(sum[i], c.offset[i], c.scale[i]);
+    if (e.bias) y.value[i] += c.bias[i];
+  }
+  if (e.acm) {
+    const int64_t at = static_cast<int64_t>(token) * outputs + c.n;
+    const Four<float> acm = load_four<float>(e.acm, at, e.whole, c.count);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y.value[i] += acm.value[i];
+  }
+  if (e.activation != Activation::none) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y.value[i] = activated(y.value[i], e.activation);
+  }
+  if (e.residual) {
+    const Four<float> residual = e.residual_type == Type::f32 ? load_four<float>(e.residual, index, e.whole, c.count)
+                                 : e.residual_type == Type::bf16
+                                     ? load_four<__nv_bfloat16>(e.residual, index, e.whole, c.count)
+                                     : load_four<__half>(e.residual, index, e.whole, c.count);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y.value[i] += residual.value[i];
+  }
+  if (e.type == Type::u8) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      y.value[i] = quantized(y.value[i], c.out_scale[i], c.out_zero[i], 0.0f, e.out_greatest);
+    }
+    store_four<uint8_t>(e.out, index, y, e.whole, c.count);
+  } else if (e.type == Type::f32) {
+    store_four<float>(e.out, index, y, e.whole, c.count);
+  } else if (e.type == Type::bf16) {
+    store_four<__nv_bfloat16>(e.out, index, y, e.whole, c.count);
+  } else {
+    store_four<__half>(e.out, index, y, e.whole, c.count);
+  }
+}
+
+// The sums of a warp, to the result, 16 rows after the other. They are destroyed: the rows move up through the
+// registers, so that the code of the epilogue stands here once and not once for each of their places.
 template <typename S>
-__device__ __forceinline__ void finish(const int32_t (&sum)[S::kCountM][S::kCountN][4], const Operands& p,
-                                       const Epilogue& e, Place origin) {
-  const int lane = threadIdx.x % 32;
-  const Place warp = warp_origin<S>(threadIdx.x / 32), mine = summed(lane, 0);
-  const int first_row = origin.row + warp.row + mine.row, first_column = origin.column + warp.column + mine.column;
-  int token[2 * S::kCountM];  // of each row; found once, a division costs as much as an output's epilogue
+__device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4], const Operands& p, const Epilogue& e,
+                                       Place origin, int32_t* panels) {
+  const int lane = threadIdx.x % 32, warp_index = threadIdx.x / 32;
+  const Place warp = warp_origin<S>(warp_index), mine = finished(lane);
+  int32_t* panel = panels + warp_index * (kPanelBytes / 4);
+  const Columns columns(e, origin.column + warp.column + mine.column, p.outputs);
+  int row = origin.row + warp.row + mine.row, token = e.acm ? row % e.tokens : 0;
+#pragma unroll 1
+  for (int i = 0; i < S::kCountM; ++i) {
 #pragma unroll
-  for (int i = 0; i < 2 * S::kCountM; ++i) token[i] = e.acm ? (first_row + i * 8) % e.tokens : 0;
+    for (int j = 0; j < S::kCountN; ++j) {
 #pragma unroll
-  for (int j = 0; j < S::kCountN; ++j) {
-    const int n = first_column + j * kMmaN;
-    if (n >= p.outputs) continue;
-    const bool second = n + 1 < p.outputs;
-    const int m = second ? n + 1 : n;
-    const float scale[2] = {e.scale[n], e.scale[m]};
-    const int32_t offset[2] = {e.offset[n], e.offset[m]};
+      for (int half = 0; half < 4; half += 2) {
+        const Place at = summed(lane, half);
+        *reinterpret_cast<int2*>(panel + at.row * kPanelPitch + j * kMmaN + at.column) =
+            make_int2(sum[0][j][half], sum[0][j][half + 1]);
+      }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int below = 0; below < kMmaM; below += 4) {
+      const int4 four = *reinterpret_cast<const int4*>(panel + (mine.row + below) * kPanelPitch + mine.column);
+      const int32_t sums[4] = {four.x, four.y, four.z, four.w};
+      if (row < p.rows && columns.count > 0) finish(sums, columns, e, token, row, p.outputs);
+      row += 4;
+      token = token_below(token, e.tokens);
+    }
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 2 * S::kCountM; ++i) {
-      const int row = first_row + i * 8;
-      if (row >= p.rows) continue;
-      const int64_t index = static_cast<int64_t>(row) * p.outputs + n;
-      const int32_t* s = &sum[i / 2][j][i % 2 * 2];
-      float2 y = make_float2(dequantized(s[0], offset[0], scale[0]), dequantized(s[1], offset[1], scale[1]));
-      if (e.bias) y = make_float2(y.x + e.bias[n], y.y + e.bias[m]);
-      if (e.acm) {
-        const float2 acm = load_two(e.acm, Type::f32, static_cast<int64_t>(token[i]) * p.outputs + n, e.pairs, second);
-        y = make_float2(y.x + acm.x, y.y + acm.y);
+    for (int k = 0; k + 1 < S::kCountM; ++k) {
+#pragma unroll
+      for (int j = 0; j < S::kCountN; ++j) {
+#pragma unroll
+        for (int l = 0; l < 4; ++l) sum[k][j][l] = sum[k + 1][j][l];
       }
-      y = make_float2(activated(y.x, e.activation), activated(y.y, e.activation));
-      if (e.residual) {
-        const float2 residual = load_two(e.residual, e.residual_type, index, e.pairs, second);
-        y = make_float2(y.x + residual.x, y.y + residual.y);
-      }
-      if (e.type == Type::u8) {
-        y = make_float2(quantized(y.x, e.out_scale[n], e.out_zero[n], 0.0f, e.out_greatest),
-                        quantized(y.y, e.out_scale[m], e.out_zero[m], 0.0f, e.out_greatest));
-      }
-      store_two(e.out, e.type, index, y, e.pairs, second);
     }
   }
 }
@@ -319,36 +372,37 @@ template <typename S, int kBits>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     multiply_kernel(const Operands p, const Epilogue e, int64_t tiles) {
   extern __shared__ __align__(128) uint8_t memory[];
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+  const uint32_t begin = static_cast<uint32_t>(__cvta_generic_to_shared(memory)), end = begin + S::kSharedBytes;
   const int steps = (p.depth + kDepth - 1) / kDepth;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Place origin = tile_origin<S>(tile, p.outputs);
-    Walk<S, kBits> walk{p, origin, shared, {}};
+    Walk<S, kBits> walk(p, origin);
     int32_t sum[S::kCountM][S::kCountN][4] = {};
-    __syncthreads();  // all warps are done with the stages of the tile before
+    uint32_t reading = begin, writing = begin;
+    __syncthreads();  // all warps are done with the panels of the tile before
     // One group of copies a step, empty ones too, so that "all but the newest" always means the same step.
-#pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) {
+#pragma unroll 1
+    for (int step = 0; step < kStages - 1; ++step, writing += S::kStageBytes) {
       if (step < steps) {
-        walk.copy_activations(step);
-        walk.fetch_weights(step);
-        walk.store_weights(step);
+        walk.fetch(writing);
+        walk.store_weights(writing);
       }
       asm volatile("cp.async.commit_group;" ::: "memory");
     }
+#pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
       __syncthreads();  // this step is in shared memory for all; the stage of the last one is free
-      const int ahead = step + kStages - 1;
-      if (ahead < steps) {
-        walk.copy_activations(ahead);
-        walk.fetch_weights(ahead);
-      }
+      const bool more = step + kStages - 1 < steps;
+      if (more) walk.fetch(writing);
       asm volatile("cp.async.commit_group;" ::: "memory");
-      walk.multiply(step, sum);
-      if (ahead < steps) walk.store_weights(ahead);
+      multiply<S>(reading, sum);
+      if (more) walk.store_weights(writing);
+      reading = reading + S::kStageBytes < end ? reading + S::kStageBytes : begin;
+      writing = writing + S::kStageBytes < end ? writing + S::kStageBytes : begin;
     }
-    finish<S>(sum, p, e, origin);
+    __syncthreads();  // the stages become panels
+    finish<S>(sum, p, e, origin, reinterpret_cast<int32_t*>(memory));
   }
 }
 

@@ -23,6 +23,11 @@ constexpr int kStages = 3;                // steps in shared memory: one in use,
 constexpr int kMmaM = 16, kMmaN = 8;      // the product of one instruction, 32 deep
 constexpr int kMmaChunks = 32 / kChunk;   // of its depth
 
+// On their way to the result 16 rows of a warp's sums pass through shared memory, so that 8 lanes then write a row
+// together. 8 more than 32 columns: the 4 rows that half a warp writes at once lie in different banks.
+constexpr int kPanelColumns = 32, kPanelPitch = kPanelColumns + 8;
+constexpr int kPanelBytes = kMmaM * kPanelPitch * 4;
+
 enum class Type : int { f32, bf16, f16, u8 };
 enum class Activation : int { none, gelu, gelu_tanh };
 
@@ -36,6 +41,7 @@ struct Shape {
   static constexpr int kCopiesA = kM * kChunks / kThreads, kCopiesB = kN * kChunks / kThreads;  // chunks of a thread
   static constexpr int kStageBytes = (kM + kN) * kDepth;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(kWarpN == kPanelColumns && kWarpsM * kWarpsN * kPanelBytes <= kSharedBytes, "panels use the stages");
   static_assert(kM * kChunks % kThreads == 0 && kN * kChunks % kThreads == 0 && kCountN % 2 == 0, "no remainders");
 };
 using Large = Shape<128, 128, 2, 4, 2>;
@@ -45,10 +51,9 @@ struct Place {
   int row, column;
 };
 
-// Chunk `i` that a thread copies: its row and its number in the row.
+// Chunk `i` that a thread copies: its row and its number in the row, which is the same for all of them.
 DFQVIT_HOST_DEVICE Place copied(int thread, int i, int threads) {
-  const int id = thread + i * threads;
-  return {id / kChunks, id % kChunks};
+  return {thread / kChunks + i * (threads / kChunks), thread % kChunks};
 }
 // The byte at which a chunk stands in its array.
 DFQVIT_HOST_DEVICE int shared_offset(int row, int chunk) {
@@ -65,6 +70,16 @@ DFQVIT_HOST_DEVICE Place weight_address(int lane) {
 // Where sum i of a lane belongs in the 16 x 8 of one instruction.
 DFQVIT_HOST_DEVICE Place summed(int lane, int i) {
   return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
+}
+
+// Where the four neighbouring sums that a lane takes from a panel stand: in this row, and those 4, 8 and 12 below.
+DFQVIT_HOST_DEVICE Place finished(int lane) {
+  return {lane / 8, lane % 8 * 4};
+}
+// The token of the row 4 below one of `token`, without a division where there are at least 4.
+DFQVIT_HOST_DEVICE int token_below(int token, int tokens) {
+  token += 4;
+  return token < tokens ? token : tokens >= 4 ? token - tokens : token % tokens;
 }
 
 // The first row and output of a warp, in its tile.
@@ -91,26 +106,20 @@ struct Unpacked {
   uint32_t word[4];
 };
 
-// The widest word in which 16 weights can be read where rows are a multiple of it.
+// The widest word that the bytes of 16 weights are a multiple of: rows must be, too.
 template <int kBits>
 using Wide = std::conditional_t<kBits % 4 == 0, uint64_t, std::conditional_t<kBits % 2 == 0, uint32_t, uint16_t>>;
 
-// Chunk `chunk` of a row of `row_bytes`; zeros beyond its end.
-template <int kBits, typename Word>
-DFQVIT_HOST_DEVICE Packed load_words(const uint8_t* row, int64_t chunk, int64_t row_bytes) {
+template <int kBits>
+DFQVIT_HOST_DEVICE Packed load_packed(const uint8_t* from) {
+  constexpr int kWord = static_cast<int>(sizeof(Wide<kBits>));
   Packed packed{0, 0};
 #pragma unroll
-  for (int i = 0; i < 2 * kBits; i += static_cast<int>(sizeof(Word))) {
-    const int64_t at = chunk * 2 * kBits + i;
-    const uint64_t word = at < row_bytes ? *reinterpret_cast<const Word*>(row + at) : 0;
+  for (int i = 0; i < 2 * kBits; i += kWord) {
+    const uint64_t word = reinterpret_cast<const Wide<kBits>*>(from)[i / kWord];
     (i < 8 ? packed.low : packed.high) |= word << 8 * (i % 8);
   }
   return packed;
-}
-template <int kBits>
-DFQVIT_HOST_DEVICE Packed load_packed(const uint8_t* row, int64_t chunk, int64_t row_bytes) {
-  if (row_bytes % sizeof(Wide<kBits>) == 0) return load_words<kBits, Wide<kBits>>(row, chunk, row_bytes);
-  return load_words<kBits, uint8_t>(row, chunk, row_bytes);
 }
 
 // Four signed fields of kBits in the low bits of `fields`, to four signed bytes.
