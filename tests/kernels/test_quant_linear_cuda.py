@@ -1,4 +1,4 @@
-"""quant_linear's CUDA backend: on a GPU against the reference; without one, its index arithmetic on the CPU."""
+"""quant_linear's CUDA backend: on a GPU against the reference, and its kernels' own source run on the CPU."""
 
 from __future__ import annotations
 
@@ -6,140 +6,189 @@ import ctypes
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dfqvit.kernels import pack_weight, quant_linear, unpack_weight, use_backend
-from dfqvit.kernels.pack_weight import pack_integers
+from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear import op
 
 from .test_quant_linear_cpu import IDENTITY, around_ties, random_call
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+
+class Emulator:
+    """The kernels of csrc/include/dfqvit/quant_linear.cuh, called as csrc/cuda/quant_linear.cu does."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+
+    def __call__(self, name, *arguments):
+        """Tensors become pointers, None the null pointer; whole numbers int32."""
+        kinds = {int: ctypes.c_int, float: ctypes.c_float, torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr())}
+        values = [None if a is None else kinds[type(a)](a) if type(a) in kinds else a for a in arguments]
+        return self.library[name](*values)
+
+    def rows(self, x, scale, zero, least, greatest):
+        rows, columns = x.shape
+        stride = -(-columns // 16) * 16
+        out = torch.full((rows, stride), 0xAB, dtype=torch.uint8)
+        step = int(scale.numel() > 1)
+        sizes = (rows, columns, scale, step, zero, float(least), float(greatest), out, ctypes.c_int64(stride))
+        self("quantize_rows", 2, TYPES[x.dtype], x.contiguous(), *sizes)
+        return out
+
+    def linear(
+        self, x, weight, bias=None, acm=None, *, x_scale, x_zero, w_scale, a_bits, w_bits, activation=None,
+        residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, large=True, blocks=3,
+    ):  # fmt: skip
+        """quant_linear of x [rows, K] and a float or packed weight."""
+        rows, depth = x.shape
+        outputs = weight.shape[0]
+        x_scale, x_zero = torch.tensor([float(x_scale)]), torch.tensor([float(x_zero)])
+        w_scale = torch.as_tensor(w_scale).expand(outputs).contiguous()
+        if x.dtype == torch.uint8:
+            a = F.pad(x, (0, -depth % 16)).contiguous()
+        else:
+            a = self.rows(x, x_scale, x_zero, 0, (1 << a_bits) - 1)
+        if weight.dtype == torch.uint8:
+            bits = w_bits
+            b = F.pad(weight, (0, -weight.shape[1] % (2 * bits)), value=0xAB)  # weights beyond K may be anything
+        else:
+            bits, half = 8, 1 << (w_bits - 1)
+            b = self.rows(weight, w_scale, None, -half, half - 1)
+        scale, offset = torch.full((outputs,), torch.nan), torch.full((outputs,), -12345, dtype=torch.int32)
+        row_bytes = ctypes.c_int64(b.shape[1])
+        self("columns", b, row_bytes, bits, outputs, depth, x_scale, x_zero, w_scale, scale, offset)
+        bias, acm = (None if t is None else t.float().contiguous() for t in (bias, acm))
+        requantized = out_scale is not None
+        if requantized:
+            out_scale = torch.as_tensor(out_scale).float().expand(outputs).contiguous()
+            out_zero = torch.as_tensor(out_zero).float().expand(outputs).contiguous()
+        out_dtype = torch.uint8 if requantized else out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
+        out = torch.empty(rows, outputs, dtype=out_dtype)
+        out.view(torch.uint8).fill_(0xAB)
+        residual = None if residual is None else residual.contiguous()
+        epilogue = (scale, offset, bias, acm, 1 if acm is None else len(acm))
+        kinds = {None: 0, "gelu": 1, "gelu_tanh": 2}[activation], residual
+        kinds = (*kinds, 0 if residual is None else TYPES[residual.dtype])
+        results = (out_scale, out_zero, float((1 << out_bits) - 1), out, TYPES[out_dtype], int(outputs % 4 == 0))
+        sizes = (a, a.shape[1], b, b.shape[1], rows, outputs, depth)
+        self("product", int(large), blocks, bits, *sizes, *epilogue, *kinds, *results)
+        return out
 
 
 @pytest.fixture(scope="module")
-def tile(tmp_path_factory):
-    """The kernel's arithmetic, compiled for the CPU."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("tile") / "quant_linear_tile.so"
-    source = Path(__file__).with_name("quant_linear_tile.cpp")
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    subprocess.run([COMPILER, *flags, f"-I{ROOT / 'csrc/include'}", "-o", str(library), str(source)], check=True)
-    return ctypes.CDLL(str(library))
+def emulator(tmp_path_factory):
+    if COMPILER is None or not sys.platform.startswith("linux"):
+        pytest.skip("no C++ compiler, or not Linux")
+    library = tmp_path_factory.mktemp("cuda") / "quant_linear.so"
+    folder = Path(__file__).with_name("cuda_on_cpu")
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
+    folders = [f"-I{folder}", f"-I{ROOT / 'csrc/include'}"]  # in this order
+    subprocess.run([COMPILER, *flags, *folders, "-o", str(library), str(folder / "quant_linear.cpp")], check=True)
+    return Emulator(library)
 
 
-def pointer(tensor):
-    return ctypes.c_void_p(tensor.data_ptr())
+def emulated(emulator, *args, large=True, blocks=3, **kwargs):
+    """The results of the CUDA kernels on the CPU, and of the reference."""
+    with use_backend("reference"):
+        expected = quant_linear(*args, **kwargs)
+    return emulator.linear(*args, **kwargs, large=large, blocks=blocks), expected
 
 
-def emulate(tile, a, q, bits, large):
-    """The product of a [rows, K] uint8 and q [outputs, K] int8 in tiles, and how often each sum was written."""
-    (rows, depth), outputs = a.shape, q.shape[0]
-    padded = F.pad(a, (0, -depth % 16))
-    packed = pack_integers(q, bits)
-    packed = F.pad(packed, (0, -packed.shape[1] % (2 * bits)), value=0xAB)  # weights beyond K may be anything
-    out, written = torch.full((rows, outputs), -12345, dtype=torch.int32), torch.zeros(rows, outputs, dtype=torch.int32)
-    sizes = [ctypes.c_int(v) for v in (rows, outputs, depth, bits, large)]
-    strides = [ctypes.c_int64(t.shape[1]) for t in (padded, packed)]
-    tile.tile_product(pointer(padded), strides[0], pointer(packed), strides[1], *sizes, pointer(out), pointer(written))
-    return out, written
+def random_packed_call(rng, rows, outputs, depth):
+    """`random_call` without the blocked weights, which are for CPUs."""
+    (x, weight, bias, acm), p = random_call(rng, rows, outputs, depth)
+    if weight.dtype == torch.int32:
+        weight = pack_weight(torch.randn(outputs, depth), p["w_scale"], p["w_bits"])
+    return (x, weight, bias, acm), p
 
 
-def integers(rows, outputs, depth, bits):
-    half = 1 << (bits - 1)
-    a = torch.randint(0, 256, (rows, depth), dtype=torch.uint8)
-    return a, torch.randint(-half, half, (outputs, depth), dtype=torch.int8)
-
-
-@pytest.mark.parametrize("large", [0, 1], ids=["small", "large"])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_tiles_give_the_integer_product(seed, tile, bits, large):
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("most", [(140, 140, 70), (9, 9, 600), (20, 300, 40), (300, 20, 40)])
+def test_kernels_on_the_cpu_give_the_bits_of_the_reference(seed, emulator, most, large):
     rng = random.Random(seed)
-    side = 128 if large else 64
-    depths = (1, 15, 16, 24, 63, 64, 65, 200)
-    for depth in (*depths, rng.randint(1, 300)):
-        rows, outputs = rng.randint(1, side + 9), rng.randint(1, side + 9)
-        a, q = integers(rows, outputs, depth, bits)
-        out, written = emulate(tile, a, q, bits, large)
-        expected = a.numpy().astype(np.int64) @ q.numpy().astype(np.int64).T
-        assert np.array_equal(out.numpy(), expected), (rows, outputs, depth)
-        assert bool((written == 1).all()), "a sum was written twice, or never"
+    for _ in range(6):
+        rows, outputs, depth = (rng.randint(1, n) for n in most)
+        arguments, p = random_packed_call(rng, rows, outputs, depth)
+        found, expected = emulated(emulator, *arguments, large=large, blocks=rng.randint(1, 4), **p)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected), (rows, outputs, depth, arguments[0].dtype, arguments[1].dtype, p)
 
 
-@pytest.mark.parametrize("large", [0, 1], ids=["small", "large"])
-def test_extreme_integers(tile, large):
-    for bits in range(2, 9):
-        for value in (-(1 << (bits - 1)), (1 << (bits - 1)) - 1):
-            a, q = torch.full((5, 100), 255, dtype=torch.uint8), torch.full((3, 100), value, dtype=torch.int8)
-            assert bool((emulate(tile, a, q, bits, large)[0] == 255 * 100 * value).all())
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("w_bits", range(2, 9))
+def test_depths_on_the_cpu(seed, emulator, w_bits, large):
+    """Fewer steps than stages, as many, more; odd groups of weights; no part of K that an instruction divides."""
+    for depth in (1, 8, 16, 24, 63, 64, 65, 128, 129, 256, 300):
+        x = torch.randint(0, 256, (17, depth), dtype=torch.uint8)
+        weight = pack_weight(torch.randn(12, depth) * (1 << w_bits) / 3, 1.0, w_bits)
+        p = {**IDENTITY, "w_bits": w_bits, "x_zero": 255, "w_scale": torch.rand(12) + 0.1}
+        found, expected = emulated(emulator, x, weight, large=large, **p)
+        assert torch.equal(found, expected), depth
 
 
-def test_every_field_is_unpacked_in_its_place(tile):
-    """One weight of each value at each place, read through a unit matrix of activations."""
-    a = torch.eye(48, dtype=torch.uint8)
-    for bits in range(2, 9):
-        half = 1 << (bits - 1)
-        q = torch.arange(-half, half, dtype=torch.int8).repeat(3 * 48 * 2)[: 48 * (2 * half + 1)].view(-1, 48)
-        out, _ = emulate(tile, a, q, bits, 0)
-        assert torch.equal(out, q.t().to(torch.int32))
+@pytest.mark.parametrize("w_bits", range(2, 9))
+def test_every_weight_is_unpacked_in_its_place(emulator, w_bits):
+    """Each value at each place, read through a unit matrix of activations."""
+    half = 1 << (w_bits - 1)
+    q = torch.arange(-half, half).repeat(48)[: 48 * (2 * half - 1)].view(-1, 48).float()
+    x = torch.eye(48, dtype=torch.uint8)
+    p = {**IDENTITY, "w_bits": w_bits, "w_scale": torch.ones(len(q))}
+    assert torch.equal(emulator.linear(x, pack_weight(q, 1.0, w_bits), large=False, **p), q.t())
 
 
-def test_rows_of_shared_memory_lie_in_different_banks(tile):
-    assert tile.tile_bank_conflicts() == 1
-    assert tile.tile_panel_conflicts() == 1
+@pytest.mark.parametrize("w_bits", [2, 7, 8])
+def test_largest_integers_on_the_cpu(emulator, w_bits):
+    depth, half = 520, 1 << (w_bits - 1)
+    x, weight = torch.full((3, depth), 255, dtype=torch.uint8), torch.full((2, depth), float(half - 1))
+    weight[1] = -half
+    p = {**IDENTITY, "w_bits": w_bits, "w_scale": torch.ones(2)}
+    for x_zero in (0, 255):
+        found, expected = emulated(emulator, x, pack_weight(weight, 1.0, w_bits), **{**p, "x_zero": x_zero})
+        assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 49, 197])
-def test_rows_find_their_tokens(tile, tokens):
-    out = torch.empty(100, dtype=torch.int32)
-    for row in range(2 * tokens + 1):
-        tile.tile_tokens(row, tokens, 100, pointer(out))
-        assert torch.equal(out, (row + 4 * torch.arange(100, dtype=torch.int32)) % tokens)
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_sums_of_weights(seed, tile, bits):
-    for depth in (1, 8, 13, 77):
-        packed = pack_weight(torch.randn(5, depth) * (1 << bits), 1.0, bits)
-        out = torch.empty(5, dtype=torch.int32)
-        sizes = [ctypes.c_int(v) for v in (5, depth, bits)]
-        tile.tile_column_sums(pointer(packed), ctypes.c_int64(packed.shape[1]), *sizes, pointer(out))
-        assert torch.equal(out, unpack_weight(packed, bits, depth).sum(1, dtype=torch.int32))
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 49, 148])
+def test_rows_find_their_tokens(seed, emulator, tokens):
+    x, rows = torch.zeros(148 // tokens * tokens, 1, dtype=torch.uint8), 148 // tokens * tokens
+    acm = torch.randn(tokens, 8)
+    for large in (False, True):
+        found = emulator.linear(x, torch.ones(8, 1), None, acm, large=large, **{**IDENTITY, "w_scale": torch.ones(8)})
+        assert torch.equal(found, acm.repeat(rows // tokens, 1))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 0.1, 7.0, 1e20])
-def test_quantization_rounds_as_the_reference(seed, tile, size):
-    scale = float(((torch.rand(()) + 0.5) * size).float())
-    x = torch.cat([around_ties(scale), torch.randn(1000) * 90 * scale, torch.tensor([3e38, -3e38, 1e-45, -0.0])])
-    out = torch.empty_like(x)
-    values = [ctypes.c_float(v) for v in (scale, 100.0, 0.0, 255.0)]
-    tile.tile_quantize(pointer(x), ctypes.c_int64(len(x)), *values, pointer(out))
-    assert torch.equal(out, ((x / scale).round() + 100).clamp(0, 255))
+def test_quotients_near_ties_on_the_cpu(seed, emulator, size):
+    scale = float((torch.rand(()) + 0.5) * size)
+    values = torch.cat([around_ties(scale), torch.tensor([3e38, -3e38, 1e-45, -0.0]).repeat(5)]).view(-1, 20)
+    p = {**IDENTITY, "w_scale": torch.ones(20)}
+    found, expected = emulated(emulator, values, torch.eye(20), **{**p, "x_scale": scale, "x_zero": 100})
+    assert torch.equal(found, expected)
+    zeros = torch.zeros_like(values, dtype=torch.uint8)
+    found, expected = emulated(emulator, zeros, torch.eye(20), None, values, **p, out_scale=scale, out_zero=100)
+    assert torch.equal(found, expected)
 
 
-def test_dequantization_as_the_reference(seed, tile):
-    total = torch.randint(-(2**30), 2**30, (4096,), dtype=torch.int32)
-    out, offset, scale = torch.empty(4096), random.Random(seed).randint(-(2**30), 2**30), torch.rand(()) * 1e-3
-    tile.tile_dequantize(
-        pointer(total), ctypes.c_int64(4096), ctypes.c_int32(offset), ctypes.c_float(float(scale)), pointer(out)
-    )
-    assert torch.equal(out, scale * (total.double() - offset).float())
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_activations_on_the_cpu(seed, emulator, activation):
+    y = torch.cat([torch.linspace(-12, 12, 3001), torch.randn(500) * 3, torch.tensor([-1e30, 1e30, -0.0])]).view(-1, 8)
+    arguments = (torch.zeros(len(y), 1, dtype=torch.uint8), torch.ones(8, 1), None, y)
+    found = emulator.linear(*arguments, activation=activation, **IDENTITY).double()
+    expected = F.gelu(y.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
+    assert float(((found - expected).abs() / (1 + expected.abs())).max()) < 2e-6
 
 
-@pytest.mark.parametrize(("index", "approximate"), [(1, "none"), (2, "tanh")])
-def test_activations_of_the_epilogue(seed, tile, index, approximate):
-    y = torch.cat([torch.linspace(-12, 12, 20001), torch.randn(5000) * 3, torch.tensor([-1e30, 1e30, -0.0])])
-    out = torch.empty_like(y)
-    tile.tile_activate(pointer(y), ctypes.c_int64(len(y)), index, pointer(out))
-    expected = F.gelu(y.double(), approximate=approximate)
-    assert float(((out.double() - expected).abs() / (1 + expected.abs())).max()) < 2e-6
+def test_shared_memory_is_read_and_written_without_bank_conflicts(emulator):
+    assert emulator("matrix_conflicts") == 1
+    assert emulator("panel_conflicts") == 1
 
 
 def arguments_on_meta(**change):
@@ -209,12 +258,10 @@ class TestOnTheGpu:
         rng = random.Random(seed)
         for _ in range(20):
             rows, outputs, depth = (rng.randint(1, n) for n in most)
-            (x, weight, bias, acm), p = random_call(rng, rows, outputs, depth)
-            if weight.dtype == torch.int32:
-                weight = pack_weight(torch.randn(outputs, depth), p["w_scale"], p["w_bits"])
-            found, expected = both(x, weight, bias, acm, **p)
+            arguments, p = random_packed_call(rng, rows, outputs, depth)
+            found, expected = both(*arguments, **p)
             assert found.dtype == expected.dtype
-            assert torch.equal(found, expected), (rows, outputs, depth, x.dtype, weight.dtype, p)
+            assert torch.equal(found, expected), (rows, outputs, depth, arguments[0].dtype, arguments[1].dtype, p)
 
     @pytest.mark.parametrize("w_bits", range(2, 9))
     @pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 129, 6000])

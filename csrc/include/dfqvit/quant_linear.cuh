@@ -9,6 +9,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "dfqvit/quant_linear_ptx.cuh"
 #include "dfqvit/quant_linear_tile.h"
 
 namespace dfqvit {
@@ -131,24 +132,6 @@ struct Epilogue {
   bool whole;  // outputs is a multiple of 4, and acm, residual and out start at multiples of 16
 };
 
-// A chunk from global to shared memory, in the background; zeros unless `there`: then `global` is not read.
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool there) {
-  const int size = there ? kChunk : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(size) : "memory");
-}
-__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(shared)
-               : "memory");
-}
-__device__ __forceinline__ void multiply_add(int32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // A thread's part of one tile's way through K. `stage` is the address of a stage in shared memory.
 template <typename S, int kBits>
 struct Walk {
@@ -197,11 +180,7 @@ struct Walk {
     if constexpr (kBits < 8) {
 #pragma unroll
       for (int i = 0; i < S::kCopiesB; ++i) {
-        const Unpacked u = unpack<kBits>(waiting[i]);
-        const uint32_t to = stage + S::kM * kDepth + place + i * kRowsApart * kDepth;
-        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(u.word[0]), "r"(u.word[1]),
-                     "r"(u.word[2]), "r"(u.word[3])
-                     : "memory");
+        store_chunk(stage + S::kM * kDepth + place + i * kRowsApart * kDepth, unpack<kBits>(waiting[i]).word);
       }
     }
   }
@@ -372,7 +351,7 @@ template <typename S, int kBits>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     multiply_kernel(const Operands p, const Epilogue e, int64_t tiles) {
   extern __shared__ __align__(128) uint8_t memory[];
-  const uint32_t begin = static_cast<uint32_t>(__cvta_generic_to_shared(memory)), end = begin + S::kSharedBytes;
+  const uint32_t begin = shared_address(memory), end = begin + S::kSharedBytes;
   const int steps = (p.depth + kDepth - 1) / kDepth;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Place origin = tile_origin<S>(tile, p.outputs);
@@ -387,15 +366,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
         walk.fetch(writing);
         walk.store_weights(writing);
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      commit_copies();
     }
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+      wait_for_copies<kStages - 2>();
       __syncthreads();  // this step is in shared memory for all; the stage of the last one is free
       const bool more = step + kStages - 1 < steps;
       if (more) walk.fetch(writing);
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      commit_copies();
       multiply<S>(reading, sum);
       if (more) walk.store_weights(writing);
       reading = reading + S::kStageBytes < end ? reading + S::kStageBytes : begin;
