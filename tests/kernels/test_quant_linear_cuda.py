@@ -188,7 +188,8 @@ def test_activations_on_the_cpu(seed, emulator, activation):
 
 def test_shared_memory_is_read_and_written_without_bank_conflicts(emulator):
     assert emulator("matrix_conflicts") == 1
-    assert emulator("panel_conflicts") == 1
+    assert emulator("panel_conflicts", 0) == 1
+    assert emulator("panel_conflicts", 1) == 1
 
 
 def arguments_on_meta(**change):

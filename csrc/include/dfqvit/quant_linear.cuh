@@ -311,8 +311,8 @@ template <typename S>
 __device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4], const Operands& p, const Epilogue& e,
                                        Place origin, int32_t* panels) {
   const int lane = threadIdx.x % 32, warp_index = threadIdx.x / 32;
-  const Place warp = warp_origin<S>(warp_index), mine = finished(lane);
-  int32_t* panel = panels + warp_index * (kPanelBytes / 4);
+  const Place warp = warp_origin<S>(warp_index), mine = finished<S>(lane);
+  int32_t* panel = panels + warp_index * (S::kPanelBytes / 4);
   const Columns columns(e, origin.column + warp.column + mine.column, p.outputs);
   int row = origin.row + warp.row + mine.row, token = e.acm ? row % e.tokens : 0;
 #pragma unroll 1
@@ -322,18 +322,18 @@ __device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4]
 #pragma unroll
       for (int half = 0; half < 4; half += 2) {
         const Place at = summed(lane, half);
-        *reinterpret_cast<int2*>(panel + at.row * kPanelPitch + j * kMmaN + at.column) =
+        *reinterpret_cast<int2*>(panel + at.row * S::kPanelPitch + j * kMmaN + at.column) =
             make_int2(sum[0][j][half], sum[0][j][half + 1]);
       }
     }
     __syncwarp();
 #pragma unroll 1
-    for (int below = 0; below < kMmaM; below += 4) {
-      const int4 four = *reinterpret_cast<const int4*>(panel + (mine.row + below) * kPanelPitch + mine.column);
+    for (int below = 0; below < kMmaM; below += S::kRowsTogether) {
+      const int4 four = *reinterpret_cast<const int4*>(panel + (mine.row + below) * S::kPanelPitch + mine.column);
       const int32_t sums[4] = {four.x, four.y, four.z, four.w};
       if (row < p.rows && columns.count > 0) finish(sums, columns, e, token, row, p.outputs);
-      row += 4;
-      token = token_below(token, e.tokens);
+      row += S::kRowsTogether;
+      token = token_below(token, S::kRowsTogether, e.tokens);
     }
     __syncwarp();
 #pragma unroll

@@ -23,11 +23,6 @@ constexpr int kStages = 3;                // steps in shared memory: one in use,
 constexpr int kMmaM = 16, kMmaN = 8;      // the product of one instruction, 32 deep
 constexpr int kMmaChunks = 32 / kChunk;   // of its depth
 
-// On their way to the result 16 rows of a warp's sums pass through shared memory, so that 8 lanes then write a row
-// together. 8 more than 32 columns: the 4 rows that half a warp writes at once lie in different banks.
-constexpr int kPanelColumns = 32, kPanelPitch = kPanelColumns + 8;
-constexpr int kPanelBytes = kMmaM * kPanelPitch * 4;
-
 enum class Type : int { f32, bf16, f16, u8 };
 enum class Activation : int { none, gelu, gelu_tanh };
 
@@ -41,10 +36,15 @@ struct Shape {
   static constexpr int kCopiesA = kM * kChunks / kThreads, kCopiesB = kN * kChunks / kThreads;  // chunks of a thread
   static constexpr int kStageBytes = (kM + kN) * kDepth;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  static_assert(kWarpN == kPanelColumns && kWarpsM * kWarpsN * kPanelBytes <= kSharedBytes, "panels use the stages");
+  // On their way to the result 16 rows of a warp's sums pass through shared memory (a panel), so that neighbouring
+  // lanes then write 4 columns each of a row. With 8 more than its columns, the 4 rows that half a warp stores at once
+  // lie in different banks.
+  static constexpr int kPanelPitch = kWarpN + 8, kPanelBytes = kMmaM * kPanelPitch * 4;
+  static constexpr int kRowLanes = kWarpN / 4, kRowsTogether = 32 / kRowLanes;
+  static_assert(kWarpN % 32 == 0 && kThreads / 32 * kPanelBytes <= kSharedBytes, "panels take the place of stages");
   static_assert(kM * kChunks % kThreads == 0 && kN * kChunks % kThreads == 0 && kCountN % 2 == 0, "no remainders");
 };
-using Large = Shape<128, 128, 2, 4, 2>;
+using Large = Shape<128, 128, 2, 2, 2>;  // 64 x 64 a warp: smaller parts read shared memory more than they multiply
 using Small = Shape<64, 64, 2, 2, 4>;
 
 struct Place {
@@ -72,14 +72,15 @@ DFQVIT_HOST_DEVICE Place summed(int lane, int i) {
   return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
 }
 
-// Where the four neighbouring sums that a lane takes from a panel stand: in this row, and those 4, 8 and 12 below.
+// Where the four neighbouring sums that a lane takes from a panel stand; then in every kRowsTogether-th row below.
+template <typename S>
 DFQVIT_HOST_DEVICE Place finished(int lane) {
-  return {lane / 8, lane % 8 * 4};
+  return {lane / S::kRowLanes, lane % S::kRowLanes * 4};
 }
-// The token of the row 4 below one of `token`, without a division where there are at least 4.
-DFQVIT_HOST_DEVICE int token_below(int token, int tokens) {
-  token += 4;
-  return token < tokens ? token : tokens >= 4 ? token - tokens : token % tokens;
+// The token of the row `down` below one of `token`, without a division where there are at least so many.
+DFQVIT_HOST_DEVICE int token_below(int token, int down, int tokens) {
+  token += down;
+  return token < tokens ? token : tokens >= down ? token - tokens : token % tokens;
 }
 
 // The first row and output of a warp, in its tile.

@@ -17,6 +17,7 @@ inline float __half2float(__half v) {
 inline __half __float2half_rn(float v) {
   const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
   v = std::fabs(v);
+  if (v == 0.0f) return {sign};
   if (v >= 65520.0f) return {uint16_t(sign | 0x7C00)};
   int exponent = 0;
   std::frexp(v, &exponent);

@@ -1,5 +1,6 @@
 // Runs a CUDA kernel's own source on the CPU, for tests: the words of the language, and `launch`. Blocks run one after
-// the other; the threads of a block are fibers that take turns whenever one of them waits for its block or its warp.
+// the other. The threads of a block are fibers; a warp drawn at random runs as far as it can without the others, so
+// that a barrier that is missing shows.
 #pragma once
 
 #include <ucontext.h>
@@ -12,6 +13,8 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -58,6 +61,10 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false;
+  const Barrier* waits_for = nullptr;
+  int since = 0;  // the barrier's generation then
+
+  bool ready() const { return !done && (!waits_for || waits_for->generation != since); }
   std::deque<std::vector<Copy>> groups;  // of copies that are on their way
   std::vector<Copy> open;                // the group not yet committed
 };
@@ -82,7 +89,10 @@ inline void wait(Barrier& barrier) {
     ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) swapcontext(&self().context, &scheduler);
+  self().waits_for = &barrier;
+  self().since = generation;
+  swapcontext(&self().context, &scheduler);
+  self().waits_for = nullptr;
 }
 
 inline void enter() {
@@ -117,13 +127,25 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
       fiber.context.uc_link = &scheduler;
       makecontext(&fiber.context, enter, 0);
     }
-    for (bool any = true; any;) {
-      any = false;
-      for (unsigned i = 0; i < threads; ++i) {
-        if (fibers[i]->done) continue;
-        any = true;
-        threadIdx.x = i;
-        swapcontext(&scheduler, &fibers[i]->context);
+    static std::mt19937 random(12345);
+    std::vector<unsigned> order(threads / 32);
+    std::iota(order.begin(), order.end(), 0);
+    for (bool left = true; left;) {
+      std::shuffle(order.begin(), order.end(), random);
+      for (unsigned warp : order) {
+        for (bool moved = true; moved;) {
+          moved = false;
+          for (unsigned i = 32 * warp; i < 32 * warp + 32; ++i) {
+            if (!fibers[i]->ready()) continue;
+            moved = true;
+            threadIdx.x = i;
+            swapcontext(&scheduler, &fibers[i]->context);
+          }
+        }
+      }
+      left = std::any_of(fibers.begin(), fibers.end(), [](const auto& fiber) { return !fiber->done; });
+      if (left && std::none_of(fibers.begin(), fibers.end(), [](const auto& fiber) { return fiber->ready(); })) {
+        std::abort();  // threads wait for others that have left, or wait elsewhere
       }
     }
   }

@@ -98,11 +98,12 @@ int matrix_conflicts() {
 }
 
 // The greatest number of words that meet in a bank when half a warp stores its pairs of sums in a panel.
-int panel_conflicts() {
+int panel_conflicts(int large) {
   int used[32] = {}, worst = 0;
   for (int lane = 0; lane < 16; ++lane) {
     const Place at = summed(lane, 0);
-    for (int i = 0; i < 2; ++i) worst = std::max(worst, ++used[(at.row * kPanelPitch + at.column + i) % 32]);
+    const int word = at.row * (large ? Large::kPanelPitch : Small::kPanelPitch) + at.column;
+    for (int i = 0; i < 2; ++i) worst = std::max(worst, ++used[(word + i) % 32]);
   }
   return worst;
 }
