@@ -36,6 +36,7 @@ CPU_SOURCES = [
 CUDA_SOURCES = [
     "csrc/cuda/fake_quantize.cu",
     "csrc/cuda/patch_similarity_entropy.cu",
+    "csrc/cuda/quant_linear.cu",
 ]
 
 

@@ -227,6 +227,20 @@ def _supports(
     return True, ""
 
 
+def _supports_cuda(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Verdict:
+    if weight.dtype == torch.int32:
+        return False, "weight was blocked for CPUs; the CUDA kernel takes it packed or float"
+    rows, outputs = x.shape[:-1].numel(), rest[4].shape[0]
+    if max(rows, outputs) > _MOST_ROWS:
+        return False, f"the result was [{rows}, {outputs}]; the CUDA kernel counts rows and columns up to {_MOST_ROWS}"
+    if x.is_cuda and (found := torch.cuda.get_device_capability(x.device)) < (8, 0):
+        return False, f"the device has compute capability {found[0]}.{found[1]}; the CUDA kernel needs 8.0"
+    return _supports(x, weight, *rest)
+
+
+_MOST_ROWS = (1 << 31) - 256  # in int32, with room for the last tile
+
+
 def _supports_triton(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Verdict:
     if weight.dtype == torch.int32:
         return False, "the weight is blocked, which is the form for CPUs"
@@ -272,6 +286,7 @@ forward = Operator(
     "ScalarType out_dtype) -> Tensor",
     fake=_fake_forward,
     backends=[
+        checking(compiled("quant_linear", "cuda", _supports_cuda)),
         checking(in_triton("quant_linear", __package__, _supports_triton)),
         compiled("quant_linear", "cpu", _supports),
         checking(Backend("reference", reference.quant_linear, anything)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfqvit.kernels import block_weight, pack_weight, quant_linear, unpack_weight
+from dfqvit.kernels import block_weight, extension, pack_weight, quant_linear, unpack_weight, use_backend
 from dfqvit.kernels.quant_linear import reference
 from dfqvit.kernels.quant_linear.blocked import stored_bits, unblock_weight
 
@@ -152,6 +152,24 @@ def test_low_precision_dtypes(seed, dtype):
     assert torch.equal(found - found, torch.zeros_like(found))
     close = two_step(x, weight, None, None, p)
     assert torch.allclose(quant_linear(x, weight, **p).double(), close, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("w_bits", [3, 4, 8])
+def test_compiled_backends_give_the_bits_of_the_reference(seed, backend, w_bits):
+    able, reason = {"cpu": extension.supports_cpu, "cuda": extension.supports_cuda}[backend]()
+    if not able:
+        pytest.skip(reason)
+    x, weight, p = sample((2, 5, 43), 11, w_bits=w_bits)
+    weight = pack_weight(weight, p["w_scale"], w_bits)
+    p |= {"bias": torch.randn(11), "acm": torch.randn(5, 11), "residual": torch.randn(2, 5, 11)}
+    x, weight = x.to(backend), weight.to(backend)
+    p = {name: value.to(backend) if isinstance(value, torch.Tensor) else value for name, value in p.items()}
+    for out in ({}, {"out_scale": 0.1, "out_zero": 100}):
+        with use_backend("reference"):
+            expected = quant_linear(x, weight, **p, **out)
+        with use_backend(backend):
+            assert torch.equal(quant_linear(x, weight, **p, **out), expected)
 
 
 def test_acm_row_is_the_token(seed):

@@ -1,0 +1,181 @@
+// dfqvit_cuda::quant_linear: memory and launches of the kernels in dfqvit/quant_linear.cuh. Scales and zero points are
+// read on the device only, so nothing waits for the GPU. Values are not checked here.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "dfqvit/quant_linear.cuh"
+#include "dfqvit/torch_dispatch.h"
+
+namespace dfqvit {
+namespace quant {
+namespace tile {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+template <typename T>
+struct DeviceType {
+  using type = T;
+};
+template <>
+struct DeviceType<at::Half> {
+  using type = __half;
+};
+template <>
+struct DeviceType<at::BFloat16> {
+  using type = __nv_bfloat16;
+};
+
+Type type_of(at::ScalarType type) {
+  return type == at::kFloat ? Type::f32 : type == at::kBFloat16 ? Type::bf16 : type == at::kHalf ? Type::f16 : Type::u8;
+}
+
+bool aligned(const at::Tensor& tensor, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
+// A tensor [..., columns] of bytes, ready to be read in chunks: in rows that are a multiple of `unit` long.
+at::Tensor whole_chunks(const at::Tensor& bytes, int64_t unit) {
+  const int64_t missing = (unit - bytes.size(-1) % unit) % unit;
+  if (missing != 0) return at::constant_pad_nd(bytes, {0, missing});
+  return aligned(bytes, kChunk) ? bytes.contiguous() : bytes.clone(at::MemoryFormat::Contiguous);
+}
+
+const float* floats(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
+}
+
+// x [..., columns] as bytes in rows that are a multiple of 16 long.
+at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, int64_t columns, const Quantizer& quantizer,
+                         cudaStream_t stream) {
+  const int64_t stride = (columns + kChunk - 1) / kChunk * kChunk;
+  at::Tensor out = at::empty({rows, stride}, x.options().dtype(at::kByte));
+  if (out.numel() == 0) return out;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>((rows + kRowsAtOnce - 1) / kRowsAtOnce, 1 << 16));
+  uint8_t* data = out.mutable_data_ptr<uint8_t>();
+  DFQVIT_DISPATCH_FLOATS(x.scalar_type(), "quant_linear", [&] {
+    using Element = typename DeviceType<scalar_t>::type;
+    quantize_rows_kernel<Element><<<blocks, kRowThreads, 0, stream>>>(
+        reinterpret_cast<const Element*>(x.const_data_ptr<scalar_t>()), rows, columns, quantizer, data, stride);
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+template <typename S, int kBits>
+void launch(const Operands& p, const Epilogue& e, int processors, cudaStream_t stream) {
+  const int64_t tiles = tile_count<S>(p.rows, p.outputs);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, static_cast<int64_t>(processors) * S::kBlocks));
+  multiply_kernel<S, kBits><<<blocks, S::kThreads, S::kSharedBytes, stream>>>(p, e, tiles);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename S>
+void launch(int64_t bits, const Operands& p, const Epilogue& e, int processors, cudaStream_t stream) {
+  static_assert(S::kSharedBytes <= 48 << 10, "more would have to be asked for");
+  switch (bits) {
+    case 2:
+      return launch<S, 2>(p, e, processors, stream);
+    case 3:
+      return launch<S, 3>(p, e, processors, stream);
+    case 4:
+      return launch<S, 4>(p, e, processors, stream);
+    case 5:
+      return launch<S, 5>(p, e, processors, stream);
+    case 6:
+      return launch<S, 6>(p, e, processors, stream);
+    case 7:
+      return launch<S, 7>(p, e, processors, stream);
+    default:
+      return launch<S, 8>(p, e, processors, stream);
+  }
+}
+
+at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const Optional& acm,
+                        const at::Tensor& x_scale, const at::Tensor& x_zero, const at::Tensor& w_scale, int64_t a_bits,
+                        int64_t w_bits, c10::string_view activation, const Optional& residual,
+                        const Optional& out_scale, const Optional& out_zero, int64_t out_bits,
+                        at::ScalarType out_dtype) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t columns = x.size(-1), outputs = w_scale.numel();
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = outputs;
+  at::Tensor result = at::empty(shape, x.options().dtype(out_dtype));
+  if (result.numel() == 0) return result;
+  TORCH_CHECK(std::max({rows, columns, outputs}) <= std::numeric_limits<int32_t>::max() - Large::kM,
+              "quant_linear: x, or the result, had more rows or columns than CUDA takes");
+
+  const Quantizer quantizer{floats(x_scale), 0, floats(x_zero), 0.0f, static_cast<float>((1 << a_bits) - 1)};
+  const at::Tensor a = x.scalar_type() == at::kByte ? whole_chunks(x, kChunk)
+                                                    : quantize_rows(x.contiguous(), rows, columns, quantizer, stream);
+  const at::Tensor w_scales = w_scale.contiguous();
+  const bool packed = weight.scalar_type() == at::kByte;
+  const int64_t bits = packed ? w_bits : 8;
+  const float half = static_cast<float>(1 << (w_bits - 1));
+  const Quantizer w_quantizer{floats(w_scales), 1, nullptr, -half, half - 1};
+  const at::Tensor b = packed ? whole_chunks(weight, 2 * bits)
+                              : quantize_rows(weight.contiguous(), outputs, columns, w_quantizer, stream);
+  const Operands operands{a.const_data_ptr<uint8_t>(), static_cast<int>(a.size(-1)), b.const_data_ptr<uint8_t>(),
+                          static_cast<int>(b.size(1)), static_cast<int>(rows),       static_cast<int>(outputs),
+                          static_cast<int>(columns)};
+
+  at::Tensor scale = at::empty({outputs}, w_scales.options()),
+             offset = at::empty({outputs}, scale.options().dtype(at::kInt));
+  columns_kernel<<<static_cast<unsigned>((outputs + kRowsAtOnce - 1) / kRowsAtOnce), kRowThreads, 0, stream>>>(
+      operands.b, operands.b_bytes, static_cast<int>(bits), operands.outputs, operands.depth, floats(x_scale),
+      floats(x_zero), floats(w_scales), scale.mutable_data_ptr<float>(), offset.mutable_data_ptr<int32_t>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+
+  const auto as_floats = [](const Optional& t) { return t ? t->to(at::kFloat).contiguous() : at::Tensor(); };
+  const at::Tensor biases = as_floats(bias), corrections = as_floats(acm), out_scales = as_floats(out_scale),
+                   out_zeros = as_floats(out_zero), addend = residual ? residual->contiguous() : at::Tensor();
+  Epilogue e{};
+  e.scale = floats(scale);
+  e.offset = offset.const_data_ptr<int32_t>();
+  e.bias = floats(biases);
+  e.acm = floats(corrections);
+  e.tokens = acm ? static_cast<int>(acm->size(0)) : 1;
+  e.activation = activation == "gelu"        ? Activation::gelu
+                 : activation == "gelu_tanh" ? Activation::gelu_tanh
+                                             : Activation::none;
+  e.residual = residual ? addend.const_data_ptr() : nullptr;
+  e.residual_type = residual ? type_of(addend.scalar_type()) : Type::f32;
+  e.out_scale = floats(out_scales);
+  e.out_zero = floats(out_zeros);
+  e.out_greatest = static_cast<float>((1 << out_bits) - 1);
+  e.out = result.mutable_data_ptr();
+  e.type = type_of(out_dtype);
+  e.whole = outputs % 4 == 0 && aligned(result, 16) && (!acm || aligned(corrections, 16)) &&
+            (!residual || aligned(addend, 16));
+
+  int processors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.device().index()));
+  if (tile_count<Large>(rows, outputs) >= processors) {
+    launch<Large>(bits, operands, e, processors, stream);
+  } else {
+    launch<Small>(bits, operands, e, processors, stream);  // four times the tiles, where large ones leave some idle
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace tile
+}  // namespace quant
+}  // namespace dfqvit
+
+TORCH_LIBRARY_IMPL(dfqvit_cuda, CUDA, m) {
+  m.impl("quant_linear", &dfqvit::quant::tile::quant_linear);
+}

@@ -1,0 +1,173 @@
+// The arithmetic of the CUDA kernels of quant_linear that needs no GPU: which thread holds what, the unpacking of
+// weights, and the epilogue. tests/kernels/quant_linear_tile.cpp runs it on the CPU. No torch headers.
+//
+// A block of threads sums a tile of the result, walking K in steps of 64. In shared memory a step is two arrays of rows
+// of 64 bytes: u8 activations, then s8 weights (one row an output). A row is 4 chunks of 16 bytes; chunk c of row r
+// stands at place c ^ (r / 2 % 4), so that the 8 rows that one `ldmatrix` reads together lie in different banks.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "dfqvit/host_device.h"
+
+namespace dfqvit {
+namespace quant {
+namespace tile {
+
+constexpr int kDepth = 64;                // of a step
+constexpr int kChunk = 16;                // bytes of one asynchronous copy
+constexpr int kChunks = kDepth / kChunk;  // of a row
+constexpr int kStages = 3;                // steps in shared memory: one in use, two on their way
+constexpr int kMmaM = 16, kMmaN = 8;      // the product of one instruction, 32 deep
+constexpr int kMmaChunks = 32 / kChunk;   // of its depth
+
+enum class Type : int { f32, bf16, f16, u8 };
+enum class Activation : int { none, gelu, gelu_tanh };
+
+// A tile of kM x kN sums, shared among kWarpsM x kWarpsN warps. kBlocks fit on a multiprocessor together.
+template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kBlocks_>
+struct Shape {
+  static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kBlocks = kBlocks_;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;        // the part of a warp,
+  static constexpr int kCountM = kWarpM / kMmaM, kCountN = kWarpN / kMmaN;  // in so many instructions
+  static constexpr int kCopiesA = kM * kChunks / kThreads, kCopiesB = kN * kChunks / kThreads;  // chunks of a thread
+  static constexpr int kStageBytes = (kM + kN) * kDepth;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // On their way to the result 16 rows of a warp's sums pass through shared memory (a panel), so that neighbouring
+  // lanes then write 4 columns each of a row. With 8 more than its columns, the 4 rows that half a warp stores at once
+  // lie in different banks.
+  static constexpr int kPanelPitch = kWarpN + 8, kPanelBytes = kMmaM * kPanelPitch * 4;
+  static constexpr int kRowLanes = kWarpN / 4, kRowsTogether = 32 / kRowLanes;
+  static_assert(kWarpN % 32 == 0 && kThreads / 32 * kPanelBytes <= kSharedBytes, "panels take the place of stages");
+  static_assert(kM * kChunks % kThreads == 0 && kN * kChunks % kThreads == 0 && kCountN % 2 == 0, "no remainders");
+};
+using Large = Shape<128, 128, 2, 2, 2>;  // 64 x 64 a warp: smaller parts read shared memory more than they multiply
+using Small = Shape<64, 64, 2, 2, 4>;
+
+struct Place {
+  int row, column;
+};
+
+// Chunk `i` that a thread copies: its row and its number in the row, which is the same for all of them.
+DFQVIT_HOST_DEVICE Place copied(int thread, int i, int threads) {
+  return {thread / kChunks + i * (threads / kChunks), thread % kChunks};
+}
+// The byte at which a chunk stands in its array.
+DFQVIT_HOST_DEVICE int shared_offset(int row, int chunk) {
+  return row * kDepth + (chunk ^ (row / 2 % kChunks)) * kChunk;
+}
+// The row and chunk whose address a lane gives to `ldmatrix.x4`: for one operand of 16 rows of activations,
+DFQVIT_HOST_DEVICE Place activation_address(int lane) {
+  return {lane % 16, lane / 16};
+}
+// and for two operands of 8 outputs each.
+DFQVIT_HOST_DEVICE Place weight_address(int lane) {
+  return {lane / 16 * 8 + lane % 8, lane / 8 % 2};
+}
+// Where sum i of a lane belongs in the 16 x 8 of one instruction.
+DFQVIT_HOST_DEVICE Place summed(int lane, int i) {
+  return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
+}
+
+// Where the four neighbouring sums that a lane takes from a panel stand; then in every kRowsTogether-th row below.
+template <typename S>
+DFQVIT_HOST_DEVICE Place finished(int lane) {
+  return {lane / S::kRowLanes, lane % S::kRowLanes * 4};
+}
+// The token of the row `down` below one of `token`, without a division where there are at least so many.
+DFQVIT_HOST_DEVICE int token_below(int token, int down, int tokens) {
+  token += down;
+  return token < tokens ? token : tokens >= down ? token - tokens : token % tokens;
+}
+
+// The first row and output of a warp, in its tile.
+template <typename S>
+DFQVIT_HOST_DEVICE Place warp_origin(int warp) {
+  return {warp / S::kWarpsN * S::kWarpM, warp % S::kWarpsN * S::kWarpN};
+}
+// The first row and output of a tile: tiles that follow each other share their activations.
+template <typename S>
+DFQVIT_HOST_DEVICE Place tile_origin(int64_t tile, int outputs) {
+  const int across = (outputs + S::kN - 1) / S::kN;
+  return {static_cast<int>(tile / across) * S::kM, static_cast<int>(tile % across) * S::kN};
+}
+template <typename S>
+inline int64_t tile_count(int64_t rows, int64_t outputs) {
+  return (rows + S::kM - 1) / S::kM * ((outputs + S::kN - 1) / S::kN);
+}
+
+// 16 weights of 2 to 7 bits as they stand in memory (kernels/pack_weight): 2 * bits bytes, little-endian.
+struct Packed {
+  uint64_t low, high;
+};
+struct Unpacked {
+  uint32_t word[4];
+};
+
+// The widest word that the bytes of 16 weights are a multiple of: rows must be, too.
+template <int kBits>
+using Wide = std::conditional_t<kBits % 4 == 0, uint64_t, std::conditional_t<kBits % 2 == 0, uint32_t, uint16_t>>;
+
+template <int kBits>
+DFQVIT_HOST_DEVICE Packed load_packed(const uint8_t* from) {
+  constexpr int kWord = static_cast<int>(sizeof(Wide<kBits>));
+  Packed packed{0, 0};
+#pragma unroll
+  for (int i = 0; i < 2 * kBits; i += kWord) {
+    const uint64_t word = reinterpret_cast<const Wide<kBits>*>(from)[i / kWord];
+    (i < 8 ? packed.low : packed.high) |= word << 8 * (i % 8);
+  }
+  return packed;
+}
+
+// Four signed fields of kBits in the low bits of `fields`, to four signed bytes.
+template <int kBits>
+DFQVIT_HOST_DEVICE uint32_t spread(uint32_t fields) {
+  constexpr uint32_t kPair = (1u << 2 * kBits) - 1, kField = ((1u << kBits) - 1) * 0x00010001u;
+  constexpr uint32_t kSign = (1u << (kBits - 1)) * 0x01010101u, kTop = 0x80808080u;
+  const uint32_t pairs = (fields & kPair) | ((fields << (16 - 2 * kBits)) & kPair << 16);
+  const uint32_t bytes = (pairs & kField) | ((pairs << (8 - kBits)) & kField << 8);
+  return ((bytes ^ (kSign | kTop)) - kSign) ^ kTop;  // (v ^ sign) - sign in each byte; the top bit keeps borrows inside
+}
+template <int kBits>
+DFQVIT_HOST_DEVICE Unpacked unpack(const Packed& packed) {
+  static_assert(kBits >= 2 && kBits <= 7, "8-bit weights are bytes already");
+  const uint64_t group[2] = {packed.low, packed.low >> 8 * kBits | packed.high << (64 - 8 * kBits)};
+  Unpacked result;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    constexpr uint32_t kFour = (1u << 4 * kBits) - 1;
+    result.word[i] = spread<kBits>(static_cast<uint32_t>(group[i / 2] >> 4 * kBits * (i % 2)) & kFour);
+  }
+  return result;
+}
+// Weight k of a row, one at a time.
+DFQVIT_HOST_DEVICE int unpacked_at(const uint8_t* row, int64_t k, int bits) {
+  const int bit = static_cast<int>(k % 8) * bits, sign = 1 << (bits - 1);
+  const uint8_t* byte = row + k / 8 * bits + bit / 8;
+  const int pair = byte[0] | (bit % 8 + bits > 8 ? byte[1] << 8 : 0);
+  return (((pair >> bit % 8) & ((1 << bits) - 1)) ^ sign) - sign;
+}
+
+// clamp(round(value / scale) + zero, least, greatest), half to even.
+DFQVIT_HOST_DEVICE float quantized(float value, float scale, float zero, float least, float greatest) {
+  return fminf(fmaxf(nearbyintf(value / scale) + zero, least), greatest);
+}
+// offset: x_zero * sum_k qw; scale: x_scale * w_scale.
+DFQVIT_HOST_DEVICE float dequantized(int32_t sum, int32_t offset, float scale) {
+  return scale * static_cast<float>(sum - offset);
+}
+DFQVIT_HOST_DEVICE float activated(float y, Activation activation) {
+  if (activation == Activation::gelu) return y * 0.5f * (1.0f + erff(y * 0.70710678f));
+  if (activation == Activation::gelu_tanh) {
+    return 0.5f * y * (1.0f + tanhf(0.79788456f * (y + 0.044715f * (y * y * y))));
+  }
+  return y;
+}
+
+}  // namespace tile
+}  // namespace quant
+}  // namespace dfqvit

@@ -1,0 +1,168 @@
+// Runs a CUDA kernel's own source on the CPU, for tests: the words of the language, and `launch`. Blocks run one after
+// the other. The threads of a block are fibers; a warp drawn at random runs as far as it can without the others, so
+// that a barrier that is missing shows.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__
+#define __forceinline__ inline
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __launch_bounds__(...)
+
+struct Index {
+  unsigned x;
+};
+struct uchar4 {
+  uint8_t x, y, z, w;
+};
+struct int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
+
+inline Index threadIdx, blockIdx, gridDim;
+
+namespace emulator {
+
+struct Barrier {
+  int size, arrived = 0, generation = 0;
+};
+struct Copy {
+  uint8_t* to;
+  const void* from;
+  bool there;
+};
+// What the lanes of a warp show each other.
+struct Warp {
+  Barrier barrier;
+  uint32_t words[32][6];
+};
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = false;
+  const Barrier* waits_for = nullptr;
+  int since = 0;  // the barrier's generation then
+
+  bool ready() const { return !done && (!waits_for || waits_for->generation != since); }
+  std::deque<std::vector<Copy>> groups;  // of copies that are on their way
+  std::vector<Copy> open;                // the group not yet committed
+};
+
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline std::vector<Warp> warps;
+inline Barrier block;
+inline ucontext_t scheduler;
+inline const std::function<void()>* kernel;
+
+inline Fiber& self() {
+  return *fibers[threadIdx.x];
+}
+inline Warp& my_warp() {
+  return warps[threadIdx.x / 32];
+}
+
+inline void wait(Barrier& barrier) {
+  const int generation = barrier.generation;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  self().waits_for = &barrier;
+  self().since = generation;
+  swapcontext(&self().context, &scheduler);
+  self().waits_for = nullptr;
+}
+
+inline void enter() {
+  (*kernel)();
+  self().done = true;
+}
+
+// Shows `mine` to the other lanes; then `read` sees what all of them showed.
+template <int kWords, typename Read>
+void exchange(const uint32_t (&mine)[kWords], Read read) {
+  Warp& warp = my_warp();
+  std::copy(mine, mine + kWords, warp.words[threadIdx.x % 32]);
+  wait(warp.barrier);
+  read(warp.words);
+  wait(warp.barrier);
+}
+
+inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+  kernel = &body;
+  gridDim.x = blocks;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    block = {static_cast<int>(threads)};
+    warps.assign(threads / 32, Warp{{32}, {}});
+    fibers.clear();
+    for (unsigned i = 0; i < threads; ++i) {
+      fibers.push_back(std::make_unique<Fiber>());
+      Fiber& fiber = *fibers.back();
+      fiber.stack.resize(64 << 10);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.data();
+      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_link = &scheduler;
+      makecontext(&fiber.context, enter, 0);
+    }
+    static std::mt19937 random(12345);
+    std::vector<unsigned> order(threads / 32);
+    std::iota(order.begin(), order.end(), 0);
+    for (bool left = true; left;) {
+      std::shuffle(order.begin(), order.end(), random);
+      for (unsigned warp : order) {
+        for (bool moved = true; moved;) {
+          moved = false;
+          for (unsigned i = 32 * warp; i < 32 * warp + 32; ++i) {
+            if (!fibers[i]->ready()) continue;
+            moved = true;
+            threadIdx.x = i;
+            swapcontext(&scheduler, &fibers[i]->context);
+          }
+        }
+      }
+      left = std::any_of(fibers.begin(), fibers.end(), [](const auto& fiber) { return !fiber->done; });
+      if (left && std::none_of(fibers.begin(), fibers.end(), [](const auto& fiber) { return fiber->ready(); })) {
+        std::abort();  // threads wait for others that have left, or wait elsewhere
+      }
+    }
+  }
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() {
+  emulator::wait(emulator::block);
+}
+inline void __syncwarp() {
+  emulator::wait(emulator::my_warp().barrier);
+}
+inline int __shfl_xor_sync(unsigned, int value, int distance) {
+  int result = 0;
+  emulator::exchange<1>({static_cast<uint32_t>(value)}, [&](const uint32_t (&words)[32][6]) {
+    result = static_cast<int>(words[threadIdx.x % 32 ^ distance][0]);
+  });
+  return result;
+}

@@ -1,0 +1,110 @@
+// The CUDA kernels of quant_linear on a CPU, for tests/kernels/test_quant_linear_cuda.py: csrc/include/dfqvit/
+// quant_linear.cuh itself, with the headers of this folder in place of CUDA's.
+#include "dfqvit/quant_linear.cuh"
+
+using namespace dfqvit::quant::tile;
+
+namespace {
+
+template <typename S, int kBits>
+void multiply(unsigned blocks, const Operands& p, const Epilogue& e) {
+  std::memset(memory, 0xAB, sizeof memory);
+  const int64_t tiles = tile_count<S>(p.rows, p.outputs);
+  emulator::launch(blocks, S::kThreads, [&] { multiply_kernel<S, kBits>(p, e, tiles); });
+}
+
+template <typename S>
+void multiply(int bits, unsigned blocks, const Operands& p, const Epilogue& e) {
+  switch (bits) {
+    case 2:
+      return multiply<S, 2>(blocks, p, e);
+    case 3:
+      return multiply<S, 3>(blocks, p, e);
+    case 4:
+      return multiply<S, 4>(blocks, p, e);
+    case 5:
+      return multiply<S, 5>(blocks, p, e);
+    case 6:
+      return multiply<S, 6>(blocks, p, e);
+    case 7:
+      return multiply<S, 7>(blocks, p, e);
+    default:
+      return multiply<S, 8>(blocks, p, e);
+  }
+}
+
+template <typename T>
+void quantize(unsigned blocks, const void* x, int rows, int columns, const Quantizer& q, uint8_t* out, int64_t stride) {
+  emulator::launch(blocks, kRowThreads,
+                   [&] { quantize_rows_kernel<T>(static_cast<const T*>(x), rows, columns, q, out, stride); });
+}
+
+}  // namespace
+
+extern "C" {
+
+void quantize_rows(int blocks, int type, const void* x, int rows, int columns, const float* scale, int step,
+                   const float* zero, float least, float greatest, uint8_t* out, int64_t stride) {
+  const Quantizer q{scale, step, zero, least, greatest};
+  switch (static_cast<Type>(type)) {
+    case Type::f32:
+      return quantize<float>(blocks, x, rows, columns, q, out, stride);
+    case Type::bf16:
+      return quantize<__nv_bfloat16>(blocks, x, rows, columns, q, out, stride);
+    default:
+      return quantize<__half>(blocks, x, rows, columns, q, out, stride);
+  }
+}
+
+void columns(const uint8_t* weight, int64_t row_bytes, int bits, int outputs, int depth, const float* x_scale,
+             const float* x_zero, const float* w_scale, float* scale, int32_t* offset) {
+  emulator::launch((outputs + kRowsAtOnce - 1) / kRowsAtOnce, kRowThreads, [&] {
+    columns_kernel(weight, row_bytes, bits, outputs, depth, x_scale, x_zero, w_scale, scale, offset);
+  });
+}
+
+void product(int large, int blocks, int bits, const uint8_t* a, int a_bytes, const uint8_t* b, int b_bytes, int rows,
+             int outputs, int depth, const float* scale, const int32_t* offset, const float* bias, const float* acm,
+             int tokens, int activation, const void* residual, int residual_type, const float* out_scale,
+             const float* out_zero, float out_greatest, void* out, int type, int whole) {
+  const Operands p{a, a_bytes, b, b_bytes, rows, outputs, depth};
+  const Epilogue e{scale,
+                   offset,
+                   bias,
+                   acm,
+                   tokens,
+                   static_cast<Activation>(activation),
+                   residual,
+                   static_cast<Type>(residual_type),
+                   out_scale,
+                   out_zero,
+                   out_greatest,
+                   out,
+                   static_cast<Type>(type),
+                   whole != 0};
+  large ? multiply<Large>(bits, blocks, p, e) : multiply<Small>(bits, blocks, p, e);
+}
+
+// The greatest number of the 8 rows of an `ldmatrix` that share a bank, over all rows and chunks.
+int matrix_conflicts() {
+  int worst = 0;
+  for (int row = 0; row < 128; row += 8) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      int used[8] = {};
+      for (int i = 0; i < 8; ++i) worst = std::max(worst, ++used[shared_offset(row + i, chunk) / 16 % 8]);
+    }
+  }
+  return worst;
+}
+
+// The greatest number of words that meet in a bank when half a warp stores its pairs of sums in a panel.
+int panel_conflicts(int large) {
+  int used[32] = {}, worst = 0;
+  for (int lane = 0; lane < 16; ++lane) {
+    const Place at = summed(lane, 0);
+    const int word = at.row * (large ? Large::kPanelPitch : Small::kPanelPitch) + at.column;
+    for (int i = 0; i < 2; ++i) worst = std::max(worst, ++used[(word + i) % 32]);
+  }
+  return worst;
+}
+}

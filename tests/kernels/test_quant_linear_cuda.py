@@ -1,0 +1,323 @@
+"""quant_linear's CUDA backend: on a GPU against the reference, and its kernels' own source run on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dfqvit.kernels import pack_weight, quant_linear, use_backend
+from dfqvit.kernels.quant_linear import op
+
+from .test_quant_linear_cpu import IDENTITY, around_ties, random_call
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+
+class Emulator:
+    """The kernels of csrc/include/dfqvit/quant_linear.cuh, called as csrc/cuda/quant_linear.cu does."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+
+    def __call__(self, name, *arguments):
+        """Tensors become pointers, None the null pointer; whole numbers int32."""
+        kinds = {int: ctypes.c_int, float: ctypes.c_float, torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr())}
+        values = [None if a is None else kinds[type(a)](a) if type(a) in kinds else a for a in arguments]
+        return self.library[name](*values)
+
+    def rows(self, x, scale, zero, least, greatest):
+        rows, columns = x.shape
+        stride = -(-columns // 16) * 16
+        out = torch.full((rows, stride), 0xAB, dtype=torch.uint8)
+        step = int(scale.numel() > 1)
+        sizes = (rows, columns, scale, step, zero, float(least), float(greatest), out, ctypes.c_int64(stride))
+        self("quantize_rows", 2, TYPES[x.dtype], x.contiguous(), *sizes)
+        return out
+
+    def linear(
+        self, x, weight, bias=None, acm=None, *, x_scale, x_zero, w_scale, a_bits, w_bits, activation=None,
+        residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, large=True, blocks=3,
+    ):  # fmt: skip
+        """quant_linear of x [rows, K] and a float or packed weight."""
+        rows, depth = x.shape
+        outputs = weight.shape[0]
+        x_scale, x_zero = torch.tensor([float(x_scale)]), torch.tensor([float(x_zero)])
+        w_scale = torch.as_tensor(w_scale).expand(outputs).contiguous()
+        if x.dtype == torch.uint8:
+            a = F.pad(x, (0, -depth % 16)).contiguous()
+        else:
+            a = self.rows(x, x_scale, x_zero, 0, (1 << a_bits) - 1)
+        if weight.dtype == torch.uint8:
+            bits = w_bits
+            b = F.pad(weight, (0, -weight.shape[1] % (2 * bits)), value=0xAB)  # weights beyond K may be anything
+        else:
+            bits, half = 8, 1 << (w_bits - 1)
+            b = self.rows(weight, w_scale, None, -half, half - 1)
+        scale, offset = torch.full((outputs,), torch.nan), torch.full((outputs,), -12345, dtype=torch.int32)
+        row_bytes = ctypes.c_int64(b.shape[1])
+        self("columns", b, row_bytes, bits, outputs, depth, x_scale, x_zero, w_scale, scale, offset)
+        bias, acm = (None if t is None else t.float().contiguous() for t in (bias, acm))
+        requantized = out_scale is not None
+        if requantized:
+            out_scale = torch.as_tensor(out_scale).float().expand(outputs).contiguous()
+            out_zero = torch.as_tensor(out_zero).float().expand(outputs).contiguous()
+        out_dtype = torch.uint8 if requantized else out_dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
+        out = torch.empty(rows, outputs, dtype=out_dtype)
+        out.view(torch.uint8).fill_(0xAB)
+        residual = None if residual is None else residual.contiguous()
+        epilogue = (scale, offset, bias, acm, 1 if acm is None else len(acm))
+        kinds = {None: 0, "gelu": 1, "gelu_tanh": 2}[activation], residual
+        kinds = (*kinds, 0 if residual is None else TYPES[residual.dtype])
+        results = (out_scale, out_zero, float((1 << out_bits) - 1), out, TYPES[out_dtype], int(outputs % 4 == 0))
+        sizes = (a, a.shape[1], b, b.shape[1], rows, outputs, depth)
+        self("product", int(large), blocks, bits, *sizes, *epilogue, *kinds, *results)
+        return out
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    if COMPILER is None or not sys.platform.startswith("linux"):
+        pytest.skip("no C++ compiler, or not Linux")
+    library = tmp_path_factory.mktemp("cuda") / "quant_linear.so"
+    folder = Path(__file__).with_name("cuda_on_cpu")
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
+    folders = [f"-I{folder}", f"-I{ROOT / 'csrc/include'}"]  # in this order
+    subprocess.run([COMPILER, *flags, *folders, "-o", str(library), str(folder / "quant_linear.cpp")], check=True)
+    return Emulator(library)
+
+
+def emulated(emulator, *args, large=True, blocks=3, **kwargs):
+    """The results of the CUDA kernels on the CPU, and of the reference."""
+    with use_backend("reference"):
+        expected = quant_linear(*args, **kwargs)
+    return emulator.linear(*args, **kwargs, large=large, blocks=blocks), expected
+
+
+def random_packed_call(rng, rows, outputs, depth):
+    """`random_call` without the blocked weights, which are for CPUs."""
+    (x, weight, bias, acm), p = random_call(rng, rows, outputs, depth)
+    if weight.dtype == torch.int32:
+        weight = pack_weight(torch.randn(outputs, depth), p["w_scale"], p["w_bits"])
+    return (x, weight, bias, acm), p
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("most", [(140, 140, 70), (9, 9, 600), (20, 300, 40), (300, 20, 40)])
+def test_kernels_on_the_cpu_give_the_bits_of_the_reference(seed, emulator, most, large):
+    rng = random.Random(seed)
+    for _ in range(6):
+        rows, outputs, depth = (rng.randint(1, n) for n in most)
+        arguments, p = random_packed_call(rng, rows, outputs, depth)
+        found, expected = emulated(emulator, *arguments, large=large, blocks=rng.randint(1, 4), **p)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected), (rows, outputs, depth, arguments[0].dtype, arguments[1].dtype, p)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("w_bits", range(2, 9))
+def test_depths_on_the_cpu(seed, emulator, w_bits, large):
+    """Fewer steps than stages, as many, more; odd groups of weights; no part of K that an instruction divides."""
+    for depth in (1, 8, 16, 24, 63, 64, 65, 128, 129, 256, 300):
+        x = torch.randint(0, 256, (17, depth), dtype=torch.uint8)
+        weight = pack_weight(torch.randn(12, depth) * (1 << w_bits) / 3, 1.0, w_bits)
+        p = {**IDENTITY, "w_bits": w_bits, "x_zero": 255, "w_scale": torch.rand(12) + 0.1}
+        found, expected = emulated(emulator, x, weight, large=large, **p)
+        assert torch.equal(found, expected), depth
+
+
+@pytest.mark.parametrize("w_bits", range(2, 9))
+def test_every_weight_is_unpacked_in_its_place(emulator, w_bits):
+    """Each value at each place, read through a unit matrix of activations."""
+    half = 1 << (w_bits - 1)
+    q = torch.arange(-half, half).repeat(48)[: 48 * (2 * half - 1)].view(-1, 48).float()
+    x = torch.eye(48, dtype=torch.uint8)
+    p = {**IDENTITY, "w_bits": w_bits, "w_scale": torch.ones(len(q))}
+    assert torch.equal(emulator.linear(x, pack_weight(q, 1.0, w_bits), large=False, **p), q.t())
+
+
+@pytest.mark.parametrize("w_bits", [2, 7, 8])
+def test_largest_integers_on_the_cpu(emulator, w_bits):
+    depth, half = 520, 1 << (w_bits - 1)
+    x, weight = torch.full((3, depth), 255, dtype=torch.uint8), torch.full((2, depth), float(half - 1))
+    weight[1] = -half
+    p = {**IDENTITY, "w_bits": w_bits, "w_scale": torch.ones(2)}
+    for x_zero in (0, 255):
+        found, expected = emulated(emulator, x, pack_weight(weight, 1.0, w_bits), **{**p, "x_zero": x_zero})
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 49, 148])
+def test_rows_find_their_tokens(seed, emulator, tokens):
+    x, rows = torch.zeros(148 // tokens * tokens, 1, dtype=torch.uint8), 148 // tokens * tokens
+    acm = torch.randn(tokens, 8)
+    for large in (False, True):
+        found = emulator.linear(x, torch.ones(8, 1), None, acm, large=large, **{**IDENTITY, "w_scale": torch.ones(8)})
+        assert torch.equal(found, acm.repeat(rows // tokens, 1))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 0.1, 7.0, 1e20])
+def test_quotients_near_ties_on_the_cpu(seed, emulator, size):
+    scale = float((torch.rand(()) + 0.5) * size)
+    values = torch.cat([around_ties(scale), torch.tensor([3e38, -3e38, 1e-45, -0.0]).repeat(5)]).view(-1, 20)
+    p = {**IDENTITY, "w_scale": torch.ones(20)}
+    found, expected = emulated(emulator, values, torch.eye(20), **{**p, "x_scale": scale, "x_zero": 100})
+    assert torch.equal(found, expected)
+    zeros = torch.zeros_like(values, dtype=torch.uint8)
+    found, expected = emulated(emulator, zeros, torch.eye(20), None, values, **p, out_scale=scale, out_zero=100)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_activations_on_the_cpu(seed, emulator, activation):
+    y = torch.cat([torch.linspace(-12, 12, 3001), torch.randn(500) * 3, torch.tensor([-1e30, 1e30, -0.0])]).view(-1, 8)
+    arguments = (torch.zeros(len(y), 1, dtype=torch.uint8), torch.ones(8, 1), None, y)
+    found = emulator.linear(*arguments, activation=activation, **IDENTITY).double()
+    expected = F.gelu(y.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
+    assert float(((found - expected).abs() / (1 + expected.abs())).max()) < 2e-6
+
+
+def test_shared_memory_is_read_and_written_without_bank_conflicts(emulator):
+    assert emulator("matrix_conflicts") == 1
+    assert emulator("panel_conflicts", 0) == 1
+    assert emulator("panel_conflicts", 1) == 1
+
+
+def arguments_on_meta(**change):
+    """The operator's arguments as `supports` sees them."""
+    named = {
+        "x": torch.empty(4, 8, device="meta"),
+        "weight": torch.empty(5, 8, device="meta"),
+        "bias": None,
+        "acm": None,
+        "x_scale": torch.ones(()),
+        "x_zero": torch.zeros(()),
+        "w_scale": torch.ones(5),
+        "a_bits": 8,
+        "w_bits": 8,
+        "activation": "none",
+        "residual": None,
+        "out_scale": None,
+        "out_zero": None,
+        "out_bits": 8,
+        "out_dtype": torch.float32,
+    }
+    return list((named | change).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"weight": torch.empty(1, 144, dtype=torch.int32, device="meta")}, "weight was blocked for CPUs"),
+        ({"x": torch.empty(1 << 31, 8, device="meta")}, "the CUDA kernel counts rows and columns up to 2147483392"),
+        ({"x": torch.empty(4, 8, dtype=torch.float64, device="meta")}, "float64 runs on the reference"),
+        ({"out_dtype": torch.float64}, "float64 runs on the reference"),
+        ({"x": torch.empty(1, 65794, device="meta")}, "sums of 65794 products of 8 and 8 bits do not fit in int32"),
+    ],
+)
+def test_what_the_kernel_declines(change, reason):
+    able, found = op._supports_cuda(*arguments_on_meta(**change))
+    assert able == (reason == "")
+    assert reason in found
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def to_cuda(value):
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def both(*args, **kwargs):
+    """The results of backends cuda, over poisoned memory, and reference, on the GPU."""
+    args, kwargs = [to_cuda(a) for a in args], {name: to_cuda(v) for name, v in kwargs.items()}
+    with use_backend("reference"):
+        expected = quant_linear(*args, **kwargs)
+    for _ in range(2):  # memory freed here is likely to be the result's
+        torch.empty_like(expected).view(torch.uint8).fill_(0xAB)
+    with use_backend("cuda"):
+        return quant_linear(*args, **kwargs), expected
+
+
+class TestOnTheGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize(
+        "most", [(1, 1, 5000), (9, 9, 5000), (70, 90, 300), (300, 140, 70), (20, 3000, 20), (5000, 900, 90)]
+    )
+    def test_same_bits_as_the_reference(self, seed, most):
+        rng = random.Random(seed)
+        for _ in range(20):
+            rows, outputs, depth = (rng.randint(1, n) for n in most)
+            arguments, p = random_packed_call(rng, rows, outputs, depth)
+            found, expected = both(*arguments, **p)
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected), (rows, outputs, depth, arguments[0].dtype, arguments[1].dtype, p)
+
+    @pytest.mark.parametrize("w_bits", range(2, 9))
+    @pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 129, 6000])
+    def test_edges_of_the_tiles(self, seed, rows, w_bits):
+        for outputs, depth in ((1, 1), (63, 63), (64, 64), (65, 72), (129, 200), (384, 48)):
+            x = torch.randint(0, 256, (rows, depth), dtype=torch.uint8)
+            weight = pack_weight(torch.randn(outputs, depth) * (1 << w_bits) / 3, 1.0, w_bits)
+            p = {**IDENTITY, "w_bits": w_bits, "x_zero": 255, "w_scale": torch.rand(outputs) + 0.1}
+            found, expected = both(x, weight, **p)
+            assert torch.equal(found, expected), (outputs, depth)
+
+    def test_strided_and_unaligned_arguments(self, seed):
+        x = torch.randint(0, 256, (33 * 32 + 1,), dtype=torch.uint8).cuda()[1:].view(33, 32)
+        weight = pack_weight(torch.randn(19, 32) * 50, 1.0, 8).flatten()
+        weight = torch.cat([weight[:1], weight]).cuda()[1:].view(19, 32)
+        residual = torch.randn(18, 33).cuda().t()
+        p = {**IDENTITY, "x_zero": 7, "w_scale": torch.rand(38)[::2] + 0.1}
+        found, expected = both(x, weight, torch.randn(38)[::2], torch.randn(19, 11).t(), **p)
+        assert torch.equal(found, expected)
+        found, expected = both(x, weight[:18], residual=residual, **(p | {"w_scale": torch.ones(18)}))
+        assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("x_zero", [0, 255])
+    def test_sums_up_to_the_limit_of_int32(self, x_zero):
+        x = torch.full((2, 65793), 0 if x_zero else 255, dtype=torch.uint8)
+        weight = torch.full((2, 65793), -128.0)
+        found, expected = both(x, weight, **{**IDENTITY, "w_scale": torch.ones(2), "x_zero": x_zero})
+        assert torch.equal(found, expected)
+        assert abs(float(found[0, 0])) > 0.99 * 2**31
+
+    @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+    def test_activations(self, seed, activation):
+        y = torch.cat([torch.linspace(-12, 12, 20001), torch.randn(5000) * 3]).view(-1, 1)
+        arguments = (torch.zeros(len(y), 1), torch.ones(1, 1), None, y)
+        found, expected = both(*arguments, activation=activation, **IDENTITY)
+        assert torch.allclose(found, expected, rtol=2e-6, atol=2e-6)
+        found, expected = both(*arguments, activation=activation, **IDENTITY, out_scale=0.04, out_zero=10)
+        assert int((found.int() - expected.int()).abs().max()) <= 1
+
+    @pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (3, 0), (7,)])
+    def test_empty_and_single_shapes(self, shape):
+        p = IDENTITY | {"w_scale": torch.ones(3)}
+        found, expected = both(torch.ones(shape), torch.ones(3, shape[-1]), torch.ones(3), **p)
+        assert found.shape == (*shape[:-1], 3)
+        assert torch.equal(found, expected)
+
+    def test_in_a_cuda_graph(self, seed):
+        x, weight = torch.randn(70, 40).cuda(), pack_weight(torch.randn(30, 40), 0.1, 4).cuda()
+        p = {k: to_cuda(torch.as_tensor(v)) for k, v in {"x_scale": 0.03, "x_zero": 128.0, "w_scale": 0.1}.items()}
+        with use_backend("cuda"):
+            quant_linear(x, weight, a_bits=8, w_bits=4, **p)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = quant_linear(x, weight, a_bits=8, w_bits=4, **p)
+        x.copy_(torch.randn(70, 40))
+        graph.replay()
+        with use_backend("reference"):
+            assert torch.equal(found, quant_linear(x, weight, a_bits=8, w_bits=4, **p))
