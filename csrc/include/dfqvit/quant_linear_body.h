@@ -123,8 +123,8 @@ DFQVIT_INLINE void gelu(vec* x, const Gelu& c) {
   }
 }
 
-// The same where the result is rounded to bytes: a polynomial, without the division. x is cut to +-limit in the fraction
-// 1/2 + x P(u), u = 2 (x / limit)^2 - 1. Error at most 5.6e-6 (1 + |result|).
+// The same where the result is rounded to bytes: a polynomial, without the division. x is cut to +-limit in the
+// fraction 1/2 + x P(u), u = 2 (x / limit)^2 - 1. Error at most 5.6e-6 (1 + |result|).
 struct CoarseGelu {
   float p[11], limit;
 };
