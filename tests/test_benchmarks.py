@@ -54,7 +54,8 @@ def test_rows_of_each_contender_and_batch(run):
 
 def test_a_peer_that_is_missing_or_fails_is_a_row_with_the_reason(run, tmp_path):
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('broken on purpose')\n")
-    (tmp_path / "onnxscript.py").write_text("")
+    for name in ("onnx", "onnxscript"):
+        (tmp_path / f"{name}.py").write_text("")
     path = os.pathsep.join([str(tmp_path), str(BENCHMARKS.parent)])
     peers = ["onnxruntime-int8", "openvino-int8", "eager-float32"]
     done, rows = run("--batches", "2", "--contenders", *peers, PYTHONPATH=path)

@@ -62,8 +62,8 @@ CONTENDERS = {
     "compile-bf16": Contender("pytorch:compiled", {"dtype": "bfloat16"}),
     "torchao-int8": Contender("pytorch:torchao_int8", packages=("torchao",)),
     "pt2e-int8": Contender("pytorch:pt2e_int8", packages=("torchao",), devices=CPU),
-    "onnxruntime-float32": Contender("graphs:onnxruntime", {"int8": False}, ("onnxruntime", "onnxscript"), CPU),
-    "onnxruntime-int8": Contender("graphs:onnxruntime", {"int8": True}, ("onnxruntime", "onnxscript"), CPU),
+    "onnxruntime-float32": Contender("graphs:onnxruntime", {"int8": False}, ("onnx", "onnxruntime", "onnxscript"), CPU),
+    "onnxruntime-int8": Contender("graphs:onnxruntime", {"int8": True}, ("onnx", "onnxruntime", "onnxscript"), CPU),
     "openvino-float32": Contender("graphs:openvino", {"precision": "f32"}, ("openvino",), CPU),
     "openvino": Contender("graphs:openvino", {}, ("openvino",), CPU),  # its default: bf16 where the processor has it
     "openvino-int8": Contender("graphs:openvino", {"int8": True}, ("openvino", "nncf"), CPU),
