@@ -82,8 +82,8 @@ struct Block::Stages {
       for (int64_t h = 0; h < block.attention_.heads; ++h) attend(first, h, 0, from, to, work);
     }
   }
-  // All windows of the images whose first rows are begin to end, a multiple of an image.
-  void attend_windows(int64_t image_index, int64_t window, const Workspace& work) const {
+  // Attention of one window of one image.
+  void attend_window(int64_t image_index, int64_t window, const Workspace& work) const {
     for (int64_t h = 0; h < block.attention_.heads; ++h) attend(image_index * image, h, window, 0, heads.tokens, work);
   }
   // Rows begin to end of everything after attention.
@@ -159,7 +159,7 @@ at::Tensor Block::run(const at::Tensor& x) const {
           stages.attend(0, own, scratch);
         } else {
           const Workspace work(stages.heads, scratch);
-          for (int64_t i = 0; i < own / image * windows; ++i) stages.attend_windows(i / windows, i % windows, work);
+          for (int64_t i = 0; i < own / image * windows; ++i) stages.attend_window(i / windows, i % windows, work);
         }
         stages.after(0, own, scratch);
       }
@@ -176,7 +176,7 @@ at::Tensor Block::run(const at::Tensor& x) const {
   if (windows > 1) {
     at::parallel_for(0, batch * windows, 1, [&](int64_t begin, int64_t end) {
       const Workspace work(stages.heads, thread_memory(scratch));
-      for (int64_t i = begin; i < end; ++i) stages.attend_windows(i / windows, i % windows, work);
+      for (int64_t i = begin; i < end; ++i) stages.attend_window(i / windows, i % windows, work);
     });
   }
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {

@@ -32,8 +32,8 @@ def quant_attention(
         y_i   = v_scale * (sum_j p_ij * (v_j - v_zero)) / sum_j p_ij
         result = y, or with out_scale: clamp(round(y / out_scale) + out_zero, 0, 2^out_bits - 1)
 
-    The integer sums are exact, rounding is half to even. Exponentials differ in their last bits between backends, so a p_ij
-    may be one step apart where 255 exp(...) lies that close to the middle between two.
+    The integer sums are exact, rounding is half to even. Backends may approximate the exponentials to 3e-6 of their size, so
+    a p_ij may be one step apart where 255 exp(...) lies that close to the middle between two.
 
     Args:
         qkv: uint8 [B, T, 3 * heads * D], as timm's qkv layer lays it out.

@@ -42,9 +42,10 @@ def quant_linear(
         result = y, or with out_scale: clamp(round(y / out_scale[n]) + out_zero[n], 0, 2^out_bits - 1)
 
     Rounding is half to even, the integer sums are exact, the rest is float32 in this order. Integer results are the same on
-    every backend; only after GELU, whose last bits differ, may they be one apart, where y / out_scale lies within that
-    difference of a tie. The backward is straight-through: the gradient of x and of a float weight is zero where they were
-    clamped; x_scale and w_scale get theirs in the LSQ form (arXiv 1902.08153) if they require one, x_zero gets none.
+    every backend; only after GELU, which a backend may approximate to 6e-6 (1 + |y|) if the result is rounded, may they be
+    one apart, where y / out_scale lies within that difference of a tie. The backward is straight-through: the gradient of x
+    and of a float weight is zero where they were clamped; x_scale and w_scale get theirs in the LSQ form (arXiv 1902.08153)
+    if they require one, x_zero gets none.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; or uint8, the integers qx themselves (not checked on GPUs). The
