@@ -65,3 +65,18 @@ def test_a_peer_that_is_missing_or_fails_is_a_row_with_the_reason(run, tmp_path)
         assert rows[1]["skipped"] == "openvino, nncf not installed"
     assert rows[2]["contender"] == "eager-float32"
     assert "onnxruntime-int8: left out: ImportError: broken on purpose" in done.stdout
+
+
+def test_the_cost_of_acm_is_measured_in_pairs_beside_a_copy_without_any(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    short = ["--models", "demo", "--batches", "2", "--gammas", "0", "3", "--seconds", "0.1", "--device", "cpu"]
+    command = [sys.executable, str(BENCHMARKS / "acm.py"), *short, "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["gamma"], row["blocks"]) for row in rows] == [(0, 0), (3, 2)]
+    for row in rows:
+        low, high = row["interval_percent"]
+        assert low <= row["cost_percent"] <= high
+        assert row["pairs"] >= 15

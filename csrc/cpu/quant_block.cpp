@@ -128,7 +128,9 @@ Block::Block(NormLayer norm1, LinearLayer qkv, AttentionLayer attention, LinearL
       proj_(std::move(proj)),
       fc1_(std::move(fc1)),
       fc2_(std::move(fc2)),
-      attention_(std::move(attention)) {}
+      attention_(std::move(attention)) {
+  for (LinearLayer* layer : {&qkv_, &proj_, &fc1_, &fc2_}) layer->gather_acm();
+}
 
 // With enough images every thread takes some of them through all stages in its own memory. Otherwise the threads share
 // the rows, and wait for each other before attention, which needs the keys and values of a whole image.

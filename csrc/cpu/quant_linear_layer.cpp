@@ -1,6 +1,7 @@
 // LinearLayer: the weight in blocks, and the constants of the epilogue, checked.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <cmath>
 
@@ -87,7 +88,7 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
                          int64_t in_features, int64_t a_bits, int64_t w_bits, c10::string_view activation,
                          const OptionalTensor& out_scale, const OptionalTensor& out_zero, int64_t out_bits,
                          at::ScalarType out_dtype)
-    : corrections(floats(acm)), in_features(in_features), out_features(w_scale.numel()) {
+    : in_features(in_features), out_features(w_scale.numel()) {
   const at::Tensor w_scales = w_scale.contiguous();
   const float* scales = w_scales.const_data_ptr<float>();
   const int64_t greatest = (1 << a_bits) - 1;
@@ -126,10 +127,32 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
   epilogue.activation = activation == "gelu"        ? Activation::gelu
                         : activation == "gelu_tanh" ? Activation::gelu_tanh
                                                     : Activation::none;
-  epilogue.acm = acm ? corrections.const_data_ptr<float>() : nullptr;
+  if (acm) corrections = (acm->scalar_type() == at::kDouble ? acm->to(at::kFloat) : *acm).contiguous();
+  epilogue.acm = acm ? corrections.const_data_ptr() : nullptr;
+  epilogue.acm_row = out_features;
+  epilogue.acm_block = kOutputs;
+  epilogue.acm_type = acm ? type_of(corrections.scalar_type()) : Type::f32;
   epilogue.tokens = acm ? acm->size(0) : 1;
   epilogue.type = type_of(out_dtype);
   epilogue.out_greatest = static_cast<float>((1 << out_bits) - 1);
+}
+
+void LinearLayer::gather_acm() {
+  if (!corrections.defined()) return;
+  const at::Tensor gathered = at::zeros({count(), epilogue.tokens, kOutputs}, corrections.options());
+  const int64_t width = corrections.element_size();
+  const char* from = static_cast<const char*>(corrections.const_data_ptr());
+  char* to = static_cast<char*>(gathered.mutable_data_ptr());
+  for (int64_t block = 0; block < count(); ++block) {
+    const int64_t column = block * kOutputs, valid = std::min<int64_t>(kOutputs, out_features - column);
+    for (int64_t t = 0; t < epilogue.tokens; ++t, to += kOutputs * width) {
+      std::memcpy(to, from + (t * out_features + column) * width, valid * width);
+    }
+  }
+  corrections = gathered;
+  epilogue.acm = corrections.const_data_ptr();
+  epilogue.acm_row = kOutputs;
+  epilogue.acm_block = epilogue.tokens * kOutputs;
 }
 
 }  // namespace quant

@@ -37,7 +37,7 @@ def quant_linear(
 
         qx = clamp(round(x / x_scale) + x_zero, 0, 2^a_bits - 1)
         qw = clamp(round(weight / w_scale[n]), -2^(w_bits-1), 2^(w_bits-1) - 1)
-        y[r, n] = x_scale * w_scale[n] * (sum_k qx[r, k] * qw[n, k] - x_zero * sum_k qw[n, k]) + bias[n] + acm[r mod T, n]
+        y[r, n] = x_scale * w_scale[n] * (sum_k qx[r, k] * qw[n, k] - x_zero * sum_k qw[n, k]) + (bias[n] + acm[r mod T, n])
         y = activation(y) + residual
         result = y, or with out_scale: clamp(round(y / out_scale[n]) + out_zero[n], 0, 2^out_bits - 1)
 

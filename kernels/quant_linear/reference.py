@@ -53,10 +53,11 @@ def quant_linear(
     qx, qw = qx.to(exact), qw.to(exact)
     total = qx @ qw.t() - x_zero.to(exact) * qw.sum(1)
     y = (x_scale * w_scale) * total.to(dtype)
-    if bias is not None:
-        y = y + bias
     if acm is not None:
-        y = (y.reshape(-1, *acm.shape) + acm).reshape(y.shape)
+        addend = acm if bias is None else bias.to(dtype) + acm
+        y = (y.reshape(-1, *acm.shape) + addend).reshape(y.shape)
+    elif bias is not None:
+        y = y + bias
     y = ACTIVATIONS[activation](y)
     if residual is not None:
         y = y + residual

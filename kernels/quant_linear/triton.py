@@ -130,11 +130,13 @@ def _product_kernel(
 
     scale = tl.load(x_scale) * tl.load(w_scale + n, mask=inside_n, other=0.0)
     y = scale[None, :] * total.to(tl.float32)
-    if bias is not None:
-        y += tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
     cells = inside_m[:, None] & inside_n[None, :]
+    addend = tl.zeros_like(y)
+    if bias is not None:
+        addend += tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
     if acm is not None:
-        y += tl.load(acm + (m % tokens)[:, None] * count + n[None, :], mask=cells, other=0.0).to(tl.float32)
+        addend += tl.load(acm + (m % tokens)[:, None] * count + n[None, :], mask=cells, other=0.0).to(tl.float32)
+    y += addend
     y = _activate(y, ACTIVATION)
     place = m.to(tl.int64)[:, None] * count + n[None, :]
     if residual is not None:

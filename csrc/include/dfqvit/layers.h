@@ -35,6 +35,9 @@ struct LinearLayer {
   Epilogue epilogue;  // but for the residual and the result
   bool ordinary;      // whether the fast quotients are exact
 
+  // For many calls: copies acm so that what a tile adds lies together, [blocks, tokens, 16].
+  void gather_acm();
+
   int64_t count() const { return static_cast<int64_t>(columns.size()); }  // of blocks
   int64_t stride() const { return weight.chunks * kDepth; }               // bytes of a padded row of the input
 };

@@ -266,18 +266,17 @@ struct Columns {
 __device__ __forceinline__ void finish(const int32_t (&sum)[4], const Columns& c, const Epilogue& e, int token,
                                        int64_t row, int outputs) {
   const int64_t index = row * outputs + c.n;
-  Four<float> y;
+  Four<float> y, addend;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    y.value[i] = dequantized(sum[i], c.offset[i], c.scale[i]);
-    if (e.bias) y.value[i] += c.bias[i];
-  }
+  for (int i = 0; i < 4; ++i) addend.value[i] = c.bias[i];
   if (e.acm) {
     const int64_t at = static_cast<int64_t>(token) * outputs + c.n;
     const Four<float> acm = load_four<float>(e.acm, at, e.whole, c.count);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y.value[i] += acm.value[i];
+    for (int i = 0; i < 4; ++i) addend.value[i] += acm.value[i];
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) y.value[i] = dequantized(sum[i], c.offset[i], c.scale[i]) + addend.value[i];
   if (e.activation != Activation::none) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) y.value[i] = activated(y.value[i], e.activation);

@@ -43,6 +43,14 @@ struct Weight {
   }
 };
 
+// Rows of `depth` bytes that meet all blocks, `weight` bytes, before the next rows do. Where the weights fit the second
+// cache, as many as fit the first; else the weights come from further away, and more rows share the journey.
+inline int64_t part_rows(int64_t depth, int64_t weight, int64_t tile) {
+  depth = std::max<int64_t>(depth, 1);
+  const int64_t rows = weight <= 1 << 20 ? (24 << 10) / depth : std::max<int64_t>((256 << 10) / depth, 128);
+  return std::max<int64_t>(1, rows / tile) * tile;
+}
+
 // Float to integer: clamp(round(x / scale) + zero, 0, greatest).
 struct Quantizer {
   float scale, reciprocal, zero, greatest;  // reciprocal = 1 / scale, as float32 division gives it
@@ -64,8 +72,9 @@ struct Epilogue {
   const Columns* columns;  // of block 0
   int64_t out_features;
   Activation activation;
-  const float* acm;  // [tokens, out_features] or null
-  int64_t tokens;
+  const void* acm;  // of `tokens` rows, or null
+  Type acm_type;
+  int64_t tokens, acm_row, acm_block;  // elements from row to row and from block to block of acm
   const void* residual;  // row 0 of the result; [rows, out_features] or null
   Type residual_type;
   void* out;  // row 0 of the result

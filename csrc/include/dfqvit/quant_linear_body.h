@@ -34,7 +34,6 @@ DFQVIT_INLINE void quantize_vectors(uint8_t* const* places, vec* x, const vec* s
   simd::store_integers<n, columns, kTogether>(places, x, zero, greatest);
 }
 
-constexpr int64_t kPartBytes = 24 << 10;  // of rows that stay in the first cache, beside the weights
 constexpr size_t kAhead =
     2048;  // bytes; from memory this halves the time, which the processor's own prefetch leaves idle
 
@@ -86,10 +85,17 @@ DFQVIT_TARGET inline bool quantize(const void* x, Type type, int64_t rows, int64
 
 #include "dfqvit/quant_linear_gelu.h"
 
-DFQVIT_INLINE vec load_as(const void* p, Type type, int64_t i) {
-  if (type == Type::bf16) return simd::load(static_cast<const ::dfqvit::simd::bfloat*>(p) + i);
-  if (type == Type::f16) return simd::load(static_cast<const ::dfqvit::simd::half*>(p) + i);
-  return simd::load(static_cast<const float*>(p) + i);
+// Adds rows of 16 values to y [n / kVectors rows]; `stride`: elements from row to row.
+template <int n, class From>
+DFQVIT_INLINE void add_rows(vec* y, const From* rows, int64_t stride) {
+  DFQVIT_EACH y[i] = simd::add(y[i], simd::load(rows + i / kVectors * stride + i % kVectors * simd::kLanes));
+}
+template <int n>
+DFQVIT_INLINE void add_rows(vec* y, const char* rows, Type type, int64_t stride) {
+  const void* p = rows;
+  if (type == Type::bf16) return add_rows<n>(y, static_cast<const ::dfqvit::simd::bfloat*>(p), stride);
+  if (type == Type::f16) return add_rows<n>(y, static_cast<const ::dfqvit::simd::half*>(p), stride);
+  add_rows<n>(y, static_cast<const float*>(p), stride);
 }
 
 constexpr int64_t size_of(Type type) {
@@ -103,6 +109,19 @@ struct Standard {
 
   const int32_t* start(int64_t block) const { return e.columns[block].start; }
 
+  // Asks for what rows `row` on and `blocks` blocks will add, so that it is there when their sums are.
+  void ahead(int64_t row, int64_t count, int64_t block, int blocks) const {
+    const int64_t first = e.first_row + row;
+    if (e.residual) ask(e.residual, e.residual_type, first, count, e.out_features, block * kOutputs, blocks * kOutputs);
+    if (!e.acm) return;
+    const int64_t token = first % e.tokens, unbroken = std::min(count, e.tokens - token);
+    for (int j = 0; j < blocks; ++j) {
+      const int64_t place = (block + j) * e.acm_block;
+      ask(e.acm, e.acm_type, token, unbroken, e.acm_row, place, kOutputs);
+      ask(e.acm, e.acm_type, 0, std::min(count - unbroken, token), e.acm_row, place, kOutputs);
+    }
+  }
+
   // sums [count, 16] of rows `row` on and of one block.
   DFQVIT_TARGET void operator()(int64_t row, int64_t count, int64_t block, const int32_t* sums) const {
     const int64_t column = block * kOutputs, first = e.first_row + row;
@@ -110,8 +129,8 @@ struct Standard {
     const int64_t place = first * e.out_features + column;
     const char* residual = e.residual ? static_cast<const char*>(e.residual) + place * step : nullptr;
     T* out = static_cast<T*>(e.out) + first * e.out_stride + column;
-    int64_t token = e.acm ? first % e.tokens : 0;
-    const float* acm = e.acm ? e.acm + column : nullptr;
+    const char* acm = e.acm ? static_cast<const char*>(e.acm) + block * e.acm_block * size_of(e.acm_type) : nullptr;
+    int64_t token = acm ? first % e.tokens : 0;
     if (valid == kOutputs) {
       const int64_t stride = e.out_features;
       if (acm && residual) return finish<true, true>(sums, count, block, acm, token, residual, stride, out);
@@ -120,25 +139,40 @@ struct Standard {
       return finish<false, false>(sums, count, block, acm, token, residual, stride, out);
     }
     for (int64_t i = 0; i < count; ++i, sums += kOutputs, out += e.out_stride) {  // the last block, row by row
-      float acm_copy[kOutputs] = {};
-      char residual_copy[kOutputs * sizeof(float)] = {};
+      alignas(64) char acm_copy[kOutputs * sizeof(float)] = {}, residual_copy[kOutputs * sizeof(float)] = {};
       T result[kOutputs];
-      if (acm) std::memcpy(acm_copy, acm + (token + i) % e.tokens * e.out_features, valid * sizeof(float));
       if (residual) std::memcpy(residual_copy, residual + i * e.out_features * step, valid * step);
+      if (acm) {
+        const int64_t width = size_of(e.acm_type);
+        std::memcpy(acm_copy, acm + (token + i) % e.tokens * e.acm_row * width, valid * width);
+      }
       finish<true, true>(sums, 1, block, acm_copy, 0, residual_copy, 0, result);
       std::memcpy(out, result, valid * sizeof(T));
     }
   }
 
  private:
+  // `width` elements at `place` of `count` rows.
+  void ask(const void* addends, Type type, int64_t row, int64_t count, int64_t stride, int64_t place,
+           int64_t width) const {
+    const char* line = static_cast<const char*>(addends) + (row * stride + place) * size_of(type);
+    if (stride == width) {
+      width *= count;
+      count = 1;
+    }
+    for (int64_t i = 0; i < count; ++i, line += stride * size_of(type)) {
+      for (int64_t b = 0; b < width * size_of(type); b += 64) __builtin_prefetch(line + b);
+    }
+  }
+
   struct Constants {
     vec scale[kVectors], bias[kVectors], out_scale[kVectors], out_reciprocal[kVectors], out_zero[kVectors];
   };
 
-  // 16 outputs of `count` rows. `stride`: elements from row to row of acm and residual. Adding 0 where there is neither
-  // changes nothing but -0.
+  // 16 outputs of `count` rows. `stride`: elements from row to row of the residual. Adding 0 where there is
+  // neither changes nothing but -0.
   template <bool kAcm, bool kResidual>
-  DFQVIT_TARGET void finish(const int32_t* sums, int64_t count, int64_t block, const float* acm, int64_t token,
+  DFQVIT_TARGET void finish(const int32_t* sums, int64_t count, int64_t block, const char* acm, int64_t token,
                             const char* residual, int64_t stride, T* out) const {
     const Columns& columns = e.columns[block];
     Constants c;
@@ -149,47 +183,45 @@ struct Standard {
       c.out_reciprocal[v] = simd::load(columns.out_reciprocal + v * simd::kLanes);
       c.out_zero[v] = simd::load(columns.out_zero + v * simd::kLanes);
     }
-    int64_t i = 0;
-    for (; i + kGroup <= count; i += kGroup) {
-      group<kAcm, kResidual, kGroup>(sums, c, acm, token, residual, stride, out);
-      sums += kGroup * kOutputs;
-      out += kGroup * e.out_stride;
-      if constexpr (kResidual) residual += kGroup * stride * size_of(e.residual_type);
-    }
-    for (; i < count; ++i) {
-      group<kAcm, kResidual, 1>(sums, c, acm, token, residual, stride, out);
-      sums += kOutputs;
-      out += e.out_stride;
-      if constexpr (kResidual) residual += stride * size_of(e.residual_type);
+    const int64_t acm_row = e.acm_row * size_of(e.acm_type), residual_row = stride * size_of(e.residual_type);
+    for (int64_t i = 0; i < count;) {
+      const char* corrections = kAcm ? acm + token * acm_row : nullptr;
+      const bool whole = i + kGroup <= count && (!kAcm || token + kGroup <= e.tokens);
+      const int rows = whole ? kGroup : 1;
+      if (whole) {
+        group<kAcm, kResidual, kGroup>(sums, c, corrections, residual, stride, out);
+      } else {
+        group<kAcm, kResidual, 1>(sums, c, corrections, residual, stride, out);
+      }
+      i += rows;
+      sums += rows * kOutputs;
+      out += rows * e.out_stride;
+      if (kResidual) residual += rows * residual_row;
+      token = token + rows < e.tokens ? token + rows : 0;
     }
   }
 
-  // kRowsAtOnce rows of the above; moves `token` on.
+  // kRowsAtOnce rows of the above, of one image.
   template <bool kAcm, bool kResidual, int kRowsAtOnce>
-  DFQVIT_INLINE void group(const int32_t* sums, const Constants& c, const float* acm, int64_t& token,
-                           const char* residual, int64_t stride, T* out) const {
+  DFQVIT_INLINE void group(const int32_t* sums, const Constants& c, const char* acm, const char* residual,
+                           int64_t stride, T* out) const {
     constexpr int n = kRowsAtOnce * kVectors;
-    vec y[n];
+    vec y[n], addend[n];
     T* places[n];
     DFQVIT_EACH {
       const int v = i % kVectors, at = v * simd::kLanes;
+      addend[i] = c.bias[v];
       y[i] = simd::mul(c.scale[v], simd::from_integers(sums + i * simd::kLanes));
-      y[i] = simd::add(y[i], c.bias[v]);
-      if constexpr (kAcm) {
-        y[i] = simd::add(y[i], simd::load(acm + token * stride + at));
-        if (v == kVectors - 1) token = token + 1 == e.tokens ? 0 : token + 1;
-      }
       places[i] = out + i / kVectors * e.out_stride + at;
     }
+    if constexpr (kAcm) add_rows<n>(addend, acm, e.acm_type, e.acm_row);
+    DFQVIT_EACH y[i] = simd::add(y[i], addend[i]);
     constexpr bool kBytes = sizeof(T) == 1;
     if constexpr (kActivation == Activation::gelu && kBytes) gelu<n>(y, kCoarseGelu);
     if constexpr (kActivation == Activation::gelu_tanh && kBytes) gelu<n>(y, kCoarseGeluTanh);
     if constexpr (kActivation == Activation::gelu && !kBytes) gelu<n>(y, kGelu);
     if constexpr (kActivation == Activation::gelu_tanh && !kBytes) gelu<n>(y, kGeluTanh);
-    if constexpr (kResidual) {
-      const Type type = e.residual_type;
-      DFQVIT_EACH y[i] = simd::add(y[i], load_as(residual, type, i / kVectors * stride + i % kVectors * simd::kLanes));
-    }
+    if constexpr (kResidual) add_rows<n>(y, residual, e.residual_type, stride);
     if constexpr (sizeof(T) == 1) {
       const vec greatest = simd::broadcast(e.out_greatest);
       quantize_vectors<n, kVectors>(places, y, c.out_scale, c.out_reciprocal, c.out_zero, greatest);
@@ -242,8 +274,8 @@ struct Tile {
 // chunks * 64 in each row; what stands there beyond K does not matter. `scratch` holds weight.scratch_bytes(end -
 // begin).
 //
-// Some rows that stay in the first cache meet all the blocks, then the next rows. A tile is finished after the next one
-// was begun: the processor computes both at once.
+// Some rows meet all the blocks, then the next rows (part_rows). A tile is finished after the next one was begun: the
+// processor computes both at once.
 template <class Finish>
 DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const Weight& weight, int64_t begin,
                         int64_t end, uint8_t* scratch, const Finish& finish) {
@@ -261,7 +293,7 @@ DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const We
   }
   prepare(rows);
   asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
-  const int64_t part = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, weight.chunks * kDepth) / kRows) * kRows;
+  const int64_t part = part_rows(weight.chunks * kDepth, panel * (end - begin), kRows);
   Tile<Finish> last{};
   for (int64_t first = 0; first < rows; first += part) {
     for (int64_t block = begin; block < end; block += 2) {
@@ -270,9 +302,11 @@ DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const We
       const int32_t* starts[2] = {finish.start(block), finish.start(block + blocks - 1)};
       for (int64_t r = first; r < std::min(rows, first + part); r += kRows) {
         int32_t* sums = buffers[last.sums == buffers[0] + kHeadroom] + kHeadroom;
+        const int64_t count = std::min<int64_t>(kRows, rows - r);
+        finish.ahead(r, count, block, blocks);
         multiply(a, stride, r, rows, panels, starts, blocks, weight.chunks, sums);
         last.hand_to(finish);
-        last = {sums, r, std::min<int64_t>(kRows, rows - r), block, blocks};
+        last = {sums, r, count, block, blocks};
       }
     }
   }
