@@ -18,11 +18,7 @@ import triton
 import triton.language as tl
 
 from ..pack_weight import round_nearest
-
-ROUNDER = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: adding it leaves no room for a fraction, so the sum is rounded half to even
-LIMIT = tl.constexpr(4096.0)  # beyond every grid, and far within what ROUNDER can round
+from ..triton_rounding import quantize
 
 
 @dataclass(frozen=True)
@@ -50,19 +46,12 @@ def tile_of(rows: int) -> Tile:
 
 
 @triton.jit
-def _round(ratio, zero, greatest):
-    """clamp(round(ratio) + zero, 0, greatest), half to even; float32."""
-    near = tl.minimum(tl.maximum(ratio, -LIMIT), LIMIT)
-    return tl.minimum(tl.maximum((near + ROUNDER) - ROUNDER + zero, 0.0), greatest)
-
-
-@triton.jit
 def _quantize_kernel(x, out, scale, zero, count, greatest: tl.constexpr, BLOCK: tl.constexpr):
     """The integers of x, uint8."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
-    q = _round(tl.div_rn(value, tl.load(scale) + tl.zeros_like(value)), tl.load(zero), greatest)
+    q = quantize(tl.div_rn(value, tl.load(scale) + tl.zeros_like(value)), tl.load(zero), greatest)
     tl.store(out + index, q.to(tl.int32).to(tl.uint8), mask=inside)
 
 
@@ -141,7 +130,9 @@ def _product_kernel(
         y += tl.load(residual + place, mask=cells, other=0.0).to(tl.float32)
     if out_scale is not None:
         step = tl.load(out_scale + n, mask=inside_n, other=1.0)[None, :] + tl.zeros_like(y)
-        y = _round(tl.div_rn(y, step), tl.load(out_zero + n, mask=inside_n, other=0.0)[None, :], greatest).to(tl.int32)
+        y = quantize(tl.div_rn(y, step), tl.load(out_zero + n, mask=inside_n, other=0.0)[None, :], greatest).to(
+            tl.int32
+        )
     tl.store(out + place, y.to(out.dtype.element_ty), mask=cells)
 
 

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes seconds for what takes others milliseconds
+live_triton = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="torch sees no CUDA device, and TRITON_INTERPRET=1 is not set",
+)
 
 
 def run_in_interpreter(file: str) -> None:
@@ -25,14 +30,20 @@ def run_in_interpreter(file: str) -> None:
     assert " passed" in run.stdout
 
 
-def shared_memory(
-    kernel: Any, capability: int, kinds: dict[str, str], constants: dict[str, Any], **options: Any
-) -> int:
-    """Bytes that the kernel takes when compiled for a GPU of `capability`, which need not be there."""
+def compile_for(kernel: Any, capability: int, kinds: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
+    """The kernel compiled for a GPU of `capability`, which need not be there: its `asm` and `metadata`.
+
+    Arguments that are neither among `kinds` nor `constants` are pointers to float32.
+    """
     triton = pytest.importorskip("triton")
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in used else kinds.get(name, "*fp32") for name in kernel.arg_names}
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=used)
-    return triton.compile(source, target=target, options=options).metadata.shared
+    return triton.compile(source, target=target, options=options)
+
+
+def shared_memory(kernel: Any, capability: int, *what: Any, **options: Any) -> int:
+    """Bytes of shared memory that `compile_for` gives."""
+    return compile_for(kernel, capability, *what, **options).metadata.shared

@@ -13,13 +13,9 @@ import torch
 from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear.op import forward
 
-from .interpreter import INTERPRETED, run_in_interpreter, shared_memory
+from .interpreter import INTERPRETED, live_triton, run_in_interpreter, shared_memory
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-live = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="torch sees no CUDA device, and TRITON_INTERPRET=1 is not set",
-)
 
 
 def pick(*choices):
@@ -54,7 +50,7 @@ def both(**arguments):
     return results
 
 
-@live
+@live_triton
 @pytest.mark.parametrize("w_bits", range(2, 9))
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str)
 def test_triton_equals_the_reference_bit_for_bit(seed, w_bits, x_dtype):
@@ -73,7 +69,7 @@ def test_triton_equals_the_reference_bit_for_bit(seed, w_bits, x_dtype):
     assert torch.equal(found, expected)
 
 
-@live
+@live_triton
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_triton_activations(seed, activation):
     arguments = draw(37, 45, 70, 8, 4, torch.float32)
@@ -83,7 +79,7 @@ def test_triton_activations(seed, activation):
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
-@live
+@live_triton
 def test_triton_takes_float_weights_and_strided_input(seed):
     arguments = draw(20, 33, 40, 8, 3, torch.float32)
     arguments["weight"] = torch.randn(40, 33, device=DEVICE).t()
@@ -92,7 +88,7 @@ def test_triton_takes_float_weights_and_strided_input(seed):
     assert torch.equal(found, expected)
 
 
-@live
+@live_triton
 @pytest.mark.parametrize("shape", [(1, 1, 1), (0, 4, 6), (3, 5, 0)])
 def test_triton_edges(seed, shape):
     rows, outputs, depth = shape
@@ -103,7 +99,7 @@ def test_triton_edges(seed, shape):
     assert torch.equal(found, expected)
 
 
-@live
+@live_triton
 def test_triton_sums_reach_the_ends_of_int32(seed):
     """255 * -128 * 65,000 is just within; nothing may saturate or round on the way."""
     depth = 65_000
@@ -115,7 +111,7 @@ def test_triton_sums_reach_the_ends_of_int32(seed):
         assert found.item() == (255 - zero) * -128 * depth
 
 
-@live
+@live_triton
 def test_triton_declines_what_it_cannot_do():
     arguments = draw(4, 5, 8, 8, 4, torch.float32)
     with use_backend("triton", "quant_linear"), pytest.raises(ValueError, match="float64 runs on the reference"):
