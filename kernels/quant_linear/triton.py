@@ -62,16 +62,17 @@ def _weights(weight, outputs, start, count, depth, row_bytes, BITS: tl.constexpr
     inside = (outputs < count)[:, None] & (columns < depth)[None, :]
     rows = weight + outputs.to(tl.int64)[:, None] * row_bytes
     bit = columns * BITS
-    low = tl.load(rows + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
+    low = tl.load(rows + (bit // 8)[None, :], mask=inside, other=0)
     if BITS == 8:
-        field = low
+        return low.to(tl.int8, bitcast=True)
     else:
+        low = low.to(tl.int32)
         if 8 % BITS != 0:  # a value may reach into the next byte, which the row then has
             more = inside & ((bit % 8 + BITS) > 8)[None, :]
             low += tl.load(rows + (bit // 8 + 1)[None, :], mask=more, other=0).to(tl.int32) * 256
         field = (low >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
-    SIGN: tl.constexpr = 1 << (BITS - 1)
-    return tl.where(inside, (field ^ SIGN) - SIGN, 0).to(tl.int8)
+        SIGN: tl.constexpr = 1 << (BITS - 1)
+        return tl.where(inside, (field ^ SIGN) - SIGN, 0).to(tl.int8)
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def _product_kernel(
         k = start + tl.arange(0, DEPTH)
         q = tl.load(lines + k[None, :], mask=inside_m[:, None] & (k < depth)[None, :], other=128)
         w = _weights(weight, n, start, count, depth, row_bytes, BITS, DEPTH)
-        total = tl.dot((q.to(tl.int32) - 128).to(tl.int8), tl.trans(w), total, out_dtype=tl.int32)
+        total = tl.dot((q ^ 128).to(tl.int8, bitcast=True), tl.trans(w), total, out_dtype=tl.int32)
     shift = 128 - tl.load(x_zero).to(tl.int32)
     total += (tl.load(sums + n, mask=inside_n, other=0) * shift)[None, :]
 

@@ -34,13 +34,17 @@ def compile_for(kernel: Any, capability: int, kinds: dict[str, str], constants: 
     """The kernel compiled for a GPU of `capability`, which need not be there: its `asm` and `metadata`.
 
     Arguments that are neither among `kinds` nor `constants` are pointers to float32.
+    Pointers are aligned to 16 bytes, as torch's are; a kind "i32:16" is a multiple of 16.
     """
     triton = pytest.importorskip("triton")
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in used else kinds.get(name, "*fp32") for name in kernel.arg_names}
-    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=used)
+    multiples = [place for place, kind in enumerate(signature.values()) if kind.startswith("*") or kind.endswith(":16")]
+    aligned = {(place,): [["tt.divisibility", 16]] for place in multiples}
+    signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
     return triton.compile(source, target=target, options=options)
 
 
