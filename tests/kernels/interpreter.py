@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,22 @@ def compile_for(kernel: Any, capability: int, kinds: dict[str, str], constants: 
     signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
     return triton.compile(source, target=target, options=options)
+
+
+def resources(made: Any, capability: int) -> tuple[int, int]:
+    """(registers of a thread, bytes spilled) of what `compile_for` gave, by the ptxas that comes with Triton."""
+    triton = importlib.import_module("triton")
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    architecture = f"sm_{capability}" + ("a" if capability >= 90 else "")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(made.asm["ptx"])
+        command = [ptxas, "-v", f"--gpu-name={architecture}", source, "-o", Path(folder) / "kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = (re.search(rf"(\d+) {what}", said) for what in ("registers", "bytes spill stores"))
+    assert registers is not None, said
+    assert spilled is not None, said
+    return int(registers[1]), int(spilled[1])
 
 
 def shared_memory(kernel: Any, capability: int, *what: Any, **options: Any) -> int:

@@ -10,7 +10,7 @@ import torch
 from dfqvit.kernels import quant_attention, use_backend
 from dfqvit.kernels.quant_attention.op import forward
 
-from .interpreter import INTERPRETED, compile_for, live_triton, run_in_interpreter
+from .interpreter import INTERPRETED, compile_for, live_triton, resources, run_in_interpreter
 from .test_quant_attention import oracle, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -121,4 +121,5 @@ def test_compiles_for_gpus(capability, instruction) -> None:
         assert made.metadata.shared <= 48 * 1024
         assert instruction in made.asm["ptx"]
         dots = made.asm["ttgir"].count(" = tt.dot ") + made.asm["ttgir"].count(" = ttng.warp_group_dot ")
+        assert resources(made, capability)[1] == 0
         assert dots == (2 if tokens <= tile.keys else 3)
