@@ -12,7 +12,7 @@ from dfqvit.kernels import layer_norm_quantize, use_backend
 from dfqvit.kernels.layer_norm_quantize.op import forward
 
 from ..conftest import DTYPES
-from .interpreter import INTERPRETED, live_triton, run_in_interpreter, shared_memory
+from .interpreter import INTERPRETED, compile_for, live_triton, resources, run_in_interpreter
 from .test_layer_norm_quantize import oracle, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -84,4 +84,6 @@ def test_compiles_for_gpus(capability) -> None:
         launch = module.launch_of(channels)
         constants = {"channels": channels, "greatest": 255.0, "ROWS": launch.rows, "WIDTH": launch.width}
         options = {"num_warps": launch.warps, "enable_fp_fusion": False}
-        assert shared_memory(module._kernel, capability, kinds, constants, **options) <= 48 * 1024
+        made = compile_for(module._kernel, capability, kinds, constants, **options)
+        assert made.metadata.shared <= 48 * 1024
+        assert resources(made, capability)[1] == 0
