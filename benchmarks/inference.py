@@ -187,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--slice", type=float, default=1.0, help="seconds of each contender in a round")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds between two contenders")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds to make a contender ready, at most")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no model or batch size after these")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender")
     parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     return parser.parse_args()
@@ -200,11 +201,18 @@ def main() -> None:
         return serve(args.serve)
     torch.set_num_threads(args.threads)  # for the record of the machine
     writer = runner.Writer("inference", args.device, args.out)
+    end = time.monotonic() + args.seconds
     for model in args.models:
+        if time.monotonic() >= end:
+            say(f"{model}: not begun, {args.seconds:g} s are over")
+            continue
         match = Match(args, model, writer)
         try:
             for batch in args.batches:
-                match.run(batch)
+                if time.monotonic() < end:
+                    match.run(batch)
+                else:
+                    say(f"{model}: batch {batch} not begun, {args.seconds:g} s are over")
         finally:
             match.close()
     print(json.dumps(writer.common))

@@ -22,6 +22,7 @@ from .kernels.quant_linear.op import forward as linear_operator
 from .layers import AttentionOperands, QuantLinear, check_tokens
 from .quantizers import ActivationQuantizer
 
+OPERATORS = (norm_operator, linear_operator, attention_operator)
 Grid = tuple[torch.Tensor, torch.Tensor, int]  # scale, zero point, bits
 
 

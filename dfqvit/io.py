@@ -23,6 +23,7 @@ from .adapters import find_adapter
 from .api import QuantizationRecord
 from .calibration import freeze
 from .correction import STORED
+from .cuda_graph import capture_graphs, check_device
 from .errors import DfqvitError, UsageError
 from .files import atomic
 from .models import FAMILIES
@@ -53,20 +54,27 @@ def save(qmodel: nn.Module, path: str | Path) -> Path:
     return Path(path)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu", runtime: str = "auto") -> nn.Module:
+def load(
+    path: str | Path, device: torch.device | str = "cpu", runtime: str = "auto", *, cuda_graph: bool = False
+) -> nn.Module:
     """The quantized model in `path`, in eval mode, giving the same logits bit for bit as the one that was saved.
 
     Args:
         path: a file that `save` wrote.
         device: where the model goes.
         runtime: "integer" runs the blocks as chains of integer operators (see `runtime`), "simulated" in float with rounded
-            operands, layer by layer, so that hooks see every layer; "auto" is "integer" where there are compiled kernels.
+            operands, layer by layer, so that hooks see every layer; "auto" is "integer" where there are kernels: on CPUs
+            with dfqvit._C, on GPUs with Triton.
+        cuda_graph: on a GPU, the first call with a batch size captures a CUDA graph, which later calls replay: fewer
+            launches, so less latency; each size keeps its memory. See docs/inference.md.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file; or cuda_graph on a CPU.
         DfqvitError: the file is not dfqvit's, is of a newer format, is truncated or was altered.
     """
     check_runtime(runtime)
+    if cuda_graph:
+        check_device(device)
     record, tensors = read(path)
     try:
         model = record.spec.build()
@@ -85,6 +93,8 @@ def load(path: str | Path, device: torch.device | str = "cpu", runtime: str = "a
     model.dfqvit_spec = record.spec  # type: ignore[assignment]
     model = model.eval().requires_grad_(False).to(device)
     set_runtime(model, runtime)
+    if cuda_graph:
+        capture_graphs(model)
     return model
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .kernels import block_weight, extension, quant_linear
 from .kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest
+from .kernels.quant_linear.op import forward as linear_operator
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
 from .rounding import SecondMoment, round_second_order
 
@@ -88,7 +89,8 @@ class QuantLinear(nn.Module):
     def kernel_weight(self) -> torch.Tensor:
         """The packed weight in the form that the kernels of its device run fastest with, made once."""
         packed = self.weight_packed
-        if packed.device.type != "cpu" or not extension.supports_cpu()[0]:
+        elsewhere = packed.device.type != "cpu" or linear_operator.asked == "triton"
+        if elsewhere or not extension.supports_cpu()[0]:
             return packed
         key = (packed.data_ptr(), packed._version)
         if self._blocked is None or self._blocked[0] != key:

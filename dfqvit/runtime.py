@@ -9,9 +9,8 @@ from __future__ import annotations
 from torch import nn
 
 from .adapters import find_adapter
-from .chain import why_not
+from .chain import OPERATORS, why_not
 from .errors import UsageError
-from .kernels import extension
 
 RUNTIMES = ("auto", "integer", "simulated")
 
@@ -25,10 +24,11 @@ def check_runtime(runtime: str) -> None:
 def set_runtime(model: nn.Module, runtime: str) -> None:
     """Runs a frozen quantized model in integers as far as the runtime knows its blocks, or leaves it simulated.
 
-    "auto" is "integer" where the operators have compiled kernels: on CPUs, with dfqvit._C.
+    "auto" is "integer" where all operators have kernels: on CPUs with dfqvit._C, on GPUs with Triton.
     """
-    on_cpu = all(buffer.device.type == "cpu" for buffer in model.buffers())
-    if runtime == "integer" or (runtime == "auto" and on_cpu and extension.supports_cpu()[0]):
+    devices = {buffer.device.type for buffer in model.buffers()}
+    fused = all(operator.fused_on(device) for operator in OPERATORS for device in devices)
+    if runtime == "integer" or (runtime == "auto" and fused):
         accelerate(model)
 
 

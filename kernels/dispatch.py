@@ -79,12 +79,22 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         return self._torch_op(*args)
 
+    @property
+    def asked(self) -> str | None:
+        """The backend that was asked for by name, if any."""
+        return _asked.get(self.name) or _asked.get(None)
+
+    def fused_on(self, device: str) -> bool:
+        """Whether a backend other than the reference can run on `device`, "cpu" or "cuda"."""
+        names = ("cpu",) if device == "cpu" else ("cuda", "triton")
+        return any(name in self.backends and _available(name)[0] for name in names)
+
     def _run(self, *args: Any) -> Any:
         return self.resolve(*args).run(*args)
 
     def resolve(self, *args: Any) -> Backend:
         """The backend that a call with these arguments runs on."""
-        asked = _asked.get(self.name) or _asked.get(None)
+        asked = self.asked
         if asked is not None:
             return self._resolve_by_name(asked, *args)
         first = next(arg for arg in args if isinstance(arg, torch.Tensor))

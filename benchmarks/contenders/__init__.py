@@ -69,4 +69,6 @@ CONTENDERS = {
     "openvino-int8": Contender("graphs:openvino", {"int8": True}, ("openvino", "nncf"), CPU),
     "dfqvit-w8a8": Contender("pytorch:dfqvit", {"w_bits": 8}),
     "dfqvit-w4a8": Contender("pytorch:dfqvit", {"w_bits": 4}),
+    "dfqvit-w8a8-graph": Contender("pytorch:dfqvit", {"w_bits": 8, "graph": True}, devices=("cuda",)),
+    "dfqvit-w4a8-graph": Contender("pytorch:dfqvit", {"w_bits": 4, "graph": True}, devices=("cuda",)),
 }

@@ -63,7 +63,7 @@ def pt2e_int8(model: nn.Module, setting: Setting) -> Ready:
     return Ready(_calls(make, setting, torch.float32), stored_bytes(model), facts)
 
 
-def dfqvit(model: nn.Module, setting: Setting, w_bits: int) -> Ready:
+def dfqvit(model: nn.Module, setting: Setting, w_bits: int, graph: bool = False) -> Ready:
     """The integer runtime, through a saved file. Calibrated by minmax on a few images: time does not depend on it."""
     import dfqvit
     from dfqvit.layers import QuantLinear
@@ -72,7 +72,7 @@ def dfqvit(model: nn.Module, setting: Setting, w_bits: int) -> Ready:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         dfqvit.save(dfqvit.quantize(model, w_bits, 8, runtime="simulated", **recipe), path)
-        quantized = dfqvit.load(path, setting.device, runtime="integer")
+        quantized = dfqvit.load(path, setting.device, runtime="integer", cuda_graph=graph)
         size = path.stat().st_size
     layers = sum(isinstance(module, QuantLinear) for module in quantized.modules())
     blocks = sum(type(module).__name__.startswith("Integer") for module in quantized.modules())

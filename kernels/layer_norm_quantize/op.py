@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled
+from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
 from . import reference
 
 
@@ -65,10 +65,19 @@ def _supports(x: torch.Tensor, *_: Any) -> Verdict:
     return (x.dtype != torch.float64, "float64 runs on the reference")
 
 
+def _supports_triton(x: torch.Tensor, *rest: Any) -> Verdict:
+    if x.shape[-1] > _WIDEST:
+        return False, f"x had {x.shape[-1]} channels; a Triton program holds rows of up to {_WIDEST}"
+    return _supports(x, *rest)
+
+
+_WIDEST = 32768  # of the registers of one program, half full
+
 forward = Operator(
     "layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, Tensor scale, Tensor zero_point, int bits) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format),
     backends=[
+        in_triton("layer_norm_quantize", __package__, _supports_triton),
         compiled("layer_norm_quantize", "cpu", _supports),
         Backend("reference", reference.layer_norm_quantize, anything),
     ],

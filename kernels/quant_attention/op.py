@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled
+from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
 from . import reference
 
 
@@ -110,6 +110,22 @@ def _supports(qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, *_: Any) ->
     return (in_scale.dtype != torch.float64, "float64 runs on the reference")
 
 
+def _supports_triton(
+    qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, in_zero: torch.Tensor, scale: float,
+    bias: torch.Tensor | None, mask: torch.Tensor | None, index: torch.Tensor | None, *_: Any,
+) -> Verdict:  # fmt: skip
+    tokens, depth = (qkv if index is None else index).shape[1], qkv.shape[2] // 3 // heads
+    if tokens > _MOST_TOKENS:
+        return False, f"a window had {tokens} tokens; their sums fit in int32 up to {_MOST_TOKENS}"
+    if depth > _DEEPEST:
+        return False, f"a head had {depth} channels; a Triton program holds up to {_DEEPEST}"
+    return _supports(qkv, heads, in_scale)
+
+
+_MOST_TOKENS = ((1 << 31) - 1) // (255 * 255)
+_DEEPEST = 256
+
+
 def _fake(qkv: torch.Tensor, *arguments: Any) -> torch.Tensor:
     in_scale, out_scale = arguments[1], arguments[7]
     shape = (*qkv.shape[:2], qkv.shape[2] // 3)
@@ -121,6 +137,7 @@ forward = Operator(
     "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits) -> Tensor",
     fake=_fake,
     backends=[
+        in_triton("quant_attention", __package__, _supports_triton),
         compiled("quant_attention", "cpu", _supports),
         Backend("reference", reference.quant_attention, anything),
     ],

@@ -18,11 +18,7 @@ import triton
 import triton.language as tl
 
 from ..pack_weight import round_nearest
-
-ROUNDER = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: adding it leaves no room for a fraction, so the sum is rounded half to even
-LIMIT = tl.constexpr(4096.0)  # beyond every grid, and far within what ROUNDER can round
+from ..triton_rounding import quantize
 
 
 @dataclass(frozen=True)
@@ -50,19 +46,12 @@ def tile_of(rows: int) -> Tile:
 
 
 @triton.jit
-def _round(ratio, zero, greatest):
-    """clamp(round(ratio) + zero, 0, greatest), half to even; float32."""
-    near = tl.minimum(tl.maximum(ratio, -LIMIT), LIMIT)
-    return tl.minimum(tl.maximum((near + ROUNDER) - ROUNDER + zero, 0.0), greatest)
-
-
-@triton.jit
 def _quantize_kernel(x, out, scale, zero, count, greatest: tl.constexpr, BLOCK: tl.constexpr):
     """The integers of x, uint8."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
-    q = _round(tl.div_rn(value, tl.load(scale) + tl.zeros_like(value)), tl.load(zero), greatest)
+    q = quantize(tl.div_rn(value, tl.load(scale) + tl.zeros_like(value)), tl.load(zero), greatest)
     tl.store(out + index, q.to(tl.int32).to(tl.uint8), mask=inside)
 
 
@@ -72,17 +61,17 @@ def _weights(weight, outputs, start, count, depth, row_bytes, BITS: tl.constexpr
     columns = start + tl.arange(0, DEPTH)
     inside = (outputs < count)[:, None] & (columns < depth)[None, :]
     rows = weight + outputs.to(tl.int64)[:, None] * row_bytes
-    bit = columns * BITS
-    low = tl.load(rows + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
-    if BITS == 8:
-        field = low
+    if BITS == 8:  # where the compiler sees that neighbours are neighbours, and copies 16 bytes at a time
+        return tl.load(rows + columns[None, :], mask=inside, other=0).to(tl.int8, bitcast=True)
     else:
+        bit = columns * BITS
+        low = tl.load(rows + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
         if 8 % BITS != 0:  # a value may reach into the next byte, which the row then has
             more = inside & ((bit % 8 + BITS) > 8)[None, :]
             low += tl.load(rows + (bit // 8 + 1)[None, :], mask=more, other=0).to(tl.int32) * 256
         field = (low >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
-    SIGN: tl.constexpr = 1 << (BITS - 1)
-    return tl.where(inside, (field ^ SIGN) - SIGN, 0).to(tl.int8)
+        SIGN: tl.constexpr = 1 << (BITS - 1)
+        return tl.where(inside, (field ^ SIGN) - SIGN, 0).to(tl.int8)
 
 
 @triton.jit
@@ -124,7 +113,7 @@ def _product_kernel(
         k = start + tl.arange(0, DEPTH)
         q = tl.load(lines + k[None, :], mask=inside_m[:, None] & (k < depth)[None, :], other=128)
         w = _weights(weight, n, start, count, depth, row_bytes, BITS, DEPTH)
-        total = tl.dot((q.to(tl.int32) - 128).to(tl.int8), tl.trans(w), total, out_dtype=tl.int32)
+        total = tl.dot((q ^ 128).to(tl.int8, bitcast=True), tl.trans(w), total, out_dtype=tl.int32)
     shift = 128 - tl.load(x_zero).to(tl.int32)
     total += (tl.load(sums + n, mask=inside_n, other=0) * shift)[None, :]
 
@@ -143,7 +132,9 @@ def _product_kernel(
         y += tl.load(residual + place, mask=cells, other=0.0).to(tl.float32)
     if out_scale is not None:
         step = tl.load(out_scale + n, mask=inside_n, other=1.0)[None, :] + tl.zeros_like(y)
-        y = _round(tl.div_rn(y, step), tl.load(out_zero + n, mask=inside_n, other=0.0)[None, :], greatest).to(tl.int32)
+        y = quantize(tl.div_rn(y, step), tl.load(out_zero + n, mask=inside_n, other=0.0)[None, :], greatest).to(
+            tl.int32
+        )
     tl.store(out + place, y.to(out.dtype.element_ty), mask=cells)
 
 

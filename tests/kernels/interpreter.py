@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes seconds for what takes others milliseconds
+live_triton = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="torch sees no CUDA device, and TRITON_INTERPRET=1 is not set",
+)
 
 
 def run_in_interpreter(file: str) -> None:
@@ -25,14 +32,40 @@ def run_in_interpreter(file: str) -> None:
     assert " passed" in run.stdout
 
 
-def shared_memory(
-    kernel: Any, capability: int, kinds: dict[str, str], constants: dict[str, Any], **options: Any
-) -> int:
-    """Bytes that the kernel takes when compiled for a GPU of `capability`, which need not be there."""
+def compile_for(kernel: Any, capability: int, kinds: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
+    """The kernel compiled for a GPU of `capability`, which need not be there: its `asm` and `metadata`.
+
+    Arguments that are neither among `kinds` nor `constants` are pointers to float32.
+    Pointers are aligned to 16 bytes, as torch's are; a kind "i32:16" is a multiple of 16.
+    """
     triton = pytest.importorskip("triton")
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in used else kinds.get(name, "*fp32") for name in kernel.arg_names}
-    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=used)
-    return triton.compile(source, target=target, options=options).metadata.shared
+    multiples = [place for place, kind in enumerate(signature.values()) if kind.startswith("*") or kind.endswith(":16")]
+    aligned = {(place,): [["tt.divisibility", 16]] for place in multiples}
+    signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(made: Any, capability: int) -> tuple[int, int]:
+    """(registers of a thread, bytes spilled) of what `compile_for` gave, by the ptxas that comes with Triton."""
+    triton = importlib.import_module("triton")
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    architecture = f"sm_{capability}" + ("a" if capability >= 90 else "")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(made.asm["ptx"])
+        command = [ptxas, "-v", f"--gpu-name={architecture}", source, "-o", Path(folder) / "kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = (re.search(rf"(\d+) {what}", said) for what in ("registers", "bytes spill stores"))
+    assert registers is not None, said
+    assert spilled is not None, said
+    return int(registers[1]), int(spilled[1])
+
+
+def shared_memory(kernel: Any, capability: int, *what: Any, **options: Any) -> int:
+    """Bytes of shared memory that `compile_for` gives."""
+    return compile_for(kernel, capability, *what, **options).metadata.shared

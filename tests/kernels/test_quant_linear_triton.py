@@ -6,6 +6,7 @@ The integers must be the reference's bit for bit. GELU's last bits may differ, a
 from __future__ import annotations
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -13,13 +14,9 @@ import torch
 from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear.op import forward
 
-from .interpreter import INTERPRETED, run_in_interpreter, shared_memory
+from .interpreter import INTERPRETED, compile_for, live_triton, resources, run_in_interpreter
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-live = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="torch sees no CUDA device, and TRITON_INTERPRET=1 is not set",
-)
 
 
 def pick(*choices):
@@ -54,7 +51,7 @@ def both(**arguments):
     return results
 
 
-@live
+@live_triton
 @pytest.mark.parametrize("w_bits", range(2, 9))
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str)
 def test_triton_equals_the_reference_bit_for_bit(seed, w_bits, x_dtype):
@@ -73,7 +70,7 @@ def test_triton_equals_the_reference_bit_for_bit(seed, w_bits, x_dtype):
     assert torch.equal(found, expected)
 
 
-@live
+@live_triton
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_triton_activations(seed, activation):
     arguments = draw(37, 45, 70, 8, 4, torch.float32)
@@ -83,7 +80,7 @@ def test_triton_activations(seed, activation):
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
-@live
+@live_triton
 def test_triton_takes_float_weights_and_strided_input(seed):
     arguments = draw(20, 33, 40, 8, 3, torch.float32)
     arguments["weight"] = torch.randn(40, 33, device=DEVICE).t()
@@ -92,7 +89,7 @@ def test_triton_takes_float_weights_and_strided_input(seed):
     assert torch.equal(found, expected)
 
 
-@live
+@live_triton
 @pytest.mark.parametrize("shape", [(1, 1, 1), (0, 4, 6), (3, 5, 0)])
 def test_triton_edges(seed, shape):
     rows, outputs, depth = shape
@@ -103,7 +100,7 @@ def test_triton_edges(seed, shape):
     assert torch.equal(found, expected)
 
 
-@live
+@live_triton
 def test_triton_sums_reach_the_ends_of_int32(seed):
     """255 * -128 * 65,000 is just within; nothing may saturate or round on the way."""
     depth = 65_000
@@ -115,7 +112,7 @@ def test_triton_sums_reach_the_ends_of_int32(seed):
         assert found.item() == (255 - zero) * -128 * depth
 
 
-@live
+@live_triton
 def test_triton_declines_what_it_cannot_do():
     arguments = draw(4, 5, 8, 8, 4, torch.float32)
     with use_backend("triton", "quant_linear"), pytest.raises(ValueError, match="float64 runs on the reference"):
@@ -139,13 +136,20 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("bits", [3, 8])
 def test_compiles_for_gpus(capability, bits) -> None:
-    """Every tile fits the shared memory of a GPU that need not be there."""
+    """For GPUs that need not be there: integer tensor cores (Hopper's own from 64 rows on), nothing spilled at 8 bits."""
     pytest.importorskip("triton")
     module = importlib.import_module("dfqvit.kernels.quant_linear.triton")
-    kinds = {"x": "*u8", "weight": "*u8", "sums": "*i32", "out": "*u8", "rows": "i32", "count": "i32", "tokens": "i32"}
-    kinds |= {"row_bytes": "i32", "acm": "*fp16"}
+    kinds = {"x": "*u8", "weight": "*u8", "sums": "*i32", "out": "*u8", "rows": "i32", "count": "i32:16"}
+    kinds |= {"row_bytes": "i32:16", "acm": "*fp16", "tokens": "i32"}
     for tile in module.TILES.values():
         constants = {"depth": 768, "BITS": bits, "ACTIVATION": "gelu", "greatest": 255.0, "residual": None}
         constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "DEPTH": tile.depth}
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
-        assert shared_memory(module._product_kernel, capability, kinds, constants, **options) <= 160 * 1024
+        made = compile_for(module._product_kernel, capability, kinds, constants, **options)
+        assert made.metadata.shared <= 160 * 1024
+        on_hopper = capability == 90 and tile.rows >= 64
+        product = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if on_hopper else r"mma\.sync\S*\.s32\.s8\.s8\.s32"
+        assert re.search(product, made.asm["ptx"])
+        if bits == 8:
+            assert "cp.async.cg" in made.asm["ptx"]  # 16 bytes at a time, past the first cache
+            assert resources(made, capability)[1] == 0

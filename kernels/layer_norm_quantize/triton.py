@@ -1,0 +1,79 @@
+# mypy: allow-untyped-defs
+"""`layer_norm_quantize` in Triton: for GPUs, and in the interpreter on CPUs.
+
+A program holds a few whole rows in registers: one read, one write. Mean and variance are taken in two steps, as the variance
+of what lies far from zero needs; division is IEEE's and nothing is contracted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_rounding import quantize
+
+CELLS = 4096  # of a program
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one program makes, and its warps."""
+
+    rows: int
+    width: int
+    warps: int
+
+
+def launch_of(channels: int) -> Launch:
+    """Rows of at most CELLS cells together, 32 cells a thread."""
+    width = triton.next_power_of_2(channels)
+    rows = max(1, min(CELLS // width, 16))
+    return Launch(rows, width, min(max(rows * width // 1024, 1), 16))
+
+
+@triton.jit
+def _kernel(
+    x, weight, bias, out, scale, zero, eps, rows,
+    channels: tl.constexpr, greatest: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None] & (column < channels)[None, :]
+    place = row[:, None] * channels + column[None, :]
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(value, axis=1) / channels
+    centred = tl.where(inside, value - mean[:, None], 0.0)
+    deviation = tl.sqrt_rn(tl.sum(centred * centred, axis=1) / channels + eps)
+    gain = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
+    normed = tl.div_rn(centred, deviation[:, None] + tl.zeros_like(centred)) * gain[None, :] + shift[None, :]
+    q = quantize(tl.div_rn(normed, tl.load(scale) + tl.zeros_like(normed)), tl.load(zero), greatest)
+    tl.store(out + place, q.to(tl.int32).to(tl.uint8), mask=inside)
+
+
+def layer_norm_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """As `reference.layer_norm_quantize`."""
+    x, channels = x.contiguous(), x.shape[-1]
+    rows, launch = x.shape[:-1].numel(), launch_of(channels)
+    out = torch.empty_like(x, dtype=torch.uint8)
+    if not out.numel():
+        return out
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _kernel[(triton.cdiv(rows, launch.rows),)](
+            x, weight.contiguous(), bias.contiguous(), out, scale, zero_point, eps, rows,
+            channels=channels, greatest=float((1 << bits) - 1), ROWS=launch.rows, WIDTH=launch.width,
+            num_warps=launch.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
