@@ -9,8 +9,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "dfqvit/quant_linear.cuh"
@@ -76,13 +78,18 @@ template <typename S, int kBits>
 void launch(const Operands& p, const Epilogue& e, int processors, cudaStream_t stream) {
   const int64_t tiles = tile_count<S>(p.rows, p.outputs);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, static_cast<int64_t>(processors) * S::kBlocks));
+  if constexpr (S::kSharedBytes > 48 << 10) {  // more than a kernel has unasked
+    C10_CUDA_CHECK(
+        cudaFuncSetAttribute(multiply_kernel<S, kBits>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes));
+    C10_CUDA_CHECK(cudaFuncSetAttribute(multiply_kernel<S, kBits>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+  }
   multiply_kernel<S, kBits><<<blocks, S::kThreads, S::kSharedBytes, stream>>>(p, e, tiles);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename S>
 void launch(int64_t bits, const Operands& p, const Epilogue& e, int processors, cudaStream_t stream) {
-  static_assert(S::kSharedBytes <= 48 << 10, "more would have to be asked for");
   switch (bits) {
     case 2:
       return launch<S, 2>(p, e, processors, stream);
@@ -99,6 +106,28 @@ void launch(int64_t bits, const Operands& p, const Epilogue& e, int processors, 
     default:
       return launch<S, 8>(p, e, processors, stream);
   }
+}
+
+int attribute(cudaDeviceAttr name, const at::Tensor& x) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, x.device().index()));
+  return value;
+}
+
+// Whether to multiply by wgmma: compute capability 9.0, code for sm_90a, and enough tiles (`filled`). The variable
+// DFQVIT_WGMMA decides otherwise: 0 never, 1 for every size.
+bool by_wgmma(const at::Tensor& x, bool filled) {
+  constexpr bool kCompiled = std::string_view(DFQVIT_CUDA_ARCHS).find("9.0a") != std::string_view::npos;
+  const char* choice = std::getenv("DFQVIT_WGMMA");
+  const std::string_view wish = choice ? choice : "";
+  TORCH_CHECK(wish.empty() || wish == "0" || wish == "1", "DFQVIT_WGMMA was '", std::string(wish),
+              "'; it may be 0 (never), 1 (for every size) or unset");
+  const bool able = kCompiled && attribute(cudaDevAttrComputeCapabilityMajor, x) == 9 &&
+                    attribute(cudaDevAttrComputeCapabilityMinor, x) == 0;
+  TORCH_CHECK(able || wish != "1",
+              "DFQVIT_WGMMA was 1, but wgmma needs a GPU of compute capability 9.0 and a build for 9.0a "
+              "(TORCH_CUDA_ARCH_LIST); the build is for " DFQVIT_CUDA_ARCHS);
+  return able && wish != "0" && (filled || wish == "1");
 }
 
 at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const Optional& acm,
@@ -161,9 +190,11 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   e.whole = outputs % 4 == 0 && aligned(result, 16) && (!acm || aligned(corrections, 16)) &&
             (!residual || aligned(addend, 16));
 
-  int processors = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.device().index()));
-  if (tile_count<Large>(rows, outputs) >= processors) {
+  const int processors = attribute(cudaDevAttrMultiProcessorCount, x);
+  const bool filled = tile_count<Large>(rows, outputs) >= processors;
+  if (by_wgmma(x, filled)) {
+    launch<Group>(bits, operands, e, processors, stream);
+  } else if (filled) {
     launch<Large>(bits, operands, e, processors, stream);
   } else {
     launch<Small>(bits, operands, e, processors, stream);  // four times the tiles, where large ones leave some idle

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from .test_quant_linear_cpu import IDENTITY, around_ties, random_call
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+SHAPES = ["small", "large", "group"]  # of csrc/include/dfqvit/quant_linear_tile.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
@@ -46,7 +49,7 @@ class Emulator:
 
     def linear(
         self, x, weight, bias=None, acm=None, *, x_scale, x_zero, w_scale, a_bits, w_bits, activation=None,
-        residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, large=True, blocks=3,
+        residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, shape="large", blocks=3,
     ):  # fmt: skip
         """quant_linear of x [rows, K] and a float or packed weight."""
         rows, depth = x.shape
@@ -80,7 +83,7 @@ class Emulator:
         kinds = (*kinds, 0 if residual is None else TYPES[residual.dtype])
         results = (out_scale, out_zero, float((1 << out_bits) - 1), out, TYPES[out_dtype], int(outputs % 4 == 0))
         sizes = (a, a.shape[1], b, b.shape[1], rows, outputs, depth)
-        self("product", int(large), blocks, bits, *sizes, *epilogue, *kinds, *results)
+        self("product", SHAPES.index(shape), blocks, bits, *sizes, *epilogue, *kinds, *results)
         return out
 
 
@@ -96,11 +99,11 @@ def emulator(tmp_path_factory):
     return Emulator(library)
 
 
-def emulated(emulator, *args, large=True, blocks=3, **kwargs):
+def emulated(emulator, *args, shape="large", blocks=3, **kwargs):
     """The results of the CUDA kernels on the CPU, and of the reference."""
     with use_backend("reference"):
         expected = quant_linear(*args, **kwargs)
-    return emulator.linear(*args, **kwargs, large=large, blocks=blocks), expected
+    return emulator.linear(*args, **kwargs, shape=shape, blocks=blocks), expected
 
 
 def random_packed_call(rng, rows, outputs, depth):
@@ -111,27 +114,27 @@ def random_packed_call(rng, rows, outputs, depth):
     return (x, weight, bias, acm), p
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("most", [(140, 140, 70), (9, 9, 600), (20, 300, 40), (300, 20, 40)])
-def test_kernels_on_the_cpu_give_the_bits_of_the_reference(seed, emulator, most, large):
+def test_kernels_on_the_cpu_give_the_bits_of_the_reference(seed, emulator, most, shape):
     rng = random.Random(seed)
     for _ in range(6):
         rows, outputs, depth = (rng.randint(1, n) for n in most)
         arguments, p = random_packed_call(rng, rows, outputs, depth)
-        found, expected = emulated(emulator, *arguments, large=large, blocks=rng.randint(1, 4), **p)
+        found, expected = emulated(emulator, *arguments, shape=shape, blocks=rng.randint(1, 4), **p)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), (rows, outputs, depth, arguments[0].dtype, arguments[1].dtype, p)
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("w_bits", range(2, 9))
-def test_depths_on_the_cpu(seed, emulator, w_bits, large):
+def test_depths_on_the_cpu(seed, emulator, w_bits, shape):
     """Fewer steps than stages, as many, more; odd groups of weights; no part of K that an instruction divides."""
-    for depth in (1, 8, 16, 24, 63, 64, 65, 128, 129, 256, 300):
+    for depth in (1, 8, 16, 24, 63, 64, 65, 128, 129, 256, 300, 513):
         x = torch.randint(0, 256, (17, depth), dtype=torch.uint8)
         weight = pack_weight(torch.randn(12, depth) * (1 << w_bits) / 3, 1.0, w_bits)
         p = {**IDENTITY, "w_bits": w_bits, "x_zero": 255, "w_scale": torch.rand(12) + 0.1}
-        found, expected = emulated(emulator, x, weight, large=large, **p)
+        found, expected = emulated(emulator, x, weight, shape=shape, **p)
         assert torch.equal(found, expected), depth
 
 
@@ -142,7 +145,7 @@ def test_every_weight_is_unpacked_in_its_place(emulator, w_bits):
     q = torch.arange(-half, half).repeat(48)[: 48 * (2 * half - 1)].view(-1, 48).float()
     x = torch.eye(48, dtype=torch.uint8)
     p = {**IDENTITY, "w_bits": w_bits, "w_scale": torch.ones(len(q))}
-    assert torch.equal(emulator.linear(x, pack_weight(q, 1.0, w_bits), large=False, **p), q.t())
+    assert torch.equal(emulator.linear(x, pack_weight(q, 1.0, w_bits), shape="small", **p), q.t())
 
 
 @pytest.mark.parametrize("w_bits", [2, 7, 8])
@@ -160,8 +163,8 @@ def test_largest_integers_on_the_cpu(emulator, w_bits):
 def test_rows_find_their_tokens(seed, emulator, tokens):
     x, rows = torch.zeros(148 // tokens * tokens, 1, dtype=torch.uint8), 148 // tokens * tokens
     acm = torch.randn(tokens, 8)
-    for large in (False, True):
-        found = emulator.linear(x, torch.ones(8, 1), None, acm, large=large, **{**IDENTITY, "w_scale": torch.ones(8)})
+    for shape in SHAPES:
+        found = emulator.linear(x, torch.ones(8, 1), None, acm, shape=shape, **{**IDENTITY, "w_scale": torch.ones(8)})
         assert torch.equal(found, acm.repeat(rows // tokens, 1))
 
 
@@ -187,9 +190,33 @@ def test_activations_on_the_cpu(seed, emulator, activation):
 
 
 def test_shared_memory_is_read_and_written_without_bank_conflicts(emulator):
-    assert emulator("matrix_conflicts") == 1
-    assert emulator("panel_conflicts", 0) == 1
-    assert emulator("panel_conflicts", 1) == 1
+    for shape in range(len(SHAPES)):
+        assert emulator("conflicts", shape) == 1
+
+
+def swizzled(rows, start):
+    """[n, 32] bytes where wgmma reads them, byte `start` on of n rows: Swizzle<3, 4, 3> of the PTX ISA's K-major layouts."""
+    place = torch.arange(len(rows))[:, None] * 128 + start + torch.arange(32)
+    array = torch.randint(0, 256, (128 * len(rows),), dtype=torch.uint8)
+    array[place ^ (place >> 7 & 7) << 4] = rows.view(torch.uint8)
+    return array
+
+
+@pytest.mark.parametrize("start", [0, 32, 64, 96])
+def test_one_wgmma_on_the_cpu(seed, emulator, start):
+    """The emulated instruction itself: its result, and rubbish wherever the manual promises nothing."""
+    a = torch.randint(0, 256, (64, 32), dtype=torch.uint8)
+    b = torch.randint(-128, 128, (128, 32), dtype=torch.int8)
+    arrays = torch.cat([swizzled(a, start), swizzled(b, start)])
+    row, column = torch.meshgrid(torch.arange(64), torch.arange(128), indexing="ij")
+    thread = row // 16 * 32 + row % 8 * 4 + column % 8 // 2
+    register = column // 8 * 4 + row % 16 // 8 * 2 + column % 2
+    expected = 1 + a.int() @ b.int().t()
+    for shown, fenced, early in [(1, 1, 0), (0, 1, 0), (1, 0, 0), (1, 1, 1)]:
+        sums = torch.zeros(128, 64, dtype=torch.int32)
+        emulator("one_product", arrays, start, shown, fenced, early, sums)
+        right = sums[thread, register] == expected
+        assert right.all() if (shown, fenced, early) == (1, 1, 0) else right.float().mean() < 0.01
 
 
 def arguments_on_meta(**change):
@@ -231,6 +258,46 @@ def test_what_the_kernel_declines(change, reason):
     assert reason in found
 
 
+def tools():
+    """nvcc and cuobjdump (the toolkit's, or the one that Triton brings along), or None."""
+    nvcc = shutil.which("nvcc")
+    if nvcc:  # on the PATH it may be a wrapper, so it is asked for its place
+        dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+        top = re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)
+        nvcc = str(Path(top.group(1)).resolve() / "bin/nvcc") if top else nvcc
+    triton = importlib.util.find_spec("triton")
+    bundled = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton and triton.origin else []
+    found = [path / "cuobjdump" for path in ([Path(nvcc).parent] if nvcc else []) + bundled]
+    return nvcc, next((str(path) for path in found if path.exists()), None)
+
+
+def test_sm_90a_multiplies_by_wgmma(tmp_path):
+    """Compiled, not run: integer warpgroup instructions, one after the other, no spills, two blocks a multiprocessor."""
+    nvcc, cuobjdump = tools()
+    if nvcc is None or cuobjdump is None:
+        pytest.skip("no nvcc, or no cuobjdump")
+    kernels = "".join(
+        f"template __global__ void multiply_kernel<Group, {bits}>(const Operands, const Epilogue, int64_t);"
+        for bits in (3, 4, 8)
+    )
+    source, code = tmp_path / "group.cu", tmp_path / "group.cubin"
+    opened = "namespace dfqvit::quant::tile {"
+    source.write_text(f'#include "dfqvit/quant_linear.cuh"\n{opened} {kernels} }}\n')
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas=-v", "-gencode=arch=compute_90a,code=sm_90a", "-cubin"]
+    command = [nvcc, *flags, f"-I{ROOT / 'csrc/include'}", "-o", code, source]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "serialized" not in report  # what ptxas says where it had to wait for each product by itself
+    kernels = re.findall(
+        r"multiply_kernel.*?spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", report, re.S
+    )
+    assert len(kernels) == 3
+    assert all(int(spills) == 0 and int(registers) <= 128 for spills, registers in kernels)
+    sass = subprocess.run([cuobjdump, "-sass", code], check=True, capture_output=True, text=True).stdout
+    products = re.findall(r"IGMMA\.64x128x32\.U8\.S8 R\d+, gdesc", sass)
+    assert len(products) == 3 * 4  # a step of 128 in four, both operands in shared memory
+    assert "IMMA.16832" not in sass
+
+
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -251,6 +318,14 @@ def both(*args, **kwargs):
 
 class TestOnTheGpu:
     pytestmark = gpu
+
+    @pytest.fixture(autouse=True, params=["mma.sync", "wgmma"])
+    def product(self, request, monkeypatch):
+        if request.param == "wgmma":
+            archs = importlib.import_module("dfqvit._C").build_info()["cuda_archs"]
+            if torch.cuda.get_device_capability() != (9, 0) or "9.0a" not in archs:
+                pytest.skip("wgmma needs compute capability 9.0 and a build for 9.0a")
+        monkeypatch.setenv("DFQVIT_WGMMA", str(int(request.param == "wgmma")))
 
     @pytest.mark.parametrize(
         "most", [(1, 1, 5000), (9, 9, 5000), (70, 90, 300), (300, 140, 70), (20, 3000, 20), (5000, 900, 90)]

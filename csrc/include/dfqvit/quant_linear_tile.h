@@ -1,9 +1,9 @@
 // The arithmetic of the CUDA kernels of quant_linear that needs no GPU: which thread holds what, the unpacking of
 // weights, and the epilogue. tests/kernels/quant_linear_tile.cpp runs it on the CPU. No torch headers.
 //
-// A block of threads sums a tile of the result, walking K in steps of 64. In shared memory a step is two arrays of rows
-// of 64 bytes: u8 activations, then s8 weights (one row an output). A row is 4 chunks of 16 bytes; chunk c of row r
-// stands at place c ^ (r / 2 % 4), so that the 8 rows that one `ldmatrix` reads together lie in different banks.
+// A block of threads sums a tile of the result, walking K in steps of 64 or 128. In shared memory a step is two arrays
+// of rows of so many bytes: u8 activations, then s8 weights (one row an output). A row is 4 or 8 chunks of 16 bytes,
+// placed by `shared_offset` so that 8 rows that are read together lie in different banks.
 #pragma once
 
 #include <cmath>
@@ -16,19 +16,24 @@ namespace dfqvit {
 namespace quant {
 namespace tile {
 
-constexpr int kDepth = 64;                // of a step
-constexpr int kChunk = 16;                // bytes of one asynchronous copy
-constexpr int kChunks = kDepth / kChunk;  // of a row
-constexpr int kStages = 3;                // steps in shared memory: one in use, two on their way
-constexpr int kMmaM = 16, kMmaN = 8;      // the product of one instruction, 32 deep
-constexpr int kMmaChunks = 32 / kChunk;   // of its depth
+constexpr int kChunk = 16;                 // bytes of one asynchronous copy
+constexpr int kStages = 3;                 // steps in shared memory: one in use, two on their way
+constexpr int kMmaM = 16, kMmaN = 8;       // the product of one mma.sync, 32 deep
+constexpr int kMmaChunks = 32 / kChunk;    // of its depth
+constexpr int kGroup = 128, kGroupM = 64;  // threads of a warpgroup (4 warps), and rows of its wgmma, also 32 deep
 
 enum class Type : int { f32, bf16, f16, u8 };
 enum class Activation : int { none, gelu, gelu_tanh };
 
-// A tile of kM x kN sums, shared among kWarpsM x kWarpsN warps. kBlocks fit on a multiprocessor together.
-template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kBlocks_>
+// What multiplies: every warp for itself, from registers (sm_80 on); or four together, from shared memory (sm_90a).
+enum class Product { mma_sync, wgmma };
+
+// A tile of kM x kN sums, shared among kWarpsM x kWarpsN warps, in steps of kDepth. kBlocks fit on a multiprocessor
+// together.
+template <Product kProduct_, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kBlocks_>
 struct Shape {
+  static constexpr Product kProduct = kProduct_;
+  static constexpr int kDepth = kDepth_, kChunks = kDepth / kChunk;  // of a row in shared memory
   static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kBlocks = kBlocks_;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;        // the part of a warp,
@@ -43,21 +48,36 @@ struct Shape {
   static constexpr int kRowLanes = kWarpN / 4, kRowsTogether = 32 / kRowLanes;
   static_assert(kWarpN % 32 == 0 && kThreads / 32 * kPanelBytes <= kSharedBytes, "panels take the place of stages");
   static_assert(kM * kChunks % kThreads == 0 && kN * kChunks % kThreads == 0 && kCountN % 2 == 0, "no remainders");
+  // A warpgroup's sums are 64 x kN, of which each warp holds 16 rows: as those of mma.sync lie, one operand high.
+  static_assert(kProduct != Product::wgmma || (kWarpM == kMmaM && kWarpsN == 1 && kThreads % kGroup == 0), "");
 };
-using Large = Shape<128, 128, 2, 2, 2>;  // 64 x 64 a warp: smaller parts read shared memory more than they multiply
-using Small = Shape<64, 64, 2, 2, 4>;
+// 64 x 64 a warp: smaller parts read shared memory more than they multiply.
+using Large = Shape<Product::mma_sync, 128, 128, 64, 2, 2, 2>;
+using Small = Shape<Product::mma_sync, 64, 64, 64, 2, 2, 4>;
+// Two warpgroups, 64 x 128 each. While one block multiplies, the other one on the multiprocessor writes results.
+using Group = Shape<Product::wgmma, 128, 128, 128, 8, 1, 2>;
 
 struct Place {
   int row, column;
 };
 
 // Chunk `i` that a thread copies: its row and its number in the row, which is the same for all of them.
-DFQVIT_HOST_DEVICE Place copied(int thread, int i, int threads) {
-  return {thread / kChunks + i * (threads / kChunks), thread % kChunks};
+template <typename S>
+DFQVIT_HOST_DEVICE Place copied(int thread, int i) {
+  return {thread / S::kChunks + i * (S::kThreads / S::kChunks), thread % S::kChunks};
 }
-// The byte at which a chunk stands in its array.
+// The byte at which a chunk stands in its array: the chunks of a row change places, alike again after 8 rows. With rows
+// of 128 bytes this is the 128-byte swizzle that wgmma's descriptors name.
+template <typename S>
 DFQVIT_HOST_DEVICE int shared_offset(int row, int chunk) {
-  return row * kDepth + (chunk ^ (row / 2 % kChunks)) * kChunk;
+  return row * S::kDepth + (chunk ^ (row * S::kChunks / 8 % S::kChunks)) * kChunk;
+}
+// wgmma's descriptor of an operand at `shared`, in rows of 128 bytes placed as above, from the first row of an array on
+// (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions", matrix descriptor format): in units of 16 bytes bits
+// 0-13 the address, 16-29 the leading offset (unused where rows fill the swizzle; 1), 32-45 the bytes from 8 rows to
+// the next 8; bits 62-63 the swizzle, 1 for 128 bytes. Bits 49-51 are 0 for arrays at multiples of 1024.
+DFQVIT_HOST_DEVICE uint64_t operand_descriptor(uint32_t shared) {
+  return uint64_t{1} << 62 | uint64_t{8 * 128 / 16} << 32 | uint64_t{1} << 16 | (shared & 0x3FFFF) >> 4;
 }
 // The row and chunk whose address a lane gives to `ldmatrix.x4`: for one operand of 16 rows of activations,
 DFQVIT_HOST_DEVICE Place activation_address(int lane) {

@@ -56,6 +56,12 @@ struct Copy {
 struct Warp {
   Barrier barrier;
   uint32_t words[32][6];
+  std::vector<std::pair<uint64_t, uint64_t>> operands;  // of the wgmmas of its warpgroup, in order (each fourth warp)
+};
+// A thread's part of a wgmma: where its sums are, and the descriptors of the operands.
+struct Product {
+  int32_t* sum;
+  uint64_t a, b;
 };
 struct Fiber {
   ucontext_t context;
@@ -67,6 +73,11 @@ struct Fiber {
   bool ready() const { return !done && (!waits_for || waits_for->generation != since); }
   std::deque<std::vector<Copy>> groups;  // of copies that are on their way
   std::vector<Copy> open;                // the group not yet committed
+  std::vector<uint8_t*> unshown;         // chunks of shared memory that it wrote, and wgmma does not see yet
+  std::vector<Product> products, committed;
+  std::vector<int32_t> sums;  // what the registers will hold when the products are waited for
+  bool fenced = false;
+  size_t issued = 0;  // products so far
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -97,6 +108,7 @@ inline void wait(Barrier& barrier) {
 
 inline void enter() {
   (*kernel)();
+  if (!self().products.empty() || !self().committed.empty()) std::abort();  // nobody waited for them
   self().done = true;
 }
 
@@ -115,7 +127,7 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
   gridDim.x = blocks;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     block = {static_cast<int>(threads)};
-    warps.assign(threads / 32, Warp{{32}, {}});
+    warps.assign(threads / 32, Warp{{32}, {}, {}});
     fibers.clear();
     for (unsigned i = 0; i < threads; ++i) {
       fibers.push_back(std::make_unique<Fiber>());

@@ -9,6 +9,8 @@ namespace {
 template <typename S, int kBits>
 void multiply(unsigned blocks, const Operands& p, const Epilogue& e) {
   std::memset(memory, 0xAB, sizeof memory);
+  std::memset(shown, 0xAB, sizeof shown);
+  shared_size = S::kSharedBytes;
   const int64_t tiles = tile_count<S>(p.rows, p.outputs);
   emulator::launch(blocks, S::kThreads, [&] { multiply_kernel<S, kBits>(p, e, tiles); });
 }
@@ -63,7 +65,8 @@ void columns(const uint8_t* weight, int64_t row_bytes, int bits, int outputs, in
   });
 }
 
-void product(int large, int blocks, int bits, const uint8_t* a, int a_bytes, const uint8_t* b, int b_bytes, int rows,
+// shape: 0 Small, 1 Large, 2 Group.
+void product(int shape, int blocks, int bits, const uint8_t* a, int a_bytes, const uint8_t* b, int b_bytes, int rows,
              int outputs, int depth, const float* scale, const int32_t* offset, const float* bias, const float* acm,
              int tokens, int activation, const void* residual, int residual_type, const float* out_scale,
              const float* out_zero, float out_greatest, void* out, int type, int whole) {
@@ -82,29 +85,78 @@ void product(int large, int blocks, int bits, const uint8_t* a, int a_bytes, con
                    out,
                    static_cast<Type>(type),
                    whole != 0};
-  large ? multiply<Large>(bits, blocks, p, e) : multiply<Small>(bits, blocks, p, e);
+  switch (shape) {
+    case 0:
+      return multiply<Small>(bits, blocks, p, e);
+    case 1:
+      return multiply<Large>(bits, blocks, p, e);
+    default:
+      return multiply<Group>(bits, blocks, p, e);
+  }
 }
 
+// A [64, 32] and B [128, 32] as they stand in `arrays` (two of 128-byte rows, 8 and 16 KB, copied to shared memory), at
+// byte `start` of a row; their product to sums [128 threads, 64], which start from 1. Leaves out what is not asked for.
+void one_product(const uint8_t* arrays, int start, int show, int fence, int early, int32_t* sums) {
+  shared_size = 24 << 10;
+  std::memset(shown, 0xAB, sizeof shown);
+  emulator::launch(1, kGroup, [&] {
+    for (uint32_t at = 16 * threadIdx.x; at < shared_size; at += 16 * kGroup) {
+      uint32_t words[4];
+      std::memcpy(words, arrays + at, 16);
+      store_chunk(at, words);
+    }
+    if (show) show_to_async_proxy();
+    __syncthreads();
+    int32_t sum[16][4];
+    std::fill(sum[0], sum[0] + 64, 1);
+    if (fence) group_fence();
+    group_multiply(sum, operand_descriptor(start), operand_descriptor((8 << 10) + start));
+    group_commit();
+    if (early) std::memcpy(sums + 64 * threadIdx.x, sum, sizeof sum);
+    group_wait(sum);
+    if (!early) std::memcpy(sums + 64 * threadIdx.x, sum, sizeof sum);
+  });
+}
+
+}  // extern "C"
+
+namespace {
+
 // The greatest number of the 8 rows of an `ldmatrix` that share a bank, over all rows and chunks.
+template <typename S>
 int matrix_conflicts() {
   int worst = 0;
-  for (int row = 0; row < 128; row += 8) {
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+  for (int row = 0; row < S::kM; row += 8) {
+    for (int chunk = 0; chunk < S::kChunks; ++chunk) {
       int used[8] = {};
-      for (int i = 0; i < 8; ++i) worst = std::max(worst, ++used[shared_offset(row + i, chunk) / 16 % 8]);
+      for (int i = 0; i < 8; ++i) worst = std::max(worst, ++used[shared_offset<S>(row + i, chunk) / 16 % 8]);
     }
   }
   return worst;
 }
 
 // The greatest number of words that meet in a bank when half a warp stores its pairs of sums in a panel.
-int panel_conflicts(int large) {
+template <typename S>
+int panel_conflicts() {
   int used[32] = {}, worst = 0;
   for (int lane = 0; lane < 16; ++lane) {
     const Place at = summed(lane, 0);
-    const int word = at.row * (large ? Large::kPanelPitch : Small::kPanelPitch) + at.column;
-    for (int i = 0; i < 2; ++i) worst = std::max(worst, ++used[(word + i) % 32]);
+    for (int i = 0; i < 2; ++i) worst = std::max(worst, ++used[(at.row * S::kPanelPitch + at.column + i) % 32]);
   }
   return worst;
+}
+
+template <typename S>
+int conflicts() {
+  return std::max(matrix_conflicts<S>(), panel_conflicts<S>());
+}
+
+}  // namespace
+
+extern "C" {
+
+int conflicts(int shape) {
+  return shape == 0 ? conflicts<Small>() : shape == 1 ? conflicts<Large>() : conflicts<Group>();
 }
 }

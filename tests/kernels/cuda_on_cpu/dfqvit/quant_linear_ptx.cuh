@@ -8,21 +8,30 @@ namespace dfqvit {
 namespace quant {
 namespace tile {
 
-constexpr uint32_t kSharedLimit = 48 << 10;
-alignas(128) inline uint8_t memory[kSharedLimit];
+constexpr uint32_t kSharedLimit = 227 << 10;
+alignas(1024) inline uint8_t memory[kSharedLimit];
+alignas(1024) inline uint8_t shown[kSharedLimit];  // what of it the "async proxy" sees (quant_linear_wgmma.cuh)
+inline uint32_t shared_size = kSharedLimit;        // of the kernel that runs
 
 inline uint8_t* shared_pointer(uint32_t address) {
-  if (address % 16 != 0 || address + 16 > kSharedLimit) std::abort();
+  if (address % 16 != 0 || address + 16 > shared_size) std::abort();
   return memory + address;
 }
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - memory);
 }
 
+// This thread wrote a chunk: until it says so, wgmma may find anything there.
+inline void written(uint8_t* chunk) {
+  std::memset(shown + (chunk - memory), 0xAB, 16);
+  emulator::self().unshown.push_back(chunk);
+}
+
 inline void copy_async(uint32_t shared, const void* global, bool there) {
   if (there && reinterpret_cast<uintptr_t>(global) % 16 != 0) std::abort();
   uint8_t* to = shared_pointer(shared);
   std::memset(to, 0xAB, 16);
+  std::memset(shown + shared, 0xAB, 16);
   emulator::self().open.push_back({to, global, there});
 }
 inline void commit_copies() {
@@ -36,11 +45,13 @@ void wait_for_copies() {
   for (; groups.size() > kNewest; groups.pop_front()) {
     for (const emulator::Copy& copy : groups.front()) {
       copy.there ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+      written(copy.to);
     }
   }
 }
 inline void store_chunk(uint32_t shared, const uint32_t (&word)[4]) {
   std::memcpy(shared_pointer(shared), word, 16);
+  written(shared_pointer(shared));
 }
 
 // ldmatrix.x4.b16: lane i gives the address of row i % 8 of matrix i / 8; of each matrix lane i then holds the two
