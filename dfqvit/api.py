@@ -13,7 +13,7 @@ from .adapters import find_adapter
 from .adapters.fusable import is_patched
 from .allocation import allocate_bits, check_budget
 from .calibration import calibrate, convert
-from .correction import MODES, add_corrections, choose_blocks
+from .correction import add_corrections, check_correction, choose_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
 from .recipe import Recipe
@@ -73,6 +73,8 @@ def quantize(
     acm: str = "auto",
     acm_blocks: Sequence[int] | None = LAST_BLOCK,
     acm_top: int | None = None,
+    acm_shape: str = "element",
+    acm_shrink: bool = False,
     preprocessing: Preprocessing | None = None,
     model_kwargs: dict[str, Any] | None = None,
     runtime: str = "auto",
@@ -101,11 +103,13 @@ def quantize(
         layer_bits: {timm's name of a linear layer: bits of its weights}, in place of w_bits and edge_bits.
         size_budget: megabytes (10^6 bytes) of the saved model; the bits of every layer are then chosen so that it fits and
             the network loses least, see `allocation`.
-        acm: "sequential", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential" where blocks are
-            chosen explicitly or rounding is "nearest" at 3 bits or below, else "none": where it was measured to help
-            (docs/accuracy.md).
+        acm: "sequential", "checked", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential"
+            where blocks are chosen explicitly or rounding is "nearest" at 3 bits or below, else "none": where it was
+            measured to help (docs/accuracy.md).
         acm_blocks: which blocks are corrected; the default is the last one. None leaves it to gamma.
         acm_top: this many blocks of the greatest divergence instead.
+        acm_shape: "element", "channel" or "token": what has a correction of its own, see `correction.add_corrections`.
+        acm_shrink: shrinks the corrections by their variance over the images.
         preprocessing: mean, std and input size; default the model's own.
         model_kwargs: what was given to timm.create_model, where the structure does not tell.
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
@@ -134,8 +138,7 @@ def quantize(
         chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
         coarse = w_bits <= 3 and recipe.rounding == "nearest"
         acm = "sequential" if chosen or coarse else "none"
-    if acm not in MODES:
-        raise UsageError(f"acm was '{acm}'; it may be 'auto', {', '.join(map(repr, MODES))}")
+    check_correction(acm, acm_shape, len(calib) if isinstance(calib, torch.Tensor) else samples)
     if acm_top is not None:
         acm_blocks = None
     qmodel = convert(model, recipe)
@@ -149,7 +152,9 @@ def quantize(
         recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
         qmodel = convert(model, recipe)
     calibrate(qmodel, images, recipe)
-    corrected = add_corrections(model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top)
+    corrected = add_corrections(
+        model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top, shape=acm_shape, shrink=acm_shrink
+    )
     settings = {"seed": seed} if how != "images" else {}
     settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
     qmodel.dfqvit_record = QuantizationRecord(  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from ..errors import DfqvitError, UsageError
 from ..version import __version__
 
 COMMANDS = {
+    "ablate": "what each piece of the method does: a resumable grid of settings, tables and charts",
     "benchmark": "speed and energy of a quantized model beside the float one",
     "demo": "quantize the embedded model and print accuracies for float, real, noise and data-free calibration",
     "evaluate": "top-1, top-5 and agreement with the float model, on a folder or an .npz",
