@@ -14,19 +14,25 @@ _COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7b4b94", "#8a6d1b", "#444444")
 _LOG_SPAN = 8  # a positive axis that spans more than this is logarithmic
 
 
-def chart(title: str, places: Sequence[tuple[str, float | None]], series: Mapping[str, Sequence[Point | None]]) -> str:
+def chart(
+    title: str,
+    places: Sequence[tuple[str, float | None]],
+    series: Mapping[str, Sequence[Point | None]],
+    linear: bool = False,
+) -> str:
     """An SVG picture.
 
     Args:
         title: above the picture.
         places: (label, position) of each place on the horizontal axis; bars unless every place has a position.
         series: {name: a point for each place, None where nothing was measured}.
+        linear: keeps a wide axis from becoming logarithmic.
     """
     values = [value for points in series.values() for point in points if point is not None for value in point]
     least, greatest = _bounds(values or [0.0, 1.0])
     numeric = all(position is not None for _, position in places) and len(places) > 1
     positions = [float(position or 0) for _, position in places]
-    across = _axis(positions) if numeric else [(index + 0.5) / len(places) for index in range(len(places))]
+    across = _axis(positions, linear) if numeric else [(index + 0.5) / len(places) for index in range(len(places))]
     plot_width, plot_height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
     def x(share: float) -> float:
@@ -84,9 +90,9 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
     return least - margin, greatest + margin
 
 
-def _axis(positions: Sequence[float]) -> list[float]:
+def _axis(positions: Sequence[float], linear: bool) -> list[float]:
     """Shares of the width, 0.04 to 0.96."""
-    if min(positions) > 0 and max(positions) / min(positions) > _LOG_SPAN:
+    if not linear and min(positions) > 0 and max(positions) / min(positions) > _LOG_SPAN:
         positions = [math.log(position) for position in positions]
     span = max(positions) - min(positions) or 1.0
     return [0.04 + 0.92 * (position - min(positions)) / span for position in positions]
