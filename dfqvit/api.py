@@ -12,11 +12,13 @@ from torch import nn
 from .adapters import find_adapter
 from .adapters.fusable import is_patched
 from .allocation import allocate_bits, check_budget
-from .calibration import calibrate, convert
-from .correction import MODES, add_corrections, choose_blocks
+from .calibration import calibrate, convert, freeze, observe
+from .correction import add_corrections, check_correction, choose_blocks
 from .errors import UsageError
+from .health import measure
 from .models import ModelSpec, Preprocessing
 from .recipe import Recipe
+from .reconstruction import reconstruct_blocks
 from .runtime import check_runtime, set_runtime
 from .synthesis import Progress, synthesize
 
@@ -35,6 +37,7 @@ class QuantizationRecord:
     acm: str = "none"
     acm_blocks: list[int] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # of the synthesis, as far as there was one
+    measured: dict[str, Any] = field(default_factory=dict)  # of the images and blocks, see `health`
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
@@ -70,14 +73,18 @@ def quantize(
     edge_bits: int | None = None,
     layer_bits: dict[str, int] | None = None,
     size_budget: float | None = None,
+    reconstruct: int = 0,
     acm: str = "auto",
     acm_blocks: Sequence[int] | None = LAST_BLOCK,
     acm_top: int | None = None,
+    acm_shape: str = "element",
+    acm_shrink: bool = False,
     preprocessing: Preprocessing | None = None,
     model_kwargs: dict[str, Any] | None = None,
     runtime: str = "auto",
     report: Callable[[Progress], None] | None = None,
     report_layers: Callable[[int, int], None] | None = None,
+    report_blocks: Callable[[int, int], None] | None = None,
     **synthesis: Any,
 ) -> nn.Module:
     """Quantizes a timm vision transformer without data and without fine-tuning.
@@ -101,16 +108,21 @@ def quantize(
         layer_bits: {timm's name of a linear layer: bits of its weights}, in place of w_bits and edge_bits.
         size_budget: megabytes (10^6 bytes) of the saved model; the bits of every layer are then chosen so that it fits and
             the network loses least, see `allocation`.
-        acm: "sequential", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential" where blocks are
-            chosen explicitly or rounding is "nearest" at 3 bits or below, else "none": where it was measured to help
-            (docs/accuracy.md).
+        reconstruct: steps of `reconstruction` for each block, after rounding: its weights' integers and scales are tuned
+            until the block's output is the float one's. 0 is off; 300 are much. The only part that back-propagates.
+        acm: "sequential", "checked", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential"
+            where blocks are chosen explicitly or rounding is "nearest" at 3 bits or below, else "none": where it was
+            measured to help (docs/accuracy.md).
         acm_blocks: which blocks are corrected; the default is the last one. None leaves it to gamma.
         acm_top: this many blocks of the greatest divergence instead.
+        acm_shape: "element", "channel" or "token": what has a correction of its own, see `correction.add_corrections`.
+        acm_shrink: shrinks the corrections by their variance over the images.
         preprocessing: mean, std and input size; default the model's own.
         model_kwargs: what was given to timm.create_model, where the structure does not tell.
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
         report: called after every step of the synthesis.
         report_layers: with size_budget, called with (layers measured, all layers).
+        report_blocks: with reconstruct, called with (blocks done, all blocks).
         synthesis: further settings of `SynthesisConfig`.
 
     Returns:
@@ -128,14 +140,17 @@ def quantize(
     if is_patched(model):
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
     check_runtime(runtime)
+    if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
+        raise UsageError(f"reconstruct was {reconstruct!r}; it may be a number of steps, or 0")
+    if reconstruct and placement != "gemm":
+        raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
     spec = ModelSpec.of(model, model_kwargs)
     preprocessing = preprocessing or Preprocessing.of(model)
     if acm == "auto":
         chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
         coarse = w_bits <= 3 and recipe.rounding == "nearest"
         acm = "sequential" if chosen or coarse else "none"
-    if acm not in MODES:
-        raise UsageError(f"acm was '{acm}'; it may be 'auto', {', '.join(map(repr, MODES))}")
+    check_correction(acm, acm_shape, len(calib) if isinstance(calib, torch.Tensor) else samples)
     if acm_top is not None:
         acm_blocks = None
     qmodel = convert(model, recipe)
@@ -148,10 +163,18 @@ def quantize(
     if size_budget is not None:
         recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
         qmodel = convert(model, recipe)
-    calibrate(qmodel, images, recipe)
-    corrected = add_corrections(model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top)
+    if reconstruct:
+        observe(qmodel, images, recipe)
+        reconstruct_blocks(model, qmodel, images, reconstruct, seed, report_blocks)
+        freeze(qmodel)
+    else:
+        calibrate(qmodel, images, recipe)
+    corrected = add_corrections(
+        model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top, shape=acm_shape, shrink=acm_shrink
+    )
     settings = {"seed": seed} if how != "images" else {}
     settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
+    settings |= {"reconstruct": reconstruct} if reconstruct else {}
     qmodel.dfqvit_record = QuantizationRecord(  # type: ignore[assignment]
         spec=spec,
         preprocessing=preprocessing,
@@ -161,6 +184,7 @@ def quantize(
         acm=acm,
         acm_blocks=sorted(corrected),
         settings=settings,
+        measured=measure(model, qmodel, images, preprocessing, corrected),
     )
     set_runtime(qmodel, runtime)
     return qmodel

@@ -1,12 +1,15 @@
 """The activation correction matrix (ACM): the mean shift of a block's output that quantization causes, added back.
 
 For block i, `M_i = mean over images of (p_i(float) - p_i(quantized))`, [tokens, channels]. Source: DFQ-ViT, arXiv 2507.14481.
+The mean of a few synthetic images is a noisy estimate of the shift on real ones, so it can be averaged over tokens or channels,
+shrunk by its own variance, or judged on images that did not make it (`mode="checked"`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +18,11 @@ from torch import nn
 from .adapters import Adapter, find_adapter
 from .errors import DfqvitError, UsageError
 
-MODES = ("sequential", "independent", "none")
+MODES = ("sequential", "checked", "independent", "none")
+SHAPES = ("element", "channel", "token")  # what has a value of its own: [tokens, channels], [1, channels], [tokens, 1]
 STORED = torch.float16  # of the matrices, in memory and in files
 _BATCH = 64
+_LEAST_CHECKED = 4
 
 
 def choose_blocks(
@@ -44,6 +49,16 @@ def choose_blocks(
     return chosen
 
 
+def check_correction(mode: str, shape: str, images: int) -> None:
+    """UsageError unless mode and shape are known and the images are enough for the mode."""
+    if mode not in MODES:
+        raise UsageError(f"acm was '{mode}'; it may be {', '.join(map(repr, MODES))}")
+    if shape not in SHAPES:
+        raise UsageError(f"acm_shape was '{shape}'; it may be {', '.join(map(repr, SHAPES))}")
+    if mode == "checked" and images < _LEAST_CHECKED:
+        raise UsageError(f"acm was 'checked' with {images} images; cross-validation needs {_LEAST_CHECKED} at least")
+
+
 @torch.no_grad()
 def add_corrections(
     model: nn.Module,
@@ -54,6 +69,8 @@ def add_corrections(
     gamma: int = 1,
     blocks: Sequence[int] | None = None,
     top: int | None = None,
+    shape: str = "element",
+    shrink: bool = False,
 ) -> dict[int, float]:
     """Estimates the corrections on `images` and sets them in `qmodel`, replacing those it had.
 
@@ -62,10 +79,15 @@ def add_corrections(
         qmodel: its calibrated copy.
         images: [n, C, H, W], normalised.
         mode: "sequential" measures each correction with the earlier ones active; "independent", the formula as printed,
-            measures all of them without any, so that a shift which propagates is corrected again in later blocks.
+            measures all of them without any, so that a shift which propagates is corrected again in later blocks; "checked"
+            is "sequential" with cross-validation: a block is corrected only where the correction learnt on every other image
+            brings the logits of the rest closer to float, by more than its standard error.
         gamma: correct every gamma-th block, counted back from the last.
         blocks: exactly these blocks instead (negative counts from the end).
         top: the blocks with the greatest divergence instead, this many.
+        shape: "element" as printed; "channel" is the mean over tokens, one value for each channel; "token" the mean over
+            channels.
+        shrink: multiplies every value m by `m^2 / (m^2 + v)`, v the variance of m as a mean over the images.
 
     Returns:
         For every corrected block, the share of its divergence (mean squared distance from the float output) that is left.
@@ -73,8 +95,7 @@ def add_corrections(
     Raises:
         UsageError: a setting does not fit. DfqvitError: a correction overflows.
     """
-    if mode not in MODES:
-        raise UsageError(f"acm was '{mode}'; it may be {', '.join(map(repr, MODES))}")
+    check_correction(mode, shape, len(images))
     ours, theirs = find_adapter(model), find_adapter(qmodel)
     depth = len(theirs.blocks())
     chosen = choose_blocks(depth, gamma, blocks, top)
@@ -87,14 +108,18 @@ def add_corrections(
         found = block_outputs(theirs, images)
         divergence = [float((w - f).square().mean() / w.square().mean()) for w, f in zip(wanted, found, strict=True)]
         chosen = sorted(sorted(range(depth), key=lambda index: -divergence[index])[:top])
-    if mode == "sequential":
+    estimate = functools.partial(_matrix, shape=shape, shrink=shrink)
+    if mode != "independent":
         matrices = {}
+        logits = _log_probabilities(model, images) if mode == "checked" else None
         for index in chosen:  # each pass has the earlier corrections active
-            matrices[index] = _matrix(wanted[index], block_outputs(theirs, images, stop_after=index)[index], index)
-            theirs.set_acm(index, matrices[index])
+            shift = wanted[index] - block_outputs(theirs, images, stop_after=index)[index]
+            if logits is None or _carries_over(theirs, index, shift, images, logits, estimate):
+                matrices[index] = estimate(shift, index)
+            theirs.set_acm(index, matrices.get(index))
     else:
         found = block_outputs(theirs, images)
-        matrices = {index: _matrix(wanted[index], found[index], index) for index in chosen}
+        matrices = {index: estimate(wanted[index] - found[index], index) for index in chosen}
         for index, matrix in matrices.items():
             theirs.set_acm(index, matrix)
     corrected = block_outputs(theirs, images)
@@ -104,7 +129,7 @@ def add_corrections(
     for index, matrix in matrices.items():
         theirs.set_acm(index, matrix)
     left = {}
-    for index in chosen:
+    for index in matrices:
         before = float((wanted[index] - plain[index]).square().mean())
         left[index] = float((wanted[index] - corrected[index]).square().mean()) / before if before > 0 else 0.0
     return left
@@ -139,10 +164,41 @@ def block_outputs(adapter: Adapter, images: torch.Tensor, stop_after: int | None
     return [torch.cat(parts) for parts in outputs]
 
 
-def _matrix(wanted: torch.Tensor, found: torch.Tensor, index: int) -> torch.Tensor:
-    matrix = (wanted - found).mean(dim=0)
+def _matrix(shift: torch.Tensor, index: int, shape: str, shrink: bool) -> torch.Tensor:
+    """[tokens, channels] in STORED from the shifts [n, tokens, channels] of block `index`; see `add_corrections`."""
+    if shape != "element":
+        shift = shift.mean(dim=1 if shape == "channel" else 2, keepdim=True).expand_as(shift)
+    matrix = shift.mean(dim=0)
+    if shrink:
+        variance = shift.var(dim=0, correction=min(1, len(shift) - 1)) / len(shift)
+        matrix = matrix * (matrix.square() / (matrix.square() + variance).clamp_min(torch.finfo(torch.float32).tiny))
     if not bool(torch.isfinite(matrix).all()):
         raise DfqvitError(f"ACM of block {index} holds NaN or Inf: the quantized model's activations overflow")
     if float(matrix.abs().max()) > torch.finfo(STORED).max:
         raise DfqvitError(f"ACM of block {index} reaches {float(matrix.abs().max()):.3g}, more than {STORED} can hold")
     return matrix.to(STORED)
+
+
+def _carries_over(
+    adapter: Adapter,
+    index: int,
+    shift: torch.Tensor,
+    images: torch.Tensor,
+    wanted: torch.Tensor,
+    estimate: Callable[[torch.Tensor, int], torch.Tensor],
+) -> bool:
+    """Whether block `index`, corrected by one half of the images, lowers the divergence of the other half's logits, both ways."""
+    changes = []
+    for held, rest in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        divergence = []
+        for matrix in (None, estimate(shift[rest], index)):
+            adapter.set_acm(index, matrix)
+            found = _log_probabilities(adapter.model, images[held])
+            divergence.append((wanted[held].exp() * (wanted[held] - found)).sum(dim=1))
+        changes.append(divergence[1] - divergence[0])
+    change = torch.cat(changes)
+    return bool(change.mean() + change.std() / len(change) ** 0.5 < 0)
+
+
+def _log_probabilities(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(batch).float().log_softmax(dim=1) for batch in images.split(_BATCH)])

@@ -60,12 +60,12 @@ def evaluate(
             torch.cuda.synchronize(device)
         seconds += time.perf_counter() - start
         total += len(labels)
-        hits["top1"] += _hits(logits, labels, 1)
-        hits["top5"] += _hits(logits, labels, 5)
+        hits["top1"] += count_hits(logits, labels, 1)
+        hits["top5"] += count_hits(logits, labels, 5)
         if against is not None:
             others = against.eval()(images).float()
-            hits["against_top1"] += _hits(others, labels, 1)
-            hits["against_top5"] += _hits(others, labels, 5)
+            hits["against_top1"] += count_hits(others, labels, 1)
+            hits["against_top5"] += count_hits(others, labels, 5)
             hits["agreement"] += int((logits.argmax(1) == others.argmax(1)).sum())
             error += float((logits - others).abs().double().sum())
             values += logits.numel()
@@ -89,6 +89,7 @@ def evaluate(
     )
 
 
-def _hits(logits: torch.Tensor, labels: torch.Tensor, k: int) -> int:
+def count_hits(logits: torch.Tensor, labels: torch.Tensor, k: int) -> int:
+    """How many rows of logits [n, classes] have their label among the k first."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return int((top == labels[:, None]).any(dim=1).sum())

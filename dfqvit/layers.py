@@ -41,6 +41,7 @@ class QuantLinear(nn.Module):
         self.input = ActivationQuantizer(a_bits, quantizer).to(weight.device)
         self.register_buffer("acm", None)
         self._moment: SecondMoment | None = None
+        self._decided: tuple[torch.Tensor, torch.Tensor] | None = None
         self._blocked: tuple[tuple[int, int], torch.Tensor] | None = None
 
     @classmethod
@@ -68,10 +69,18 @@ class QuantLinear(nn.Module):
         """Gathers from now on what `freeze` needs to round the weights to second order, see `rounding`."""
         self._moment = SecondMoment(self.in_features, self.input.scale.device)
 
+    def decide(self, integers: torch.Tensor, scale: torch.Tensor) -> None:
+        """Sets the integers [out_features, in_features] and scales [out_features] that `freeze` takes, and computes with them."""
+        assert self.weight is not None
+        self._decided, self._moment = (integers.to(torch.int8), scale), None
+        self.weight = nn.Parameter(integers * scale[:, None], requires_grad=False)
+
     def round_weight(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(integers int8 [out_features, in_features], scale [out_features]): to second order after `observe_inputs`."""
         weight = self.weight
         assert weight is not None
+        if self._decided is not None and bits == self.w_bits:
+            return self._decided
         if self._moment is not None:
             return round_second_order(weight, self._moment.damped(), bits)
         scale = WEIGHT_RULES[self.quantizer](weight, bits)
@@ -80,7 +89,7 @@ class QuantLinear(nn.Module):
     def freeze(self) -> None:
         """Quantizes and packs the weights and freezes the input quantizer."""
         integers, scale = self.round_weight(self.w_bits)
-        self._moment = None
+        self._moment = self._decided = None
         self.allocate()
         self.weight_scale.copy_(scale)
         self.weight_packed.copy_(pack_integers(integers, self.w_bits))
@@ -164,7 +173,10 @@ class AttentionOperands(nn.Module):
             scores = scores + bias
         if not self.q.frozen:
             return scores.softmax(dim=-1) @ v
-        steps = (255 * (scores - scores.amax(dim=-1, keepdim=True)).exp()).round()
+        shares = 255 * (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        steps = shares.round()
+        if shares.requires_grad:  # straight through, for `reconstruction`
+            steps = shares + (steps - shares).detach()
         return (steps @ v) / steps.sum(dim=-1, keepdim=True)
 
 

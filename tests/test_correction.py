@@ -130,5 +130,45 @@ def test_overflow_is_an_error(pair):
 
 def test_unknown_mode(pair):
     model, qmodel, x = pair
-    with pytest.raises(UsageError, match="acm was 'both'; it may be 'sequential', 'independent', 'none'"):
+    with pytest.raises(UsageError, match="acm was 'both'; it may be 'sequential', 'checked', 'independent', 'none'"):
         add_corrections(model, qmodel, x, "both")
+
+
+def test_shapes_and_shrinkage_by_formula(pair):
+    model, qmodel, x = pair
+    wanted, plain = outputs_of(model, x)[0].double(), outputs_of(qmodel, x)[0].double()
+    shift, adapter = wanted - plain, find_adapter(qmodel)
+    for shape, dims in (("channel", 1), ("token", 2), ("element", None)):
+        for shrink in (False, True):
+            add_corrections(model, qmodel, x, blocks=[0], shape=shape, shrink=shrink)
+            own = shift if dims is None else shift.mean(dims, keepdim=True)
+            mean = own.mean(0)
+            if shrink:
+                squares = ((own - mean) ** 2).sum(0) / (len(x) - 1) / len(x)
+                mean = mean * mean**2 / (mean**2 + squares)
+            found = adapter.get_acm(0).double()
+            assert found.shape == shift.shape[1:]
+            assert torch.allclose(found, mean.expand_as(found), atol=2e-3, rtol=2e-3)
+
+
+def test_checked_keeps_what_carries_over_and_drops_what_does_not(seed):
+    """A shift that is the same on every image carries over; one of another sign on every other image does not."""
+    model, x = small_vit(), torch.randn(8, 3, 32, 32)
+    constant, moody = copy.deepcopy(model), copy.deepcopy(model)
+    shift, signs = torch.randn(1, 17, 48), torch.tensor([1.0, -1.0] * 4).view(-1, 1, 1)
+    constant.blocks[1].register_forward_hook(lambda m, i, o: o + shift)
+    moody.blocks[1].register_forward_hook(lambda m, i, o: o + shift * signs)
+    for candidate, kept in ((constant, [1]), (moody, [])):
+        recipe = Recipe(8, 8, "gemm", "minmax")
+        qmodel = convert(model, recipe)
+        calibrate(qmodel, x, recipe)
+        assert sorted(add_corrections(candidate, qmodel, x, "checked", blocks=[1])) == kept
+        assert (find_adapter(qmodel).get_acm(1) is not None) == bool(kept)
+
+
+def test_checked_needs_images_and_shapes_have_names(pair):
+    model, qmodel, x = pair
+    with pytest.raises(UsageError, match="acm was 'checked' with 3 images; cross-validation needs 4 at least"):
+        add_corrections(model, qmodel, x[:3], "checked")
+    with pytest.raises(UsageError, match="acm_shape was 'row'; it may be 'element', 'channel', 'token'"):
+        add_corrections(model, qmodel, x, shape="row")

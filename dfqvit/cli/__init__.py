@@ -11,8 +11,10 @@ from ..errors import DfqvitError, UsageError
 from ..version import __version__
 
 COMMANDS = {
+    "ablate": "what each piece of the method does: a resumable grid of settings, tables and charts",
     "benchmark": "speed and energy of a quantized model beside the float one",
     "demo": "quantize the embedded model and print accuracies for float, real, noise and data-free calibration",
+    "diagnose": "the known failures in a saved model, with what to do; gradients of easy to hard",
     "evaluate": "top-1, top-5 and agreement with the float model, on a folder or an .npz",
     "info": "versions, devices and backends; with FILE, check a saved model completely and describe it",
     "quantize": "from a float model to a saved low-bit model, with no data",

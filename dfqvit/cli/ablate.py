@@ -1,0 +1,121 @@
+"""`dfqvit ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+from .. import demo as embedded
+from ..ablation import REAL_IMAGES, Bench, Gallery, Table, run_study, weights_digest
+from ..ablation_report import markdown, write_charts
+from ..data import batches, open_images, spread_images
+from ..errors import DfqvitError, UsageError
+from ..files import atomic
+from ..models import Preprocessing
+from ..studies import RECIPES, STUDIES, settings_of
+from ..synthesis import Progress
+from .options import common, emit, model_options, numbers, open_model
+
+ROWS, TABLES = "ablations.csv", "ablations.md"
+
+
+@click.command("ablate")
+@model_options
+@click.option("--study", "studies", type=click.Choice(list(STUDIES)), multiple=True, help="Default method; repeatable.")
+@click.option("--values", help="Comma-separated values in place of the study's own (samples, steps, gamma).")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="paper", show_default=True)
+@click.option("--bits", default="8,4,3", show_default=True, help="Widths of the weights, comma-separated.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many, counted up from --seed.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="A folder of classes or an .npz; embedded models have one."
+)
+@click.option("--classes", type=click.Path(path_type=Path), help="Text file: line k is the folder name of class k.")
+@click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="Evaluated, evenly spread.")
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images.")
+@click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of synthesis.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
+@common
+def command(**options: Any) -> None:
+    """Measure what each piece of the method does: a grid of settings, one row of DIR/ablations.csv for each run.
+
+    Runs whose row is there are skipped, so an interrupted command goes on where it stopped, and other studies, seeds or
+    models can be added to the same DIR. Tables go to DIR/ablations.md, pictures beside it, synthetic images to DIR/images.
+    """
+    out, name = options.pop("out"), options["model"]
+    studies = options.pop("studies") or ("method",)
+    values, bits = numbers("--values", options.pop("values")), _widths(options.pop("bits"))
+    recipe, samples, iters = options.pop("recipe"), options.pop("samples"), options.pop("iters")
+    seeds = range(options["seed"], options.pop("seed") + options.pop("seeds"))
+    data, classes, count = options.pop("data"), options.pop("classes"), options.pop("images")
+    as_json = options.pop("as_json")
+    settings = {study: settings_of(study, recipe, values) for study in studies}
+    if data is None and name not in embedded.ALIASES:
+        raise UsageError("--data was not given; it must be for a MODEL that is not embedded")
+    out.mkdir(parents=True, exist_ok=True)
+    table = Table(out / ROWS)
+    model, preprocessing = open_model(**options)
+    bench = _bench(data, classes, preprocessing, count, next(model.parameters()).device)
+    gallery = Gallery(model, preprocessing, out / "images", weights_digest(model))
+    before = len(table.rows)
+    with tqdm(desc="synthesis", unit="step", dynamic_ncols=True) as bar:
+
+        def step(_: Progress) -> None:
+            bar.update()
+
+        try:
+            for study in studies:
+                run_study(
+                    model,
+                    preprocessing,
+                    bench,
+                    table,
+                    gallery,
+                    settings[study],
+                    study=study,
+                    recipe=recipe,
+                    architecture=name,
+                    seeds=seeds,
+                    bits=bits,
+                    samples=samples,
+                    iters=iters,
+                    report=step,
+                    announce=lambda text: tqdm.write(text, file=bar.fp),
+                )
+        except KeyboardInterrupt as error:
+            raise DfqvitError("interrupted; the same command goes on where it stopped") from error
+    with atomic(out / TABLES) as temporary:
+        temporary.write_text(markdown(table.rows, charts=True))
+    pictures = write_charts(table.rows, out)
+    record = {
+        "rows": str(out / ROWS),
+        "tables": str(out / TABLES),
+        "charts": [str(path) for path in pictures],
+        "measured": len(table.rows) - before,
+        "all": len(table.rows),
+    }
+    text = f"{markdown(table.rows)}\n{record['measured']} runs measured, {before} were there\nrows:   {out / ROWS}\n"
+    emit(as_json, record, f"{text}tables: {out / TABLES}, {len(pictures)} pictures beside it")
+
+
+def _widths(text: str) -> list[int]:
+    widths = numbers("--bits", text) or ()
+    if any(width not in range(2, 9) for width in widths):
+        raise UsageError(f"--bits was '{text}'; it must be whole numbers from 2 to 8, separated by commas")
+    return [int(width) for width in widths]
+
+
+def _bench(
+    data: Path | None, classes: Path | None, preprocessing: Preprocessing, count: int, device: torch.device
+) -> Bench:
+    """Evaluation images and, for real-data calibration, training images of an embedded model or else some of the same."""
+    test = open_images(data or embedded.TEST_IMAGES, preprocessing, classes)
+    count = min(count, len(test))
+    chosen = [index * len(test) // count for index in range(count)]
+    held = list(batches(torch.utils.data.Subset(test, chosen), 50, device=device))
+    source = test if data is not None else open_images(embedded.TRAIN_SAMPLE, preprocessing)
+    real = spread_images(source, min(REAL_IMAGES, len(source))).to(device)
+    return Bench((data or embedded.TEST_IMAGES).name, held, real)
