@@ -88,7 +88,7 @@ class QuantLinear(nn.Module):
     def kernel_weight(self) -> torch.Tensor:
         """The packed weight in the form that the kernels of its device run fastest with, made once."""
         packed = self.weight_packed
-        if packed.device.type != "cpu" or not extension.supports_cpu()[0]:
+        if exporting() or packed.device.type != "cpu" or not extension.supports_cpu()[0]:
             return packed
         key = (packed.data_ptr(), packed._version)
         if self._blocked is None or self._blocked[0] != key:
@@ -164,6 +164,12 @@ class AttentionOperands(nn.Module):
             return scores.softmax(dim=-1) @ v
         steps = (255 * (scores - scores.amax(dim=-1, keepdim=True)).exp()).round()
         return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+
+
+def exporting() -> bool:
+    """Whether torch.export is tracing: what it sees has no memory, and its result is to run on other machines too."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
+    return asked is not None and asked()
 
 
 def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:
