@@ -19,7 +19,7 @@ from .kernels.dispatch import Operator, choices
 from .kernels.layer_norm_quantize.op import forward as norm_operator
 from .kernels.quant_attention.op import forward as attention_operator
 from .kernels.quant_linear.op import forward as linear_operator
-from .layers import AttentionOperands, QuantLinear, check_tokens
+from .layers import AttentionOperands, QuantLinear, check_tokens, exporting
 from .quantizers import ActivationQuantizer
 
 OPERATORS = (norm_operator, linear_operator, attention_operator)
@@ -136,7 +136,7 @@ class Chain:
         """The same chain as one compiled call, which saves calls and memory traffic; None where there is none."""
         module, _ = extension.load()
         elsewhere = any(backend != "cpu" for _, backend in choices()) or self.norm1.arguments[0].device.type != "cpu"
-        if module is None or elsewhere:
+        if module is None or elsewhere or exporting():
             return None
         steps = (self.norm1, self.qkv, self.attention, self.proj, self.norm2, self.fc1, self.fc2)
         return module.QuantBlock(*(step.arguments for step in steps))
@@ -159,6 +159,8 @@ class Chain:
 
 def chain_of(block: Any, make: Callable[[], Chain], geometry: Any = None) -> Chain:
     """The block's chain, made at its first use on a device and in a geometry."""
+    if exporting():
+        return make()
     packed = block.attn.qkv.weight_packed
     key = (packed.device, packed.data_ptr(), packed._version, choices(), geometry)
     held = block.__dict__.get("_chain")

@@ -77,25 +77,31 @@ def load(
         check_device(device)
     record, tensors = read(path)
     try:
-        model = record.spec.build()
-        adapter = find_adapter(model)
-        adapter.convert(record.recipe)
-        freeze(model, allocate_only=True)
-        for index in record.acm_blocks:
-            adapter.set_acm(index, torch.zeros((), dtype=STORED))
-        for name, module in model.named_modules():
-            if isinstance(module._buffers.get("acm"), torch.Tensor):
-                module.acm = torch.zeros_like(tensors[f"{name}.acm"])
-        model.load_state_dict(tensors)
+        model = rebuild(record, tensors)
     except (KeyError, RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
         raise DfqvitError(f"'{path}' does not fit the model it names: {str(error).splitlines()[0]}") from error
-    model.dfqvit_record = record  # type: ignore[assignment]
-    model.dfqvit_spec = record.spec  # type: ignore[assignment]
-    model = model.eval().requires_grad_(False).to(device)
+    model = model.to(device)
     set_runtime(model, runtime)
     if cuda_graph:
         capture_graphs(model)
     return model
+
+
+def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A quantized model from its record and its state_dict, simulated, in eval mode, on the CPU."""
+    model = record.spec.build()
+    adapter = find_adapter(model)
+    adapter.convert(record.recipe)
+    freeze(model, allocate_only=True)
+    for index in record.acm_blocks:
+        adapter.set_acm(index, torch.zeros((), dtype=STORED))
+    for name, module in model.named_modules():
+        if isinstance(module._buffers.get("acm"), torch.Tensor):
+            module.acm = torch.zeros_like(tensors[f"{name}.acm"])
+    model.load_state_dict(tensors)
+    model.dfqvit_record = record  # type: ignore[assignment]
+    model.dfqvit_spec = record.spec  # type: ignore[assignment]
+    return model.eval().requires_grad_(False)
 
 
 def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:

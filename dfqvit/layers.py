@@ -99,7 +99,7 @@ class QuantLinear(nn.Module):
         """The packed weight in the form that the kernels of its device run fastest with, made once."""
         packed = self.weight_packed
         elsewhere = packed.device.type != "cpu" or linear_operator.asked == "triton"
-        if elsewhere or not extension.supports_cpu()[0]:
+        if elsewhere or exporting() or not extension.supports_cpu()[0]:
             return packed
         key = (packed.data_ptr(), packed._version)
         if self._blocked is None or self._blocked[0] != key:
@@ -178,6 +178,12 @@ class AttentionOperands(nn.Module):
         if shares.requires_grad:  # straight through, for `reconstruction`
             steps = shares + (steps - shares).detach()
         return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+
+
+def exporting() -> bool:
+    """Whether torch.export is tracing: what it sees has no memory, and its result is to run on other machines too."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
+    return asked is not None and asked()
 
 
 def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:

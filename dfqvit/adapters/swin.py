@@ -17,7 +17,7 @@ from torch import nn
 
 from ..chain import Chain, chain_of
 from ..errors import UsageError
-from ..layers import AttentionOperands, quantize_output
+from ..layers import AttentionOperands, exporting, quantize_output
 from ..quantizers import ActivationQuantizer
 from .base import Adapter, add_block_sites, heads_mean
 from .constants import quantize_constant_
@@ -115,7 +115,9 @@ class QuantWindowAttention(WindowAttention):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._get_rel_pos_bias()
         if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)
+            bias = (bias + mask.unsqueeze(1)).repeat(
+                x.shape[0] // mask.shape[0], 1, 1, 1
+            )  # len() would fix the batch in an export
         y = self.operands(q, k, v, self.scale, bias)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
@@ -128,7 +130,8 @@ class IntegerSwinBlock(SwinTransformerBlock):
         if self.training or x.shape[1:3] != self.input_resolution or _padded(self):
             return super().forward(x)
         table = self.attn.relative_position_bias_table  # timm's set_input_size replaces it, and the rest of this key
-        geometry = (self.input_resolution, self.window_size, self.shift_size, table.data_ptr(), table._version)
+        written = () if exporting() else (table.data_ptr(), table._version)
+        geometry = (self.input_resolution, self.window_size, self.shift_size, written)
         return chain_of(self, self._make_chain, geometry)(x.flatten(1, 2)).view_as(x)
 
     def _make_chain(self) -> Chain:
