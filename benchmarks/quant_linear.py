@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,19 @@ MODELS = {
     "swin_tiny": swin(96),  # swin_small has the same layers, more of them
 }
 GPU_PEAK, GPU_BANDWIDTH = 1979e12 / 2, 4.8e12  # H200: int8 multiply-adds a second, dense; bytes a second
+
+
+def by_mma_sync(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`call` without wgmma, which the CUDA kernel chooses for large products where there is one."""
+
+    def run() -> torch.Tensor:
+        os.environ["DFQVIT_WGMMA"] = "0"
+        try:
+            return call()
+        finally:
+            del os.environ["DFQVIT_WGMMA"]
+
+    return run
 
 
 class Case:
@@ -161,6 +175,9 @@ class Case:
         if self.device == "cpu":
             packed, x = self._prepacked(), torch.quantize_per_tensor(self.x, 8 / 255, 128, torch.quint8)
             variants["torch int8"] = lambda: torch.ops.quantized.linear(x, packed, 8 / 255, 128)
+        else:
+            variants["quant_linear mma.sync"] = by_mma_sync(lambda: self.ours(True))
+            variants["quant_linear w4 mma.sync"] = by_mma_sync(lambda: self.ours(True, bits=4))
         return variants
 
     def check(self) -> None:

@@ -1,5 +1,6 @@
 """`make gpu-check OUT=DIR`, for a machine with an NVIDIA GPU: build, every GPU test, every GPU benchmark in short, JSON under DIR.
 
+On Hopper the tests of quant_linear run with both products, mma.sync and wgmma, and its benchmark has rows for both.
 Uses the Python that runs it (torch with CUDA, triton, timm, pytest, pybind11 and ninja must be there). Every step is timed and
 bounded, and so is the whole, by TOTAL: what comes later is cut short or not begun (status 124). A failed step is reported and
 the next one runs all the same. Exit status 1 when any failed.
