@@ -33,6 +33,7 @@ BENCHMARKS: dict[
     ),
     "quant_attention": (["--seconds", "1"], 40),
     "layer_norm_quantize": (["--seconds", "1"], 30),
+    "acm": (["--models", "deit_base_patch16_224", "--batches", "1", "256", "--gammas", "0", "1", "--seconds", "1"], 40),
     "synthesis": (["--seconds", "10"], 60),
     "patch_similarity_entropy": (["--seconds", "2"], 90),
     "fake_quantize": (["--seconds", "1"], 30),

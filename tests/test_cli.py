@@ -226,6 +226,8 @@ def test_demo_on_a_few_images(run, tmp_path):
     assert set(top1) == {"W8/A8", "W4/A8", "W3/A8"}
     assert top1["W8/A8"]["real images"] > 85
     assert (tmp_path / "w3a8.safetensors").exists()
+    assert json.loads(stdout)["report"] == str(tmp_path / "report.html")
+    assert "<h2>Accuracy</h2>" in (tmp_path / "report.html").read_text()
 
 
 def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(tmp_path):
@@ -253,4 +255,4 @@ def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(tmp_path):
     x = torch.randn(2, 1, 28, 28)
     one, two = (dfqvit.load(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert torch.equal(one(x), two(x))
-    assert sorted(os.listdir(tmp_path / "a")) == ["curriculum.png", "model.safetensors", "samples.png"]
+    assert sorted(os.listdir(tmp_path / "a")) == ["curriculum.png", "model.safetensors", "report.html", "samples.png"]

@@ -14,14 +14,17 @@ from tqdm import tqdm
 from .. import demo as embedded
 from ..api import quantize
 from ..data import batches, open_images, spread_images
+from ..energy import Energy
 from ..evaluation import Evaluation, evaluate
 from ..io import save
 from ..models import Preprocessing, load_model
 from ..synthesis import SynthesisConfig
 from .options import common, emit, pick_device
+from .report import CURRICULUM, SAMPLES, make_report
 from .synthesize import run_synthesis
 
 _BITS = (8, 4, 3)
+_REPORTED = 4  # bits of the model that the report is about
 
 
 @click.command("demo")
@@ -38,14 +41,15 @@ def command(**options: Any) -> None:
     Replaces its own results of an earlier run.
     """
     device, out = pick_device(options["device"]), options["out"]
-    started = time.perf_counter()
+    started, energy = time.perf_counter(), Energy(device)
     model = load_model(options["model"], device=device)
     preprocessing = Preprocessing.of(model)
     test = open_images(embedded.TEST_IMAGES, preprocessing)
     loaded = [(x, y) for x, y in batches(torch.utils.data.Subset(test, range(options["images"])), 250)]
     real = spread_images(open_images(embedded.TRAIN_SAMPLE, preprocessing), min(options["samples"], 64))
     config = SynthesisConfig(samples=options["samples"], iters=options["iters"], seed=options["seed"])
-    synthetic = run_synthesis(model, preprocessing, config, out, resume=False)
+    with energy.account() as cost:
+        synthetic = run_synthesis(model, preprocessing, config, out, resume=False)
 
     sources: dict[str, str | torch.Tensor] = {"real images": real, "noise": "noise", "data-free": synthetic}
     results: dict[str, dict[str, Any]] = {}
@@ -60,9 +64,10 @@ def command(**options: Any) -> None:
         for bits in _BITS:
             row: dict[str, Any] = {"float": base.top1}
             for source, images in sources.items():
-                qmodel = quantize(
-                    model, bits, samples=config.samples, seed=config.seed, calib=images, preprocessing=preprocessing
-                )
+                with energy.account() as one:
+                    qmodel = quantize(
+                        model, bits, samples=config.samples, seed=config.seed, calib=images, preprocessing=preprocessing
+                    )
                 found = measure(qmodel, None)
                 row[source] = found.top1
                 if source == "data-free":
@@ -70,12 +75,28 @@ def command(**options: Any) -> None:
                     path = save(qmodel, out / f"w{bits}a8.safetensors")
                     row["MB"] = path.stat().st_size / 1e6
                     row["images/s"] = found.images_per_second
+                    if bits == _REPORTED:
+                        reported, file, cost = qmodel, path, cost + one
             results[f"W{bits}/A8"] = row
     headers = ["top-1 %", "float", *sources, "MB", "images/s"]
+    rows = [[name, *(row[key] for key in headers[1:])] for name, row in results.items()]
     table = tabulate(
-        [[name, *(row[key] for key in headers[1:])] for name, row in results.items()],
+        rows,
         headers=headers,
         floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f", ".0f"),
+    )
+    page = make_report(
+        out,
+        options["model"],
+        model,
+        reported,
+        {"synthetic": synthetic, "real": real.to(device)},
+        cost,
+        energy,
+        file=file,
+        seed=config.seed,
+        pictures=[SAMPLES, CURRICULUM],
+        accuracy=(headers, [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows]),
     )
     floats = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
     text = (
@@ -83,7 +104,8 @@ def command(**options: Any) -> None:
         f"{base.images_per_second:.0f} images/s; {config.samples} synthetic images, {config.iters} steps; "
         f"{time.perf_counter() - started:.0f} s in all\n"
         f"models:   {out}/w8a8.safetensors, w4a8.safetensors, w3a8.safetensors\n"
+        f"report:   {page}\n"
         f"pictures: {out / 'samples.png'}, {out / 'curriculum.png'}"
     )
-    record = {"model": options["model"], "images": base.images, "top1": results, "out": str(out)}
+    record = {"model": options["model"], "images": base.images, "top1": results, "out": str(out), "report": str(page)}
     emit(options["as_json"], record, text)

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..io import load
 from ..kernels.tuning import table as measured_choices
 from ..recipe import Recipe
+from ..report import sizes
 from .options import common, emit, pick_device
 
 
@@ -44,16 +45,10 @@ def describe_file(path: Path, device: torch.device, seed: int) -> dict[str, Any]
     image = torch.randn(1, *record.preprocessing.input_size, generator=torch.Generator().manual_seed(seed)).to(device)
     with torch.no_grad():
         finite = bool(torch.isfinite(model(image)).all())
-    kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
-    for key, tensor in model.state_dict().items():
-        kind = (
-            "packed weights" if key.endswith("weight_packed") else "ACM" if key.endswith(".acm") else "everything else"
-        )
-        kinds[kind] += tensor.numel() * tensor.element_size()
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
-        "bytes_by_kind": kinds,
+        "bytes_by_kind": sizes(model),
         "finite_logits": finite,
         **record.to_dict(),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,18 @@ import torch
 from tqdm import tqdm
 
 from ..allocation import check_budget
-from ..api import QuantizationRecord, quantize
+from ..api import QuantizationRecord, calibration_images, quantize
 from ..data import open_images, spread_images
+from ..energy import Energy
 from ..errors import DfqvitError, UsageError
 from ..files import refuse_existing
 from ..io import save
 from ..models import Preprocessing
 from ..pictures import save_grid
 from ..recipe import Recipe
-from .options import common, emit, model_options, open_model, synthesis_config, synthesis_options
+from ..synthesis import SynthesisConfig
+from .options import common, emit, model_options, open_model, pick_device, synthesis_config, synthesis_options
+from .report import CURRICULUM, SAMPLES, make_report
 from .synthesize import run_synthesis
 
 FILE = "model.safetensors"
@@ -62,7 +64,7 @@ FILE = "model.safetensors"
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @common
 def command(**options: Any) -> None:
-    """Quantize MODEL without data and save it as DIR/model.safetensors, with pictures of the synthetic images."""
+    """Quantize MODEL without data and save it as DIR/model.safetensors, with DIR/report.html and pictures of its images."""
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
     bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits")}
@@ -72,46 +74,76 @@ def command(**options: Any) -> None:
     model, preprocessing = open_model(**options)
     if budget is not None:
         check_budget(model, recipe, budget)  # before the synthesis
-    started = time.perf_counter()
-    images: str | torch.Tensor = calib
-    if calib == "synthetic":
-        images = run_synthesis(model, preprocessing, config, out, resume)
-    elif calib != "noise":
-        images = _read_images(Path(calib), preprocessing, config.samples)
-        out.mkdir(parents=True, exist_ok=True)
-        save_grid(images[:64], out / "samples.png", preprocessing)
-    with tqdm(desc="layers", unit="layer", dynamic_ncols=True, disable=budget is None) as bar:
-        qmodel = quantize(
-            model,
-            samples=config.samples,
-            seed=config.seed,
-            calib=images,
-            preprocessing=preprocessing,
-            size_budget=budget,
-            report_layers=partial(_show, bar),
-            **bits,
-            **correction,
-        )
+    energy = Energy(pick_device(options["device"]))
+    with energy.account() as cost:
+        images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
+        with tqdm(desc="layers", unit="layer", dynamic_ncols=True, disable=budget is None) as bar:
+            qmodel = quantize(
+                model,
+                samples=config.samples,
+                seed=config.seed,
+                calib="noise" if calib == "noise" else images,
+                preprocessing=preprocessing,
+                size_budget=budget,
+                report_layers=partial(_show, bar),
+                **bits,
+                **correction,
+            )
     quantization: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
     if calib == "synthetic":
         qmodel.dfqvit_record = quantization.made_from("synthetic", config.to_dict())  # type: ignore[assignment]
     path = save(qmodel, out / FILE)
-    seconds = time.perf_counter() - started
+    source = calib if calib in ("synthetic", "noise") else "given images"
+    page = make_report(
+        out,
+        options["model"],
+        model,
+        qmodel,
+        {source: images},
+        cost,
+        energy,
+        file=path,
+        seed=config.seed,
+        pictures=pictures,
+    )
     floats = sum(parameter.numel() * 4 for parameter in model.parameters())
     record = {
         "out": str(path),
+        "report": str(page),
         "bytes": path.stat().st_size,
         "float32_bytes": floats,
-        "seconds": round(seconds, 1),
+        "seconds": round(cost.seconds, 1),
+        "joules": cost.total,
         "record": qmodel.dfqvit_record.to_dict(),  # type: ignore[operator,union-attr]
     }
     text = (
         f"{path}: {quantization.recipe.label}, {path.stat().st_size / 1e6:.2f} MB "
-        f"({path.stat().st_size / floats:.3f}x float32), {seconds:.0f} s"
+        f"({path.stat().st_size / floats:.3f}x float32), {cost.seconds:.0f} s\nreport: {page}"
     )
-    if calib != "noise":
-        text += f"\npictures: {out / 'samples.png'}" + (f", {out / 'curriculum.png'}" if calib == "synthetic" else "")
+    if pictures:
+        text += f"\npictures: {', '.join(str(out / name) for name in pictures)}"
     emit(as_json, record, text)
+
+
+def _calibration(
+    calib: str,
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    config: SynthesisConfig,
+    out: Path,
+    resume: bool,
+) -> tuple[torch.Tensor, list[str]]:
+    """The images of --calib, and the names of the pictures of them that were written."""
+    if calib == "synthetic":
+        return run_synthesis(model, preprocessing, config, out, resume), [SAMPLES, CURRICULUM]
+    if calib == "noise":
+        made, _ = calibration_images(
+            model, "noise", samples=config.samples, iters=0, seed=config.seed, preprocessing=preprocessing
+        )
+        return made, []
+    images = _read_images(Path(calib), preprocessing, config.samples)
+    save_grid(images[:64], out / SAMPLES, preprocessing)
+    return images.to(next(model.parameters()).device), [SAMPLES]
 
 
 def _show(bar: Any, done: int, total: int) -> None:

@@ -1,0 +1,86 @@
+"""The report that `quantize` and `demo` write, from what these commands have at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import environment
+from ..api import QuantizationRecord
+from ..energy import Cost, Energy
+from ..report import Report, activation_ranges, divergence, similarity_density, sizes, write_report
+
+REPORT = "report.html"
+SAMPLES, CURRICULUM = "samples.png", "curriculum.png"
+_CAPTIONS = {
+    SAMPLES: "The images of the calibration",
+    CURRICULUM: "The first images, from the first step (top) to the last",
+}
+
+
+def make_report(
+    out: Path,
+    name: str,
+    model: nn.Module,
+    qmodel: nn.Module,
+    images: Mapping[str, torch.Tensor],
+    cost: Cost,
+    energy: Energy,
+    *,
+    file: Path,
+    seed: int,
+    pictures: Sequence[str],
+    accuracy: tuple[list[str], list[list[Any]]] | None = None,
+) -> Path:
+    """Measures what the report shows, and writes `out/report.html`.
+
+    Args:
+        out: the folder of the results.
+        name: of the model, for people.
+        model: the float model.
+        qmodel: what was made of it.
+        images: by name, for the densities; the blocks are compared on the first. [n, C, H, W] each.
+        cost: of the work so far.
+        energy: what counted it.
+        file: the saved model.
+        seed: of the run.
+        pictures: names of the PNG files in `out` that this run made.
+        accuracy: headers and rows of a table.
+    """
+    record: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
+    first = next(iter(images.values()))
+    noise = torch.randn(first[:16].shape, generator=torch.Generator().manual_seed(seed)).to(first.device)
+    collected = environment.collect()
+    cpu = collected["cpu"]
+    recipe = record.to_dict()["recipe"]
+    settings = {"model": name, **record.spec.kwargs, **recipe, "calibration": record.calibration}
+    settings |= {"samples": record.samples, "seed": seed, **record.settings}
+    settings |= {"acm": record.acm, "acm_blocks": record.acm_blocks}
+    report = Report(
+        title=f"{name}, {record.recipe.label}",
+        label=record.recipe.label,
+        bytes=file.stat().st_size,
+        float_bytes=sum(parameter.numel() * 4 for parameter in model.parameters()),
+        cost=cost,
+        energy_note=energy.note,
+        pictures={_CAPTIONS[picture]: out / picture for picture in pictures},
+        densities={key: similarity_density(model, value) for key, value in {**images, "noise": noise}.items()},
+        ranges=activation_ranges(qmodel),
+        divergences=divergence(model, qmodel, first),
+        sizes=sizes(qmodel),
+        accuracy=accuracy,
+        settings={key: value for key, value in settings.items() if value is not None},
+        versions={
+            "dfqvit": collected["dfqvit"],
+            "Python": collected["python"],
+            **collected["packages"],
+            "platform": collected["platform"],
+            "CPU": f"{cpu['model']}, {cpu['threads']} threads, {cpu['active_isa'] or 'no compiled path'}",
+            "GPU": [gpu["name"] for gpu in collected["gpus"]],
+        },
+    )
+    return write_report(report, out / REPORT)

@@ -1,0 +1,118 @@
+"""Charts as inline SVG: lines, and ranges as bars. Colours are CSS variables of the page, so that both themes can be read."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+WIDTH, HEIGHT = 720, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 40
+_ROW = 15  # height of a bar with its gap
+
+Points = Sequence[tuple[float, float]]
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def line_chart(series: Mapping[str, Points], x_label: str, y_label: str, *, logarithmic: bool = False) -> str:
+    """Lines through (x, y) points, one a series, with a legend.
+
+    With `logarithmic`, y is drawn by its logarithm; points that are not positive are left out then.
+    """
+    series = {name: [p for p in points if p[1] > 0 or not logarithmic] for name, points in series.items()}
+    every = [point for points in series.values() for point in points]
+    if not every:
+        return "<p>No values to draw.</p>"
+    rise = math.log10 if logarithmic else float
+    x_low, x_high = min(x for x, _ in every), max(x for x, _ in every)
+    y_low, y_high = min(rise(y) for _, y in every), max(rise(y) for _, y in every)
+    if logarithmic:
+        y_low, y_high = math.floor(y_low), math.ceil(y_high)
+    else:
+        y_low = min(y_low, 0.0)
+    x_span, y_span = (x_high - x_low) or 1.0, (y_high - y_low) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = _LEFT + (x - x_low) / x_span * (WIDTH - _LEFT - _RIGHT)
+        return across, HEIGHT - _BOTTOM - (y - y_low) / y_span * (HEIGHT - _TOP - _BOTTOM)
+
+    parts = []
+    for value in ticks(y_low, y_high, 4):
+        if logarithmic and value != round(value):
+            continue
+        _, y = at(x_low, value)
+        text = f"{10**value:.3g}" if logarithmic else f"{value:g}"
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    whole = all(x == int(x) for x, _ in every)  # as the numbers of blocks
+    for value in ticks(x_low, x_high, 8):
+        if whole and value != int(value):
+            continue
+        x, _ = at(value, y_low)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
+    for index, points in enumerate(series.values()):
+        places = [at(x, rise(y)) for x, y in points]
+        parts.append(f'<polyline class="line c{index}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+        if len(places) <= 40:
+            parts += [f'<circle class="dot c{index}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
+    middle = (_TOP + HEIGHT - _BOTTOM) / 2
+    parts.append(
+        f'<text x="{(WIDTH + _LEFT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
+    )
+    turn = f'transform="translate(14 {middle:.0f}) rotate(-90)"'
+    parts.append(f'<text {turn} text-anchor="middle">{html.escape(y_label)}</text>')
+    return _svg(HEIGHT, f"{y_label} by {x_label}", parts) + _legend(list(series))
+
+
+def range_chart(ranges: Sequence[tuple[str, float, float]], label: str) -> str:
+    """A bar from least to greatest for each (name, least, greatest)."""
+    if not ranges:
+        return "<p>No values to draw.</p>"
+    left = 200
+    low, high = min(0.0, *(r[1] for r in ranges)), max(0.0, *(r[2] for r in ranges))
+    span = (high - low) or 1.0
+    height = _TOP + _ROW * len(ranges) + _BOTTOM
+
+    def at(value: float) -> float:
+        return left + (value - low) / span * (WIDTH - left - _RIGHT)
+
+    parts = []
+    for value in ticks(low, high, 6):
+        x = at(value)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
+    for row, (name, least, greatest) in enumerate(ranges):
+        y = _TOP + _ROW * row
+        shown = name if len(name) <= 32 else "…" + name[-31:]
+        width = max(at(greatest) - at(least), 1.0)
+        title = f"<title>{html.escape(name)}: {least:.4g} to {greatest:.4g}</title>"
+        parts.append(f'<text class="small" x="{left - 6}" y="{y + 10}" text-anchor="end">{html.escape(shown)}</text>')
+        parts.append(
+            f'<rect class="bar" x="{at(least):.1f}" y="{y + 2}" width="{width:.1f}" height="10">{title}</rect>'
+        )
+    parts.append(
+        f'<text x="{(WIDTH + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">{html.escape(label)}</text>'
+    )
+    return _svg(height, label, parts)
+
+
+def _svg(height: int, title: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title, quote=True)}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _legend(names: Sequence[str]) -> str:
+    items = (f'<span><i class="key c{index}"></i>{html.escape(name)}</span>' for index, name in enumerate(names))
+    return f'<p class="legend">{"".join(items)}</p>'
