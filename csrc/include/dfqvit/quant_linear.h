@@ -75,7 +75,7 @@ struct Epilogue {
   const void* acm;  // of `tokens` rows, or null
   Type acm_type;
   int64_t tokens, acm_row, acm_block;  // elements from row to row and from block to block of acm
-  const void* residual;  // row 0 of the result; [rows, out_features] or null
+  const void* residual;                // row 0 of the result; [rows, out_features] or null
   Type residual_type;
   void* out;  // row 0 of the result
   Type type;
