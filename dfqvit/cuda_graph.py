@@ -17,6 +17,8 @@ WARM_UPS = (
     2  # the first call compiles, chooses backends and makes the chains; the second shows that nothing is left to do
 )
 
+_CAPTURING = threading.Lock()  # torch captures on one stream of the process: two models must not do so at once
+
 
 def check_device(device: torch.device | str) -> None:
     """UsageError unless CUDA graphs can be captured on `device`."""
@@ -75,7 +77,7 @@ class Graphs:
                 plain(images)
         stream.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+        with _CAPTURING, torch.no_grad(), torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
             logits = plain(images)
         return Graph(graph, images, logits)
 
