@@ -22,7 +22,13 @@ from .test_cli import run  # noqa: F401 (a fixture)
 @pytest.fixture(scope="module", params=["demo", "demo-swin"])
 def models(request):
     model = load_model(request.param)
-    return model, dfqvit.synthesize(model, 16, 60, 0)
+    return model, dfqvit.synthesize(model, 16, 30, 0)
+
+
+@pytest.fixture(autouse=True)
+def few_crops(monkeypatch):
+    """Quick: 3 crops of an image in place of 12."""
+    monkeypatch.setattr("dfqvit.calibration.VIEWS", 48)
 
 
 def integers_of(qmodel):
@@ -31,9 +37,9 @@ def integers_of(qmodel):
 
 def test_lowers_the_error_on_other_images(models):
     model, images = models
-    others = dfqvit.synthesize(model, 16, 60, 9)
+    others = dfqvit.synthesize(model, 16, 30, 9)
     plain = dfqvit.quantize(model, 2, calib=images, runtime="simulated")
-    tuned = dfqvit.quantize(model, 2, calib=images, runtime="simulated", reconstruct=40)
+    tuned = dfqvit.quantize(model, 2, calib=images, runtime="simulated", reconstruct=25)
     with torch.no_grad():
         wanted = model(others)
         before, after = ((q(others) - wanted).square().mean() for q in (plain, tuned))
@@ -43,7 +49,7 @@ def test_lowers_the_error_on_other_images(models):
     changed = [name for name, packed in integers_of(plain).items() if not torch.equal(packed, integers_of(tuned)[name])]
     assert changed
     assert all(".blocks." in f".{name}" for name in changed)
-    assert tuned.dfqvit_record.settings["reconstruct"] == 40
+    assert tuned.dfqvit_record.settings["reconstruct"] == 25
 
 
 def test_is_saved_like_any_other_and_computes_what_was_tuned(models, tmp_path):
@@ -52,7 +58,7 @@ def test_is_saved_like_any_other_and_computes_what_was_tuned(models, tmp_path):
     qmodel = convert(model, recipe)
     observe(qmodel, images, recipe)
     seen = []
-    left = reconstruct_blocks(model, qmodel, images, 10, report=lambda *progress: seen.append(progress))
+    left = reconstruct_blocks(model, qmodel, images, 3, report=lambda *progress: seen.append(progress))
     assert len(left) == 4
     assert all(0 < share <= 1 for share in left)
     assert seen == [(index + 1, 4) for index in range(4)]
