@@ -13,7 +13,7 @@ from .adapters import find_adapter
 from .adapters.fusable import is_patched
 from .allocation import allocate_bits, check_budget
 from .calibration import calibrate, convert, freeze, observe
-from .correction import add_corrections, check_correction, choose_blocks
+from .correction import LEAST_CHECKED, add_corrections, check_correction, choose_blocks
 from .errors import UsageError
 from .health import measure
 from .models import ModelSpec, Preprocessing
@@ -111,8 +111,8 @@ def quantize(
         reconstruct: steps of `reconstruction` for each block, after rounding: its weights' integers and scales are tuned
             until the block's output is the float one's. 0 is off; 300 are much. The only part that back-propagates.
         acm: "sequential", "checked", "independent" or "none", see `correction.add_corrections`; "auto" is "sequential"
-            where blocks are chosen explicitly or rounding is "nearest" at 3 bits or below, else "none": where it was
-            measured to help (docs/accuracy.md).
+            where blocks are chosen explicitly; "checked" and shrunk, on every gamma-th block, where rounding is "nearest" at
+            3 bits or below, which is where it was measured to help (docs/ablations.md); else "none".
         acm_blocks: which blocks are corrected; the default is the last one. None leaves it to gamma.
         acm_top: this many blocks of the greatest divergence instead.
         acm_shape: "element", "channel" or "token": what has a correction of its own, see `correction.add_corrections`.
@@ -146,11 +146,14 @@ def quantize(
         raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
     spec = ModelSpec.of(model, model_kwargs)
     preprocessing = preprocessing or Preprocessing.of(model)
+    count = len(calib) if isinstance(calib, torch.Tensor) else samples
     if acm == "auto":
         chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
-        coarse = w_bits <= 3 and recipe.rounding == "nearest"
-        acm = "sequential" if chosen or coarse else "none"
-    check_correction(acm, acm_shape, len(calib) if isinstance(calib, torch.Tensor) else samples)
+        if w_bits <= 3 and recipe.rounding == "nearest" and count >= LEAST_CHECKED and not chosen:
+            acm, acm_blocks, acm_shrink = "checked", None, True
+        else:
+            acm = "sequential" if chosen else "none"
+    check_correction(acm, acm_shape, count)
     if acm_top is not None:
         acm_blocks = None
     qmodel = convert(model, recipe)

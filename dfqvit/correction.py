@@ -22,7 +22,7 @@ MODES = ("sequential", "checked", "independent", "none")
 SHAPES = ("element", "channel", "token")  # what has a value of its own: [tokens, channels], [1, channels], [tokens, 1]
 STORED = torch.float16  # of the matrices, in memory and in files
 _BATCH = 64
-_LEAST_CHECKED = 4
+LEAST_CHECKED = 4  # images: each half needs a mean
 
 
 def choose_blocks(
@@ -55,8 +55,8 @@ def check_correction(mode: str, shape: str, images: int) -> None:
         raise UsageError(f"acm was '{mode}'; it may be {', '.join(map(repr, MODES))}")
     if shape not in SHAPES:
         raise UsageError(f"acm_shape was '{shape}'; it may be {', '.join(map(repr, SHAPES))}")
-    if mode == "checked" and images < _LEAST_CHECKED:
-        raise UsageError(f"acm was 'checked' with {images} images; cross-validation needs {_LEAST_CHECKED} at least")
+    if mode == "checked" and images < LEAST_CHECKED:
+        raise UsageError(f"acm was 'checked' with {images} images; cross-validation needs {LEAST_CHECKED} at least")
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from .quantizers import ActivationQuantizer
 BATCH = 16
 RATE = 0.02  # of u, in steps of the quantizer
 SCALE_RATE = 0.002  # of the scales, relative
-HELD = 8  # every eighth image is held back
+HELD = 4  # every fourth image is held back with its crops; the last crops where there are fewer images
 _MARGIN = 0.49  # u starts at the float weight, or as far from its integer as still rounds to it
 
 
@@ -51,6 +51,9 @@ def reconstruct_blocks(
         For every block, its error on the images held back as a share of what it was.
     """
     views = torch.cat([images, crops(images)])
+    source = torch.arange(len(images)).repeat_interleave(len(views) // len(images) - 1)
+    source = torch.cat([torch.arange(len(images)), source if len(images) >= HELD else torch.arange(len(source))])
+    held = source % HELD == HELD - 1
     floats = _decide_all(qmodel)
     generator = torch.Generator().manual_seed(seed)
     ours, theirs = find_adapter(model).blocks(), find_adapter(qmodel).blocks()
@@ -58,7 +61,7 @@ def reconstruct_blocks(
     for index, (block, qblock) in enumerate(zip(ours, theirs, strict=True)):
         wanted = _passing(model, block, views)[1]
         inputs = _passing(qmodel, qblock, views)[0]
-        left.append(_tune(qblock, floats, inputs, wanted, steps, generator))
+        left.append(_tune(qblock, floats, inputs, wanted, held, steps, generator))
         if report is not None:
             report(index + 1, len(ours))
     return left
@@ -83,10 +86,10 @@ def _tune(
     floats: dict[QuantLinear, torch.Tensor],
     inputs: torch.Tensor,
     wanted: torch.Tensor,
+    held: torch.Tensor,
     steps: int,
     generator: torch.Generator,
 ) -> float:
-    held = torch.arange(len(inputs)) % HELD == HELD - 1
     train = (~held).nonzero().flatten()
     layers = {f"{name}.weight": layer for name, layer in block.named_modules() if isinstance(layer, QuantLinear)}
     learnt = {name: _Learnt(layer, floats[layer]) for name, layer in layers.items()}

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..allocation import check_budget
 from ..api import QuantizationRecord, calibration_images, quantize
+from ..correction import SHAPES
 from ..data import open_images, spread_images
 from ..energy import Energy
 from ..errors import DfqvitError, UsageError
@@ -55,8 +56,19 @@ FILE = "model.safetensors"
 )
 @synthesis_options
 @click.option(
-    "--acm", type=click.Choice(["auto", "sequential", "independent", "none"]), default="auto", show_default=True
+    "--reconstruct",
+    type=click.IntRange(0),
+    default=0,
+    help="Steps for each block to tune its rounded weights by, a fallback for few bits (300 are much); 0 is off.",
 )
+@click.option(
+    "--acm",
+    type=click.Choice(["auto", "sequential", "checked", "independent", "none"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--acm-shape", type=click.Choice(SHAPES), default="element", show_default=True)
+@click.option("--acm-shrink", is_flag=True, help="Shrink corrections by their variance over the images.")
 @click.option("--gamma", type=click.IntRange(1), help="Correct every gamma-th block, counted back from the last.")
 @click.option("--acm-blocks", help="Correct these blocks: comma-separated, -1 is the last. The default is -1.")
 @click.option("--acm-top", type=click.IntRange(1), help="Correct this many blocks, those of the greatest divergence.")
@@ -69,29 +81,38 @@ def command(**options: Any) -> None:
     refuse_existing(out / FILE, force)
     bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits")}
     recipe, budget = Recipe(**bits), options.pop("size_budget")
-    correction = _correction(options)
+    correction = {key: options.pop(key) for key in ("acm_shape", "acm_shrink")} | _correction(options)
+    steps = options.pop("reconstruct")
+    if steps and recipe.placement != "gemm":
+        raise UsageError(f"--reconstruct was {steps} and --placement {recipe.placement}; it is for gemm")
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     if budget is not None:
         check_budget(model, recipe, budget)  # before the synthesis
     energy = Energy(pick_device(options["device"]))
-    with energy.account() as cost:
+    with (
+        energy.account() as cost,
+        tqdm(desc="layers", unit="layer", dynamic_ncols=True, disable=budget is None) as bar,
+        tqdm(desc="reconstruction", unit="block", dynamic_ncols=True, disable=not steps) as blocks,
+    ):
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
-        with tqdm(desc="layers", unit="layer", dynamic_ncols=True, disable=budget is None) as bar:
-            qmodel = quantize(
-                model,
-                samples=config.samples,
-                seed=config.seed,
-                calib="noise" if calib == "noise" else images,
-                preprocessing=preprocessing,
-                size_budget=budget,
-                report_layers=partial(_show, bar),
-                **bits,
-                **correction,
-            )
+        qmodel = quantize(
+            model,
+            samples=config.samples,
+            seed=config.seed,
+            calib="noise" if calib == "noise" else images,
+            preprocessing=preprocessing,
+            size_budget=budget,
+            report_layers=partial(_show, bar),
+            reconstruct=steps,
+            report_blocks=partial(_show, blocks),
+            **bits,
+            **correction,
+        )
     quantization: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
     if calib == "synthetic":
-        qmodel.dfqvit_record = quantization.made_from("synthetic", config.to_dict())  # type: ignore[assignment]
+        settings = config.to_dict() | ({"reconstruct": steps} if steps else {})
+        qmodel.dfqvit_record = quantization.made_from("synthetic", settings)  # type: ignore[assignment]
     path = save(qmodel, out / FILE)
     source = calib if calib in ("synthetic", "noise") else "given images"
     page = make_report(
