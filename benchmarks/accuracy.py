@@ -2,7 +2,8 @@
 
 Sources: "real" (of the evaluation images, evenly spread), "noise", "free" (synthetic images as they were optimised) and
 "natural" (the same, finished with a photograph's spectrum: the default). Recipes: "default", and "paper", PSAQ-ViT's placement
-and min-max ranges, without ACM, with ACM on the last block, and with ACM on every block where it is checked and shrunk. Noise and real images are measured for the first seed only.
+and min-max ranges, without ACM, with ACM on the last block, and with ACM on every block, checked and shrunk. Noise and real
+images are measured for the first seed only.
 
 python benchmarks/accuracy.py deit_tiny_patch16_224 --checkpoint FILE --data FOLDER --wnids FILE --out FILE.jsonl
 """
