@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..allocation import check_budget
 from ..api import QuantizationRecord, calibration_images, quantize
 from ..data import open_images, spread_images
+from ..distributed import rank
 from ..energy import Energy
 from ..errors import DfqvitError, UsageError
 from ..files import refuse_existing
@@ -77,6 +78,8 @@ def command(**options: Any) -> None:
     energy = Energy(pick_device(options["device"]))
     with energy.account() as cost:
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
+        if rank() != 0:
+            return  # the long part is done; the first process calibrates, writes and prints
         with tqdm(desc="layers", unit="layer", dynamic_ncols=True, disable=budget is None) as bar:
             qmodel = quantize(
                 model,
@@ -142,7 +145,8 @@ def _calibration(
         )
         return made, []
     images = _read_images(Path(calib), preprocessing, config.samples)
-    save_grid(images[:64], out / SAMPLES, preprocessing)
+    if rank() == 0:
+        save_grid(images[:64], out / SAMPLES, preprocessing)
     return images.to(next(model.parameters()).device), [SAMPLES]
 
 
