@@ -63,7 +63,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _run_one_of_several(arguments: list[str] | None) -> int:
-    """As one of torchrun's processes: only the first prints, but for failures of the others."""
+    """As one of torchrun's processes: only the first prints. It says of a failure elsewhere that a process was lost."""
     from .. import distributed
 
     try:
