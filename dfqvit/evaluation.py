@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .distributed import reduce_
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -38,7 +40,7 @@ def evaluate(
     against: nn.Module | None = None,
     report: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Runs every batch through `model`, and through `against` if given.
+    """Runs every batch through `model`, and through `against` if given; in a torchrun the result is that of all processes.
 
     Args:
         model: images [n, C, H, W] to logits [n, classes].
@@ -47,7 +49,7 @@ def evaluate(
         report: called with the number of images after every batch.
     """
     device = next(iter([*model.parameters(), *model.buffers()])).device
-    hits = {"top1": 0, "top5": 0, "against_top1": 0, "against_top5": 0, "agreement": 0}
+    hits: dict[str, float] = {"top1": 0, "top5": 0, "against_top1": 0, "against_top5": 0, "agreement": 0}
     total, seconds, waited, error, values = 0, 0.0, 0.0, 0.0, 0
     model.eval()
     began = last = time.perf_counter()
@@ -73,6 +75,10 @@ def evaluate(
             report(len(labels))
         last = time.perf_counter()
     overall = max(time.perf_counter() - began, 1e-9)
+    sums = reduce_(torch.tensor([*hits.values(), total, error, values], dtype=torch.float64)).tolist()
+    hits = dict(zip(hits, sums, strict=False))
+    total, error, values = int(sums[-3]), sums[-2], int(sums[-1])
+    seconds, overall = reduce_(torch.tensor([seconds, overall], dtype=torch.float64), "max").tolist()
     percent = {key: 100.0 * count / max(total, 1) for key, count in hits.items()}
     compared = against is not None
     return Evaluation(

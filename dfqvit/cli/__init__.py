@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import warnings
 
@@ -57,6 +59,32 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Runs the program; the exit status."""
     warnings.showwarning = _one_line_warning
+    if "RANK" in os.environ:  # torchrun
+        return _run_one_of_several(arguments)
+    return _run(arguments)
+
+
+def _run_one_of_several(arguments: list[str] | None) -> int:
+    """As one of torchrun's processes: only the first prints. It says of a failure elsewhere that a process was lost."""
+    from .. import distributed
+
+    try:
+        distributed.start()
+        with contextlib.ExitStack() as stack:
+            if distributed.rank() != 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            status = _run(arguments)
+        if status == 0:
+            distributed.wait_for_all()
+            distributed.stop()
+    except DfqvitError as error:
+        status = _fail(str(error), 1)
+    return status
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         program.main(arguments, prog_name="dfqvit", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

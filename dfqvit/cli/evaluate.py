@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 from tabulate import tabulate
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ..api import QuantizationRecord
 from ..data import batches, open_images
+from ..distributed import rank, world
 from ..evaluation import evaluate
 from ..io import load
 from .options import adjusted, common, emit, open_float, pick_device
@@ -39,6 +41,8 @@ def command(**options: Any) -> None:
     against = None
     if options["against"] is not None:
         against = open_float(record, options["against"], options["checkpoint"], device)
+    if world() > 1:
+        images = Subset(images, range(rank(), len(images), world()))  # type: ignore[assignment]
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
         loader = batches(images, options["batch_size"], options["workers"], device)
         result = evaluate(model, loader, against, bar.update)

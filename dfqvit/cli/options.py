@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..api import QuantizationRecord
+from ..distributed import local_rank, world
 from ..errors import UsageError
 from ..models import Preprocessing, load_model
 from ..synthesis import Progress, SynthesisConfig
@@ -90,6 +91,8 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device was '{name}'; it may be cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device was '{name}'; it may be cpu, cuda or cuda:N")
+    if device.type == "cuda" and device.index is None and world() > 1:
+        device = torch.device("cuda", local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device was '{name}'; torch sees {torch.cuda.device_count()} CUDA devices")
     return device

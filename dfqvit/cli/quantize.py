@@ -16,6 +16,7 @@ from ..allocation import check_budget
 from ..api import QuantizationRecord, calibration_images, quantize
 from ..correction import SHAPES
 from ..data import open_images, spread_images
+from ..distributed import rank
 from ..energy import Energy
 from ..errors import DfqvitError, UsageError
 from ..files import refuse_existing
@@ -96,6 +97,8 @@ def command(**options: Any) -> None:
         tqdm(desc="reconstruction", unit="block", dynamic_ncols=True, disable=not steps) as blocks,
     ):
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
+        if rank() != 0:
+            return  # the long part is done; the first process calibrates, writes and prints
         qmodel = quantize(
             model,
             samples=config.samples,
@@ -163,7 +166,8 @@ def _calibration(
         )
         return made, []
     images = _read_images(Path(calib), preprocessing, config.samples)
-    save_grid(images[:64], out / SAMPLES, preprocessing)
+    if rank() == 0:
+        save_grid(images[:64], out / SAMPLES, preprocessing)
     return images.to(next(model.parameters()).device), [SAMPLES]
 
 

@@ -9,6 +9,7 @@ import click
 import safetensors.torch
 import torch
 
+from ..distributed import rank
 from ..files import atomic, refuse_existing
 from ..models import Preprocessing
 from ..pictures import save_curriculum, save_grid
@@ -34,6 +35,8 @@ def command(**options: Any) -> None:
     resume, config = options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     images = run_synthesis(model, preprocessing, config, out, resume)
+    if rank() != 0:
+        return
     with atomic(out / SAMPLES) as temporary:
         safetensors.torch.save_file({"images": images.cpu()}, temporary, {"format": "dfqvit-samples"})
     record = {"samples": len(images), "iters": config.iters, "seed": config.seed, "out": str(out)}
@@ -51,6 +54,8 @@ def run_synthesis(
         run.resume()
     with SynthesisBar(config.iters, run.step) as bar:
         images = run.run(bar)
+    if rank() != 0:
+        return images
     save_grid(images, out / "samples.png", preprocessing)
     save_curriculum(run.frames, out / "curriculum.png", preprocessing)
     snapshot.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ..distributed import LostProcess, rank
 from ..errors import DfqvitError, UsageError
 from ..files import atomic
 from ..models import Preprocessing, check_finite
@@ -72,11 +73,11 @@ class Synthesis:
                 self.advance()
                 self.step += 1
                 reporter.after(self.step)
-                if self.snapshot is not None and time.monotonic() - saved > _SNAPSHOT_SECONDS:
+                if self.snapshot is not None and rank() == 0 and time.monotonic() - saved > _SNAPSHOT_SECONDS:
                     self.save_snapshot()
                     saved = time.monotonic()
-        except KeyboardInterrupt:
-            if self.snapshot is not None:
+        except (KeyboardInterrupt, LostProcess):
+            if self.snapshot is not None and rank() == 0:
                 self.save_snapshot()
             raise
         finally:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from .. import distributed
 from ..adapters import Features, find_adapter
 from ..errors import UsageError
 from ..models import Preprocessing
@@ -36,6 +37,12 @@ class Step:
         self.adapter = find_adapter(model, config.compat)
         self.device = next(model.parameters()).device
         self.low, self.high = preprocessing.channel_bounds(self.device)
+        if distributed.world() > len(self._parts()):
+            least = -(-config.samples // distributed.world())
+            raise UsageError(
+                f"batch_size was {config.batch_size}; {config.samples} samples are one part of work for each "
+                f"{config.batch_size} images, fewer than the {distributed.world()} processes: it may be at most {least}"
+            )
         classes = int(getattr(model, "num_classes", 0))
         if classes < 1:
             raise UsageError("model has no classifier (num_classes is 0); synthesis needs its logits")
@@ -121,9 +128,12 @@ class Step:
         ratio = self._ratio_table.index_select(0, self._index)
         draws = self._draws.index_select(0, self._index)[0]
         parts = self._parts()
-        ranges = None if len(parts) == 1 else union([self._ranges(part, draws, ratio) for part in parts])
+        own = parts[distributed.rank() :: distributed.world()]
+        ranges = None if len(parts) == 1 else self._batch_ranges(own, draws, ratio)
         terms = torch.zeros(3, device=self.device)
-        for part in parts:
+        if len(own) < len(parts):
+            self.images.grad.zero_()  # type: ignore[union-attr]
+        for part in own:
             images = self.images[part].detach().requires_grad_(True)
             features, logits = self._forward(images, draws[part], ratio)
             losses = torch.stack(
@@ -135,6 +145,9 @@ class Step:
             ) * (len(images) / config.samples)
             self.images.grad[part] = torch.autograd.grad(losses.sum(), images)[0]  # type: ignore[index]
             terms += losses.detach()
+        if len(own) < len(parts):  # every process holds all images; a gradient plus zeros is itself
+            distributed.reduce_(self.images.grad)  # type: ignore[arg-type]
+            distributed.reduce_(terms)
         self._optimizer.step()
         torch.clamp(self.images, self.low, self.high, out=self.images)
         self.terms.index_copy_(0, self._index, terms[None])
@@ -147,6 +160,15 @@ class Step:
         with self.adapter.capture() as features, torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             logits = self.model(views)
         return features, logits
+
+    def _batch_ranges(self, own: list[slice], draws: torch.Tensor, ratio: torch.Tensor) -> list[torch.Tensor]:
+        """The range of similarities of the whole batch, from that of this process's parts."""
+        ranges = union([self._ranges(part, draws, ratio) for part in own])
+        for ends in ranges:
+            least, greatest = (ends[..., i].contiguous() for i in (0, 1))
+            ends[..., 0] = distributed.reduce_(least, "min")
+            ends[..., 1] = distributed.reduce_(greatest, "max")
+        return ranges
 
     @torch.no_grad()
     def _ranges(self, part: slice, draws: torch.Tensor, ratio: torch.Tensor) -> list[torch.Tensor]:

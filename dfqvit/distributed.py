@@ -1,0 +1,80 @@
+"""Several processes at one job, as `torchrun` starts them: rank, reductions that are exact, and one message when one is lost.
+
+Images are made in parts of `batch_size`; each process takes every so-many-th part. Only least and greatest values and sums with
+zeros go between them, so the bits do not depend on how many processes there are. Outside torchrun everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import DfqvitError
+
+
+class LostProcess(DfqvitError):
+    """Another process of the run has ended, or this one was told to end."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a process of this run was lost; the same command with --resume goes on where a synthesis stopped"
+        )
+
+
+def rank() -> int:
+    """Of this process; 0 where there is only one."""
+    return int(os.environ.get("RANK", "0")) if world() > 1 else 0
+
+
+def world() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start() -> None:
+    """Joins the other processes of a torchrun. torchrun ends the others by SIGTERM when one is lost: that becomes LostProcess."""
+    if world() == 1 or dist.is_initialized():
+        return
+    signal.signal(signal.SIGTERM, _terminated)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop() -> None:
+    """Leaves the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def reduce_(tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
+    """Replaces the tensor, in place, by the "sum", "min" or "max" over all processes; nothing where there is only one."""
+    if dist.is_initialized():
+        _call(dist.all_reduce, tensor, getattr(dist.ReduceOp, operation.upper()))
+    return tensor
+
+
+def wait_for_all() -> None:
+    """Returns once every process is here."""
+    if dist.is_initialized():
+        _call(dist.all_reduce, torch.zeros(1))
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except RuntimeError as error:
+        if isinstance(error, LostProcess):
+            raise
+        raise LostProcess from error
+
+
+def _terminated(*_: Any) -> None:
+    raise LostProcess
