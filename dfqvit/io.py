@@ -1,8 +1,8 @@
 """One .safetensors file for a quantized model: packed weights, scales, zero points, ACM, and what rebuilds the structure.
 
 The file's metadata has one entry, `dfqvit`: JSON with `format_version`, `record` (see `QuantizationRecord`) and `sha256`
-over all tensors. Nothing is pickled. The tensors are the quantized model's state_dict, so their names are timm's, with
-`weight_packed` and `weight_scale` in place of the `weight` of a quantized layer.
+over all tensors and the rest of the JSON. Nothing is pickled. The tensors are the quantized model's state_dict, so their
+names are timm's, with `weight_packed` and `weight_scale` in place of the `weight` of a quantized layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from .models import FAMILIES
 from .runtime import check_runtime, set_runtime
 from .version import __version__
 
-FORMAT_VERSION = 1
+# What values that make no sense raise, here and in timm.
+_UNFIT = (LookupError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError)
+FORMAT_VERSION = 2  # 1: a checksum over the tensors alone
 
 
 def save(qmodel: nn.Module, path: str | Path) -> Path:
@@ -47,8 +49,8 @@ def save(qmodel: nn.Module, path: str | Path) -> Path:
         "format_version": FORMAT_VERSION,
         "dfqvit_version": __version__,
         "record": record.to_dict(),
-        "sha256": _digest(tensors),
     }
+    header["sha256"] = checksum(header, tensors)
     with atomic(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {"dfqvit": json.dumps(header, sort_keys=True)})
     return Path(path)
@@ -78,8 +80,10 @@ def load(
     record, tensors = read(path)
     try:
         model = rebuild(record, tensors)
-    except (KeyError, RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
-        raise DfqvitError(f"'{path}' does not fit the model it names: {str(error).splitlines()[0]}") from error
+    except _UNFIT as error:
+        raise DfqvitError(
+            f"'{path}' does not fit the model it names: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     model = model.to(device)
     set_runtime(model, runtime)
     if cuda_graph:
@@ -126,28 +130,33 @@ def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]
         version = header["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DfqvitError(f"'{path}' has a damaged dfqvit header") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        advice = "upgrade dfqvit" if newer else "quantize again"
         raise DfqvitError(
-            f"'{path}' has format version {version}; dfqvit {__version__} reads up to {FORMAT_VERSION}: upgrade dfqvit"
+            f"'{path}' has format version {version}; dfqvit {__version__} reads version {FORMAT_VERSION}: {advice}"
         )
-    if header.get("sha256") != _digest(tensors):
-        raise DfqvitError(f"'{path}' was altered or damaged: its tensors do not match their checksum")
+    if header.pop("sha256", None) != checksum(header, tensors):
+        raise DfqvitError(f"'{path}' was altered or damaged: it does not match its checksum")
     return _record(path, header), tensors
 
 
 def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
     try:
         record = QuantizationRecord.from_dict(header["record"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DfqvitError(f"'{path}' has a damaged dfqvit header: {error}") from error
+    except _UNFIT as error:
+        raise DfqvitError(
+            f"'{path}' has a damaged dfqvit header: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     name = record.spec.architecture
     if not isinstance(name, str) or not name.startswith(FAMILIES) or not timm.is_model(name):
         raise DfqvitError(f"'{path}' names the model '{name}', which this timm ({timm.__version__}) does not have")
     return record
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256, in hexadecimal, of a file's tensors and of its JSON without `sha256`."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for key in sorted(tensors):
         value = tensors[key]
         digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
