@@ -31,7 +31,7 @@ test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: setup
-	for name in fake_quantize patch_similarity_entropy synthesis; do \
+	for name in fake_quantize patch_similarity_entropy quant_linear quant_attention layer_norm_quantize roll_resize total_variation synthesis acm inference; do \
 	  $(BIN)/python benchmarks/$$name.py --out $(OUT)/bench/$$name.jsonl || exit 1; done
 
 # On a machine with a GPU: builds, runs the GPU tests and benchmarks, writes JSON under OUT. Uses that machine's own Python.
