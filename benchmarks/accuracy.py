@@ -11,21 +11,20 @@ python benchmarks/accuracy.py deit_tiny_patch16_224 --checkpoint FILE --data FOL
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import runner
-import safetensors.torch
 import torch
-from torch import nn
 
 import dfqvit
+from dfqvit.ablation import Gallery, weights_digest
 from dfqvit.cli.options import adjusted
 from dfqvit.data import batches, open_images, spread_images
 from dfqvit.evaluation import evaluate
-from dfqvit.files import atomic
 from dfqvit.models import Preprocessing, load_model
-from dfqvit.synthesis import Synthesis, SynthesisConfig
+from dfqvit.synthesis import SynthesisConfig
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -40,27 +39,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     },  # what "auto" is at 3 bits
 }
 REAL = 32
-
-
-def synthetic(model: nn.Module, preprocessing: Preprocessing, config: SynthesisConfig, cache: Path) -> torch.Tensor:
-    """The optimised images of this run, from `cache` when an earlier call made them."""
-    path = cache / f"{config.samples}x{config.iters}_seed{config.seed}.safetensors"
-    if not path.exists():
-        run = Synthesis(model, config, preprocessing)
-        run.run()
-        cache.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as temporary:
-            safetensors.torch.save_file({"images": run.images.detach()}, temporary)
-    return safetensors.torch.load_file(path)["images"]
-
-
-def finished(
-    model: nn.Module, preprocessing: Preprocessing, config: SynthesisConfig, images: torch.Tensor
-) -> torch.Tensor:
-    """What `synthesize` returns when its steps end in `images`."""
-    run = Synthesis(model, config, preprocessing)
-    run.images.copy_(images)
-    return run.advance.finished()
 
 
 def main() -> None:
@@ -92,16 +70,15 @@ def main() -> None:
     common = {"model": options.model, "data": options.data.name, "samples": options.samples, "iters": options.iters}
     floating = evaluate(model, held)
     writer.add(**common, recipe="float", images=floating.images, top1=floating.top1, top5=floating.top5)
+    gallery = Gallery(model, preprocessing, options.cache, weights_digest(model))
     for seed in options.seeds:
         config = SynthesisConfig(samples=options.samples, iters=options.iters, seed=seed)
         images: dict[str, str | torch.Tensor] = {"noise": "noise"}
         if "real" in options.sources and seed == options.seeds[0]:
             images["real"] = spread_images(test, REAL)
         if {"free", "natural"} & set(options.sources):
-            images["free"] = synthetic(
-                model, preprocessing, config, options.cache / f"{options.model}-{options.data.stem}"
-            )
-            images["natural"] = finished(model, preprocessing, config, images["free"])
+            for spectrum in ("free", "natural"):
+                images[spectrum], _ = gallery.images(replace(config, spectrum=spectrum))
         for source in options.sources:
             if source not in images or (source == "noise" and seed != options.seeds[0]):
                 continue

@@ -38,12 +38,12 @@ WIDTHS = {"deit_tiny_patch16_224": 192, "deit_small_patch16_224": 384, "deit_bas
 def pairs(without: Callable[[], object], with_acm: Callable[[], object], device: str, seconds: float) -> list[float]:
     """Relative costs of as many pairs as fit, at least 15."""
     draw, found = random.Random(0), []
-    runner._timed(without, device), runner._timed(with_acm, device)
+    runner.timed(without, device), runner.timed(with_acm, device)
     start = time.perf_counter()
     while len(found) < 15 or time.perf_counter() - start < seconds:
         first = draw.random() < 0.5
         order = (with_acm, without) if first else (without, with_acm)
-        times = [runner._timed(variant, device) for variant in order]
+        times = [runner.timed(variant, device) for variant in order]
         plain, corrected = reversed(times) if first else times
         found.append(corrected / plain - 1)
     return found

@@ -61,19 +61,19 @@ def interleave(
     """
     repeats = {}
     for name, variant in variants.items():
-        _timed(variant, device)
-        repeats[name] = max(1, min(10, int(0.1 / max(_timed(variant, device), 1e-6))))
+        timed(variant, device)
+        repeats[name] = max(1, min(10, int(0.1 / max(timed(variant, device), 1e-6))))
     timings = {name: Timing() for name in variants}
     start = time.perf_counter()
     for done in range(rounds):
         if done >= least_rounds and time.perf_counter() - start > seconds:
             break
         for name, variant in variants.items():
-            timings[name].seconds += [_timed(variant, device) for _ in range(repeats[name])]
+            timings[name].seconds += [timed(variant, device) for _ in range(repeats[name])]
     return timings
 
 
-def _timed(variant: Callable[[], Any], device: str) -> float:
+def timed(variant: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

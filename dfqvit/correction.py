@@ -106,8 +106,8 @@ def add_corrections(
     wanted = block_outputs(ours, images)
     if chosen is None:
         found = block_outputs(theirs, images)
-        divergence = [float((w - f).square().mean() / w.square().mean()) for w, f in zip(wanted, found, strict=True)]
-        chosen = sorted(sorted(range(depth), key=lambda index: -divergence[index])[:top])
+        distances = [divergence(w, f) for w, f in zip(wanted, found, strict=True)]
+        chosen = sorted(sorted(range(depth), key=lambda index: -distances[index])[:top])
     estimate = functools.partial(_matrix, shape=shape, shrink=shrink)
     if mode != "independent":
         matrices = {}
@@ -133,6 +133,11 @@ def add_corrections(
         before = float((wanted[index] - plain[index]).square().mean())
         left[index] = float((wanted[index] - corrected[index]).square().mean()) / before if before > 0 else 0.0
     return left
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean squared distance as a share of the mean square of what was wanted."""
+    return float((wanted - found).square().mean() / wanted.square().mean().clamp_min(1e-20))
 
 
 class _Stop(Exception):

@@ -14,8 +14,7 @@ from torch import nn
 
 from .adapters import Adapter, find_adapter
 from .api import QuantizationRecord
-from .correction import STORED, block_outputs
-from .health import divergence
+from .correction import STORED, block_outputs, divergence
 from .layers import QuantLinear
 from .synthesis.curriculum import crop_ratio
 
@@ -187,7 +186,7 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
 
             def compare(_: nn.Module, inputs: Any, output: torch.Tensor, name: str = name, twin: Any = twin) -> None:
                 acm, twin.acm = twin.acm, None  # a correction is not the layer's own
-                found[name] = divergence(output, twin(inputs[0]))
+                found[name] = round(divergence(output, twin(inputs[0])), 5)
                 twin.acm = acm
 
             handles.append(layer.register_forward_hook(compare))
@@ -213,6 +212,7 @@ def correction_effect(model: nn.Module, qmodel: nn.Module, images: torch.Tensor)
         without = block_outputs(adapter, images, stop_after=index)[index]
         adapter.set_acm(index, acm)
         effect[index] = round(
-            divergence(wanted[index], found[index]) / max(divergence(wanted[index], without), 1e-5), 4
+            round(divergence(wanted[index], found[index]), 5) / max(round(divergence(wanted[index], without), 5), 1e-5),
+            4,
         )
     return effect

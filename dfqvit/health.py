@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapters import find_adapter
-from .correction import block_outputs
+from .correction import block_outputs, divergence
 from .models import Preprocessing
 
 HIGH = 0.25  # cycles a pixel; of a photograph's energy a few percent lie beyond, of white noise's 80
@@ -29,15 +29,10 @@ def measure(
     found = block_outputs(find_adapter(qmodel), images)
     return {
         "images": image_statistics(images, preprocessing),
-        "divergence": [divergence(w, f) for w, f in zip(wanted, found, strict=True)],
+        "divergence": [round(divergence(w, f), 5) for w, f in zip(wanted, found, strict=True)],
         "rms": [round(float(w.square().mean().sqrt()), 4) for w in wanted],
         "acm_left": {str(index): round(share, 4) for index, share in (left or {}).items()},
     }
-
-
-def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    """Mean squared distance as a share of the mean square of what was wanted."""
-    return round(float((wanted - found).square().mean() / wanted.square().mean().clamp_min(1e-20)), 5)
 
 
 def image_statistics(images: torch.Tensor, preprocessing: Preprocessing) -> dict[str, float]:

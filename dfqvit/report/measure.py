@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapters import find_adapter
 from ..correction import block_outputs
+from ..correction import divergence as relative_distance
 from ..quantizers import ActivationQuantizer
 
 _BINS = 100  # of the similarities, from -1 to 1
@@ -97,7 +98,7 @@ def sizes(qmodel: nn.Module) -> dict[str, int]:
 
 
 def _compare(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> Divergence:
-    relative = [float((w - f).square().mean() / w.square().mean()) for w, f in zip(wanted, found, strict=True)]
+    relative = [relative_distance(w, f) for w, f in zip(wanted, found, strict=True)]
     return Divergence(relative, [_kl(w, f) for w, f in zip(wanted, found, strict=True)])
 
 

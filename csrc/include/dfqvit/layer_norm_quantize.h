@@ -23,31 +23,8 @@ struct Norm {
 }  // namespace quant
 }  // namespace dfqvit
 
-#define DFQVIT_PATH portable
-#define DFQVIT_SIMD portable
-#define DFQVIT_TARGET
-#include "dfqvit/layer_norm_quantize_body.h"
-#undef DFQVIT_PATH
-#undef DFQVIT_SIMD
-#undef DFQVIT_TARGET
-
-#if DFQVIT_X86
-#define DFQVIT_PATH avx2
-#define DFQVIT_SIMD avx2
-#define DFQVIT_TARGET DFQVIT_TARGET_AVX2
-#include "dfqvit/layer_norm_quantize_body.h"
-#undef DFQVIT_PATH
-#undef DFQVIT_SIMD
-#undef DFQVIT_TARGET
-
-#define DFQVIT_PATH avx512
-#define DFQVIT_SIMD avx512
-#define DFQVIT_TARGET DFQVIT_TARGET_VNNI
-#include "dfqvit/layer_norm_quantize_body.h"
-#undef DFQVIT_PATH
-#undef DFQVIT_SIMD
-#undef DFQVIT_TARGET
-#endif
+#define DFQVIT_BODY "dfqvit/layer_norm_quantize_body.h"
+#include "dfqvit/each_path.h"
 
 namespace dfqvit {
 namespace quant {

@@ -108,39 +108,9 @@ struct Workspace {
 }  // namespace quant
 }  // namespace dfqvit
 
-#define DFQVIT_PATH portable
-#define DFQVIT_SIMD portable
-#define DFQVIT_TARGET
-#include "dfqvit/quant_attention_body.h"
-#undef DFQVIT_PATH
-#undef DFQVIT_SIMD
-#undef DFQVIT_TARGET
-
-#if DFQVIT_X86
-#define DFQVIT_PATH avx2
-#define DFQVIT_SIMD avx2
-#define DFQVIT_TARGET DFQVIT_TARGET_AVX2
-#include "dfqvit/quant_attention_body.h"
-#undef DFQVIT_PATH
-#undef DFQVIT_SIMD
-#undef DFQVIT_TARGET
-
-#define DFQVIT_PATH avx512
-#define DFQVIT_SIMD avx512
-#define DFQVIT_TARGET DFQVIT_TARGET_VNNI
-#include "dfqvit/quant_attention_body.h"
-#undef DFQVIT_PATH
-#undef DFQVIT_SIMD
-#undef DFQVIT_TARGET
-
-#define DFQVIT_PATH amx
-#define DFQVIT_SIMD avx512
-#define DFQVIT_TARGET DFQVIT_TARGET_AMX
-#include "dfqvit/quant_attention_body.h"
-#undef DFQVIT_PATH
-#undef DFQVIT_SIMD
-#undef DFQVIT_TARGET
-#endif
+#define DFQVIT_BODY "dfqvit/quant_attention_body.h"
+#define DFQVIT_WITH_AMX
+#include "dfqvit/each_path.h"
 
 namespace dfqvit {
 namespace quant {

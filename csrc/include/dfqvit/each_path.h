@@ -1,0 +1,41 @@
+// Includes the file that DFQVIT_BODY names once for each CPU path, with DFQVIT_PATH (a namespace), DFQVIT_SIMD (one of
+// simd.h) and DFQVIT_TARGET set; for amx too if DFQVIT_WITH_AMX is defined. Meant to be included again: no include
+// guard.
+#define DFQVIT_PATH portable
+#define DFQVIT_SIMD portable
+#define DFQVIT_TARGET
+#include DFQVIT_BODY
+#undef DFQVIT_PATH
+#undef DFQVIT_SIMD
+#undef DFQVIT_TARGET
+
+#if DFQVIT_X86
+#define DFQVIT_PATH avx2
+#define DFQVIT_SIMD avx2
+#define DFQVIT_TARGET DFQVIT_TARGET_AVX2
+#include DFQVIT_BODY
+#undef DFQVIT_PATH
+#undef DFQVIT_SIMD
+#undef DFQVIT_TARGET
+
+#define DFQVIT_PATH avx512
+#define DFQVIT_SIMD avx512
+#define DFQVIT_TARGET DFQVIT_TARGET_VNNI
+#include DFQVIT_BODY
+#undef DFQVIT_PATH
+#undef DFQVIT_SIMD
+#undef DFQVIT_TARGET
+
+#ifdef DFQVIT_WITH_AMX
+#define DFQVIT_PATH amx
+#define DFQVIT_SIMD avx512
+#define DFQVIT_TARGET DFQVIT_TARGET_AMX
+#include DFQVIT_BODY
+#undef DFQVIT_PATH
+#undef DFQVIT_SIMD
+#undef DFQVIT_TARGET
+#endif
+#endif
+
+#undef DFQVIT_BODY
+#undef DFQVIT_WITH_AMX
