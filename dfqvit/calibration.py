@@ -12,9 +12,10 @@ from .layers import QuantLinear
 from .models import check_finite
 from .quantizers import ActivationQuantizer
 from .recipe import Recipe
+from .rounding import sensitivity
 from .synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
 
-BATCH = 32  # images in one forward pass of calibration; ranges do not depend on it
+BATCH = 16  # images in one forward pass of calibration; ranges do not depend on it
 VIEWS = 192  # random crops of the images, in all, for second-order rounding
 MOST_VIEWS = 12  # of one image; the least is one
 LEAST_CROP = 0.08  # of the area
@@ -46,15 +47,20 @@ def calibrate(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
 def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
     """Lets the quantizers of a converted model see the images, and gathers what the recipe's rounding needs.
 
-    Second-order rounding also sees crops of the images: its statistics need more variety than a few images have.
+    Second-order rounding also sees crops of the images, since its statistics need more variety than a few images have, and
+    the gradients of each layer's outputs.
     """
-    if recipe.rounding == "second-order":
-        images = torch.cat([images, crops(images)])
-        for module in qmodel.modules():
-            if isinstance(module, QuantLinear):
-                module.observe_inputs()
-    for batch in images.split(BATCH):
-        qmodel(batch)
+    if recipe.rounding != "second-order":
+        for batch in images.split(BATCH):
+            qmodel(batch)
+        return
+    for module in qmodel.modules():
+        if isinstance(module, QuantLinear):
+            module.observe_inputs()
+    generator = torch.Generator().manual_seed(0)
+    for batch in torch.cat([images, crops(images)]).split(BATCH):
+        with torch.enable_grad():
+            sensitivity(qmodel(batch.detach().requires_grad_()), generator).backward()
 
 
 def crops(images: torch.Tensor) -> torch.Tensor:

@@ -109,9 +109,10 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
         if self.weight is not None:
-            if self._moment is not None:
-                self._moment.observe(x)
-            return F.linear(self.input(x), self.weight, self.bias)
+            y = F.linear(self.input(x), self.weight, self.bias)
+            if self._moment is not None and y.requires_grad:
+                self._moment.watch(x, y)
+            return y
         check_tokens(self.acm, x)
         return quant_linear(
             x,

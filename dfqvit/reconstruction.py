@@ -128,17 +128,18 @@ class _Learnt:
         self.limits = -(1 << (layer.w_bits - 1)), (1 << (layer.w_bits - 1)) - 1
         residual = (weight / scale[:, None] - integers).clamp(-_MARGIN, _MARGIN)
         self.u = (integers + residual).clone().requires_grad_(True)
-        self.log_scale = scale.log().requires_grad_(True)
+        self.sign = scale.sign()
+        self.log_scale = scale.abs().log().requires_grad_(True)
 
     def scale(self) -> torch.Tensor:
-        return self.log_scale.exp().detach()
+        return self.log_scale.exp().detach() * self.sign
 
     def integers(self) -> torch.Tensor:
         return self.u.detach().round().clamp(*self.limits)
 
     def weight(self) -> torch.Tensor:
         clamped = self.u.clamp(*self.limits)
-        return (clamped + (clamped.round() - clamped).detach()) * self.log_scale.exp()[:, None]
+        return (clamped + (clamped.round() - clamped).detach()) * (self.log_scale.exp() * self.sign)[:, None]
 
 
 @torch.no_grad()

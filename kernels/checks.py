@@ -74,6 +74,15 @@ def positive(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} held {float(tensor.min()):g}; every scale must be greater than 0")
 
 
+def nonzero(name: str, tensor: torch.Tensor) -> None:
+    """ValueError when a weight's scale is 0, NaN or Inf; checked under the same conditions as `positive`."""
+    finite(name, tensor)
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return
+    if not bool(tensor.all()):
+        raise ValueError(f"{name} held 0; no scale of a weight may be 0")
+
+
 def whole(name: str, tensor: torch.Tensor, greatest: int) -> None:
     """ValueError unless every value is a whole number from 0 to `greatest`; checked under the same conditions as `positive`."""
     if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":

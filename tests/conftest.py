@@ -57,6 +57,11 @@ def data() -> Path:
     return DATA
 
 
+def mirrored(scale: torch.Tensor) -> torch.Tensor:
+    """The scales with a random sign each: a weight's grid may reach one step further on either side of 0."""
+    return torch.where(torch.rand_like(scale) < 0.5, -scale, scale)
+
+
 def small_vit(**kwargs: Any) -> nn.Module:
     """A ViT of 3 blocks on 32 x 32 images, with random weights large enough to matter."""
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, **kwargs}

@@ -29,9 +29,20 @@ def test_mse_scale_is_the_best_of_its_grid_for_every_channel(seed, bits):
 
     for channel in range(4):
         row, widest = weight[channel].tolist(), minmax_weight_scale(weight, bits)[channel].item()
-        least = min(error(row, widest * (0.3 + 0.02 * step)) for step in range(41))
+        least = min(error(row, sign * widest * (0.3 + 0.02 * step)) for step in range(41) for sign in (1, -1))
         assert error(row, found[channel].item()) == pytest.approx(least, rel=1e-2)
         assert error(row, found[channel].item()) <= error(row, widest) * 1.01
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_mse_scale_turns_the_grid_to_the_longer_side(bits):
+    below = (
+        torch.arange(-(1 << (bits - 1)), 1 << (bits - 1)).float().repeat(7)[None]
+    )  # every step of the grid, one more below
+    for weight in (below, -below):
+        scale = mse_weight_scale(weight, bits)
+        assert torch.allclose((weight / scale).round(), weight / scale, atol=0.1)
+        assert scale.item() == pytest.approx(1.0 if weight is below else -1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

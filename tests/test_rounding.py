@@ -7,7 +7,7 @@ import torch
 
 from dfqvit.quantizers import mse_weight_scale
 from dfqvit.recipe import Recipe
-from dfqvit.rounding import DAMPING, SecondMoment, round_second_order
+from dfqvit.rounding import DAMPING, SecondMoment, round_second_order, sensitivity
 
 
 def correlated(rows, features):
@@ -22,19 +22,44 @@ def error(weight, rounded, scale, moment):
     return ((e @ moment.double()) * e).sum(1)
 
 
-def test_moment_is_the_sum_over_vectors_of_unit_length():
-    x = torch.randn(5, 7, 24) * torch.rand(5, 7, 1) * 100
+def moment_of(x):
+    """Of vectors that all count the same."""
+    found = SecondMoment(x.shape[-1], x.device)
+    found.observe(x, torch.ones(x.shape[:-1]))
+    return found
+
+
+def test_moment_is_the_weighted_sum_over_vectors_of_unit_length():
+    x, weights = torch.randn(5, 7, 24) * torch.rand(5, 7, 1) * 100, torch.rand(5, 7)
     found = SecondMoment(24, x.device)
-    for part in x.split([1, 3, 1]):
-        found.observe(part)
+    for part in range(5):
+        found.observe(x[part], weights[part])
     units = (x.double() / x.double().norm(dim=-1, keepdim=True)).flatten(0, 1)
-    assert torch.allclose(found.sum, units.T @ units, atol=1e-5)
+    assert torch.allclose(found.sum, (units * weights.flatten()[:, None]).T @ units, atol=1e-5)
     assert found.damped().diagonal().mean() == pytest.approx(1 + DAMPING, rel=1e-5)
 
 
+def test_watched_outputs_weigh_by_the_length_of_their_gradients():
+    x, weight, after = torch.randn(2, 5, 6), torch.randn(4, 6, requires_grad=True), torch.randn(2, 5, 4)
+    found, y = SecondMoment(6, x.device), x @ weight.T
+    found.watch(x, y)
+    assert not found.sum.any()
+    (y * after).sum().backward()  # so that the gradient of y is `after`
+    expected = SecondMoment(6, x.device)
+    expected.observe(x, after.square().sum(-1).sqrt())
+    assert torch.allclose(found.sum, expected.sum)
+
+
+def test_sensitivity_draws_from_the_fisher_information():
+    logits = torch.randn(1, 4).expand(200_000, 4).clone().requires_grad_(True)
+    sensitivity(logits, torch.Generator().manual_seed(torch.seed() % 2**31)).backward()
+    p = logits[0].detach().double().softmax(0)
+    found = logits.grad.double().T @ logits.grad.double() / len(logits)
+    assert torch.allclose(found, p.diag() - p[:, None] * p, atol=5e-3)
+
+
 def test_moment_of_nothing_but_zeros_still_rounds():
-    found = SecondMoment(9, torch.device("cpu"))
-    found.observe(torch.zeros(4, 9))
+    found = moment_of(torch.zeros(4, 9))
     weight = torch.randn(3, 9)
     rounded, scale = round_second_order(weight, found.damped(), 4)
     assert torch.allclose(rounded * scale[:, None], weight, atol=0.5)
@@ -43,8 +68,7 @@ def test_moment_of_nothing_but_zeros_still_rounds():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(5, 1), (1, 63), (17, 64), (9, 150)])
 def test_no_single_integer_can_be_moved_to_lower_the_error(shape, bits):
-    moment = SecondMoment(shape[1], torch.device("cpu"))
-    moment.observe(correlated(200, shape[1]))
+    moment = moment_of(correlated(200, shape[1]))
     weight, moment = torch.randn(shape), moment.damped()
     rounded, scale = round_second_order(weight, moment, bits)
     half = 1 << (bits - 1)
@@ -62,8 +86,7 @@ def test_no_single_integer_can_be_moved_to_lower_the_error(shape, bits):
 
 def test_close_to_the_best_of_all_integers():
     """Brute force over all 4^5 rows of 2-bit integers."""
-    moment = SecondMoment(5, torch.device("cpu"))
-    moment.observe(correlated(100, 5))
+    moment = moment_of(correlated(100, 5))
     weight, moment = torch.randn(40, 5), moment.damped()
     rounded, scale = round_second_order(weight, moment, 2)
     every = torch.tensor(list(product(range(-2, 2), repeat=5)), dtype=torch.float32)
@@ -85,8 +108,7 @@ def test_uncorrelated_inputs_give_the_nearest_integers():
 def test_outputs_on_other_inputs_of_the_same_kind_are_closer():
     mixing = torch.randn(20, 60)
     inputs, others = (torch.randn(400, 20) @ mixing + 0.3 * torch.randn(400, 60) for _ in range(2))
-    moment = SecondMoment(60, torch.device("cpu"))
-    moment.observe(inputs)
+    moment = moment_of(inputs)
     weight = torch.randn(30, 60)
     rounded, scale = round_second_order(weight, moment.damped(), 3)
     nearest_scale = mse_weight_scale(weight, 3)

@@ -11,8 +11,13 @@ namespace dfqvit {
 namespace quant {
 namespace {
 
-float scale_value(const char* name, float value) {
+float finite_value(const char* name, float value) {
   TORCH_CHECK_VALUE(std::isfinite(value), name, " held NaN or Inf; every value must be finite");
+  return value;
+}
+
+float scale_value(const char* name, float value) {
+  finite_value(name, value);
   TORCH_CHECK_VALUE(value > 0, name, " held ", value, "; every scale must be greater than 0");
   return value;
 }
@@ -94,7 +99,9 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
   const int64_t greatest = (1 << a_bits) - 1;
   const float step = scale_value("x_scale", *x_scale.const_data_ptr<float>());
   const float zero = whole_value("x_zero", *x_zero.const_data_ptr<float>(), greatest);
-  for (int64_t n = 0; n < out_features; ++n) scale_value("w_scale", scales[n]);
+  for (int64_t n = 0; n < out_features; ++n) {
+    TORCH_CHECK_VALUE(finite_value("w_scale", scales[n]) != 0, "w_scale held 0; no scale of a weight may be 0");
+  }
   input = {step, 1.0f / step, zero, static_cast<float>(greatest)};
   ordinary = ordinary_divisor(step);
 

@@ -25,7 +25,7 @@ def pack_weight(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
 
     Args:
         w: [out_features, in_features], float.
-        scale: [out_features] or a scalar, positive.
+        scale: [out_features] or a scalar, not 0; a negative one mirrors its row's grid.
         bits: 2 to 8.
 
     Returns:
@@ -43,7 +43,7 @@ def pack_weight(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
     scale = checks.parameter("scale", scale, w)
     if scale.numel() not in (1, w.shape[0]):
         raise ValueError(f"scale had {scale.numel()} values; it must have 1 or {w.shape[0]}, one for each row of w")
-    checks.positive("scale", scale)
+    checks.nonzero("scale", scale)
     return pack_integers(round_nearest(w, scale, bits), bits)
 
 

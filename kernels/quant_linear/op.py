@@ -56,7 +56,8 @@ def quant_linear(
         acm: [T, N] or None, float, with T tokens an image; the number of rows of x must be a multiple of T.
         x_scale: scalar, positive.
         x_zero: scalar, a whole number in [0, 2^a_bits - 1].
-        w_scale: [N] or scalar, positive; [N] with a blocked weight.
+        w_scale: [N] or scalar, not 0; [N] with a blocked weight. A negative scale mirrors its row's grid, which then reaches
+            one step further above 0 than below.
         a_bits: 2 to 8.
         w_bits: 2 to 8.
         activation: None, "gelu" or "gelu_tanh".
@@ -182,7 +183,7 @@ def _check_values(x: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> Non
     x_scale, x_zero, w_scale, a_bits, out_scale, out_zero, out_bits = (arguments[i] for i in (2, 3, 4, 5, 9, 10, 11))
     checks.positive("x_scale", x_scale)
     checks.whole("x_zero", x_zero, (1 << a_bits) - 1)
-    checks.positive("w_scale", w_scale)
+    checks.nonzero("w_scale", w_scale)
     if out_scale is not None:
         checks.positive("out_scale", out_scale)
         checks.whole("out_zero", out_zero, (1 << out_bits) - 1)

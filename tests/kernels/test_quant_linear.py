@@ -13,6 +13,8 @@ from dfqvit.kernels import block_weight, extension, pack_weight, quant_linear, u
 from dfqvit.kernels.quant_linear import reference
 from dfqvit.kernels.quant_linear.blocked import stored_bits, unblock_weight
 
+from ..conftest import mirrored
+
 SHAPES = [((1,), 1), ((3, 5), 7), ((2, 9, 41), 13), ((0, 6), 4), ((2, 3, 4, 17), 5)]
 
 
@@ -22,7 +24,7 @@ def sample(shape, out_features, a_bits=8, w_bits=4, dtype=torch.float32):
     parameters = {
         "x_scale": torch.tensor(4.0 / ((1 << a_bits) - 1)),
         "x_zero": torch.tensor(float(round(((1 << a_bits) - 1) / 2))),
-        "w_scale": weight.float().abs().amax(1) / (((1 << w_bits) - 1) / 2) * 0.8 + 1e-3,
+        "w_scale": mirrored(weight.float().abs().amax(1) / (((1 << w_bits) - 1) / 2) * 0.8 + 1e-3),
         "a_bits": a_bits,
         "w_bits": w_bits,
     }
@@ -255,7 +257,7 @@ def test_opcheck(seed, device):
     residual = torch.randn(2, 3, 5, device=device)
     for rest in (
         (None, None, None, 8, torch.float32),
-        (residual, scales[2], torch.full((5,), 3.0, device=device), 6, torch.uint8),
+        (residual, scales[2].abs(), torch.full((5,), 3.0, device=device), 6, torch.uint8),
     ):
         torch.library.opcheck(torch.ops.dfqvit.quant_linear, (*arguments, *rest))
     backward = (torch.randn(2, 3, 5, device=device), *arguments, [True, False, True, True, True, True])

@@ -19,6 +19,8 @@ from dfqvit.kernels import (
     use_backend,
 )
 
+from ..conftest import mirrored
+
 pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=extension.load()[1])
 
 IDENTITY = {"x_scale": 1.0, "x_zero": 0, "w_scale": torch.ones(1), "a_bits": 8, "w_bits": 8}
@@ -40,7 +42,7 @@ def random_call(rng, rows, outputs, depth):
     steps = (1 << a_bits) - 1
     x = torch.randn(rows, depth) * 2
     weight = torch.randn(outputs, depth)
-    w_scale = weight.abs().amax(1) / (((1 << w_bits) - 1) / 2) * 0.8 + 1e-3
+    w_scale = mirrored(weight.abs().amax(1) / (((1 << w_bits) - 1) / 2) * 0.8 + 1e-3)
     p = {"x_scale": 8 / steps, "x_zero": rng.choice([0, steps, steps // 2]), "a_bits": a_bits, "w_bits": w_bits}
     p["w_scale"] = w_scale
     kind = rng.choice(["float32", "bfloat16", "float16", "integers", "strided"])
@@ -224,6 +226,7 @@ def test_one_strange_value_anywhere_is_an_error(seed, isa, value, dtype):
     [
         ({"x_scale": -1.0}, "x_scale held -1; every scale must be greater than 0"),
         ({"w_scale": torch.tensor([float("nan")])}, "w_scale held NaN or Inf"),
+        ({"w_scale": torch.zeros(1)}, "w_scale held 0; no scale of a weight may be 0"),
         ({"x_zero": 2.5}, "x_zero held 2.5; it must be a whole number from 0 to 255"),
         ({"out_scale": 0.0, "out_zero": 0}, "out_scale held 0; every scale must be greater than 0"),
         ({"out_scale": 1.0, "out_zero": 64, "out_bits": 6}, "out_zero held 64; it must be a whole number from 0 to 63"),

@@ -14,6 +14,7 @@ import torch
 from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear.op import forward
 
+from ..conftest import mirrored
 from .interpreter import INTERPRETED, compile_for, live_triton, resources, run_in_interpreter
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -28,7 +29,7 @@ def draw(rows, outputs, depth, a_bits, w_bits, x_dtype):
     greatest = (1 << a_bits) - 1
     x = torch.randn(2, rows, depth) * 2
     x = torch.randint(0, greatest + 1, x.shape, dtype=torch.uint8) if x_dtype == torch.uint8 else x.to(x_dtype)
-    w_scale = torch.rand(outputs) * 0.1 + 0.01
+    w_scale = mirrored(torch.rand(outputs) * 0.1 + 0.01)
     tensors = {
         "x": x,
         "weight": pack_weight(torch.randn(outputs, depth), w_scale, w_bits),
