@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "a saved model as ONNX, for ONNX Runtime, OpenVINO or TensorRT",
     "info": "versions, devices and backends; with FILE, check a saved model completely and describe it",
     "quantize": "from a float model to a saved low-bit model, with no data",
+    "sweep": "quantize and evaluate every combination of models and settings in a YAML file",
     "synthesize": "optimise images from noise against a float model",
 }
 

@@ -1,0 +1,254 @@
+"""The runs of `dfqvit sweep`: many models and settings, one `dfqvit quantize` and one `dfqvit evaluate` for each combination.
+
+A configuration names models and options of those two commands; an option with a list of values is an axis, and every combination
+of the axes is a run, in a process of its own and a folder of its own. What a run's commands printed lies in that folder, so a run
+that is there is not made again, and an interrupted one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import itertools
+import json
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from tabulate import tabulate
+
+from .. import demo as embedded
+from ..errors import DfqvitError, UsageError
+from ..files import atomic
+from . import evaluate as evaluate_command
+from . import quantize as quantize_command
+
+Settings = dict[str, Any]
+COMMANDS = {"quantize": quantize_command.command, "evaluate": evaluate_command.command}
+OURS = ("out", "force", "resume", "json", "device", "help")  # options that the sweep gives itself
+
+
+@dataclass(frozen=True)
+class Run:
+    """One combination: a model, and the options of each command, by their names on the command line without dashes."""
+
+    model: str
+    quantize: Settings
+    evaluate: Settings | None
+
+    @property
+    def name(self) -> str:
+        """Of its folder: the same for the same run."""
+        told = json.dumps([self.model, self.quantize, self.evaluate], sort_keys=True)
+        return f"{Path(self.model).name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+def read_config(path: Path) -> list[Run]:
+    """The runs of a YAML file with `models`, `quantize` and `evaluate`; see docs/sweep.md.
+
+    Raises:
+        UsageError: the file is missing or no YAML, or a key or value of it does not fit; names it and what it may be.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"CONFIG was '{path}', which could not be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"CONFIG '{path}' is no YAML: {error}") from error
+    _known("CONFIG", config, ("models", "quantize", "evaluate"))
+    models = config.get("models")
+    if not isinstance(models, list) or not models:
+        raise UsageError(f"models was {models!r}; it must be a list of names, or of mappings with `model`")
+    runs = {}
+    for entry in models:
+        own = {"model": entry} if isinstance(entry, str) else entry
+        if not isinstance(own, dict) or not isinstance(own.get("model"), str):
+            raise UsageError(f"models held {entry!r}; it must be a name, or a mapping with `model`")
+        plain = {name: value for name, value in own.items() if name not in ("model", "evaluate")}
+        given = {"quantize": _section("quantize", config.get("quantize"), plain)}
+        given["evaluate"] = _section("evaluate", config.get("evaluate"), own.get("evaluate"))
+        if own["model"] in embedded.ALIASES:
+            given["evaluate"] = {"data": str(embedded.TEST_IMAGES)} | given["evaluate"]
+        for quantize in _product(given["quantize"]):
+            for evaluate in _product(given["evaluate"]):
+                run = Run(own["model"], quantize, evaluate or None)
+                for command in _commands(run, path.parent, "cpu"):
+                    _check(*command)
+                runs[run.name] = run
+    return list(runs.values())
+
+
+def run_all(
+    runs: Sequence[Run], out: Path, devices: Sequence[str], report: Callable[[Run, Settings], None]
+) -> list[tuple[Run, Settings]]:
+    """Makes the missing runs, one at a time on each device; (run, result) of all, in order.
+
+    A result holds what the two commands printed, or under "error" the sentence with which one failed. DIR/sweep.csv and
+    DIR/sweep.md are written anew after every run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+    results: dict[str, Settings] = {}
+
+    def work(run: Run) -> Settings:
+        device = free.get()
+        try:
+            return _make(run, out / run.name, device)
+        finally:
+            free.put(device)
+
+    pool = ThreadPoolExecutor(len(devices))
+    try:
+        waiting = {pool.submit(work, run): run for run in runs}
+        for future in as_completed(waiting):
+            run = waiting[future]
+            results[run.name] = future.result()
+            write_tables([(each, results[each.name]) for each in runs if each.name in results], out)
+            report(run, results[run.name])
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [(run, results[run.name]) for run in runs]
+
+
+def write_tables(results: Sequence[tuple[Run, Settings]], out: Path) -> None:
+    """DIR/sweep.csv, one line a run with all its settings, and DIR/sweep.md, with those in which runs differ."""
+    rows = [_row(run, result) for run, result in results]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic(out / "sweep.csv") as temporary:
+        temporary.write_text(text.getvalue())
+    with atomic(out / "sweep.md") as temporary:
+        temporary.write_text(markdown(results) + "\n")
+
+
+def markdown(results: Sequence[tuple[Run, Settings]]) -> str:
+    """A table of the runs: the settings in which they differ, and what was found."""
+    rows = [_row(run, result) for run, result in results]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    settings = [name for name in names if name not in FOUND and len({str(row.get(name)) for row in rows}) > 1]
+    shown = ["model", *(name for name in settings if name != "model"), *(name for name in FOUND if name in names)]
+    return tabulate([[row.get(name, "") for name in shown] for row in rows], headers=shown, tablefmt="github")
+
+
+FOUND = ("top-1", "top-5", "MB", "seconds", "error")
+
+
+def _row(run: Run, result: Settings) -> Settings:
+    row = {"model": run.model, **run.quantize, **(run.evaluate or {})}
+    if "error" in result:
+        return row | {"error": result["error"]}
+    made, found = result["quantize"], result.get("evaluate")
+    row |= {"MB": round(made["bytes"] / 1e6, 3), "seconds": made["seconds"]}
+    return row if found is None else row | {"top-1": round(found["top1"], 2), "top-5": round(found["top5"], 2)}
+
+
+def _make(run: Run, folder: Path, device: str) -> Settings:
+    folder.mkdir(parents=True, exist_ok=True)
+    result: Settings = {}
+    for command, arguments in _commands(run, folder, device):
+        kept = folder / f"{command}.json"
+        with contextlib.suppress(OSError, ValueError):
+            result[command] = json.loads(kept.read_text())
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", "dfqvit", command, *arguments, "--json"], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            lines = [line.split("dfqvit: ", 1)[1] for line in done.stderr.splitlines() if "dfqvit: " in line]
+            return {"error": lines[-1] if lines else f"`dfqvit {command}` ended with status {done.returncode}"}
+        with atomic(kept) as temporary:
+            temporary.write_text(done.stdout)
+        result[command] = json.loads(done.stdout)
+    return result
+
+
+def _commands(run: Run, folder: Path, device: str) -> Iterator[tuple[str, list[str]]]:
+    file = folder / quantize_command.FILE
+    own = ["--device", device, "--out", str(folder), "--resume", "--force"]
+    yield "quantize", [run.model, *_arguments("quantize", run.quantize), *own]
+    if run.evaluate is not None:
+        yield "evaluate", [str(file), *_arguments("evaluate", run.evaluate), "--device", device]
+
+
+def _arguments(command: str, settings: Settings) -> list[str]:
+    result = []
+    for name, value in settings.items():
+        if _flags(command)[name]:
+            result += [f"--{name}"] if value else []
+        else:
+            result += [f"--{name}", str(value)]
+    return result
+
+
+def _check(command: str, arguments: list[str]) -> None:
+    """UsageError unless the command takes the arguments, in its own words."""
+    try:
+        COMMANDS[command].make_context(command, list(arguments))
+    except click.ClickException as error:
+        raise UsageError(f"{command} in CONFIG: {error.format_message()}") from error
+
+
+def _flags(command: str) -> dict[str, bool]:
+    """{option: whether it is a flag} of what a configuration may set."""
+    options = [each for each in COMMANDS[command].params if isinstance(each, click.Option)]
+    names = {each.opts[0].lstrip("-"): each.is_flag for each in options}
+    return {name: flag for name, flag in names.items() if name not in OURS}
+
+
+def _section(command: str, *given: Any) -> Settings:
+    """The options of one command: those of the whole file, then a model's own."""
+    result: Settings = {}
+    for settings in given:
+        if settings is not None:
+            result |= _options(command, settings)
+    return result
+
+
+def _options(command: str, settings: Any) -> Settings:
+    flags = _flags(command)
+    _known(command, settings, flags)
+    for name, value in settings.items():
+        for each in value if isinstance(value, list) else [value]:
+            if flags[name] != isinstance(each, bool) or not isinstance(each, (bool, int, float, str)):
+                wanted = "true or false" if flags[name] else "a number, a text, or a list of those"
+                raise UsageError(f"{command}.{name} was {value!r}; it may be {wanted}")
+    return dict(settings)
+
+
+def _known(where: str, settings: Any, names: Mapping[str, Any] | Sequence[str]) -> None:
+    if not isinstance(settings, dict):
+        raise UsageError(f"{where} was {settings!r}; it must be a mapping of {', '.join(names)}")
+    for name in settings:
+        if name not in names:
+            raise UsageError(f"{where} had {name!r}; it may have {', '.join(names)}")
+
+
+def _product(settings: Settings) -> Iterator[Settings]:
+    values = [value if isinstance(value, list) else [value] for value in settings.values()]
+    if not all(values):
+        raise UsageError("CONFIG had an empty list; an option needs one value at least")
+    for chosen in itertools.product(*values):
+        yield dict(zip(settings, chosen, strict=True))
+
+
+def refuse_failures(results: Sequence[tuple[Run, Settings]]) -> None:
+    """DfqvitError when a run failed."""
+    failed = sum("error" in result for _, result in results)
+    if failed:
+        raise DfqvitError(
+            f"{failed} of {len(results)} runs failed; the table says why, the same command tries them again"
+        )
