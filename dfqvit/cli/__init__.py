@@ -15,6 +15,7 @@ from ..version import __version__
 COMMANDS = {
     "ablate": "what each piece of the method does: a resumable grid of settings, tables and charts",
     "benchmark": "speed and energy of a quantized model beside the float one",
+    "card": "a folder for the Hugging Face Hub: a saved model and its card",
     "demo": "quantize the embedded model and print accuracies for float, real, noise and data-free calibration",
     "diagnose": "the known failures in a saved model, with what to do; gradients of easy to hard",
     "evaluate": "top-1, top-5 and agreement with the float model, on a folder or an .npz",
