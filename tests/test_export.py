@@ -33,6 +33,12 @@ def runtime(path):
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
+def openvino_runtime(path):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(next(iter(compiled(x.numpy()).values())))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def needs_onnx():
     pytest.importorskip("onnx", reason="onnx is not installed")
@@ -54,6 +60,18 @@ def test_onnx_runtime_agrees(tmp_path, name, settings):
     assert written["bytes"] < 600_000
     assert abs(float((ours.argmax(1) == labels).float().mean() - (theirs.argmax(1) == labels).float().mean())) <= 0.004
     assert float((ours - theirs).abs().mean() / ours.abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-swin"])
+@pytest.mark.parametrize("w_bits", [3, 4, 8])
+def test_openvino_agrees(tmp_path, name, w_bits):
+    qmodel = quantized(name, w_bits)
+    export_onnx(qmodel, tmp_path / "m.onnx")
+    theirs = openvino_runtime(tmp_path / "m.onnx")
+    x, _ = images(qmodel, 400)
+    with torch.no_grad():
+        ours = qmodel(x)
+    assert float((ours.argmax(1) == theirs(x).argmax(1)).float().mean()) >= 0.98
 
 
 def test_command_weights_are_integers_and_the_batch_is_free(tmp_path, capsys):
