@@ -112,6 +112,8 @@ def test_random_options(name, given_files, monkeypatch, capsys):
         status = cli.run([name, *line])  # an exception fails the test
         stdout, err = capsys.readouterr()
         said = [text for text in err.splitlines() if text.startswith("dfqvit: ") and "warning" not in text]
+        if stdout.startswith("Usage: "):  # one of the words was --help
+            return
         assert status in (1, 2), (status, stdout)  # 0 needs the work
         assert len(said) == 1, err
         assert "Traceback" not in err
@@ -120,6 +122,13 @@ def test_random_options(name, given_files, monkeypatch, capsys):
 
     check()
     assert reached, "no line was good enough to reach the work: the strategies are too wild"
+
+
+def test_classes_that_are_no_text(given_files, capsys):
+    """Found here: a traceback."""
+    file, folder = str(given_files / "given.safetensors"), str(given_files / "folder")
+    assert cli.run(["evaluate", file, "--data", folder, "--classes", file]) == 2
+    assert f"classes was '{file}'; it must be a text file in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["quantize", "synthesize", "export", "diagnose"])
