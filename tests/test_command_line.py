@@ -124,6 +124,25 @@ def test_random_options(name, given_files, monkeypatch, capsys):
     assert reached, "no line was good enough to reach the work: the strategies are too wild"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--acm-blocks 99", "acm_blocks was [99]; the model has blocks 0 to 3"),
+        ("--acm-top 5", "acm_top was 5; the model has 4 blocks"),
+        ("--acm checked --samples 1", "acm was 'checked' with 1 images"),
+        ("--size-budget 0.001", "size_budget was 0.001 MB"),
+        ("--w-bits 9", "w_bits was 9"),
+        ("--reconstruct 1 --placement psaq", "it is for gemm"),
+    ],
+)
+def test_quantize_refuses_before_the_synthesis(options, message, tmp_path, monkeypatch, capsys):
+    """The first three were found here: they came after it, and the images were lost."""
+    monkeypatch.setattr("dfqvit.cli.quantize._calibration", lambda *_: pytest.fail("the synthesis began"))
+    assert cli.run(["quantize", "demo", "--out", str(tmp_path / "out"), *options.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_classes_that_are_no_text(given_files, capsys):
     """Found here: a traceback."""
     file, folder = str(given_files / "given.safetensors"), str(given_files / "folder")
