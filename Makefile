@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f)
 CLANG_FILES := $(filter %.cpp %.cu %.cuh %.h,$(NATIVE))
 OUT ?= out
 
-.PHONY: setup demo test lint bench gpu-check wheel clean
+.PHONY: setup demo test lint bench docs gpu-check wheel clean
 
 setup: $(VENV)/.ready
 
@@ -15,7 +15,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch torchvision setuptools wheel pybind11 ninja
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,triton]'
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,docs,triton]'
 	touch $@
 
 demo: setup
@@ -33,6 +33,10 @@ test: lint
 bench: setup
 	for name in fake_quantize patch_similarity_entropy quant_linear quant_attention layer_norm_quantize roll_resize total_variation synthesis acm inference; do \
 	  $(BIN)/python benchmarks/$$name.py --out $(OUT)/bench/$$name.jsonl || exit 1; done
+
+# The API reference, from the docstrings.
+docs: setup
+	$(BIN)/python scripts/api_reference.py --out $(OUT)/docs
 
 # On a machine with a GPU: builds, runs the GPU tests and benchmarks, writes JSON under OUT. Uses that machine's own Python.
 gpu-check:

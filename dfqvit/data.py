@@ -172,8 +172,11 @@ def open_images(
         if classes is not None:
             if not Path(classes).is_file():
                 raise UsageError(f"classes was '{classes}'; there is no such file")
-            names = Path(classes).read_text().split("\n")
-            names = [line.split()[0] for line in names if line.strip()]
+            try:
+                lines = Path(classes).read_text(encoding="utf-8").split("\n")
+            except UnicodeDecodeError as error:
+                raise UsageError(f"classes was '{classes}'; it must be a text file in UTF-8") from error
+            names = [line.split()[0] for line in lines if line.strip()]
         return FolderImages(path, preprocessing, names, unreadable)
     if not path.exists():
         raise UsageError(f"data was '{path}'; there is no such file or folder")

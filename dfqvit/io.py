@@ -38,8 +38,16 @@ FORMAT_VERSION = 2  # 1: a checksum over the tensors alone
 def save(qmodel: nn.Module, path: str | Path) -> Path:
     """Writes a model from `quantize` (or `load`) to `path`, atomically.
 
+    Args:
+        qmodel: the quantized model, on any device.
+        path: the .safetensors file to write; one that is there is replaced.
+
+    Returns:
+        The path.
+
     Raises:
         UsageError: the model was not quantized by dfqvit.
+        OSError: the file cannot be written; one that was there is as it was.
     """
     record = getattr(qmodel, "dfqvit_record", None)
     if not isinstance(record, QuantizationRecord):
@@ -69,6 +77,9 @@ def load(
             with dfqvit._C, on GPUs with Triton.
         cuda_graph: on a GPU, the first call with a batch size captures a CUDA graph, which later calls replay: fewer
             launches, so less latency; each size keeps its memory. See docs/inference.md.
+
+    Returns:
+        The model: float images [B, C, H, W], normalised, to float32 logits [B, classes].
 
     Raises:
         UsageError: there is no such file; or cuda_graph on a CPU.

@@ -210,7 +210,15 @@ def set_backend(name: str | None, operator: str | None = None) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str | None, operator: str | None = None) -> Iterator[None]:
-    """`set_backend` for the length of a `with` block."""
+    """`set_backend` for the length of a `with` block; what was asked for before holds again after it.
+
+    Args:
+        name: "cuda", "triton", "cpu", "reference", or None for the automatic choice.
+        operator: only this operator (and its backward); by default all of them.
+
+    Raises:
+        ValueError: for an unknown backend or operator name.
+    """
     before = dict(_asked)
     try:
         set_backend(name, operator)
@@ -226,7 +234,11 @@ def choices() -> frozenset[tuple[str | None, str]]:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """For each operator, each backend and "live" or the reason why it is not, judged on a small float32 tensor."""
+    """Which backends can run on this machine.
+
+    Returns:
+        For each operator, {backend: "live", or the reason why it is not}.
+    """
     table: dict[str, dict[str, str]] = {}
     for name in _public_operators():
         table[name] = {}

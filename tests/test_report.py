@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import html
+import importlib.util
 import io
+import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,26 +90,58 @@ def test_page_is_whole_and_loads_nothing(folder):
     assert f"<td>torch</td><td>{torch.__version__.split('+')[0]}" in text
 
 
-def test_draws_in_a_browser(folder, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
+@pytest.fixture(scope="module")
+def browser():
+    """Runs a headless Chromium: the machine's own, or the one that playwright brought."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None and importlib.util.find_spec("playwright") is not None:
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as playwright:
+            path = playwright.chromium.executable_path
+        program = path if Path(path).exists() else None
+    if program is None:
+        pytest.skip("no Chromium on this machine: none on PATH, and none of playwright")
+
+    def call(page, profile, *options):
+        common = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0")
+        return subprocess.run(
+            [program, *common, f"--user-data-dir={profile}", *options, page.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+
+    return call
+
+
+def test_draws_in_a_browser(browser, folder, tmp_path):
     shot = tmp_path / "page.png"
-    log = subprocess.run(
-        [
-            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"),
-            *("--window-size=1000,2600", f"--screenshot={shot}", f"--user-data-dir={tmp_path / 'profile'}"),
-            (folder / "report.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    size = ("--window-size=1000,2600", f"--screenshot={shot}")
+    log = browser(folder / "report.html", tmp_path / "profile", *size)
     assert "CONSOLE" not in log.stderr
     colours = Image.open(shot).convert("RGB").getcolors(1 << 24)
     assert len(colours) > 200  # greys of the pictures, hues of the charts
     assert any(blue > red + 100 for _, (red, _, blue) in colours)
+
+
+def test_every_picture_and_chart_has_a_size_in_a_browser(browser, folder, tmp_path):
+    """A copy of the page with a script that asks the browser; the page itself has none."""
+    text = (folder / "report.html").read_text()
+    script = """<script>onload = () => { document.body.dataset.found = JSON.stringify({
+        pictures: [...document.images].map(i => i.complete ? i.naturalWidth : 0),
+        charts: [...document.querySelectorAll("svg")].map(c => c.getBoundingClientRect().width),
+        sideways: document.documentElement.scrollWidth - document.documentElement.clientWidth}) }</script>"""
+    copy = tmp_path / "asked.html"
+    copy.write_text(text.replace("</body>", script + "</body>"))
+    log = browser(copy, tmp_path / "profile", "--dump-dom", "--virtual-time-budget=5000")
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', log.stdout)[1]))
+    assert len(found["pictures"]) == text.count("<img") > 0
+    assert len(found["charts"]) == text.count("<svg") > 0
+    assert min(found["pictures"] + found["charts"]) > 100
+    assert found["sideways"] <= 0  # nothing sticks out of the window
 
 
 def test_activation_ranges_and_divergence():

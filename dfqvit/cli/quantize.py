@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
+from ..adapters import find_adapter
 from ..allocation import check_budget
 from ..api import QuantizationRecord, calibration_images, quantize
-from ..correction import SHAPES
+from ..correction import SHAPES, check_correction, choose_blocks
 from ..data import open_images, spread_images
 from ..distributed import rank
 from ..energy import Energy
@@ -88,8 +89,13 @@ def command(**options: Any) -> None:
         raise UsageError(f"--reconstruct was {steps} and --placement {recipe.placement}; it is for gemm")
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
+    # All that `quantize` would refuse is refused before the synthesis, which takes long.
     if budget is not None:
-        check_budget(model, recipe, budget)  # before the synthesis
+        check_budget(model, recipe, budget)
+    if calib in ("synthetic", "noise") and correction["acm"] != "auto":
+        check_correction(correction["acm"], correction["acm_shape"], config.samples)
+    chosen = correction.get("gamma", 1), correction.get("acm_blocks"), correction["acm_top"]
+    choose_blocks(len(find_adapter(model).blocks()), *chosen)
     energy = Energy(pick_device(options["device"]))
     with (
         energy.account() as cost,
