@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .kernels import pack_weight, quant_linear
-from .quantizers import RANGE_RULES, WEIGHT_RULES, affine_parameters
+from .quantizers import RANGE_RULES, WEIGHT_RULES
+from .ranges import affine_parameters
 
 _BUFFERS = ("input_scale", "input_zero", "weight_packed", "weight_scale")
 

@@ -1,26 +1,24 @@
 """Rules that turn values into a scale and a zero point, and the module that quantizes an activation.
 
-A rule is chosen by name: "minmax" is the baseline of the literature, "mse" searches the weights' scales for the least squared
-error and keeps min-max for activations. Adding one means adding an entry to `WEIGHT_RULES` and `RANGE_RULES`.
+A rule is chosen by name: "minmax" is the baseline of the literature, "mse" searches scales for the least squared error, those of
+activations below 8 bits only. Adding one means adding an entry to `WEIGHT_RULES` and `RANGE_RULES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import DfqvitError, UsageError
+from .errors import UsageError
 from .kernels import fake_quantize
-
-_LEAST_SCALE = torch.finfo(torch.float32).eps  # as in PSAQ-ViT: an all-zero channel or a constant activation gets this
+from .ranges import LEAST_SCALE, MinMaxRange, MseRange
 
 
 def minmax_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """[N] for weight [N, ...]: `max|w| / ((2^b - 1) / 2)` of each output channel."""
-    return (weight.detach().flatten(1).abs().amax(dim=1).float() / (((1 << bits) - 1) / 2)).clamp_min(_LEAST_SCALE)
+    return (weight.detach().flatten(1).abs().amax(dim=1).float() / (((1 << bits) - 1) / 2)).clamp_min(LEAST_SCALE)
 
 
 def mse_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -44,7 +42,7 @@ def search_weight_scale(rows: torch.Tensor, bits: int, importance: torch.Tensor 
     half = 1 << (bits - 1)
     best, least_error = widest, torch.full_like(widest, torch.inf)
     for step in range(41):
-        size = (widest * (0.3 + 0.02 * step)).clamp_min(_LEAST_SCALE)
+        size = (widest * (0.3 + 0.02 * step)).clamp_min(LEAST_SCALE)
         for scale in (size, -size):
             rounded = (rows / scale[:, None]).round().clamp(-half, half - 1) * scale[:, None]
             errors = (rounded - rows).square()
@@ -54,41 +52,16 @@ def search_weight_scale(rows: torch.Tensor, bits: int, importance: torch.Tensor 
     return best
 
 
-def affine_parameters(least: torch.Tensor, greatest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, zero_point) of an asymmetric quantizer for [least, greatest]: `s = (max - min) / (2^b - 1)`, `z = -min / s`."""
-    steps = (1 << bits) - 1
-    scale = ((greatest - least) / steps).float().clamp_min(_LEAST_SCALE)
-    return scale, (-least / scale).round().clamp(0, steps)
-
-
-class MinMaxRange:
-    """The range rule of the baseline: from the least to the greatest value seen."""
-
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-        self.least: torch.Tensor | None = None
-        self.greatest: torch.Tensor | None = None
-
-    def observe(self, x: torch.Tensor) -> None:
-        """Widens the range to hold all of x."""
-        least, greatest = x.detach().float().aminmax()
-        self.least = least if self.least is None else torch.minimum(self.least, least)
-        self.greatest = greatest if self.greatest is None else torch.maximum(self.greatest, greatest)
-
-    def parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, zero_point), scalars."""
-        if self.least is None or self.greatest is None:
-            raise DfqvitError("calibration: an activation quantizer saw no values; run the calibration images first")
-        if not bool(torch.isfinite(self.greatest - self.least)):
-            raise DfqvitError("calibration: an activation held NaN or Inf, or its range overflows float32")
-        return affine_parameters(self.least, self.greatest, self.bits)
+def mse_range(bits: int) -> MinMaxRange:
+    """Min-max at 8 bits, where clipping gains nothing that carries over; the range of least squared error below."""
+    return MinMaxRange(bits) if bits == 8 else MseRange(bits)
 
 
 WEIGHT_RULES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "minmax": minmax_weight_scale,
     "mse": mse_weight_scale,
 }
-RANGE_RULES: dict[str, Callable[[int], Any]] = {"minmax": MinMaxRange, "mse": MinMaxRange}
+RANGE_RULES: dict[str, Callable[[int], MinMaxRange]] = {"minmax": MinMaxRange, "mse": mse_range}
 
 
 def check_rule(quantizer: str) -> None:
@@ -109,7 +82,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, bits: int, quantizer: str = "minmax") -> None:
         super().__init__()
         self.bits = bits
-        self.range: Any = RANGE_RULES[quantizer](bits)
+        self.range = RANGE_RULES[quantizer](bits)
         self.frozen = False
         self.register_buffer("scale", torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros(()))

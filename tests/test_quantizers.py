@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dfqvit.errors import DfqvitError, UsageError
-from dfqvit.quantizers import ActivationQuantizer, affine_parameters, check_rule, minmax_weight_scale, mse_weight_scale
+from dfqvit.quantizers import ActivationQuantizer, check_rule, minmax_weight_scale, mse_weight_scale
+from dfqvit.ranges import MseRange, affine_parameters
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -83,3 +84,41 @@ def test_errors():
         quantizer.freeze()
     with pytest.raises(UsageError, match="quantizer was 'gptq'; it may be 'minmax', 'mse'"):
         check_rule("gptq")
+
+
+def squared_error(x, least, greatest, bits):
+    """Of x on the affine grid of a range, by the formula."""
+    scale, zero = affine_parameters(least, greatest, bits)
+    rounded = ((x / scale).round() + zero).clamp(0, 2**bits - 1)
+    return ((rounded - zero) * scale - x).double().square().sum()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_mse_range_is_about_the_best_of_its_grid(seed, bits):
+    parts = [torch.randn(300) ** 3 * size + 0.3 for size in (0.01, 1.0, 30.0, 5.0)]  # the histogram doubles in between
+    rule = MseRange(bits)
+    for part in parts:
+        rule.observe(part)
+    x = torch.cat(parts)
+    assert int(rule.counts.sum()) == len(x)
+    shares = torch.linspace(0.05, 1, 39)
+    least = min(squared_error(x, x.min() * low, x.max() * high, bits) for low in shares for high in shares)
+    assert squared_error(x, *rule.ends(), bits) <= 1.02 * least
+    assert squared_error(x, *rule.ends(), bits) <= squared_error(x, x.min(), x.max(), bits)
+
+
+def test_mse_range_clips_a_lone_outlier_at_four_bits_and_nothing_at_eight():
+    x = torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([20.0])])
+    for bits, clipped in ((4, True), (8, False)):
+        quantizer = ActivationQuantizer(bits, "mse")
+        quantizer.observe(x)
+        quantizer.freeze()
+        assert (quantizer.scale * (2**bits - 1) < 5) == clipped
+
+
+@pytest.mark.parametrize("x", [torch.zeros(5), torch.full((5,), 3.0), torch.full((4,), -2.0), torch.rand(6) + 4])
+def test_mse_range_of_one_side_or_one_value(x):
+    rule = MseRange(4)
+    rule.observe(x)
+    assert squared_error(x, *rule.ends(), 4) <= squared_error(x, x.min(), x.max(), 4) * (1 + 1e-4) + 1e-6
+    assert rule.parameters()[0] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels import fake_quantize
-from ..quantizers import affine_parameters
+from ..ranges import affine_parameters
 
 
 @torch.no_grad()
