@@ -1,7 +1,7 @@
 """Rules that turn values into a scale and a zero point, and the module that quantizes an activation.
 
 A rule is chosen by name: "minmax" is the baseline of the literature, "mse" searches scales for the least squared error, those of
-activations below 8 bits only. Adding one means adding an entry to `WEIGHT_RULES` and `RANGE_RULES`.
+activations up to 5 bits only. Adding one means adding an entry to `WEIGHT_RULES` and `RANGE_RULES`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def search_weight_scale(rows: torch.Tensor, bits: int, importance: torch.Tensor 
 
 
 def mse_range(bits: int) -> MinMaxRange:
-    """Min-max at 8 bits, where clipping gains nothing that carries over; the range of least squared error below."""
-    return MinMaxRange(bits) if bits == 8 else MseRange(bits)
+    """The range of least squared error up to 5 bits; min-max above, where clipping far values loses more (docs/accuracy.md)."""
+    return MseRange(bits) if bits <= 5 else MinMaxRange(bits)
 
 
 WEIGHT_RULES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {

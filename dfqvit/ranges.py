@@ -1,7 +1,7 @@
 """The range that an activation quantizer covers: from the least to the greatest value seen, or less where that loses less.
 
 A rule observes tensors, then gives the ends of its range. With 8 bits the ends cost little; with 4, a few far values take most
-of the steps, and clipping them is the lesser error.
+of the steps, and clipping them is the lesser error (measured in docs/accuracy.md).
 """
 
 from __future__ import annotations
