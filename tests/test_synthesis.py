@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from dfqvit import synthesize
+from dfqvit import interruption, synthesize
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.kernels import total_variation, use_backend
 from dfqvit.models import Preprocessing
-from dfqvit.synthesis import Synthesis, SynthesisConfig
+from dfqvit.synthesis import Synthesis, SynthesisConfig, loop, step
 from dfqvit.synthesis.curriculum import DRAWS, crop_ratio, crop_shift_flip
 from dfqvit.synthesis.losses import tv_loss
 from dfqvit.synthesis.step import Step
@@ -213,6 +216,60 @@ def test_resumed_run_gives_the_same_bits(model, tmp_path, stop_at):
     assert second.step == stop_at
     assert torch.equal(second.run(), whole)
     assert list(tmp_path.iterdir()) == [snapshot]
+
+
+def test_ctrl_c_at_any_line_of_a_step_resumes_to_the_same_bits(model, tmp_path):
+    """A signal at each line of the loop and of the step that Python runs during the second step, one run for each."""
+    config, preprocessing = SynthesisConfig(samples=2, iters=3, seed=4), Preprocessing.of(model)
+    whole = Synthesis(model, config, preprocessing).run()
+    snapshot, files = tmp_path / "s.safetensors", (loop.__file__, step.__file__, interruption.__file__)
+
+    def interrupted_at(line: int) -> bool:
+        """Whether the second step has that many lines; the run is interrupted there."""
+        run, seen = Synthesis(model, config, preprocessing, snapshot), 0
+
+        def trace(frame, event, _):
+            nonlocal seen
+            if event == "call":
+                return trace if frame.f_code.co_filename in files else None
+            if event == "line" and run.step == 1:
+                seen += 1
+                if seen == line:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            run.run()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    line = 1
+    while interrupted_at(line):
+        second = Synthesis(model, config, preprocessing, snapshot)
+        assert second.resume()
+        assert torch.equal(second.run(), whole), f"interrupted at line event {line}"
+        line += 1
+    assert line > 40
+
+
+def test_a_held_signal_comes_when_the_block_is_done():
+    done = []
+
+    def block():
+        with interruption.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done == [1]
+    with ThreadPoolExecutor(1) as pool:  # where no signal can be held
+        assert pool.submit(lambda: interruption.uninterrupted().__enter__()).result() is None
 
 
 def test_a_snapshot_of_another_run_is_refused(model, tmp_path):

@@ -48,13 +48,17 @@ class Synthesis:
         check_finite(model)
         self.model, self.config, self.snapshot = model, config, snapshot
         self.advance = Step(model, config, preprocessing)
-        self.step = 0
         self.frames: dict[int, torch.Tensor] = {}
 
     @property
     def images(self) -> torch.Tensor:
         """[samples, C, H, W], as they are now."""
         return self.advance.images
+
+    @property
+    def step(self) -> int:
+        """The number of steps taken."""
+        return self.advance.taken
 
     def run(self, report: Callable[[Progress], None] | None = None) -> torch.Tensor:
         """Runs the steps that are left and returns the finished images; on an interruption the last step is snapshot first.
@@ -71,11 +75,12 @@ class Synthesis:
                 if self.step in frame_steps:
                     self._take_frame()
                 self.advance()
-                self.step += 1
                 reporter.after(self.step)
                 if self.snapshot is not None and rank() == 0 and time.monotonic() - saved > _SNAPSHOT_SECONDS:
                     self.save_snapshot()
                     saved = time.monotonic()
+            self._take_frame()
+            return self.advance.finished()
         except (KeyboardInterrupt, LostProcess):
             if self.snapshot is not None and rank() == 0:
                 self.save_snapshot()
@@ -84,8 +89,6 @@ class Synthesis:
             self.model.train(training)
             for parameter, needed in zip(self.model.parameters(), needed_grad, strict=True):
                 parameter.requires_grad_(needed)
-        self._take_frame()
-        return self.advance.finished()
 
     def _take_frame(self) -> None:
         self.frames[self.step] = self.images[:_FRAME_SAMPLES].detach().cpu().clone()
@@ -114,8 +117,7 @@ class Synthesis:
             raise DfqvitError(
                 f"snapshot '{self.snapshot}' is of another model or other settings; remove it to start anew"
             )
-        self.step = int(metadata["step"])
-        self.advance.load_state(self.step, tensors)
+        self.advance.load_state(int(metadata["step"]), tensors)
         self.frames = {int(key[6:]): tensors[key] for key in tensors if key.startswith("frame.")}
         return True
 

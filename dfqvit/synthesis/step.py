@@ -10,6 +10,7 @@ from torch import nn
 from .. import distributed
 from ..adapters import Features, find_adapter
 from ..errors import UsageError
+from ..interruption import uninterrupted
 from ..models import Preprocessing
 from .config import SynthesisConfig
 from .curriculum import DRAWS, crop_ratio, crop_shift_flip
@@ -30,6 +31,7 @@ class Step:
         images: float32 [samples, C, H, W], normalised, updated in place.
         terms: float32 [iters, 3]: entropy, one-hot and total variation loss of each step taken.
         crop_ratios: the crop's share of the area at each step.
+        taken: the number of steps taken, of which `images` is the result: an interruption never comes between the two.
     """
 
     def __init__(self, model: nn.Module, config: SynthesisConfig, preprocessing: Preprocessing) -> None:
@@ -61,6 +63,7 @@ class Step:
             for step in range(config.iters)
         ]
         self.terms = torch.zeros(config.iters, 3, device=self.device)
+        self._terms = torch.zeros(3, device=self.device)  # of the step that is being taken
         self._draws = torch.stack(draws, dim=1).to(self.device)  # [iters, samples, DRAWS]
         self._tv_target = torch.stack(targets).to(self.device)
         self._tones, self._preprocessing = torch.stack(tones).to(self.device), preprocessing
@@ -72,13 +75,22 @@ class Step:
         self.images.grad = torch.zeros_like(self.images)
         self._optimizer = torch.optim.Adam([self.images], lr=self._rate, betas=_BETAS, fused=True)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._eager_steps = 0
+        self._eager_steps = self.taken = 0
 
     def __call__(self) -> None:
         """Takes one step. On a GPU it only queues work, without waiting for it."""
         if self.device.type != "cuda":
-            self._compute()
-        elif self._eager_steps < _EAGER_STEPS:
+            self._differentiate()
+            with uninterrupted():
+                self._update()
+                self.taken += 1
+            return
+        with uninterrupted():
+            self._queue()
+            self.taken += 1
+
+    def _queue(self) -> None:
+        if self._eager_steps < _EAGER_STEPS:
             self._eager_steps += 1
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -108,6 +120,7 @@ class Step:
 
     def load_state(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
         """Continues from `state()` of a run that had taken `step` steps."""
+        self.taken = step
         self._index.fill_(step)
         self.images.copy_(tensors["images"])
         if "exp_avg" in tensors:
@@ -123,6 +136,11 @@ class Step:
         return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 
     def _compute(self) -> None:
+        self._differentiate()
+        self._update()
+
+    def _differentiate(self) -> None:
+        """Leaves the step's gradient and terms behind; the rest of the state is as it was."""
         config = self.config
         self._rate.copy_(self._rate_table.index_select(0, self._index)[0])
         ratio = self._ratio_table.index_select(0, self._index)
@@ -130,7 +148,7 @@ class Step:
         parts = self._parts()
         own = parts[distributed.rank() :: distributed.world()]
         ranges = None if len(parts) == 1 else self._batch_ranges(own, draws, ratio)
-        terms = torch.zeros(3, device=self.device)
+        terms = self._terms.zero_()
         if len(own) < len(parts):
             self.images.grad.zero_()  # type: ignore[union-attr]
         for part in own:
@@ -148,9 +166,11 @@ class Step:
         if len(own) < len(parts):  # every process holds all images; a gradient plus zeros is itself
             distributed.reduce_(self.images.grad)  # type: ignore[arg-type]
             distributed.reduce_(terms)
+
+    def _update(self) -> None:
         self._optimizer.step()
         torch.clamp(self.images, self.low, self.high, out=self.images)
-        self.terms.index_copy_(0, self._index, terms[None])
+        self.terms.index_copy_(0, self._index, self._terms[None])
         self._index += 1
 
     def _forward(self, images: torch.Tensor, draws: torch.Tensor, ratio: torch.Tensor) -> tuple[Features, torch.Tensor]:

@@ -1,0 +1,36 @@
+"""Ctrl-C between two states, never within one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the block is done; for short blocks that must be done wholly or not at all."""
+    if threading.current_thread() is not threading.main_thread():  # Python runs signal handlers in the main thread only
+        yield
+        return
+    held: list[int] = []
+
+    def hold(number: int, _: FrameType | None) -> None:
+        held.append(number)
+
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        for number, handler in handlers.items():
+            if callable(handler):  # not the system's own, which ends the process, nor one that is to be ignored
+                signal.signal(number, hold)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
