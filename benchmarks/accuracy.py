@@ -70,7 +70,7 @@ def main() -> None:
     common = {"model": options.model, "data": options.data.name, "samples": options.samples, "iters": options.iters}
     floating = evaluate(model, held)
     writer.add(**common, recipe="float", images=floating.images, top1=floating.top1, top5=floating.top5)
-    gallery = Gallery(model, preprocessing, options.cache, weights_digest(model))
+    gallery = Gallery(model, preprocessing, options.cache, weights_digest(model, preprocessing))
     for seed in options.seeds:
         config = SynthesisConfig(samples=options.samples, iters=options.iters, seed=seed)
         images: dict[str, str | torch.Tensor] = {"noise": "noise"}

@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ def read_rows(path: Path) -> list[Row]:
         raise DfqvitError(f"'{path}' is no table of `dfqvit ablate`; give another --out") from error
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Eight hexadecimal digits that tell one set of weights from another."""
-    digest = hashlib.sha256()
+def weights_digest(model: nn.Module, preprocessing: Preprocessing) -> str:
+    """Eight hexadecimal digits that tell one set of weights from another, and what their input was normalised with."""
+    digest = hashlib.sha256(json.dumps(asdict(preprocessing)).encode())
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

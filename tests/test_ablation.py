@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 import torch
 
 import dfqvit
 from dfqvit import demo
-from dfqvit.ablation import Gallery, Row, Table, read_rows, score
+from dfqvit.ablation import Gallery, Row, Table, read_rows, score, weights_digest
 from dfqvit.ablation_report import markdown
 from dfqvit.charts import chart
 from dfqvit.data import open_images
@@ -96,6 +97,17 @@ def test_kept_images_are_those_of_synthesize(tmp_path):
     next(tmp_path.iterdir()).write_bytes(b"x")
     with pytest.raises(DfqvitError, match="could not be read"):
         gallery.images(SynthesisConfig(samples=2, iters=2, seed=5))
+
+
+def test_digests_tell_weights_and_normalisation_apart():
+    """Once they did not hold the latter: images made for one mean were given to another."""
+    model = load_model("demo")
+    preprocessing = Preprocessing.of(model)
+    digests = {weights_digest(model, preprocessing), weights_digest(model, replace(preprocessing, mean=(0.1,)))}
+    model.head.bias.data[0] += 1
+    digests.add(weights_digest(model, preprocessing))
+    assert len(digests) == 3
+    assert weights_digest(model, Preprocessing.of(model)) in digests
 
 
 def test_score():

@@ -5,6 +5,7 @@ All is real up to where the long work of a command begins; there a test's own er
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -13,11 +14,13 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dfqvit import cli, demo
-from dfqvit.errors import DfqvitError
+from dfqvit.cli.runs import read_config
+from dfqvit.errors import DfqvitError, UsageError
 
 WORK = {  # command -> where its long work begins, in its module
     "quantize": ["_calibration"],
@@ -27,11 +30,22 @@ WORK = {  # command -> where its long work begins, in its module
     "export": ["export_onnx"],
     "benchmark": ["race", "quantize"],
     "ablate": ["run_study"],
+    "sweep": ["run_all"],
+    "card": ["write_card", "push"],
 }
-RESULTS = ("model.safetensors", "samples.safetensors", "report.html", "gradients.csv", "ablations.csv", "model.onnx")
+RESULTS = (
+    "model.safetensors",
+    "samples.safetensors",
+    "report.html",
+    "gradients.csv",
+    "ablations.csv",
+    "model.onnx",
+    "README.md",
+)
 REACHED = "the work was reached"
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)  # what argv can hold
 GOOD = {"model": "demo", "model_or_file": "given.safetensors", "file": "given.safetensors", "data": "test.npz"}
+GOOD |= {"config": "sweep.yaml"}
 PLACES = ["given.safetensors", "test.npz", "folder", "empty", "absent", "folder/absent", ""]
 NUMBERS = st.lists(st.sampled_from(["0", "1", "-1", "3", "0.5", "1e400", "nan", "x", ""]), min_size=1, max_size=4)
 
@@ -79,6 +93,7 @@ def given_files(tmp_path_factory):
     (folder / "model.safetensors").rename(folder / "given.safetensors")
     (folder / "folder").mkdir()
     (folder / "empty").touch()
+    (folder / "sweep.yaml").write_text("models: [demo]")
     return folder
 
 
@@ -122,6 +137,28 @@ def test_random_options(name, given_files, monkeypatch, capsys):
 
     check()
     assert reached, "no line was good enough to reach the work: the strategies are too wild"
+
+
+OPTIONS = st.sampled_from(["w-bits", "iters", "acm-shrink", "out", "data", "workers", "model", "frog"])
+SCALARS = st.sampled_from(["demo", "4", "e2h"]) | st.integers(-2, 9) | st.floats() | st.booleans() | st.none() | WORDS
+ENTRIES = st.dictionaries(OPTIONS | WORDS, SCALARS | st.lists(SCALARS, max_size=3), max_size=3)
+MODELS = st.just(["demo"]) | st.lists(st.just("demo") | ENTRIES | SCALARS, max_size=3) | SCALARS
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"models": MODELS}, optional={"quantize": ENTRIES | SCALARS, "evaluate": ENTRIES | SCALARS, "models ": SCALARS}
+    )
+    | st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3))
+)
+def test_random_sweeps_are_runs_or_one_sentence(tmp_path_factory, config):
+    path = tmp_path_factory.getbasetemp() / "random.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with contextlib.suppress(UsageError):  # any other exception fails the test
+        runs = read_config(path)
+        assert runs
+        assert all(isinstance(run.model, str) for run in runs)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,15 @@ def test_resumed_run_gives_the_same_bits(model, tmp_path, stop_at):
     assert list(tmp_path.iterdir()) == [snapshot]
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: a background shell's children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_at_any_line_of_a_step_resumes_to_the_same_bits(model, tmp_path):
     """A signal at each line of the loop and of the step that Python runs during the second step, one run for each."""
     config, preprocessing = SynthesisConfig(samples=2, iters=3, seed=4), Preprocessing.of(model)
@@ -257,6 +266,7 @@ def test_ctrl_c_at_any_line_of_a_step_resumes_to_the_same_bits(model, tmp_path):
     assert line > 40
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_held_signal_comes_when_the_block_is_done():
     done = []
 

@@ -67,6 +67,13 @@ CONTENDERS = {
     "openvino-float32": Contender("graphs:openvino", {"precision": "f32"}, ("openvino",), CPU),
     "openvino": Contender("graphs:openvino", {}, ("openvino",), CPU),  # its default: bf16 where the processor has it
     "openvino-int8": Contender("graphs:openvino", {"int8": True}, ("openvino", "nncf"), CPU),
+    **{
+        f"export-w{bits}a8-{runtime}": Contender(
+            "graphs:exported", {"runtime": runtime, "w_bits": bits}, ("onnx", "onnxscript", runtime), CPU
+        )
+        for runtime in ("onnxruntime", "openvino")
+        for bits in (8, 4)
+    },
     "dfqvit-w8a8": Contender("pytorch:dfqvit", {"w_bits": 8}),
     "dfqvit-w4a8": Contender("pytorch:dfqvit", {"w_bits": 4}),
     "dfqvit-w8a8-graph": Contender("pytorch:dfqvit", {"w_bits": 8, "graph": True}, devices=("cuda",)),

@@ -17,13 +17,8 @@ from . import Ready, Setting
 def onnxruntime(model: nn.Module, setting: Setting, int8: bool) -> Ready:
     """Exported anew for each batch size. int8: dynamic, of the MatMul and Gemm nodes."""
     import onnx
-    from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    options = SessionOptions()
-    options.intra_op_num_threads = setting.threads
-    options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
     ready = Ready(lambda _: lambda: None, 0)
 
     def at(images: torch.Tensor) -> Callable[[], Any]:
@@ -39,12 +34,22 @@ def onnxruntime(model: nn.Module, setting: Setting, int8: bool) -> Ready:
                 nodes = [node.op_type for node in onnx.load(path).graph.node]
                 ready.facts["quantized"] = nodes.count("MatMulInteger")
             ready.facts["weights"] = path.stat().st_size
-            session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        name, array = session.get_inputs()[0].name, images.numpy()
-        return lambda: session.run(None, {name: array})[0]
+            return _session(path.read_bytes(), images, setting)
 
     ready.at = at
     return ready
+
+
+def _session(graph: bytes, images: torch.Tensor, setting: Setting) -> Callable[[], Any]:
+    from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = setting.threads
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    session = InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    name, array = session.get_inputs()[0].name, images.numpy()
+    return lambda: session.run(None, {name: array})[0]
 
 
 def openvino(model: nn.Module, setting: Setting, precision: str | None = None, int8: bool = False) -> Ready:
@@ -65,16 +70,43 @@ def openvino(model: nn.Module, setting: Setting, precision: str | None = None, i
         path = Path(folder) / "model.xml"
         ov.save_model(converted, path, compress_to_fp16=False)
         weights = os.path.getsize(path.with_suffix(".bin"))
+    return Ready(_compiled(converted, setting, facts, precision), weights, facts)
+
+
+def _compiled(
+    graph: Any, setting: Setting, facts: dict[str, Any], precision: str | None = None
+) -> Callable[[torch.Tensor], Callable[[], Any]]:
+    import openvino as ov
+
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": setting.threads}
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = precision
 
     def at(images: torch.Tensor) -> Callable[[], Any]:
-        fixed = converted.clone()
+        fixed = graph.clone()
         fixed.reshape(list(images.shape))
         compiled = ov.Core().compile_model(fixed, "CPU", config)
         facts["precision"] = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         request, array = compiled.create_infer_request(), images.numpy()
         return lambda: request.infer([array], share_inputs=True)[0]
 
-    return Ready(at, weights, facts)
+    return at
+
+
+def exported(model: nn.Module, setting: Setting, runtime: str, w_bits: int) -> Ready:
+    """What `dfqvit export --onnx` writes, in another runtime."""
+    from dfqvit.export import export_onnx
+
+    from .pytorch import quantized
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        facts: dict[str, Any] = {
+            "quantized": export_onnx(quantized(model, setting, w_bits), path)["nodes"]["QuantizeLinear"]
+        }
+        graph = path.read_bytes()
+    if runtime == "onnxruntime":
+        return Ready(lambda images: _session(graph, images, setting), len(graph), facts)
+    import openvino as ov
+
+    return Ready(_compiled(ov.Core().read_model(graph), setting, facts), len(graph), facts)

@@ -63,21 +63,28 @@ def pt2e_int8(model: nn.Module, setting: Setting) -> Ready:
     return Ready(_calls(make, setting, torch.float32), stored_bytes(model), facts)
 
 
+def quantized(model: nn.Module, setting: Setting, w_bits: int) -> nn.Module:
+    """By dfqvit, simulated. Calibrated by minmax on a few images: time does not depend on it."""
+    import dfqvit
+
+    recipe = {"calib": setting.images[:4], "quantizer": "minmax", "rounding": "nearest", "acm": "none"}
+    return dfqvit.quantize(model, w_bits, 8, runtime="simulated", **recipe)
+
+
 def dfqvit(model: nn.Module, setting: Setting, w_bits: int, graph: bool = False) -> Ready:
-    """The integer runtime, through a saved file. Calibrated by minmax on a few images: time does not depend on it."""
+    """The integer runtime, through a saved file."""
     import dfqvit
     from dfqvit.layers import QuantLinear
 
-    recipe = {"calib": setting.images[:4], "quantizer": "minmax", "rounding": "nearest", "acm": "none"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        dfqvit.save(dfqvit.quantize(model, w_bits, 8, runtime="simulated", **recipe), path)
-        quantized = dfqvit.load(path, setting.device, runtime="integer", cuda_graph=graph)
+        dfqvit.save(quantized(model, setting, w_bits), path)
+        loaded = dfqvit.load(path, setting.device, runtime="integer", cuda_graph=graph)
         size = path.stat().st_size
-    layers = sum(isinstance(module, QuantLinear) for module in quantized.modules())
-    blocks = sum(type(module).__name__.startswith("Integer") for module in quantized.modules())
+    layers = sum(isinstance(module, QuantLinear) for module in loaded.modules())
+    blocks = sum(type(module).__name__.startswith("Integer") for module in loaded.modules())
     return Ready(
-        _calls(lambda _: quantized, setting, torch.float32), size, {"quantized": layers, "integer_blocks": blocks}
+        _calls(lambda _: loaded, setting, torch.float32), size, {"quantized": layers, "integer_blocks": blocks}
     )
 
 

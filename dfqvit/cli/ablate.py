@@ -59,7 +59,7 @@ def command(**options: Any) -> None:
     table = Table(out / ROWS)
     model, preprocessing = open_model(**options)
     bench = _bench(data, classes, preprocessing, count, next(model.parameters()).device)
-    gallery = Gallery(model, preprocessing, out / "images", weights_digest(model))
+    gallery = Gallery(model, preprocessing, out / "images", weights_digest(model, preprocessing))
     before = len(table.rows)
     with tqdm(desc="synthesis", unit="step", dynamic_ncols=True) as bar:
 
