@@ -68,9 +68,9 @@ bool run(const Input& input, const Weight& weight, Epilogue e, int64_t blocks) {
   std::atomic<bool> finite{true};
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), rows = input.rows;
   const int64_t depth = std::max<int64_t>(input.stride, 1);
-  int64_t most = std::clamp(kBufferBytes / depth / 32 * 32, kLeastRows, kMostRows);
   if (rows >= threads * 2 * kLeastRows || threads == 1) {
-    const int64_t share = (rows + threads - 1) / threads;               // of a thread,
+    const int64_t share = (rows + threads - 1) / threads;  // of a thread,
+    const int64_t most = input.ready() ? share : std::clamp(kBufferBytes / depth / 32 * 32, kLeastRows, kMostRows);
     const int64_t parts = (share + most - 1) / most;                    // in so many row blocks,
     const int64_t size = ((share + parts - 1) / parts + 31) / 32 * 32;  // of whole tiles
     at::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {

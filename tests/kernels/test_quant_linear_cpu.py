@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -80,6 +81,26 @@ def test_same_bits_as_the_reference(seed, isa, most):
         found, expected = both(*arguments, **p)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), (rows, outputs, depth, arguments[0].dtype, arguments[1].dtype, p)
+
+
+@pytest.mark.parametrize(("images", "tokens"), [(1, 70), (90, 1), (70, 2), (40, 5), (2, 33), (9, 49), (16, 197)])
+def test_tiles_in_the_order_of_their_tokens(seed, isa, images, tokens):
+    """Many images, so that tiles are not computed in the order of their rows; by one thread and by several."""
+    rng = random.Random(seed)
+    for threads in (1, 2, 3):
+        arguments, p = random_call(rng, images * tokens, 37, 67)
+        acm = torch.randn(tokens, 37)
+        with limited(threads):
+            found, expected = both(*arguments[:3], acm, **p)
+        assert torch.equal(found, expected)
+
+
+@contextmanager
+def limited(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49])

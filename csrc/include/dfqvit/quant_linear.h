@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "dfqvit/isa.h"
 #include "dfqvit/simd_convert.h"

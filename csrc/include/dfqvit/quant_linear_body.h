@@ -109,16 +109,37 @@ struct Standard {
 
   const int32_t* start(int64_t block) const { return e.columns[block].start; }
 
+  // The first rows of the tiles, in the order in which they are computed. With acm those of nearly the same tokens
+  // follow each other, whatever image they are of: what the first of them read is still near when the others add it.
+  std::vector<int64_t> order(int64_t rows) const {
+    const int64_t tiles = (rows + kRows - 1) / kRows;
+    const bool by_token = e.acm && rows > e.tokens;
+    std::vector<int64_t> firsts(tiles), places(by_token ? e.tokens / kRows + 2 : 2);
+    const auto each = [&](const auto& visit) {
+      int64_t token = by_token ? e.first_row % e.tokens : 0;
+      for (int64_t t = 0; t < tiles; ++t) {
+        visit(t * kRows, by_token ? token / kRows : 0);
+        if ((token += kRows) >= e.tokens && by_token) token %= e.tokens;
+      }
+    };
+    each([&](int64_t, int64_t group) { ++places[group + 1]; });
+    for (size_t group = 1; group < places.size(); ++group) places[group] += places[group - 1];
+    each([&](int64_t first, int64_t group) { firsts[places[group]++] = first; });
+    return firsts;
+  }
+
   // Asks for what rows `row` on and `blocks` blocks will add, so that it is there when their sums are.
   void ahead(int64_t row, int64_t count, int64_t block, int blocks) const {
     const int64_t first = e.first_row + row;
     if (e.residual) ask(e.residual, e.residual_type, first, count, e.out_features, block * kOutputs, blocks * kOutputs);
     if (!e.acm) return;
     const int64_t token = first % e.tokens, unbroken = std::min(count, e.tokens - token);
-    for (int j = 0; j < blocks; ++j) {
+    const bool side_by_side = e.acm_block == kOutputs;
+    const int64_t width = side_by_side ? blocks * kOutputs : kOutputs;
+    for (int j = 0; j < (side_by_side ? 1 : blocks); ++j) {
       const int64_t place = (block + j) * e.acm_block;
-      ask(e.acm, e.acm_type, token, unbroken, e.acm_row, place, kOutputs);
-      ask(e.acm, e.acm_type, 0, std::min(count - unbroken, token), e.acm_row, place, kOutputs);
+      ask(e.acm, e.acm_type, token, unbroken, e.acm_row, place, width);
+      ask(e.acm, e.acm_type, 0, std::min(count - unbroken, token), e.acm_row, place, width);
     }
   }
 
@@ -264,6 +285,9 @@ struct Tile {
   int64_t row, count, block;
   int blocks;
 
+  void announce_to(const Finish& finish) const {
+    if (blocks > 0) finish.ahead(row, count, block, blocks);
+  }
   DFQVIT_TARGET void hand_to(const Finish& finish) const {
     for (int j = 0; j < blocks; ++j) finish(row, count, block + j, sums + j * kRows * kOutputs);
   }
@@ -293,17 +317,19 @@ DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const We
   }
   prepare(rows);
   asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
-  const int64_t part = part_rows(weight.chunks * kDepth, panel * (end - begin), kRows);
+  const int64_t part = part_rows(weight.chunks * kDepth, panel * (end - begin), kRows) / kRows;
+  const std::vector<int64_t> order = finish.order(rows);
+  const int64_t tiles = static_cast<int64_t>(order.size());
   Tile<Finish> last{};
-  for (int64_t first = 0; first < rows; first += part) {
+  for (int64_t first = 0; first < tiles; first += part) {
     for (int64_t block = begin; block < end; block += 2) {
       const int blocks = static_cast<int>(std::min<int64_t>(2, end - block));
       const uint8_t* panels[2] = {values + (block - begin) * step, values + (block - begin + blocks - 1) * step};
       const int32_t* starts[2] = {finish.start(block), finish.start(block + blocks - 1)};
-      for (int64_t r = first; r < std::min(rows, first + part); r += kRows) {
+      for (int64_t t = first; t < std::min(tiles, first + part); ++t) {
         int32_t* sums = buffers[last.sums == buffers[0] + kHeadroom] + kHeadroom;
-        const int64_t count = std::min<int64_t>(kRows, rows - r);
-        finish.ahead(r, count, block, blocks);
+        const int64_t r = order[t], count = std::min<int64_t>(kRows, rows - r);
+        last.announce_to(finish);
         multiply(a, stride, r, rows, panels, starts, blocks, weight.chunks, sums);
         last.hand_to(finish);
         last = {sums, r, count, block, blocks};
