@@ -131,13 +131,20 @@ class Case:
         return variants | self.torchao() | (self.torch_int8() if self.device == "cpu" else self.gemlite())
 
     def torchao(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """Compiled on the CPU, as it is meant to run; on GPUs eager, since compiling would take longer than all the rest (compiled
+        torchao is a contender of inference.py)."""
         try:
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         except ImportError:
             return {}
         model = torch.nn.Sequential(torch.nn.Linear(self.inputs, self.outputs, device=self.device))
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        return {"torchao int8": lambda: model(self.x)}
+        if self.device != "cpu":
+            return {"torchao int8, eager": lambda: model(self.x)}
+        torch._dynamo.reset()
+        torch._inductor.config.freezing = True
+        compiled = torch.compile(model, dynamic=False)
+        return {"torchao int8": lambda: compiled(self.x)}
 
     def gemlite(self) -> dict[str, Callable[[], torch.Tensor]]:
         try:
