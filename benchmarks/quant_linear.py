@@ -19,6 +19,7 @@ from pathlib import Path
 import runner
 import torch
 import torch.nn.functional as F
+from contenders.pytorch import compile_once
 
 from dfqvit import kernels
 from dfqvit.kernels import extension
@@ -141,9 +142,7 @@ class Case:
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
         if self.device != "cpu":
             return {"torchao int8, eager": lambda: model(self.x)}
-        torch._dynamo.reset()
-        torch._inductor.config.freezing = True
-        compiled = torch.compile(model, dynamic=False)
+        compiled = compile_once(model, self.device)
         return {"torchao int8": lambda: compiled(self.x)}
 
     def gemlite(self) -> dict[str, Callable[[], torch.Tensor]]:

@@ -22,15 +22,14 @@ def uninterrupted() -> Iterator[None]:
     def hold(number: int, _: FrameType | None) -> None:
         held.append(number)
 
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    # Not the system's own handler, which ends the process, nor one that says to ignore the signal.
+    handlers = {number: found for number in _SIGNALS if callable(found := signal.getsignal(number))}
     try:
-        for number, handler in handlers.items():
-            if callable(handler):  # not the system's own, which ends the process, nor one that is to be ignored
-                signal.signal(number, hold)
+        for number in handlers:
+            signal.signal(number, hold)
         yield
     finally:
         for number, handler in handlers.items():
-            if callable(handler):
-                signal.signal(number, handler)
+            signal.signal(number, handler)
         if held:
             signal.raise_signal(held[0])

@@ -65,10 +65,15 @@ def parameter(name: str, value: torch.Tensor | float, like: torch.Tensor) -> tor
     return value.to(dtype)
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device or breaking a trace."""
+    return not torch.compiler.is_compiling() and type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+
+
 def positive(name: str, tensor: torch.Tensor) -> None:
     """ValueError when a scale is not positive and finite; the same conditions as `finite` decide whether it is checked."""
     finite(name, tensor)
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+    if not readable(tensor):
         return
     if tensor.numel() and not bool((tensor > 0).all()):
         raise ValueError(f"{name} held {float(tensor.min()):g}; every scale must be greater than 0")
@@ -77,7 +82,7 @@ def positive(name: str, tensor: torch.Tensor) -> None:
 def nonzero(name: str, tensor: torch.Tensor) -> None:
     """ValueError when a weight's scale is 0, NaN or Inf; checked under the same conditions as `positive`."""
     finite(name, tensor)
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+    if not readable(tensor):
         return
     if not bool(tensor.all()):
         raise ValueError(f"{name} held 0; no scale of a weight may be 0")
@@ -85,7 +90,7 @@ def nonzero(name: str, tensor: torch.Tensor) -> None:
 
 def whole(name: str, tensor: torch.Tensor, greatest: int) -> None:
     """ValueError unless every value is a whole number from 0 to `greatest`; checked under the same conditions as `positive`."""
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+    if not readable(tensor):
         return
     wrong = (tensor < 0) | (tensor > greatest)
     if tensor.is_floating_point():
@@ -97,7 +102,7 @@ def whole(name: str, tensor: torch.Tensor, greatest: int) -> None:
 def ascending(name: str, ends: torch.Tensor) -> None:
     """ValueError unless each pair [..., 2] is finite and in order; checked under the same conditions as `positive`."""
     finite(name, ends)
-    if torch.compiler.is_compiling() or type(ends) is not torch.Tensor or ends.device.type != "cpu":
+    if not readable(ends):
         return
     if bool((ends[..., 0] > ends[..., 1]).any()):
         raise ValueError(f"{name} held {ends.tolist()}; in each pair the first must not be greater than the second")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,17 @@ def data() -> Path:
     if not (DATA / "deit_tiny_patch16_224.in1k.safetensors").exists():
         pytest.skip(f"no real data at '{DATA}' (set DFQVIT_DATA)")
     return DATA
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's own, within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def mirrored(scale: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,9 @@ def eager(model: nn.Module, setting: Setting, dtype: str) -> Ready:
 
 def compiled(model: nn.Module, setting: Setting, dtype: str) -> Ready:
     model = model.to(setting.device, getattr(torch, dtype))
-    return Ready(_calls(lambda _: _compile(model, setting), setting, getattr(torch, dtype)), stored_bytes(model))
+    return Ready(
+        _calls(lambda _: compile_once(model, setting.device), setting, getattr(torch, dtype)), stored_bytes(model)
+    )
 
 
 def torchao_int8(model: nn.Module, setting: Setting) -> Ready:
@@ -33,7 +35,7 @@ def torchao_int8(model: nn.Module, setting: Setting) -> Ready:
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     quantized = sum(type(linear.weight) not in (torch.Tensor, nn.Parameter) for linear in linears)
-    run = _calls(lambda _: _compile(model, setting), setting, torch.bfloat16)
+    run = _calls(lambda _: compile_once(model, setting.device), setting, torch.bfloat16)
     return Ready(run, stored_bytes(model), {"quantized": quantized})
 
 
@@ -58,7 +60,7 @@ def pt2e_int8(model: nn.Module, setting: Setting) -> Ready:
         facts["weights"] = sum(t.nbytes for t in constants(converted).values())
         if not facts["quantized"]:
             raise RuntimeError("PT2E quantized nothing")
-        return _compile(converted, setting)
+        return compile_once(converted, setting.device)
 
     return Ready(_calls(make, setting, torch.float32), stored_bytes(model), facts)
 
@@ -101,11 +103,11 @@ def constants(graph_module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
     return {name: operator.attrgetter(name)(graph_module) for name in names}
 
 
-def _compile(model: nn.Module, setting: Setting) -> Any:
+def compile_once(model: nn.Module, device: str) -> Any:
     """torch.compile for one batch size: on CPUs with the weights frozen and packed, on GPUs with CUDA graphs."""
     torch._dynamo.reset()
-    torch._inductor.config.freezing = setting.device == "cpu"
-    mode = None if setting.device == "cpu" else "reduce-overhead"
+    torch._inductor.config.freezing = device == "cpu"
+    mode = None if device == "cpu" else "reduce-overhead"
     return torch.compile(model, mode=mode, dynamic=False)
 
 

@@ -123,8 +123,7 @@ def run_all(
 
 def write_tables(results: Sequence[tuple[Run, Settings]], out: Path) -> None:
     """DIR/sweep.csv, one line a run with all its settings, and DIR/sweep.md, with those in which runs differ."""
-    rows = [_row(run, result) for run, result in results]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    rows, names = _rows(results)
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
@@ -137,14 +136,19 @@ def write_tables(results: Sequence[tuple[Run, Settings]], out: Path) -> None:
 
 def markdown(results: Sequence[tuple[Run, Settings]]) -> str:
     """A table of the runs: the settings in which they differ, and what was found."""
-    rows = [_row(run, result) for run, result in results]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    rows, names = _rows(results)
     settings = [name for name in names if name not in FOUND and len({str(row.get(name)) for row in rows}) > 1]
     shown = ["model", *(name for name in settings if name != "model"), *(name for name in FOUND if name in names)]
     return tabulate([[row.get(name, "") for name in shown] for row in rows], headers=shown, tablefmt="github")
 
 
 FOUND = ("top-1", "top-5", "MB", "seconds", "error")
+
+
+def _rows(results: Sequence[tuple[Run, Settings]]) -> tuple[list[Settings], list[str]]:
+    """A row for each run, and the columns that any of them has."""
+    rows = [_row(run, result) for run, result in results]
+    return rows, list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _row(run: Run, result: Settings) -> Settings:

@@ -100,7 +100,7 @@ def quant_attention(
 
 def _check_permutation(index: torch.Tensor) -> None:
     """ValueError unless every token is in one window; like `checks.finite`, on CPUs only."""
-    if torch.compiler.is_compiling() or type(index) is not torch.Tensor or index.device.type != "cpu":
+    if not checks.readable(index):
         return
     if not torch.equal(index.flatten().sort().values.long(), torch.arange(index.numel())):
         raise ValueError(f"index must hold every token from 0 to {index.numel() - 1} exactly once")

@@ -24,6 +24,7 @@ from dfqvit import kernels
 from dfqvit.kernels import dispatch, extension
 from dfqvit.kernels.patch_similarity_entropy import op, reference
 
+from ..conftest import threads
 from .interpreter import INTERPRETED, run_in_interpreter, shared_memory
 
 SEED = int(os.environ.setdefault("DFQVIT_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
@@ -395,17 +396,13 @@ def test_the_density_is_the_same_on_any_number_of_threads() -> None:
     if not extension.supports_cpu()[0]:
         pytest.skip(extension.supports_cpu()[1])
     features = torch.randn(1, 3, 150, 20) + 1
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3):
+        with threads(count):
             leaf = features.clone().requires_grad_()
             entropy = kernels.patch_similarity_entropy(leaf)
             entropy.sum().backward()
-            results.append((entropy.detach(), leaf.grad))
-    finally:
-        torch.set_num_threads(threads)
+        results.append((entropy.detach(), leaf.grad))
     for entropy, grad in results[1:]:
         assert torch.equal(entropy, results[0][0])
         assert torch.equal(grad, results[0][1])

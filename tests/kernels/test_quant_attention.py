@@ -8,6 +8,8 @@ import torch
 
 from dfqvit.kernels import extension, quant_attention, use_backend
 
+from ..conftest import threads
+
 CASES = [  # batch, heads, depth, windows, tokens of a window
     (2, 3, 64, 1, 197),
     (1, 2, 32, 4, 49),
@@ -106,13 +108,10 @@ def test_integer_result_is_the_float_result_rounded(seed, path, bits):
 
 def test_threads_share_an_image_without_seams(seed):
     qkv, heads, options = sample((1, 1, 32, 1, 300))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 4):
+        with threads(count):
             results.append(quant_attention(qkv, heads, **options))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

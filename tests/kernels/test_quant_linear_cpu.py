@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from dfqvit.kernels import (
     use_backend,
 )
 
-from ..conftest import mirrored
+from ..conftest import mirrored, threads
 
 pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=extension.load()[1])
 
@@ -87,20 +86,12 @@ def test_same_bits_as_the_reference(seed, isa, most):
 def test_tiles_in_the_order_of_their_tokens(seed, isa, images, tokens):
     """Many images, so that tiles are not computed in the order of their rows; by one thread and by several."""
     rng = random.Random(seed)
-    for threads in (1, 2, 3):
+    for count in (1, 2, 3):
         arguments, p = random_call(rng, images * tokens, 37, 67)
         acm = torch.randn(tokens, 37)
-        with limited(threads):
+        with threads(count):
             found, expected = both(*arguments[:3], acm, **p)
         assert torch.equal(found, expected)
-
-
-@contextmanager
-def limited(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49])
@@ -112,20 +103,16 @@ def test_edges_of_the_tiles(seed, isa, rows, outputs):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("rows", [40, 700])
-def test_any_number_of_threads_gives_the_same_bits(seed, rows, threads):
+def test_any_number_of_threads_gives_the_same_bits(seed, rows, count):
     x, p = (
         torch.randn(rows, 100),
         {**IDENTITY, "x_scale": 0.03, "w_scale": torch.rand(70) + 0.1, "x_zero": 128, "w_bits": 4},
     )
     weight = block_weight(pack_weight(torch.randn(70, 100) * 3, p["w_scale"], 4), 100, 4)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         found, expected = both(x, weight, None, torch.randn(rows // 20, 70), **p)
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(found, expected)
 
 

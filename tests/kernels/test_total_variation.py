@@ -8,7 +8,7 @@ import torch
 
 from dfqvit.kernels import total_variation, use_backend
 
-from ..conftest import DTYPES
+from ..conftest import DTYPES, threads
 
 SHAPES = [(2, 3, 7, 5), (1, 1, 1, 1), (3, 2, 1, 9), (2, 1, 9, 1), (1, 4, 2, 2), (2, 3, 33, 70), (0, 3, 4, 4)]
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
@@ -75,14 +75,10 @@ def test_a_constant_image_has_no_gradient(backend):
 
 def test_results_do_not_depend_on_threads_or_strides(seed):
     images = torch.randn(5, 3, 40, 24).permute(0, 1, 3, 2)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = total_variation(images)
-        torch.set_num_threads(2)
+    with threads(2):
         two = total_variation(images.contiguous())
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(one, two)
 
 

@@ -112,14 +112,17 @@ struct Standard {
   // The first rows of the tiles, in the order in which they are computed. With acm those of nearly the same tokens
   // follow each other, whatever image they are of: what the first of them read is still near when the others add it.
   std::vector<int64_t> order(int64_t rows) const {
-    const int64_t tiles = (rows + kRows - 1) / kRows;
-    const bool by_token = e.acm && rows > e.tokens;
-    std::vector<int64_t> firsts(tiles), places(by_token ? e.tokens / kRows + 2 : 2);
+    std::vector<int64_t> firsts((rows + kRows - 1) / kRows);
+    if (!e.acm || rows <= e.tokens) {
+      for (size_t tile = 0; tile < firsts.size(); ++tile) firsts[tile] = tile * kRows;
+      return firsts;
+    }
+    std::vector<int64_t> places(e.tokens / kRows + 2);  // of the first tile of each group of kRows tokens
     const auto each = [&](const auto& visit) {
-      int64_t token = by_token ? e.first_row % e.tokens : 0;
-      for (int64_t t = 0; t < tiles; ++t) {
-        visit(t * kRows, by_token ? token / kRows : 0);
-        if ((token += kRows) >= e.tokens && by_token) token %= e.tokens;
+      int64_t token = e.first_row % e.tokens;
+      for (int64_t first = 0; first < rows; first += kRows) {
+        visit(first, token / kRows);
+        if ((token += kRows) >= e.tokens) token %= e.tokens;
       }
     };
     each([&](int64_t, int64_t group) { ++places[group + 1]; });
