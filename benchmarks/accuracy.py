@@ -19,11 +19,11 @@ import runner
 import torch
 
 import dfqvit
-from dfqvit.ablation import Gallery, weights_digest
 from dfqvit.cli.options import adjusted
-from dfqvit.data import batches, open_images, spread_images
 from dfqvit.evaluation import evaluate
+from dfqvit.evaluation.data import batches, open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
+from dfqvit.studies.ablation import Gallery, weights_digest
 from dfqvit.synthesis import SynthesisConfig
 
 RECIPES: dict[str, dict[str, Any]] = {

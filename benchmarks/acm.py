@@ -29,8 +29,8 @@ from quant_linear import vit
 
 import dfqvit
 from dfqvit import kernels
-from dfqvit.adapters import find_adapter
 from dfqvit.models import Preprocessing
+from dfqvit.models.adapters import find_adapter
 
 WIDTHS = {"deit_tiny_patch16_224": 192, "deit_small_patch16_224": 384, "deit_base_patch16_224": 768}
 

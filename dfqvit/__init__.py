@@ -20,22 +20,24 @@ if not (_HERE / "kernels").exists() and (_HERE.parent / "kernels" / "dispatch.py
 if TYPE_CHECKING:
     from . import kernels
     from .api import quantize
-    from .io import load, save
     from .kernels import set_backend
+    from .models import demo
     from .patching import patch
+    from .storage import load, save
     from .synthesis import synthesize
 
 _HOMES = {
+    "demo": "models",
     "kernels": "",
-    "load": "io",
+    "load": "storage",
     "patch": "patching",
     "quantize": "api",
-    "save": "io",
+    "save": "storage",
     "set_backend": "kernels",
     "synthesize": "synthesis",
 }
 
-__all__ = ["__version__", "kernels", "load", "patch", "quantize", "save", "set_backend", "synthesize"]
+__all__ = ["__version__", "demo", "kernels", "load", "patch", "quantize", "save", "set_backend", "synthesize"]
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: `import dfqvit` stays light, timm is imported when the method is used

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import find_adapter
-from .adapters.fusable import is_patched
-from .allocation import allocate_bits, check_budget
 from .calibration import calibrate, convert, freeze, observe
-from .correction import LEAST_CHECKED, add_corrections, check_correction, choose_blocks
+from .calibration.allocation import allocate_bits, check_budget
+from .calibration.correction import LEAST_CHECKED, add_corrections, check_correction, choose_blocks
+from .calibration.health import measure
+from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
-from .health import measure
 from .models import ModelSpec, Preprocessing
-from .recipe import Recipe
-from .reconstruction import reconstruct_blocks
+from .models.adapters import find_adapter
+from .patching.fusable import is_patched
+from .quantization.recipe import Recipe
 from .runtime import check_runtime, set_runtime
 from .synthesis import Progress, synthesize
 

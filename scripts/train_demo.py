@@ -6,7 +6,7 @@
 
 The data is Debian's package dataset-fashion-mnist (MIT licence). The test images are used for nothing but the figure
 printed after each epoch: the last average of the weights is saved, not the best. As DeiT, the models are distilled from a
-convolutional teacher, which this script trains first. Results: dfqvit/assets/README.md.
+convolutional teacher, which this script trains first. Results: dfqvit/models/assets/README.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfqvit import demo
-from dfqvit.files import atomic
+from dfqvit.storage.atomic import atomic
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 NAMES = {"vit": "dfqvit_demo_vit", "swin": "dfqvit_demo_swin"}
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="where the weights go (default: dfqvit/assets)")
+    parser.add_argument("--out", type=Path, help="where the weights go (default: dfqvit/models/assets)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.write_data:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import dfqvit
-from dfqvit.data import open_images, spread_images
 from dfqvit.evaluation import evaluate
+from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
 
 pytestmark = pytest.mark.slow

@@ -83,8 +83,8 @@ def test_installs_without_compiling_and_still_works(tmp_path):
 @pytest.mark.parametrize(("name", "least"), [("demo", 91.0), ("demo-swin", 90.0)])
 def test_embedded_models_reach_their_accuracy(name, least):
     """On all 10,000 test images of Fashion-MNIST, in float32."""
-    from dfqvit.data import batches, open_images
     from dfqvit.evaluation import evaluate
+    from dfqvit.evaluation.data import batches, open_images
     from dfqvit.models import Preprocessing
 
     model = load_model(name)

@@ -95,7 +95,7 @@ def _compiled(
 
 def exported(model: nn.Module, setting: Setting, runtime: str, w_bits: int) -> Ready:
     """What `dfqvit export --onnx` writes, in another runtime."""
-    from dfqvit.export import export_onnx
+    from dfqvit.storage.export import export_onnx
 
     from .pytorch import quantized
 

@@ -76,7 +76,7 @@ def quantized(model: nn.Module, setting: Setting, w_bits: int) -> nn.Module:
 def dfqvit(model: nn.Module, setting: Setting, w_bits: int, graph: bool = False) -> Ready:
     """The integer runtime, through a saved file."""
     import dfqvit
-    from dfqvit.layers import QuantLinear
+    from dfqvit.quantization.layers import QuantLinear
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

@@ -9,14 +9,14 @@ import click
 import torch
 from tqdm import tqdm
 
-from .. import demo as embedded
-from ..ablation import REAL_IMAGES, Bench, Gallery, Table, run_study, weights_digest
-from ..ablation_report import markdown, write_charts
-from ..data import batches, open_images, spread_images
 from ..errors import DfqvitError, UsageError
-from ..files import atomic
+from ..evaluation.data import batches, open_images, spread_images
 from ..models import Preprocessing
-from ..studies import RECIPES, STUDIES, settings_of
+from ..models import demo as embedded
+from ..storage.atomic import atomic
+from ..studies.ablation import REAL_IMAGES, Bench, Gallery, Table, run_study, weights_digest
+from ..studies.named import RECIPES, STUDIES, settings_of
+from ..studies.tables import markdown, write_charts
 from ..synthesis import Progress
 from .options import common, emit, model_options, numbers, open_model
 

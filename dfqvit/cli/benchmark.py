@@ -12,13 +12,13 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..api import QuantizationRecord, quantize
-from ..benchmark import Speed, calibration_cost, fine_tuning_cost, race
-from ..energy import Cost, Energy
 from ..errors import UsageError
-from ..io import load
+from ..evaluation.energy import Cost, Energy
+from ..evaluation.speed import Speed, calibration_cost, fine_tuning_cost, race
 from ..models import Preprocessing, load_model
-from ..recipe import Recipe
+from ..quantization.recipe import Recipe
 from ..runtime import RUNTIMES
+from ..storage import load
 from .options import common, emit, open_float, pick_device
 
 STEPS = 100  # of the fine-tuning that a calibration is compared with

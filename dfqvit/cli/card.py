@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from ..errors import UsageError
-from ..files import refuse_existing
-from ..hub import CARD, push, write_card
-from ..io import load
+from ..storage import load
+from ..storage.atomic import refuse_existing
+from ..storage.hub import CARD, push, write_card
 from .options import emit
 
 

@@ -11,13 +11,13 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from .. import demo as embedded
 from ..api import quantize
-from ..data import batches, open_images, spread_images
-from ..energy import Energy
 from ..evaluation import Evaluation, evaluate
-from ..io import save
+from ..evaluation.data import batches, open_images, spread_images
+from ..evaluation.energy import Energy
 from ..models import Preprocessing, load_model
+from ..models import demo as embedded
+from ..storage import save
 from ..synthesis import SynthesisConfig
 from .options import common, emit, pick_device
 from .report import CURRICULUM, SAMPLES, make_report

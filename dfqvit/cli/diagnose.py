@@ -11,14 +11,14 @@ import click
 import torch
 
 from ..api import QuantizationRecord
-from ..charts import chart
-from ..data import open_images, spread_images
-from ..diagnosis import Finding, diagnose
 from ..errors import UsageError
-from ..files import atomic, refuse_existing
-from ..gradients import gradient_norms, late_share
-from ..io import load
+from ..evaluation.data import open_images, spread_images
 from ..models import Preprocessing, load_model
+from ..storage import load
+from ..storage.atomic import atomic, refuse_existing
+from ..studies.charts import chart
+from ..studies.diagnosis import Finding, diagnose
+from ..studies.gradients import gradient_norms, late_share
 from ..synthesis import Synthesis, SynthesisConfig
 from .options import SynthesisBar, common, emit, open_float, pick_device
 

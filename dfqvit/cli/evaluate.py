@@ -11,10 +11,10 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ..api import QuantizationRecord
-from ..data import batches, open_images
 from ..distributed import rank, world
 from ..evaluation import evaluate
-from ..io import load
+from ..evaluation.data import batches, open_images
+from ..storage import load
 from .options import adjusted, common, emit, open_float, pick_device
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from ..errors import UsageError
-from ..export import export_onnx
-from ..files import refuse_existing
-from ..io import load
+from ..storage import load
+from ..storage.atomic import refuse_existing
+from ..storage.export import export_onnx
 from .options import common, emit
 
 

@@ -9,13 +9,11 @@ from typing import Any
 import click
 import torch
 
-from .. import environment
 from ..api import QuantizationRecord
 from ..errors import UsageError
-from ..io import load
 from ..kernels.tuning import table as measured_choices
-from ..recipe import Recipe
-from ..report import sizes
+from ..quantization.recipe import Recipe
+from ..storage import environment, load, sizes
 from .options import common, emit, pick_device
 
 

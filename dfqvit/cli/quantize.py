@@ -12,19 +12,19 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from ..adapters import find_adapter
-from ..allocation import check_budget
 from ..api import QuantizationRecord, calibration_images, quantize
-from ..correction import SHAPES, check_correction, choose_blocks
-from ..data import open_images, spread_images
+from ..calibration.allocation import check_budget
+from ..calibration.correction import SHAPES, check_correction, choose_blocks
 from ..distributed import rank
-from ..energy import Energy
 from ..errors import DfqvitError, UsageError
-from ..files import refuse_existing
-from ..io import save
+from ..evaluation.data import open_images, spread_images
+from ..evaluation.energy import Energy
 from ..models import Preprocessing
-from ..pictures import save_grid
-from ..recipe import Recipe
+from ..models.adapters import find_adapter
+from ..quantization.recipe import Recipe
+from ..report.pictures import save_grid
+from ..storage import save
+from ..storage.atomic import refuse_existing
 from ..synthesis import SynthesisConfig
 from .options import common, emit, model_options, open_model, pick_device, synthesis_config, synthesis_options
 from .report import CURRICULUM, SAMPLES, make_report

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import environment
 from ..api import QuantizationRecord
-from ..energy import Cost, Energy
-from ..report import Report, activation_ranges, divergence, similarity_density, sizes, write_report
+from ..evaluation.energy import Cost, Energy
+from ..report import Report, activation_ranges, divergence, similarity_density, write_report
+from ..storage import environment, sizes
 
 REPORT = "report.html"
 SAMPLES, CURRICULUM = "samples.png", "curriculum.png"

@@ -26,9 +26,9 @@ import click
 import yaml
 from tabulate import tabulate
 
-from .. import demo as embedded
 from ..errors import DfqvitError, UsageError
-from ..files import atomic
+from ..models import demo as embedded
+from ..storage.atomic import atomic
 from . import evaluate as evaluate_command
 from . import quantize as quantize_command
 

@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 
 from ..distributed import rank
-from ..files import atomic, refuse_existing
 from ..models import Preprocessing
-from ..pictures import save_curriculum, save_grid
+from ..report.pictures import save_curriculum, save_grid
+from ..storage.atomic import atomic, refuse_existing
 from ..synthesis import Synthesis, SynthesisConfig
 from .options import SynthesisBar, common, emit, model_options, open_model, synthesis_config, synthesis_options
 

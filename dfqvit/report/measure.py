@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..adapters import find_adapter
-from ..correction import block_outputs
-from ..correction import divergence as relative_distance
-from ..quantizers import ActivationQuantizer
+from ..calibration.correction import block_outputs
+from ..calibration.correction import divergence as relative_distance
+from ..models.adapters import find_adapter
+from ..quantization.quantizers import ActivationQuantizer
 
 _BINS = 100  # of the similarities, from -1 to 1
 _KL_BINS = 256
@@ -84,17 +84,6 @@ def divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) -> dic
         for index in corrected:
             adapter.set_acm(index, held[index])
     return dict(reversed(result.items()))
-
-
-def sizes(qmodel: nn.Module) -> dict[str, int]:
-    """Bytes of the saved tensors by what they are."""
-    kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
-    for key, tensor in qmodel.state_dict().items():
-        kind = (
-            "packed weights" if key.endswith("weight_packed") else "ACM" if key.endswith(".acm") else "everything else"
-        )
-        kinds[kind] += tensor.numel() * tensor.element_size()
-    return kinds
 
 
 def _compare(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> Divergence:

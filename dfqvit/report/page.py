@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..energy import Cost
-from ..files import atomic
+from ..evaluation.energy import Cost
+from ..storage.atomic import atomic
 from .charts import Points, line_chart, range_chart
 from .measure import Divergence
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..distributed import LostProcess, rank
 from ..errors import DfqvitError, UsageError
-from ..files import atomic
+from ..kernels.files import atomic
 from ..models import Preprocessing, check_finite
 from .config import SynthesisConfig
 from .step import Step

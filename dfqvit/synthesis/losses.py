@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..adapters import Features
 from ..kernels import patch_similarity_entropy, similarity_range, total_variation
+from ..models.adapters import Features
 
 _TV_BATCH = 32  # PSAQ-ViT's target is for the norm over a batch of 32 images of 3 x 224 x 224
 _TV_TARGET = (2500.0, 3000.0)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from .. import distributed
-from ..adapters import Features, find_adapter
 from ..errors import UsageError
-from ..interruption import uninterrupted
 from ..models import Preprocessing
+from ..models.adapters import Features, find_adapter
 from .config import SynthesisConfig
 from .curriculum import DRAWS, crop_ratio, crop_shift_flip
+from .interruption import uninterrupted
 from .losses import entropy_loss, onehot_loss, similarity_ranges, tv_loss, union
 from .spectrum import draw_tones, natural_spectrum
 

@@ -1,0 +1,149 @@
+"""Mixed precision: which layer gets how many bits, so that the file fits a size and the network loses least.
+
+What a layer loses at a bit width is measured: its weights alone are rounded, and the divergence of the logits (KL, from the
+float ones) on the calibration images is its cost. Costs are taken to add up. All layers start at 8 bits; then the step down
+that costs least for each byte it saves is taken, again and again, until the file fits.
+
+Source: sensitivity by divergence with a greedy frontier, as in HAWQ (arXiv 1911.03852) and ZeroQ (arXiv 2001.00281).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from ..kernels.pack_weight import packed_row_bytes
+from ..quantization.layers import QuantLinear
+from ..quantization.recipe import Recipe
+from .observe import BATCH, convert, freeze, observe
+
+WIDTHS = (8, 6, 5, 4, 3, 2)
+_RECORD_BYTES = 4096  # what the record in the file's header takes at most, but for its layer_bits
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer: the bytes of its packed weights and the divergence it causes, by bit width."""
+
+    size: Mapping[int, int]
+    divergence: Mapping[int, float]
+
+
+def allocate_bits(
+    model: nn.Module,
+    images: torch.Tensor,
+    recipe: Recipe,
+    size_budget: float,
+    report: Callable[[int, int], None] | None = None,
+) -> Recipe:
+    """The recipe with `layer_bits` that fits a saved model into `size_budget`.
+
+    Args:
+        model: the float model; left as it was.
+        images: [n, C, H, W], normalised, on the model's device.
+        recipe: all other settings.
+        size_budget: megabytes (10^6 bytes) of the file, without ACM.
+        report: called with the number of layers measured so far and of all.
+
+    Raises:
+        UsageError: not even the least widths fit.
+    """
+    check_budget(model, recipe, size_budget)
+    qmodel = _widest(model, recipe)
+    observe(qmodel, images, recipe)
+    layers = _layers(qmodel)
+    divergences = measure_divergence(model, images, layers, report)
+    costs = {name: LayerCost(_sizes(layer), divergences[name]) for name, layer in layers.items()}
+    return replace(recipe, layer_bits=choose_widths(costs, int(size_budget * 1e6) - _fixed_bytes(qmodel)))
+
+
+def check_budget(model: nn.Module, recipe: Recipe, size_budget: float) -> None:
+    """UsageError when `size_budget`, in megabytes, is less than a saved model takes with all layers at the least width."""
+    qmodel = _widest(model, recipe)
+    least = _fixed_bytes(qmodel) + sum(_sizes(layer)[WIDTHS[-1]] for layer in _layers(qmodel).values())
+    if not size_budget * 1e6 >= least:
+        raise UsageError(
+            f"size_budget was {size_budget:g} MB; this model needs {least / 1e6:.3f} MB at least (weights of {WIDTHS[-1]} bits)"
+        )
+
+
+@torch.no_grad()
+def measure_divergence(
+    model: nn.Module,
+    images: torch.Tensor,
+    layers: Mapping[str, QuantLinear],
+    report: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[int, float]]:
+    """{name: {bits: mean KL of the logits}} with the weights of that layer alone rounded; `layers` have observed."""
+    probe = copy.deepcopy(model).eval()
+    wanted = _log_probabilities(probe, images)
+    found: dict[str, dict[int, float]] = {}
+    for done, (name, layer) in enumerate(layers.items()):
+        weight: torch.Tensor = probe.get_submodule(name).weight  # type: ignore[assignment]
+        kept = weight.detach().clone()
+        found[name] = {}
+        for bits in WIDTHS:
+            integers, scale = layer.round_weight(bits)
+            weight.copy_((integers * scale[:, None]).view_as(weight))
+            probabilities = _log_probabilities(probe, images)
+            found[name][bits] = float((wanted.exp() * (wanted - probabilities)).sum(dim=1).mean().clamp_min(0))
+        weight.copy_(kept)
+        if report is not None:
+            report(done + 1, len(layers))
+    return found
+
+
+def choose_widths(costs: Mapping[str, LayerCost], budget: int) -> dict[str, int]:
+    """{name: bits}: from the greatest widths downwards by the least divergence for each byte saved, until `budget` holds.
+
+    A step may pass over widths, so that one bad width between two good ones does not end a layer's descent.
+    """
+    chosen = dict.fromkeys(costs, WIDTHS[0])
+    spent = sum(cost.size[WIDTHS[0]] for cost in costs.values())
+    while spent > budget:
+        steps = [
+            (
+                (cost.divergence[bits] - cost.divergence[chosen[name]]) / (cost.size[chosen[name]] - cost.size[bits]),
+                name,
+                bits,
+            )
+            for name, cost in costs.items()
+            for bits in WIDTHS
+            if cost.size[bits] < cost.size[chosen[name]]
+        ]
+        _, name, bits = min(steps)
+        spent -= costs[name].size[chosen[name]] - costs[name].size[bits]
+        chosen[name] = bits
+    return chosen
+
+
+def _sizes(layer: QuantLinear) -> dict[int, int]:
+    return {bits: layer.out_features * packed_row_bytes(layer.in_features, bits) for bits in WIDTHS}
+
+
+def _widest(model: nn.Module, recipe: Recipe) -> nn.Module:
+    return convert(model, replace(recipe, layer_bits=None, w_bits=WIDTHS[0], edge_bits=WIDTHS[0]))
+
+
+def _layers(qmodel: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _fixed_bytes(qmodel: nn.Module) -> int:
+    """Of a file, beside the packed weights; `qmodel` is of `_widest`."""
+    frozen, layers = copy.deepcopy(qmodel), _layers(qmodel)
+    freeze(frozen, allocate_only=True)
+    whole = len(safetensors.torch.save({key: value.contiguous() for key, value in frozen.state_dict().items()}))
+    record = _RECORD_BYTES + len(json.dumps(dict.fromkeys(layers, WIDTHS[0])))
+    return whole + record - sum(_sizes(layer)[WIDTHS[0]] for layer in layers.values())
+
+
+def _log_probabilities(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(batch).float().log_softmax(dim=1) for batch in images.split(BATCH)])

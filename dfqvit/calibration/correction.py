@@ -1,0 +1,209 @@
+"""The activation correction matrix (ACM): the mean shift of a block's output that quantization causes, added back.
+
+For block i, `M_i = mean over images of (p_i(float) - p_i(quantized))`, [tokens, channels]. Source: DFQ-ViT, arXiv 2507.14481.
+The mean of a few synthetic images is a noisy estimate of the shift on real ones, so it can be averaged over tokens or channels,
+shrunk by its own variance, or judged on images that did not make it (`mode="checked"`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DfqvitError, UsageError
+from ..models.adapters import Adapter, find_adapter
+
+MODES = ("sequential", "checked", "independent", "none")
+SHAPES = ("element", "channel", "token")  # what has a value of its own: [tokens, channels], [1, channels], [tokens, 1]
+STORED = torch.float16  # of the matrices, in memory and in files
+_BATCH = 64
+LEAST_CHECKED = 4  # images: each half needs a mean
+
+
+def choose_blocks(
+    depth: int, gamma: int = 1, blocks: Sequence[int] | None = None, top: int | None = None
+) -> list[int] | None:
+    """Which blocks are corrected: `blocks` as given, else every gamma-th counted back from the last; None to let `top` choose.
+
+    Raises:
+        UsageError: gamma or top below 1, an index out of range, or both blocks and top given.
+    """
+    if gamma < 1:
+        raise UsageError(f"gamma was {gamma}; it must be at least 1")
+    if blocks is not None and top is not None:
+        raise UsageError("acm_blocks and acm_top were both given; give one of them")
+    if top is not None:
+        if not 1 <= top <= depth:
+            raise UsageError(f"acm_top was {top}; the model has {depth} blocks")
+        return None
+    if blocks is None:
+        return list(range(depth - 1, -1, -gamma))[::-1]
+    chosen = sorted({index + depth if index < 0 else index for index in blocks})
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < depth:
+        raise UsageError(f"acm_blocks was {list(blocks)}; the model has blocks 0 to {depth - 1}")
+    return chosen
+
+
+def check_correction(mode: str, shape: str, images: int) -> None:
+    """UsageError unless mode and shape are known and the images are enough for the mode."""
+    if mode not in MODES:
+        raise UsageError(f"acm was '{mode}'; it may be {', '.join(map(repr, MODES))}")
+    if shape not in SHAPES:
+        raise UsageError(f"acm_shape was '{shape}'; it may be {', '.join(map(repr, SHAPES))}")
+    if mode == "checked" and images < LEAST_CHECKED:
+        raise UsageError(f"acm was 'checked' with {images} images; cross-validation needs {LEAST_CHECKED} at least")
+
+
+@torch.no_grad()
+def add_corrections(
+    model: nn.Module,
+    qmodel: nn.Module,
+    images: torch.Tensor,
+    mode: str = "sequential",
+    *,
+    gamma: int = 1,
+    blocks: Sequence[int] | None = None,
+    top: int | None = None,
+    shape: str = "element",
+    shrink: bool = False,
+) -> dict[int, float]:
+    """Estimates the corrections on `images` and sets them in `qmodel`, replacing those it had.
+
+    Args:
+        model: the float model.
+        qmodel: its calibrated copy.
+        images: [n, C, H, W], normalised.
+        mode: "sequential" measures each correction with the earlier ones active; "independent", the formula as printed,
+            measures all of them without any, so that a shift which propagates is corrected again in later blocks; "checked"
+            is "sequential" with cross-validation: a block is corrected only where the correction learnt on every other image
+            brings the logits of the rest closer to float, by more than its standard error.
+        gamma: correct every gamma-th block, counted back from the last.
+        blocks: exactly these blocks instead (negative counts from the end).
+        top: the blocks with the greatest divergence instead, this many.
+        shape: "element" as printed; "channel" is the mean over tokens, one value for each channel; "token" the mean over
+            channels.
+        shrink: multiplies every value m by `m^2 / (m^2 + v)`, v the variance of m as a mean over the images.
+
+    Returns:
+        For every corrected block, the share of its divergence (mean squared distance from the float output) that is left.
+
+    Raises:
+        UsageError: a setting does not fit. DfqvitError: a correction overflows.
+    """
+    check_correction(mode, shape, len(images))
+    ours, theirs = find_adapter(model), find_adapter(qmodel)
+    depth = len(theirs.blocks())
+    chosen = choose_blocks(depth, gamma, blocks, top)
+    for index in range(depth):
+        theirs.set_acm(index, None)
+    if mode == "none":
+        return {}
+    wanted = block_outputs(ours, images)
+    if chosen is None:
+        found = block_outputs(theirs, images)
+        distances = [divergence(w, f) for w, f in zip(wanted, found, strict=True)]
+        chosen = sorted(sorted(range(depth), key=lambda index: -distances[index])[:top])
+    estimate = functools.partial(_matrix, shape=shape, shrink=shrink)
+    if mode != "independent":
+        matrices = {}
+        logits = _log_probabilities(model, images) if mode == "checked" else None
+        for index in chosen:  # each pass has the earlier corrections active
+            shift = wanted[index] - block_outputs(theirs, images, stop_after=index)[index]
+            if logits is None or _carries_over(theirs, index, shift, images, logits, estimate):
+                matrices[index] = estimate(shift, index)
+            theirs.set_acm(index, matrices.get(index))
+    else:
+        found = block_outputs(theirs, images)
+        matrices = {index: estimate(wanted[index] - found[index], index) for index in chosen}
+        for index, matrix in matrices.items():
+            theirs.set_acm(index, matrix)
+    corrected = block_outputs(theirs, images)
+    for index in range(depth):
+        theirs.set_acm(index, None)
+    plain = block_outputs(theirs, images)
+    for index, matrix in matrices.items():
+        theirs.set_acm(index, matrix)
+    left = {}
+    for index in matrices:
+        before = float((wanted[index] - plain[index]).square().mean())
+        left[index] = float((wanted[index] - corrected[index]).square().mean()) / before if before > 0 else 0.0
+    return left
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean squared distance as a share of the mean square of what was wanted."""
+    return float((wanted - found).square().mean() / wanted.square().mean().clamp_min(1e-20))
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last wanted block has run."""
+
+
+@torch.no_grad()
+def block_outputs(adapter: Adapter, images: torch.Tensor, stop_after: int | None = None) -> list[torch.Tensor]:
+    """The outputs of the blocks, each [n, tokens, channels] on the images' device, up to block `stop_after`."""
+    blocks = adapter.blocks()
+    blocks = blocks if stop_after is None else blocks[: stop_after + 1]
+    outputs: list[list[torch.Tensor]] = [[] for _ in blocks]
+    handles = []
+    for index, block in enumerate(blocks):
+
+        def keep(_: nn.Module, __: Any, output: torch.Tensor, index: int = index) -> None:
+            outputs[index].append(output.detach().flatten(1, -2).float())
+            if index == stop_after:
+                raise _Stop
+
+        handles.append(block.register_forward_hook(keep))
+    try:
+        for batch in images.split(_BATCH):
+            with contextlib.suppress(_Stop):
+                adapter.model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(parts) for parts in outputs]
+
+
+def _matrix(shift: torch.Tensor, index: int, shape: str, shrink: bool) -> torch.Tensor:
+    """[tokens, channels] in STORED from the shifts [n, tokens, channels] of block `index`; see `add_corrections`."""
+    if shape != "element":
+        shift = shift.mean(dim=1 if shape == "channel" else 2, keepdim=True).expand_as(shift)
+    matrix = shift.mean(dim=0)
+    if shrink:
+        variance = shift.var(dim=0, correction=min(1, len(shift) - 1)) / len(shift)
+        matrix = matrix * (matrix.square() / (matrix.square() + variance).clamp_min(torch.finfo(torch.float32).tiny))
+    if not bool(torch.isfinite(matrix).all()):
+        raise DfqvitError(f"ACM of block {index} holds NaN or Inf: the quantized model's activations overflow")
+    if float(matrix.abs().max()) > torch.finfo(STORED).max:
+        raise DfqvitError(f"ACM of block {index} reaches {float(matrix.abs().max()):.3g}, more than {STORED} can hold")
+    return matrix.to(STORED)
+
+
+def _carries_over(
+    adapter: Adapter,
+    index: int,
+    shift: torch.Tensor,
+    images: torch.Tensor,
+    wanted: torch.Tensor,
+    estimate: Callable[[torch.Tensor, int], torch.Tensor],
+) -> bool:
+    """Whether block `index`, corrected by one half of the images, lowers the divergence of the other half's logits, both ways."""
+    changes = []
+    for held, rest in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        divergence = []
+        for matrix in (None, estimate(shift[rest], index)):
+            adapter.set_acm(index, matrix)
+            found = _log_probabilities(adapter.model, images[held])
+            divergence.append((wanted[held].exp() * (wanted[held] - found)).sum(dim=1))
+        changes.append(divergence[1] - divergence[0])
+    change = torch.cat(changes)
+    return bool(change.mean() + change.std() / len(change) ** 0.5 < 0)
+
+
+def _log_probabilities(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(batch).float().log_softmax(dim=1) for batch in images.split(_BATCH)])

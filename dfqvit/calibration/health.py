@@ -1,0 +1,58 @@
+"""What `quantize` measures for `dfqvit diagnose` and keeps in the record: a few numbers of the images and of every block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import Preprocessing
+from ..models.adapters import find_adapter
+from .correction import block_outputs, divergence
+
+HIGH = 0.25  # cycles a pixel; of a photograph's energy a few percent lie beyond, of white noise's 80
+_MOST_IMAGES = 32
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    qmodel: nn.Module,
+    images: torch.Tensor,
+    preprocessing: Preprocessing,
+    left: dict[int, float] | None = None,
+) -> dict[str, Any]:
+    """Plain values: `images` (see `image_statistics`), `divergence` and `rms` by block, `acm_left` as `add_corrections` gave it."""
+    images = images[:_MOST_IMAGES]
+    wanted = block_outputs(find_adapter(model), images)
+    found = block_outputs(find_adapter(qmodel), images)
+    return {
+        "images": image_statistics(images, preprocessing),
+        "divergence": [round(divergence(w, f), 5) for w, f in zip(wanted, found, strict=True)],
+        "rms": [round(float(w.square().mean().sqrt()), 4) for w in wanted],
+        "acm_left": {str(index): round(share, 4) for index, share in (left or {}).items()},
+    }
+
+
+def image_statistics(images: torch.Tensor, preprocessing: Preprocessing) -> dict[str, float]:
+    """Of images [n, C, H, W], normalised.
+
+    `high`: share of the energy, without the mean, at more than HIGH cycles a pixel; `contrast`: mean standard deviation of an
+    image's pixels, 0 to 1; `likeness`: mean correlation between two different images.
+    """
+    low, top = preprocessing.channel_bounds(images.device)
+    pixels = ((images - low) / (top - low)).float()
+    energy = torch.fft.fft2(pixels).abs().square()
+    energy[..., 0, 0] = 0
+    rows, columns = (torch.fft.fftfreq(size, device=images.device) for size in images.shape[2:])
+    beyond = (rows[:, None] ** 2 + columns**2).sqrt() > HIGH
+    flat = pixels.flatten(1) - pixels.flatten(1).mean(dim=1, keepdim=True)
+    units = nn.functional.normalize(flat, dim=1)
+    pairs = len(images) * (len(images) - 1)
+    likeness = float((units @ units.T).sum() - units.square().sum()) / pairs if pairs else 0.0
+    return {
+        "high": round(float((energy * beyond).sum() / energy.sum().clamp_min(1e-20)), 4),
+        "contrast": round(float(flat.square().mean(dim=1).sqrt().mean()), 4),
+        "likeness": round(likeness, 4),
+    }

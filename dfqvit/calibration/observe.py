@@ -1,0 +1,92 @@
+"""From a float model and calibration images to a quantized model: convert, observe, freeze."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from ..models import check_finite
+from ..models.adapters import find_adapter
+from ..quantization.layers import QuantLinear
+from ..quantization.quantizers import ActivationQuantizer
+from ..quantization.recipe import Recipe
+from ..quantization.rounding import sensitivity
+from ..synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
+
+BATCH = 16  # images in one forward pass of calibration; ranges do not depend on it
+VIEWS = 192  # random crops of the images, in all, for second-order rounding
+MOST_VIEWS = 12  # of one image; the least is one
+LEAST_CROP = 0.08  # of the area
+
+
+def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """A copy of `model` with quantized layers that still compute in float and observe ranges; `calibrate` comes next.
+
+    Raises:
+        UsageError: the model does not fit.
+        DfqvitError: NaN or Inf in the weights.
+    """
+    check_finite(model)
+    qmodel = copy.deepcopy(model).eval().requires_grad_(False)
+    find_adapter(qmodel).convert(recipe)
+    return qmodel.to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def calibrate(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
+    """Runs the images [n, C, H, W] through a converted model, then freezes every quantizer, rounds and packs the weights."""
+    observe(qmodel, images, recipe)
+    freeze(qmodel)
+    if recipe.placement == "psaq":
+        find_adapter(qmodel).quantize_constants(recipe.a_bits)
+
+
+@torch.no_grad()
+def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
+    """Lets the quantizers of a converted model see the images, and gathers what the recipe's rounding needs.
+
+    Second-order rounding also sees crops of the images, since its statistics need more variety than a few images have, and
+    the gradients of each layer's outputs.
+    """
+    if recipe.rounding != "second-order":
+        for batch in images.split(BATCH):
+            qmodel(batch)
+        return
+    for module in qmodel.modules():
+        if isinstance(module, QuantLinear):
+            module.observe_inputs()
+    generator = torch.Generator().manual_seed(0)
+    for batch in torch.cat([images, crops(images)]).split(BATCH):
+        with torch.enable_grad():
+            sensitivity(qmodel(batch.detach().requires_grad_()), generator).backward()
+
+
+def crops(images: torch.Tensor) -> torch.Tensor:
+    """About VIEWS random crops of the images [n, C, H, W], flipped and resized; the same for the same images.
+
+    The shares of the area of an image's crops spread evenly over the curriculum's range.
+    """
+    count = min(max(1, round(VIEWS / len(images))), MOST_VIEWS)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for image in images:
+        for k in range(count):
+            draws = torch.rand(1, DRAWS, generator=generator).to(images.device)
+            share = LEAST_CROP + (1 - LEAST_CROP) * (k + torch.rand((), generator=generator).item()) / count
+            found.append(crop_shift_flip(image[None], draws, share, JITTER))
+    return torch.cat(found)
+
+
+def freeze(qmodel: nn.Module, allocate_only: bool = False) -> None:
+    """Freezes every quantizer; with `allocate_only`, makes the frozen shapes without values, for load_state_dict."""
+    for module in list(qmodel.modules()):
+        if isinstance(module, QuantLinear):
+            module.allocate() if allocate_only else module.freeze()
+    for module in qmodel.modules():
+        if isinstance(module, ActivationQuantizer) and not module.frozen:
+            if allocate_only:
+                module.frozen = True
+            else:
+                module.freeze()

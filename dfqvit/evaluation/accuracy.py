@@ -1,0 +1,101 @@
+"""How good a model is on labelled images, alone or against another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..distributed import reduce_
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies in percent, over `images` images; the comparison is None when there was no other model."""
+
+    images: int
+    top1: float
+    top5: float
+    images_per_second: float  # of the model alone
+    overall_images_per_second: float  # with reading the images, and with the other model
+    waiting: float  # percent of the time spent waiting for images
+    against_top1: float | None = None
+    against_top5: float | None = None
+    agreement: float | None = None  # percent of images on which both models have the same first class
+    logit_error: float | None = None  # mean absolute difference of the logits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    against: nn.Module | None = None,
+    report: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Runs every batch through `model`, and through `against` if given; in a torchrun the result is that of all processes.
+
+    Args:
+        model: images [n, C, H, W] to logits [n, classes].
+        batches: (images, labels) pairs, on any device; `data.batches` reads ahead in other processes.
+        against: the model to compare with, usually the float one.
+        report: called with the number of images after every batch.
+    """
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    hits: dict[str, float] = {"top1": 0, "top5": 0, "against_top1": 0, "against_top5": 0, "agreement": 0}
+    total, seconds, waited, error, values = 0, 0.0, 0.0, 0.0, 0
+    model.eval()
+    began = last = time.perf_counter()
+    for images, labels in batches:
+        waited += time.perf_counter() - last
+        images, labels = images.to(device), labels.to(device)
+        start = time.perf_counter()
+        logits = model(images).float()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds += time.perf_counter() - start
+        total += len(labels)
+        hits["top1"] += count_hits(logits, labels, 1)
+        hits["top5"] += count_hits(logits, labels, 5)
+        if against is not None:
+            others = against.eval()(images).float()
+            hits["against_top1"] += count_hits(others, labels, 1)
+            hits["against_top5"] += count_hits(others, labels, 5)
+            hits["agreement"] += int((logits.argmax(1) == others.argmax(1)).sum())
+            error += float((logits - others).abs().double().sum())
+            values += logits.numel()
+        if report is not None:
+            report(len(labels))
+        last = time.perf_counter()
+    overall = max(time.perf_counter() - began, 1e-9)
+    sums = reduce_(torch.tensor([*hits.values(), total, error, values], dtype=torch.float64)).tolist()
+    hits = dict(zip(hits, sums, strict=False))
+    total, error, values = int(sums[-3]), sums[-2], int(sums[-1])
+    seconds, overall = reduce_(torch.tensor([seconds, overall], dtype=torch.float64), "max").tolist()
+    percent = {key: 100.0 * count / max(total, 1) for key, count in hits.items()}
+    compared = against is not None
+    return Evaluation(
+        images=total,
+        top1=percent["top1"],
+        top5=percent["top5"],
+        images_per_second=total / seconds if seconds else 0.0,
+        overall_images_per_second=total / overall,
+        waiting=100.0 * waited / overall,
+        against_top1=percent["against_top1"] if compared else None,
+        against_top5=percent["against_top5"] if compared else None,
+        agreement=percent["agreement"] if compared else None,
+        logit_error=error / max(values, 1) if compared else None,
+    )
+
+
+def count_hits(logits: torch.Tensor, labels: torch.Tensor, k: int) -> int:
+    """How many rows of logits [n, classes] have their label among the k first."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return int((top == labels[:, None]).any(dim=1).sum())

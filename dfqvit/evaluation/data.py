@@ -1,0 +1,281 @@
+"""Labelled images to evaluate on: a folder of classes, or an .npz file; and the loader that feeds a device with them."""
+
+from __future__ import annotations
+
+import abc
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..errors import DfqvitError, UsageError
+from ..models import Preprocessing
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+Item = tuple[torch.Tensor, int]
+
+
+class Images(Dataset, abc.ABC):
+    """Labelled images; items are (image [C, H, W] as the model expects it, label)."""
+
+    preprocessing: Preprocessing
+    unreadable: str = "refuse"
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many."""
+
+    @abc.abstractmethod
+    def pixels(self, index: int) -> Item:
+        """(pixels [C, H, W], label): of the model's size and not yet normalised, uint8 or float32 in [0, 1]."""
+
+    def __getitem__(self, index: int) -> Item:
+        pixels, label = self.pixels(index)
+        return self.preprocessing.normalise(pixels), label
+
+
+class FolderImages(Images):
+    """Images in `root/<class>/*`, resized and cropped by timm's evaluation transform.
+
+    Args:
+        root: the folder.
+        preprocessing: size, interpolation, crop, mean, std.
+        classes: line k is the folder name of class k; by default the sorted folder names are classes 0, 1, ...
+        unreadable: "refuse" raises DfqvitError on a file that is no image, "skip" leaves it out with a warning.
+    """
+
+    def __init__(
+        self, root: Path, preprocessing: Preprocessing, classes: Sequence[str] | None = None, unreadable: str = "refuse"
+    ) -> None:
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+        if not folders:
+            raise UsageError(f"data was '{root}'; it has no folders of classes")
+        order = {name: index for index, name in enumerate(classes if classes is not None else folders)}
+        strangers = [name for name in folders if name not in order]
+        if strangers:
+            raise UsageError(f"data '{root}' has the folder '{strangers[0]}', which is no class of the classes file")
+        self.items: list[tuple[Path, int]] = []
+        for folder in folders:
+            for path in sorted((root / folder).iterdir()):
+                if path.suffix.lower() in _SUFFIXES and self._readable(path, unreadable):
+                    self.items.append((path, order[folder]))
+        if not self.items:
+            raise UsageError(f"data was '{root}'; it has no images ({', '.join(_SUFFIXES)})")
+        self.mode = {1: "L", 3: "RGB"}.get(preprocessing.input_size[0])
+        if self.mode is None:
+            raise UsageError(
+                f"the model takes {preprocessing.input_size[0]} channels; image files have 1 or 3, use an .npz"
+            )
+        self.preprocessing, self.unreadable = preprocessing, unreadable
+        self.transform = create_transform(
+            input_size=preprocessing.input_size,
+            is_training=False,
+            normalize=False,
+            interpolation=preprocessing.interpolation,
+            crop_pct=preprocessing.crop_pct,
+            crop_mode=preprocessing.crop_mode,
+        )
+
+    @staticmethod
+    def _readable(path: Path, unreadable: str) -> bool:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+            return True
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            if unreadable == "refuse":
+                raise DfqvitError(
+                    f"data: '{path}' is not a readable image; remove it or give --unreadable skip"
+                ) from error
+            warnings.warn(f"data: '{path}' is not a readable image, skipped", stacklevel=2)
+            return False
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def pixels(self, index: int) -> Item:
+        """uint8 pixels; DfqvitError names a file that cannot be decoded."""
+        path, label = self.items[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert(self.mode)
+        except (OSError, SyntaxError, ValueError) as error:  # a file whose header is good and whose body is not
+            raise DfqvitError(f"data: '{path}' is not a readable image ({error})") from error
+        return self.transform(image), label
+
+
+class ArrayImages(Images):
+    """Images of an .npz file: `images` uint8 [n, C, H, W] and `labels` [n].
+
+    The images are taken as framed already: resized to the model's input (antialiased, clamped to [0, 1]) and not cropped.
+    """
+
+    def __init__(self, path: Path, preprocessing: Preprocessing) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.images, self.labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+        except KeyError as error:
+            raise DfqvitError(f"data '{path}' has no array {error}; it must hold 'images' and 'labels'") from error
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            raise DfqvitError(f"data '{path}' is not a readable .npz file: {error}") from error
+        except Exception as error:  # zipfile.BadZipFile, zlib.error: numpy lets them through
+            raise DfqvitError(f"data '{path}' is damaged: {error}") from error
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or len(self.images) != len(self.labels):
+            shape = f"{self.images.dtype} {tuple(self.images.shape)} with {len(self.labels)} labels"
+            raise DfqvitError(f"data '{path}' holds images {shape}; they must be uint8 [n, C, H, W] with n labels")
+        if self.images.shape[1] != preprocessing.input_size[0]:
+            raise UsageError(
+                f"data '{path}' has {self.images.shape[1]} channels; the model takes {preprocessing.input_size[0]}"
+            )
+        if not len(self.images):
+            raise UsageError(f"data '{path}' holds no images")
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, index: int) -> Item:
+        """uint8 pixels; float32 in [0, 1] where they had to be resized."""
+        image, label = self.images[index], int(self.labels[index])
+        size, mode = self.preprocessing.input_size[1:], self.preprocessing.interpolation
+        if image.shape[1:] == size:
+            return image, label
+        options: dict[str, Any] = {} if mode == "nearest" else {"antialias": True}
+        resized = F.interpolate(image[None].float() / 255, size, mode=mode, **options)
+        return resized[0].clamp(0, 1), label
+
+
+def open_images(
+    path: str | Path, preprocessing: Preprocessing, classes: str | Path | None = None, unreadable: str = "refuse"
+) -> FolderImages | ArrayImages:
+    """The images at `path`, a folder of classes or an .npz file.
+
+    Raises:
+        UsageError: there is nothing of the kind at `path`, or it does not fit the model.
+        DfqvitError: a file cannot be read.
+    """
+    path = Path(path)
+    if unreadable not in ("refuse", "skip"):
+        raise UsageError(f"unreadable was '{unreadable}'; it may be 'refuse' or 'skip'")
+    if path.is_dir():
+        names = None
+        if classes is not None:
+            if not Path(classes).is_file():
+                raise UsageError(f"classes was '{classes}'; there is no such file")
+            try:
+                lines = Path(classes).read_text(encoding="utf-8").split("\n")
+            except UnicodeDecodeError as error:
+                raise UsageError(f"classes was '{classes}'; it must be a text file in UTF-8") from error
+            names = [line.split()[0] for line in lines if line.strip()]
+        return FolderImages(path, preprocessing, names, unreadable)
+    if not path.exists():
+        raise UsageError(f"data was '{path}'; there is no such file or folder")
+    return ArrayImages(path, preprocessing)
+
+
+class Batches:
+    """(images [n, C, H, W], labels [n]) on `device`, in the data set's own order; every pass over it reads anew.
+
+    Pixels are decoded in `workers` processes while the model computes, travel as uint8 (a quarter of the bytes), and are
+    normalised on the device: the same bits as `images[i]` gives. None picks the number of processes.
+
+    Raises, when a pass comes to it:
+        DfqvitError: a file cannot be decoded, by its name (left out with a warning where the images say
+            `unreadable="skip"`); a worker process was killed.
+    """
+
+    def __init__(
+        self,
+        images: Images | Subset,
+        batch_size: int = 64,
+        workers: int | None = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.tasks = _Tasks(images)
+        self.preprocessing = self.tasks.images.preprocessing
+        self.workers = default_workers(self.tasks.images, self.device) if workers is None else workers
+        pin = self.device.type == "cuda"
+        self.loader = DataLoader(
+            self.tasks, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate, pin_memory=pin
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        try:
+            for pixels, labels, errors in self.loader:
+                for error in errors:
+                    if self.tasks.images.unreadable == "refuse":
+                        raise DfqvitError(error)
+                    warnings.warn(f"{error}, skipped", stacklevel=2)
+                if len(labels):
+                    pixels = pixels.to(self.device, non_blocking=True)
+                    yield self.preprocessing.normalise(pixels), labels.to(self.device, non_blocking=True)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DfqvitError(
+                "data: a process that reads images was killed; fewer --workers need less memory"
+            ) from error
+
+
+class _Tasks(Dataset):
+    """What a worker does: pixels and label, or the text of the error, which would lose its form on the way as an exception."""
+
+    def __init__(self, images: Images | Subset) -> None:
+        parts = isinstance(images, Subset)
+        self.images: Images = images.dataset if parts else images  # type: ignore[assignment,union-attr]
+        self.indices: Sequence[int] = images.indices if parts else range(len(images))  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Item | str:
+        try:
+            return self.images.pixels(self.indices[place])
+        except DfqvitError as error:
+            return str(error)
+
+
+def _collate(found: list[Item | str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    good = [item for item in found if not isinstance(item, str)]
+    pixels = torch.stack([item[0] for item in good]) if good else torch.empty(0)
+    labels = torch.tensor([item[1] for item in good], dtype=torch.long)
+    return pixels, labels, [item for item in found if isinstance(item, str)]
+
+
+def default_workers(images: Images, device: torch.device) -> int:
+    """Processes that read images: none for an .npz; for a GPU one a core, at most 8; beside a model on the CPU, one."""
+    if isinstance(images, ArrayImages):
+        return 0
+    return min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
+
+
+def batches(
+    images: Images | Subset,
+    batch_size: int = 64,
+    workers: int | None = 0,
+    device: torch.device | str = "cpu",
+) -> Batches:
+    """A loader in the data set's own order; see `Batches`."""
+    return Batches(images, batch_size, workers, device)
+
+
+def spread_images(images: Dataset, count: int) -> torch.Tensor:
+    """`count` images spread evenly over the data set, [count, C, H, W]: calibration on real data."""
+    total = len(images)  # type: ignore[arg-type]
+    if count > total:
+        raise UsageError(f"{count} images were asked for; the data has {total}")
+    return torch.stack([images[index * total // count][0] for index in range(count)])

@@ -1,0 +1,177 @@
+"""The interface of an adapter, and what all families share."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...errors import UsageError
+from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
+from ...quantization.recipe import Recipe
+
+
+@dataclass
+class Features:
+    """Attention outputs averaged over heads, as hooks collect them in one forward pass: [B * windows, N, D] each."""
+
+    windows: list[int] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+    def stacked(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """([L, B * windows, N, D], windows) for each run of layers of one shape, so that one launch serves all its layers."""
+        start = 0
+        for end in range(1, len(self.tensors) + 1):
+            same = end < len(self.tensors) and (
+                self.tensors[end].shape == self.tensors[start].shape and self.windows[end] == self.windows[start]
+            )
+            if not same:
+                yield torch.stack(self.tensors[start:end]), self.windows[start]
+                start = end
+
+
+LayerNames = Mapping[type, tuple[str, ...]]  # class of the parent -> its linear layers
+
+
+class Adapter(abc.ABC):
+    """One model seen through its family's structure.
+
+    `compat="psaq"` makes features as PSAQ-ViT's own code does where that differs (Swin).
+    """
+
+    patchable: ClassVar[LayerNames]  # where `dfqvit.patch` takes linear layers over, beside MLPs
+
+    def __init__(self, model: nn.Module, compat: str = "") -> None:
+        self.model: Any = model
+        self.compat = compat
+
+    @classmethod
+    @abc.abstractmethod
+    def supports(cls, model: nn.Module) -> bool:
+        """Whether `model` is of this family."""
+
+    @abc.abstractmethod
+    def blocks(self) -> list[Any]:
+        """The transformer blocks, first to last."""
+
+    @abc.abstractmethod
+    def add_psaq_sites(self, bits: int, quantizer: str) -> None:
+        """Quantizes the activations that PSAQ-ViT quantizes beside the inputs of linear layers; see `placement="psaq"`."""
+
+    @abc.abstractmethod
+    def add_gemm_sites(self, bits: int, quantizer: str) -> None:
+        """Quantizes the operands of the matrix products that are no layers: attention's."""
+
+    @abc.abstractmethod
+    def quantize_constants(self, bits: int) -> None:
+        """Rounds the parameters that PSAQ-ViT treats as activations (embeddings, bias tables) to their grids, in place."""
+
+    @abc.abstractmethod
+    def feature_of(self, attention: Any, output: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(features [B * windows, N, D], windows) from an attention layer's `softmax(QK^T)V` of shape [B', N', heads * D]."""
+
+    def convert(self, recipe: Recipe) -> None:
+        """Replaces every linear layer and the patch projection by quantized ones, in place, and adds the placement's sites.
+
+        The patch projection and the classifier are the recipe's edges. UsageError when `layer_bits` names another layer.
+        """
+        heads = self.model.get_classifier()
+        heads = heads if isinstance(heads, tuple) else (heads,)
+        for name, module in list(self.model.named_modules()):
+            if type(module) is nn.Linear:
+                w_bits = recipe.bits_of(name, any(module is head for head in heads))
+                self._replace(name, QuantLinear.from_float(module, w_bits, recipe.a_bits, recipe.quantizer))
+        first, w_bits = "patch_embed.proj", recipe.bits_of("patch_embed.proj", True)
+        conv = self.model.get_submodule(first)
+        self._replace(first, QuantPatchProjection.from_conv(conv, w_bits, recipe.a_bits, recipe.quantizer))
+        for name in recipe.layer_bits or {}:
+            if not isinstance(dict(self.model.named_modules()).get(name), QuantLinear):
+                raise UsageError(f"layer_bits named '{name}'; the model has no such linear layer")
+        sites = self.add_psaq_sites if recipe.placement == "psaq" else self.add_gemm_sites
+        sites(recipe.a_bits, recipe.quantizer)
+
+    def set_acm(self, index: int, acm: torch.Tensor | None) -> None:
+        """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.
+
+        Where only the residual sum lies between the block's last linear layer and its output, the correction rides in
+        that layer's epilogue; otherwise (LayerScale, quantizers in between) it is added to the block's output.
+        """
+        block: Any = self.blocks()[index]
+        block.__dict__.pop("_chain", None)  # of the integer runtime: made with the correction there was
+        last = _last_linear(block)
+        plain = isinstance(getattr(block, "ls2", nn.Identity()), nn.Identity) and not hasattr(block, "output_quantizer")
+        if isinstance(last, QuantLinear) and plain:
+            last.acm = acm
+        else:
+            correct_output(block, acm)
+
+    def get_acm(self, index: int) -> torch.Tensor | None:
+        """The correction of block `index`, if any."""
+        block: Any = self.blocks()[index]
+        acm = getattr(_last_linear(block), "acm", None)
+        return acm if acm is not None else getattr(block, "acm", None)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Features]:
+        """Collects the features of every attention layer during the `with` block; timm's forward stays as it is."""
+        features = Features()
+        handles = []
+        for block in self.blocks():
+            attention: Any = block.attn
+            # timm applies `norm` (often Identity) to softmax(QK^T)V before any gate and before the projection
+            tap = getattr(attention, "norm", attention.proj)
+
+            def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...], attention: Any = attention) -> None:
+                tensor, windows = self.feature_of(attention, inputs[0])
+                features.tensors.append(tensor)
+                features.windows.append(windows)
+
+            handles.append(tap.register_forward_pre_hook(collect))
+        try:
+            yield features
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        module.train(self.model.training)
+        setattr(self.model.get_submodule(parent), child, module)
+
+
+def _last_linear(block: Any) -> nn.Module | None:
+    return getattr(getattr(block, "mlp", None), "fc2", None)
+
+
+def heads_mean(output: torch.Tensor, heads: int, skip: int = 0) -> torch.Tensor:
+    """[B, N, heads * D] to [B, N - skip, D], the mean over heads without the first `skip` tokens."""
+    return _HeadsMean.apply(output, heads, skip)
+
+
+class _HeadsMean(torch.autograd.Function):
+    """Autograd's own backward writes the gradient four times (expand, divide, two slices); this one writes it once."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, heads: int, skip: int) -> torch.Tensor:
+        ctx.shape, ctx.heads, ctx.skip = output.shape, heads, skip
+        return output[:, skip:].unflatten(-1, (heads, -1)).mean(dim=-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        result = grad.new_empty(ctx.shape)
+        result[:, : ctx.skip] = 0
+        kept = result[:, ctx.skip :].unflatten(-1, (ctx.heads, -1))
+        kept.copy_((grad / ctx.heads).unsqueeze(-2).expand_as(kept))
+        return result, None, None
+
+
+def add_block_sites(block: Any, bits: int, quantizer: str) -> None:
+    """The psaq sites that every family's block has: outputs of qkv, proj and fc2, and the block's own output."""
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2):
+        quantize_output(layer, "output_quantizer", bits, quantizer)
+    quantize_output(block, "output_quantizer", bits, quantizer)

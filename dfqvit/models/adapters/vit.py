@@ -1,0 +1,131 @@
+"""ViT and DeiT, plain and distilled."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import Attention
+from timm.layers.attention import resolve_self_attn_mask
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from ...errors import UsageError
+from ...quantization.layers import AttentionOperands, quantize_output
+from ...quantization.quantizers import ActivationQuantizer
+from .base import Adapter, add_block_sites, heads_mean
+from .constants import quantize_constant_
+
+
+class VitAdapter(Adapter):
+    """timm's VisionTransformer and VisionTransformerDistilled."""
+
+    patchable: ClassVar = {Attention: ("qkv", "gate", "proj")}
+
+    @classmethod
+    def supports(cls, model: nn.Module) -> bool:
+        """Whether `model` is a VisionTransformer."""
+        return isinstance(model, VisionTransformer)
+
+    def blocks(self) -> list[Any]:
+        """`model.blocks`."""
+        return list(self.model.blocks)
+
+    def feature_of(self, attention: Any, output: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The patch tokens' features; class, distillation and register tokens are dropped."""
+        if not isinstance(attention, Attention):
+            raise UsageError(
+                f"model has attention of class {type(attention).__name__}; synthesis needs timm's Attention"
+            )
+        return heads_mean(output, attention.num_heads, self.model.num_prefix_tokens), 1
+
+    def add_psaq_sites(self, bits: int, quantizer: str) -> None:
+        """Patch tokens, tokens before and after the position embedding, every block, logits."""
+        model = self.model
+        for index, block in enumerate(model.blocks):
+            if type(block) is not Block or type(block.attn) is not Attention:
+                kinds = f"{type(block).__name__} with {type(block.attn).__name__}"
+                raise UsageError(f"placement was 'psaq'; block {index} is a {kinds}, which only 'gemm' supports")
+            block.residual_quantizer = ActivationQuantizer(bits, quantizer)
+            block.__class__ = PsaqBlock
+            block.attn.scores_quantizer = ActivationQuantizer(bits, quantizer)
+            block.attn.__class__ = PsaqAttention
+            add_block_sites(block, bits, quantizer)
+        if not isinstance(model.patch_embed.norm, nn.Identity):
+            quantize_output(model.patch_embed.proj, "output_quantizer", bits, quantizer)
+        quantize_output(model.patch_embed, "output_quantizer", bits, quantizer)
+        tokens = quantize_output(model.patch_embed, "tokens_quantizer", bits, quantizer)
+        for parameter in self._prefix_tokens():
+            tokens.observe(parameter)
+        quantize_output(model.pos_drop, "output_quantizer", bits, quantizer)
+        for head in (model.head, getattr(model, "head_dist", None)):
+            if head is not None and not isinstance(head, nn.Identity):
+                quantize_output(head, "output_quantizer", bits, quantizer)
+
+    def quantize_constants(self, bits: int) -> None:
+        """Class tokens on the grid of the patch tokens they join; the position embedding on its own."""
+        for parameter in self._prefix_tokens():
+            parameter.data = self.model.patch_embed.tokens_quantizer(parameter.data)
+        if self.model.pos_embed is not None:
+            quantize_constant_(self.model.pos_embed, bits)
+
+    def add_gemm_sites(self, bits: int, quantizer: str) -> None:
+        """The operands of attention's own products, where the attention is timm's plain one."""
+        for block in self.model.blocks:
+            if type(block.attn) is Attention:
+                block.attn.operands = AttentionOperands(bits, quantizer)
+                block.attn.__class__ = QuantAttention
+
+    def _prefix_tokens(self) -> list[nn.Parameter]:
+        names = ("cls_token", "dist_token", "reg_token")
+        return [token for token in (getattr(self.model, name, None) for name in names) if token is not None]
+
+
+class QuantAttention(Attention):
+    """timm's Attention with both of its products quantized; takes the class of a timm instance, keeps its state."""
+
+    operands: AttentionOperands
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]; attn_mask is boolean or added to the scores."""
+        gate = getattr(self, "gate", None)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
+        y = self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias)
+        y = getattr(self, "norm", nn.Identity())(y.transpose(1, 2).flatten(2))
+        if gate is not None:
+            y = y * gate(x).sigmoid()
+        return self.proj_drop(self.proj(y))
+
+
+class PsaqAttention(Attention):
+    """timm's Attention with the scores quantized before the softmax; takes the class of a timm instance, keeps its state."""
+
+    scores_quantizer: ActivationQuantizer
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]; masks are refused rather than dropped."""
+        if attn_mask is not None or is_causal:
+            raise UsageError("attn_mask was given; placement 'psaq' has no masked attention, use 'gemm'")
+        gate = getattr(self, "gate", None)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        scores = self.scores_quantizer((q @ k.mT) * self.scale)
+        y = (self.attn_drop(scores.softmax(dim=-1)) @ v).transpose(1, 2).flatten(2)
+        y = getattr(self, "norm", nn.Identity())(y)
+        if gate is not None:
+            y = y * gate(x).sigmoid()
+        return self.proj_drop(self.proj(y))
+
+
+class PsaqBlock(Block):
+    """timm's Block with its first residual sum quantized; the second is the block's output, which a hook quantizes."""
+
+    residual_quantizer: ActivationQuantizer
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]."""
+        attention = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = self.residual_quantizer(x + self.drop_path1(self.ls1(attention)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

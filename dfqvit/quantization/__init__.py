@@ -1,0 +1,1 @@
+"""The arithmetic of quantization, without timm: recipe, scales and ranges, rounding of weights, layers."""

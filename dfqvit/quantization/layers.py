@@ -1,0 +1,227 @@
+"""Quantized stand-ins for the layers of a timm model, and the hooks that quantize or correct a module's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels import block_weight, extension, quant_linear
+from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest
+from ..kernels.quant_linear.op import forward as linear_operator
+from .quantizers import WEIGHT_RULES, ActivationQuantizer
+from .rounding import SecondMoment, round_second_order
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a quantized input and packed weights, run by `kernels.quant_linear`.
+
+    Until `freeze()` it computes in float and its input quantizer observes; afterwards it holds `weight_packed` (uint8, see
+    `pack_weight`) and `weight_scale` ([out_features]) in place of `weight`. `acm`, where set, is [tokens, out_features] and
+    is added in the epilogue.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    acm: torch.Tensor | None
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, w_bits: int, a_bits: int, quantizer: str
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.w_bits = w_bits
+        self.quantizer = quantizer
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.input = ActivationQuantizer(a_bits, quantizer).to(weight.device)
+        self.register_buffer("acm", None)
+        self._moment: SecondMoment | None = None
+        self._decided: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._blocked: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str) -> QuantLinear:
+        """The stand-in for an `nn.Linear`."""
+        return cls(linear.weight, linear.bias, w_bits, a_bits, quantizer)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights are packed."""
+        return self.weight is None
+
+    def allocate(self) -> None:
+        """Replaces the float weight by empty packed buffers of the right shape, to be filled by load_state_dict."""
+        weight = self.weight
+        assert weight is not None
+        self.weight = None
+        row_bytes = packed_row_bytes(self.in_features, self.w_bits)
+        empty = torch.zeros(self.out_features, row_bytes, dtype=torch.uint8, device=weight.device)
+        self.register_buffer("weight_packed", empty)
+        self.register_buffer("weight_scale", torch.zeros(self.out_features, device=weight.device))
+        self.input.frozen = True
+
+    def observe_inputs(self) -> None:
+        """Gathers from now on what `freeze` needs to round the weights to second order, see `rounding`."""
+        self._moment = SecondMoment(self.in_features, self.input.scale.device)
+
+    def decide(self, integers: torch.Tensor, scale: torch.Tensor) -> None:
+        """Sets the integers [out_features, in_features] and scales [out_features] that `freeze` takes, and computes with them."""
+        assert self.weight is not None
+        self._decided, self._moment = (integers.to(torch.int8), scale), None
+        self.weight = nn.Parameter(integers * scale[:, None], requires_grad=False)
+
+    def round_weight(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(integers int8 [out_features, in_features], scale [out_features]): to second order after `observe_inputs`."""
+        weight = self.weight
+        assert weight is not None
+        if self._decided is not None and bits == self.w_bits:
+            return self._decided
+        if self._moment is not None:
+            return round_second_order(weight, self._moment.damped(), bits)
+        scale = WEIGHT_RULES[self.quantizer](weight, bits)
+        return round_nearest(weight, scale, bits), scale
+
+    def freeze(self) -> None:
+        """Quantizes and packs the weights and freezes the input quantizer."""
+        integers, scale = self.round_weight(self.w_bits)
+        self._moment = self._decided = None
+        self.allocate()
+        self.weight_scale.copy_(scale)
+        self.weight_packed.copy_(pack_integers(integers, self.w_bits))
+        self.input.freeze()
+
+    def kernel_weight(self) -> torch.Tensor:
+        """The packed weight in the form that the kernels of its device run fastest with, made once."""
+        packed = self.weight_packed
+        elsewhere = packed.device.type != "cpu" or linear_operator.asked == "triton"
+        if elsewhere or exporting() or not extension.supports_cpu()[0]:
+            return packed
+        key = (packed.data_ptr(), packed._version)
+        if self._blocked is None or self._blocked[0] != key:
+            self._blocked = (key, block_weight(packed, self.in_features, self.w_bits))
+        return self._blocked[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if self.weight is not None:
+            y = F.linear(self.input(x), self.weight, self.bias)
+            if self._moment is not None and y.requires_grad:
+                self._moment.watch(x, y)
+            return y
+        check_tokens(self.acm, x)
+        return quant_linear(
+            x,
+            self.kernel_weight(),
+            self.bias,
+            self.acm,
+            x_scale=self.input.scale,
+            x_zero=self.input.zero_point,
+            w_scale=self.weight_scale,
+            a_bits=self.input.bits,
+            w_bits=self.w_bits,
+        )
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, w_bits={self.w_bits}"
+
+
+class QuantPatchProjection(QuantLinear):
+    """Stands in for the convolution of a patch embedding (stride = kernel size): a linear layer over flattened patches."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> None:
+        super().__init__(weight.flatten(1), bias, *args)
+        self.kernel_size = (weight.shape[2], weight.shape[3])
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, w_bits: int, a_bits: int, quantizer: str) -> QuantPatchProjection:
+        """The stand-in for an `nn.Conv2d` whose patches do not overlap."""
+        return cls(conv.weight, conv.bias, w_bits, a_bits, quantizer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] to [B, embed_dim, H / patch, W / patch]."""
+        (height, width), (batch, channels, *_) = self.kernel_size, x.shape
+        rows, columns = x.shape[2] // height, x.shape[3] // width
+        x = x[:, :, : rows * height, : columns * width]
+        patches = x.reshape(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        tokens = super().forward(patches.reshape(batch, rows * columns, self.in_features))
+        return tokens.transpose(1, 2).reshape(batch, self.out_features, rows, columns)
+
+
+class AttentionOperands(nn.Module):
+    """The products of attention, `softmax(scale Q K^T + bias) V`, with quantized operands.
+
+    Q, K and V are quantized like any activation. The exponentials are rounded to whole steps of 1/255 of each row's
+    greatest, and divided by the sum of what was rounded: their range needs no calibration, and rows still sum to 1.
+    """
+
+    def __init__(self, bits: int, quantizer: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (ActivationQuantizer(bits, quantizer) for _ in range(3))
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, heads, N, D] each, bias to be added to [B, heads, N, N]; returns [B, heads, N, D]."""
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        scores = (q @ k.mT) * scale
+        if bias is not None:
+            scores = scores + bias
+        if not self.q.frozen:
+            return scores.softmax(dim=-1) @ v
+        shares = 255 * (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        steps = shares.round()
+        if shares.requires_grad:  # straight through, for `reconstruction`
+            steps = shares + (steps - shares).detach()
+        return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+
+
+def exporting() -> bool:
+    """Whether torch.export is tracing: what it sees has no memory, and its result is to run on other machines too."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
+    return asked is not None and asked()
+
+
+def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:
+    """ValueError unless the images in x [B, T, ...] have as many tokens as the correction [T, N] was made for."""
+    if acm is not None and x.dim() > 2 and x.shape[-2] != acm.shape[0]:
+        raise ValueError(
+            f"acm was made for {acm.shape[0]} tokens an image; these have {x.shape[-2]}: quantize for this input size"
+        )
+
+
+def quantize_output(module: nn.Module, name: str, bits: int, quantizer: str) -> ActivationQuantizer:
+    """Adds an ActivationQuantizer as the child `name` of `module` and applies it to the module's output from now on."""
+    site = ActivationQuantizer(bits, quantizer)
+    module.add_module(name, site)
+    module.register_forward_hook(_QuantizeOutput(name))
+    return site
+
+
+class _QuantizeOutput:
+    """The hook of `quantize_output`; finds its quantizer by name so that deepcopy of the module stays whole."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return getattr(module, self.name)(output)
+
+
+def correct_output(module: Any, acm: torch.Tensor | None) -> None:
+    """Adds `acm` [tokens, channels] to the module's output [B, ..., channels] from now on; None takes it away."""
+    if "acm" not in module._buffers:
+        module.register_buffer("acm", None)
+        module.register_forward_hook(_add_acm)
+    module.acm = acm
+
+
+def _add_acm(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+    if module.acm is None:
+        return output
+    return output + module.acm.to(output.dtype).view(output.shape[1:])

@@ -1,0 +1,110 @@
+"""Rules that turn values into a scale and a zero point, and the module that quantizes an activation.
+
+A rule is chosen by name: "minmax" is the baseline of the literature, "mse" searches scales for the least squared error, those of
+activations up to 5 bits only. Adding one means adding an entry to `WEIGHT_RULES` and `RANGE_RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from ..kernels import fake_quantize
+from .ranges import LEAST_SCALE, MinMaxRange, MseRange
+
+
+def minmax_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N] for weight [N, ...]: `max|w| / ((2^b - 1) / 2)` of each output channel."""
+    return (weight.detach().flatten(1).abs().amax(dim=1).float() / (((1 << bits) - 1) / 2)).clamp_min(LEAST_SCALE)
+
+
+def mse_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N]: the scale of the least squared rounding error of each channel; see `search_weight_scale`."""
+    return search_weight_scale(weight.detach().flatten(1).float(), bits)
+
+
+def search_weight_scale(rows: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """[N] for rows [N, K]: of the min-max scale times 0.30, 0.32, ..., 1.10, the one of least squared rounding error.
+
+    Clipping a few large weights buys finer steps for all the others; at 3 and 4 bits that is worth more than the clipped ends.
+    A scale may be negative: the grid has one step more below 0 than above, -4 to 3 at 3 bits, and so turns to the side on
+    which the row's weights need it.
+
+    Args:
+        rows: float32 [N, K].
+        bits: of the weights.
+        importance: [K], what a squared error in each column counts; default all the same.
+    """
+    widest = minmax_weight_scale(rows, bits)
+    half = 1 << (bits - 1)
+    best, least_error = widest, torch.full_like(widest, torch.inf)
+    for step in range(41):
+        size = (widest * (0.3 + 0.02 * step)).clamp_min(LEAST_SCALE)
+        for scale in (size, -size):
+            rounded = (rows / scale[:, None]).round().clamp(-half, half - 1) * scale[:, None]
+            errors = (rounded - rows).square()
+            error = errors.sum(dim=1) if importance is None else errors @ importance
+            best = torch.where(error < least_error, scale, best)
+            least_error = torch.minimum(error, least_error)
+    return best
+
+
+def mse_range(bits: int) -> MinMaxRange:
+    """The range of least squared error up to 5 bits; min-max above, where clipping far values loses more (docs/accuracy.md)."""
+    return MseRange(bits) if bits <= 5 else MinMaxRange(bits)
+
+
+WEIGHT_RULES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "minmax": minmax_weight_scale,
+    "mse": mse_weight_scale,
+}
+RANGE_RULES: dict[str, Callable[[int], MinMaxRange]] = {"minmax": MinMaxRange, "mse": mse_range}
+
+
+def check_rule(quantizer: str) -> None:
+    """UsageError unless `quantizer` names a rule."""
+    if quantizer not in RANGE_RULES:
+        raise UsageError(f"quantizer was '{quantizer}'; it may be {', '.join(map(repr, RANGE_RULES))}")
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes one activation tensor: passes x through while observing, rounds it to the grid once frozen.
+
+    Buffers: `scale` and `zero_point`, float32 scalars; `scale` is 0 until the quantizer is frozen or loaded.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, bits: int, quantizer: str = "minmax") -> None:
+        super().__init__()
+        self.bits = bits
+        self.range = RANGE_RULES[quantizer](bits)
+        self.frozen = False
+        self.register_buffer("scale", torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Lets the range rule see x."""
+        self.range.observe(x)
+
+    def freeze(self) -> None:
+        """Ends observation: scale and zero point now hold."""
+        scale, zero_point = self.range.parameters()
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.frozen = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X itself while observing; x on the quantizer's grid once frozen."""
+        if not self.frozen:
+            self.observe(x)
+            return x
+        return fake_quantize(x, self.scale, self.zero_point, quant_min=0, quant_max=(1 << self.bits) - 1)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"bits={self.bits}, frozen={self.frozen}"

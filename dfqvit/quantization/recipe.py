@@ -1,0 +1,75 @@
+"""What of a model is quantized, to how many bits, and by which rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from .quantizers import check_rule
+
+PLACEMENTS = ("gemm", "psaq")
+ROUNDINGS = ("nearest", "second-order")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a quantized model; what is None is chosen when it is made.
+
+    Args:
+        w_bits: bits of the weights, 2 to 8.
+        a_bits: bits of the activations, 2 to 8.
+        placement: "gemm" quantizes the operands of every matrix product; "psaq" what PSAQ-ViT does.
+        quantizer: the rule for scales, see `quantizers`.
+        rounding: how weights become integers: "nearest", or "second-order" (see `rounding`). By default second-order with
+            "gemm" and "mse", else nearest, which is the literature's baseline.
+        edge_bits: bits of the weights of the first and the last layer. By default 8 with "gemm" (two small layers, and at 4
+            bits most of the loss), and w_bits with "psaq".
+        layer_bits: {name: bits} of the weights of single layers, by timm's names, in place of w_bits and edge_bits;
+            `allocation` makes it from a size.
+
+    Raises:
+        UsageError: names the setting which does not fit.
+    """
+
+    w_bits: int = 4
+    a_bits: int = 8
+    placement: str = "gemm"
+    quantizer: str = "mse"
+    rounding: str | None = None
+    edge_bits: int | None = None
+    layer_bits: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise UsageError(f"placement was '{self.placement}'; it may be {', '.join(map(repr, PLACEMENTS))}")
+        check_rule(self.quantizer)
+        gemm = self.placement == "gemm"
+        if self.rounding is None:
+            object.__setattr__(self, "rounding", ROUNDINGS[gemm and self.quantizer == "mse"])
+        if self.rounding not in ROUNDINGS:
+            raise UsageError(f"rounding was '{self.rounding}'; it may be {', '.join(map(repr, ROUNDINGS))}")
+        if self.rounding == "second-order" and self.quantizer != "mse":
+            raise UsageError(
+                f"rounding was 'second-order' and quantizer '{self.quantizer}'; second-order rounding searches its own "
+                "scales, so quantizer must be 'mse'"
+            )
+        if self.edge_bits is None:
+            object.__setattr__(self, "edge_bits", 8 if gemm else self.w_bits)
+        named = {name: getattr(self, name) for name in ("w_bits", "a_bits", "edge_bits")}
+        named |= {f"layer_bits['{name}']": bits for name, bits in (self.layer_bits or {}).items()}
+        for name, bits in named.items():
+            if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+                raise UsageError(f"{name} was {bits!r}; it may be a whole number from 2 to 8")
+
+    def bits_of(self, name: str, edge: bool) -> int:
+        """Of the weights of layer `name`, which is the first or the last if `edge`."""
+        default = self.edge_bits if edge else self.w_bits
+        assert default is not None
+        return (self.layer_bits or {}).get(name, default)
+
+    @property
+    def label(self) -> str:
+        """As "W4/A8", or "W2-8/A8" where the layers differ beyond the edges."""
+        widths = set((self.layer_bits or {}).values()) or {self.w_bits}
+        weights = f"{min(widths)}-{max(widths)}" if len(widths) > 1 else f"{min(widths)}"
+        return f"W{weights}/A{self.a_bits}"

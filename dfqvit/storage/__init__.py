@@ -1,0 +1,5 @@
+"""What leaves the process: the file of a quantized model, ONNX, the Hugging Face Hub, facts about the machine."""
+
+from .file import load, save, sizes
+
+__all__ = ["load", "save", "sizes"]

@@ -1,0 +1,205 @@
+"""ONNX with quantize/dequantize (QDQ) nodes, the form that ONNX Runtime, OpenVINO and TensorRT take quantized models in.
+
+The simulated model is rebuilt with layers that say the same arithmetic in ONNX's own operators, then goes through
+`torch.onnx.export`: activations as `QuantizeLinear`/`DequantizeLinear` to uint8, weights as int8 initialisers with a
+`DequantizeLinear` of one scale a column, INT4 for those of 4 bits or fewer, the ACM as an `Add`. No float weight is stored.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..api import QuantizationRecord
+from ..errors import DfqvitError, UsageError
+from ..kernels.pack_weight import unpack_weight
+from ..quantization.layers import AttentionOperands, QuantLinear, QuantPatchProjection, check_tokens
+from ..quantization.quantizers import ActivationQuantizer
+from ..version import __version__
+from .atomic import atomic
+from .file import rebuild
+
+OPSET = 21  # the first that has INT4
+NEEDED = ("onnx", "onnxscript")  # the packages of the extra `export`
+_INT4 = 4
+
+
+def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True) -> dict[str, Any]:
+    """Writes a quantized model as ONNX with QDQ nodes, atomically; images [batch, C, H, W] to logits, any batch size.
+
+    Args:
+        qmodel: from `dfqvit.quantize` or `dfqvit.load`; left as it was.
+        path: the .onnx file; replaced if it exists.
+        int4: weights of 4 bits or fewer become INT4 (two in a byte); False stores them as int8, for runtimes that know no INT4.
+
+    Returns:
+        What was written: `bytes`, `opset`, `nodes` (count by operator), `weights` (count by data type).
+
+    Raises:
+        UsageError: no quantized model, or a package of the extra `export` is missing.
+        DfqvitError: torch could not export the model.
+    """
+    record = getattr(qmodel, "dfqvit_record", None)
+    if not isinstance(record, QuantizationRecord):
+        raise UsageError(
+            "qmodel has no quantization record; export_onnx takes what dfqvit.quantize or dfqvit.load returned"
+        )
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing or not hasattr(torch.onnx, "ops"):
+        wanted = missing[0] if missing else "torch 2.8 or newer"
+        raise UsageError(f"export to ONNX needs {wanted}; install dfqvit[export]")
+    import onnx
+
+    proto = _to_onnx(qdq_model(qmodel), record, int4)
+    onnx.checker.check_model(proto, full_check=True)
+    with atomic(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString())
+    nodes = [node.op_type for node in proto.graph.node]
+    kinds = {onnx.TensorProto.INT8: "INT8", onnx.TensorProto.INT4: "INT4"}
+    weights = [kinds[tensor.data_type] for tensor in proto.graph.initializer if tensor.data_type in kinds]
+    return {
+        "bytes": Path(path).stat().st_size,
+        "opset": OPSET,
+        "nodes": {name: nodes.count(name) for name in sorted(set(nodes))},
+        "weights": {name: weights.count(name) for name in sorted(set(weights))},
+    }
+
+
+def qdq_model(qmodel: nn.Module) -> nn.Module:
+    """A copy of a quantized model, on the CPU, whose quantizers are ONNX's; it can be exported, not called."""
+    tensors = {key: value.detach().cpu() for key, value in qmodel.state_dict().items()}
+    model = rebuild(qmodel.dfqvit_record, tensors)  # type: ignore[arg-type]
+    for module in list(model.modules()):
+        if isinstance(module, ActivationQuantizer):
+            module.register_buffer("zero", module.zero_point.to(torch.uint8))
+            scale, zero = float(module.scale), float(module.zero_point)
+            module.ends = (-zero * scale, ((1 << module.bits) - 1 - zero) * scale)  # type: ignore[assignment]
+            module.__class__ = _QdqActivation
+        elif isinstance(module, QuantLinear):
+            integers = unpack_weight(module.weight_packed, module.w_bits, module.in_features)
+            module.register_buffer("weight_integers", integers.T.contiguous())
+            module.__class__ = _QdqPatchProjection if isinstance(module, QuantPatchProjection) else _QdqLinear
+        elif isinstance(module, AttentionOperands):
+            module.register_buffer("one", torch.ones(()))
+            module.register_buffer("none", torch.zeros((), dtype=torch.uint8))
+            module.__class__ = _QdqAttentionOperands
+        if isinstance(module._buffers.get("acm"), torch.Tensor):
+            module.acm = module.acm.float()
+    return model
+
+
+def _quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Two nodes: x rounded half to even, clamped to 0..255, and back."""
+    symbolic = torch.onnx.ops.symbolic
+    q = symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape, version=OPSET)
+    return symbolic("DequantizeLinear", (q, scale, zero), dtype=torch.float32, shape=x.shape, version=OPSET)
+
+
+class _QdqActivation(ActivationQuantizer):
+    zero: torch.Tensor
+    ends: tuple[float, float]  # of the grid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bits < 8:  # ONNX clamps to the whole of uint8, so x is clamped to a narrower grid before
+            x = x.clamp(*self.ends)
+        return _quantize_dequantize(x, self.scale, self.zero)
+
+
+class _QdqLinear(QuantLinear):
+    weight_integers: torch.Tensor  # int8 [in_features, out_features]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_tokens(self.acm, x)
+        weight = torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            (self.weight_integers, self.weight_scale),
+            {"axis": 1},
+            dtype=torch.float32,
+            shape=self.weight_integers.shape,
+            version=OPSET,
+        )
+        y = self.input(x) @ weight
+        if self.bias is not None:
+            y = y + self.bias
+        return y if self.acm is None else y + self.acm
+
+
+class _QdqPatchProjection(QuantPatchProjection, _QdqLinear):
+    """Cuts patches as the former does, and multiplies them as the latter."""
+
+
+class _QdqAttentionOperands(AttentionOperands):
+    one: torch.Tensor
+    none: torch.Tensor
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        q, k, v = (
+            self.q(q),
+            self.k(k.mT),
+            self.v(v),
+        )  # runtimes fuse a product whose operands come from QDQ nodes directly
+        scores = (q @ k) * scale
+        if bias is not None:
+            scores = scores + bias
+        steps = _quantize_dequantize(255 * (scores - scores.amax(dim=-1, keepdim=True)).exp(), self.one, self.none)
+        return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+
+
+def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool) -> Any:
+    """The checked-in-memory ModelProto."""
+    image = torch.zeros(2, *record.preprocessing.input_size)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's exporter, about torch's own internals
+        try:
+            program = torch.onnx.export(
+                model,
+                (image,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["images"],
+                output_names=["logits"],
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise DfqvitError(f"torch could not export the model: {str(error).strip().splitlines()[0]}") from error
+    assert program is not None
+    proto = program.model_proto
+    if int4:
+        _narrow(
+            proto, {name: module.w_bits for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        )
+    for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]  # torch's stack traces, which name files of this machine
+    for key, value in {"dfqvit_version": __version__, "dfqvit_record": json.dumps(record.to_dict())}.items():
+        proto.metadata_props.add(key=key, value=value)
+    return proto
+
+
+def _narrow(proto: Any, bits: dict[str, int]) -> None:
+    """Turns the int8 initialisers of layers of 4 bits or fewer into INT4, in place."""
+    import onnx
+
+    narrow = {f"{name}.weight_integers" for name, width in bits.items() if width <= _INT4}
+    for tensor in proto.graph.initializer:
+        if tensor.name in narrow:
+            nibbles = onnx.numpy_helper.to_array(tensor).flatten().view("uint8") & 15
+            if len(nibbles) % 2:
+                nibbles = np.append(nibbles, np.uint8(0))
+            packed = nibbles[0::2] | nibbles[1::2] << 4
+            tensor.CopyFrom(
+                onnx.helper.make_tensor(tensor.name, onnx.TensorProto.INT4, tensor.dims, packed.tobytes(), raw=True)
+            )
+    for info in proto.graph.value_info:
+        if info.name in narrow:
+            info.type.tensor_type.elem_type = onnx.TensorProto.INT4

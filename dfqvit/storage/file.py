@@ -1,0 +1,186 @@
+"""One .safetensors file for a quantized model: packed weights, scales, zero points, ACM, and what rebuilds the structure.
+
+The file's metadata has one entry, `dfqvit`: JSON with `format_version`, `record` (see `QuantizationRecord`) and `sha256`
+over all tensors and the rest of the JSON. Nothing is pickled. The tensors are the quantized model's state_dict, so their
+names are timm's, with `weight_packed` and `weight_scale` in place of the `weight` of a quantized layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from ..api import QuantizationRecord
+from ..calibration import freeze
+from ..calibration.correction import STORED
+from ..errors import DfqvitError, UsageError
+from ..models import FAMILIES
+from ..models.adapters import find_adapter
+from ..runtime import check_runtime, set_runtime
+from ..runtime.cuda_graph import capture_graphs, check_device
+from ..version import __version__
+from .atomic import atomic
+
+# What values that make no sense raise, here and in timm.
+_UNFIT = (LookupError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError)
+FORMAT_VERSION = 2  # 1: a checksum over the tensors alone
+
+
+def save(qmodel: nn.Module, path: str | Path) -> Path:
+    """Writes a model from `quantize` (or `load`) to `path`, atomically.
+
+    Args:
+        qmodel: the quantized model, on any device.
+        path: the .safetensors file to write; one that is there is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: the model was not quantized by dfqvit.
+        OSError: the file cannot be written; one that was there is as it was.
+    """
+    record = getattr(qmodel, "dfqvit_record", None)
+    if not isinstance(record, QuantizationRecord):
+        raise UsageError("qmodel has no quantization record; save takes what dfqvit.quantize or dfqvit.load returned")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in qmodel.state_dict().items()}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "dfqvit_version": __version__,
+        "record": record.to_dict(),
+    }
+    header["sha256"] = checksum(header, tensors)
+    with atomic(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"dfqvit": json.dumps(header, sort_keys=True)})
+    return Path(path)
+
+
+def load(
+    path: str | Path, device: torch.device | str = "cpu", runtime: str = "auto", *, cuda_graph: bool = False
+) -> nn.Module:
+    """The quantized model in `path`, in eval mode, giving the same logits bit for bit as the one that was saved.
+
+    Args:
+        path: a file that `save` wrote.
+        device: where the model goes.
+        runtime: "integer" runs the blocks as chains of integer operators (see `runtime`), "simulated" in float with rounded
+            operands, layer by layer, so that hooks see every layer; "auto" is "integer" where there are kernels: on CPUs
+            with dfqvit._C, on GPUs with Triton.
+        cuda_graph: on a GPU, the first call with a batch size captures a CUDA graph, which later calls replay: fewer
+            launches, so less latency; each size keeps its memory. See docs/inference.md.
+
+    Returns:
+        The model: float images [B, C, H, W], normalised, to float32 logits [B, classes].
+
+    Raises:
+        UsageError: there is no such file; or cuda_graph on a CPU.
+        DfqvitError: the file is not dfqvit's, is of a newer format, is truncated or was altered.
+    """
+    check_runtime(runtime)
+    if cuda_graph:
+        check_device(device)
+    record, tensors = read(path)
+    try:
+        model = rebuild(record, tensors)
+    except _UNFIT as error:
+        raise DfqvitError(
+            f"'{path}' does not fit the model it names: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
+    model = model.to(device)
+    set_runtime(model, runtime)
+    if cuda_graph:
+        capture_graphs(model)
+    return model
+
+
+def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A quantized model from its record and its state_dict, simulated, in eval mode, on the CPU."""
+    model = record.spec.build()
+    adapter = find_adapter(model)
+    adapter.convert(record.recipe)
+    freeze(model, allocate_only=True)
+    for index in record.acm_blocks:
+        adapter.set_acm(index, torch.zeros((), dtype=STORED))
+    for name, module in model.named_modules():
+        if isinstance(module._buffers.get("acm"), torch.Tensor):
+            module.acm = torch.zeros_like(tensors[f"{name}.acm"])
+    model.load_state_dict(tensors)
+    model.dfqvit_record = record  # type: ignore[assignment]
+    model.dfqvit_spec = record.spec  # type: ignore[assignment]
+    return model.eval().requires_grad_(False)
+
+
+def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:
+    """The record and the tensors of a file, checked against its checksum; see `load` for the errors."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"file was '{path}'; there is no such file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "dfqvit" not in metadata:
+                raise DfqvitError(f"'{path}' is a safetensors file, but not of a model that dfqvit quantized")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+        if isinstance(error, DfqvitError):
+            raise
+        raise DfqvitError(
+            f"'{path}' is no whole safetensors file (truncated, damaged or of another kind): {error}"
+        ) from error
+    try:
+        header = json.loads(metadata["dfqvit"])
+        version = header["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DfqvitError(f"'{path}' has a damaged dfqvit header") from error
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        advice = "upgrade dfqvit" if newer else "quantize again"
+        raise DfqvitError(
+            f"'{path}' has format version {version}; dfqvit {__version__} reads version {FORMAT_VERSION}: {advice}"
+        )
+    if header.pop("sha256", None) != checksum(header, tensors):
+        raise DfqvitError(f"'{path}' was altered or damaged: it does not match its checksum")
+    return _record(path, header), tensors
+
+
+def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
+    try:
+        record = QuantizationRecord.from_dict(header["record"])
+    except _UNFIT as error:
+        raise DfqvitError(
+            f"'{path}' has a damaged dfqvit header: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
+    name = record.spec.architecture
+    if not isinstance(name, str) or not name.startswith(FAMILIES) or not timm.is_model(name):
+        raise DfqvitError(f"'{path}' names the model '{name}', which this timm ({timm.__version__}) does not have")
+    return record
+
+
+def sizes(qmodel: nn.Module) -> dict[str, int]:
+    """Bytes of the saved tensors by what they are."""
+    kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
+    for key, tensor in qmodel.state_dict().items():
+        kind = (
+            "packed weights" if key.endswith("weight_packed") else "ACM" if key.endswith(".acm") else "everything else"
+        )
+        kinds[kind] += tensor.numel() * tensor.element_size()
+    return kinds
+
+
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256, in hexadecimal, of a file's tensors and of its JSON without `sha256`."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(tensors):
+        value = tensors[key]
+        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

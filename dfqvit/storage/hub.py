@@ -1,0 +1,120 @@
+"""A folder ready for the Hugging Face Hub: the saved model and a card; and its upload, which only `push` makes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from torch import nn
+
+from ..api import QuantizationRecord
+from ..errors import DfqvitError
+from ..version import __version__
+from .atomic import atomic
+from .file import sizes
+
+WEIGHTS, CARD = "model.safetensors", "README.md"
+_PAPER = "https://arxiv.org/abs/2507.14481"
+
+
+def write_card(model: nn.Module, file: Path, folder: Path, evaluation: dict[str, Any] | None = None) -> Path:
+    """Copies the saved `file` of `model` into `folder` with a model card beside it; the card's path.
+
+    Args:
+        model: what `dfqvit.load` made of the file.
+        file: the file of `dfqvit.save`.
+        folder: made if need be; a card and weights there are replaced.
+        evaluation: what `dfqvit evaluate --json` printed for this file: its accuracies stand in the card.
+    """
+    record: QuantizationRecord = model.dfqvit_record  # type: ignore[assignment]
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.resolve() != (folder / WEIGHTS).resolve():
+        with atomic(folder / WEIGHTS) as temporary:
+            shutil.copyfile(file, temporary)
+    card = ModelCard(f"---\n{_metadata(record, evaluation).to_yaml()}\n---\n\n{_text(model, record, file, evaluation)}")
+    with atomic(folder / CARD) as temporary:
+        temporary.write_text(str(card))
+    return folder / CARD
+
+
+def push(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Uploads a folder of `write_card` to the Hub, making the repository if there is none; its address.
+
+    Raises:
+        DfqvitError: no token, no network, or the Hub refuses.
+    """
+    api = HfApi()
+    try:
+        made = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=[WEIGHTS, CARD])
+    except LocalTokenNotFoundError as error:
+        raise DfqvitError("the Hugging Face Hub knows no token of yours; run `hf auth login` first") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise DfqvitError(f"the upload to '{repo_id}' failed: {str(error).splitlines()[0]}") from error
+    return str(made)
+
+
+def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None) -> ModelCardData:
+    pretrained = timm.models.get_pretrained_cfg(record.spec.architecture)
+    base = getattr(pretrained, "hf_hub_id", None)
+    results = None
+    if evaluation is not None:
+        results = [
+            EvalResult("image-classification", "custom", f"{evaluation['images']} images", "accuracy", evaluation[key],
+                       metric_name=name)
+            for key, name in (("top1", "top-1 %"), ("top5", "top-5 %"))
+        ]  # fmt: skip
+    return ModelCardData(
+        library_name="dfqvit",
+        pipeline_tag="image-classification",
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        tags=["timm", "quantization", "data-free", record.recipe.label],
+        model_name=f"{record.spec.architecture} {record.recipe.label}" if results else None,
+        eval_results=results,
+    )
+
+
+def _text(model: nn.Module, record: QuantizationRecord, file: Path, evaluation: dict[str, Any] | None) -> str:
+    recipe, preprocessing = record.recipe, record.preprocessing
+    kinds = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes(model).items())
+    settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
+    lines = [
+        f"# {record.spec.architecture}, {recipe.label}",
+        "",
+        f"A vision transformer of timm, quantized to {recipe.label} without data and without fine-tuning "
+        f"([DFQ-ViT]({_PAPER})) by dfqvit {__version__}. It runs in integer arithmetic.",
+        "",
+        "```python",
+        "import dfqvit",
+        "",
+        f'model = dfqvit.load("{WEIGHTS}")  # an nn.Module: float images in, float logits out',
+        "```",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| input | {list(preprocessing.input_size)}, mean {list(preprocessing.mean)}, std {list(preprocessing.std)}, "
+        f"{preprocessing.interpolation}, crop {preprocessing.crop_pct} |",
+        f"| arguments of timm | {record.spec.kwargs or 'none'} |",
+        f"| calibration | {record.samples} images, {record.calibration}{f': {settings}' if settings else ''} |",
+        f"| weights | {recipe.quantizer} scales, {recipe.rounding} rounding, first and last layer {recipe.edge_bits} bits |",
+        f"| activations | {recipe.a_bits} bits, placement {recipe.placement} |",
+        f"| correction | {record.acm}, blocks {record.acm_blocks} |",
+        f"| size | {os.path.getsize(file) / 1e6:.2f} MB: {kinds} |",
+        f"| torch, timm | {torch.__version__}, {timm.__version__} |",
+    ]
+    if evaluation is not None:
+        lines.append(
+            f"| top-1, top-5 | {evaluation['top1']:.2f} %, {evaluation['top5']:.2f} % of {evaluation['images']} images |"
+        )
+        if evaluation.get("against_top1") is not None:
+            lines.append(
+                f"| the float model's | {evaluation['against_top1']:.2f} %, {evaluation['against_top5']:.2f} % |"
+            )
+    return "\n".join(lines) + "\n"

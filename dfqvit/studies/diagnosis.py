@@ -1,0 +1,218 @@
+"""The known ways in which a data-free quantization goes wrong, recognised in a saved model; `dfqvit diagnose`.
+
+Thresholds lie between what healthy runs and broken ones show: docs/ablations.md has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..api import QuantizationRecord
+from ..calibration.correction import STORED, block_outputs, divergence
+from ..models.adapters import Adapter, find_adapter
+from ..quantization.layers import QuantLinear
+from ..synthesis.curriculum import crop_ratio
+
+MOST_HIGH = 0.5  # share of energy at high frequencies: healthy images up to 0.3, noise 0.8
+LEAST_CONTRAST = 0.03  # of pixels from 0 to 1: healthy 0.1 and more
+MOST_LIKENESS = 0.8  # correlation between images: healthy up to 0.35
+LEAST_SAMPLES = 8
+LEAST_STEPS = 50
+MOST_BLOCK = 0.25  # divergence of a block's output, as a share of its energy
+MOST_LAYER = 0.25  # the same of a linear layer's
+OUTLIER = 4.0  # a layer stands out when it is this many times the median
+MOST_LEFT = 1.0  # of the divergence, after a correction on its own images
+MOST_FOREIGN = 1.2  # the same on images it was not made from
+MOST_CORRECTION = 1.0  # a correction's root mean square as a share of its block's output's
+MOST_STORED = torch.finfo(STORED).max / 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One failure: its name, what was measured against which threshold, and what to do; a `weight` of 1 is just over it."""
+
+    signature: str
+    weight: float
+    measured: float
+    threshold: float
+    what: str
+    advice: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def diagnose(
+    qmodel: nn.Module, model: nn.Module | None = None, images: torch.Tensor | None = None
+) -> tuple[list[Finding], dict[str, Any]]:
+    """(findings, gravest first; measurements) for a model from `dfqvit.load(..., runtime="simulated")`.
+
+    Args:
+        qmodel: has a `dfqvit_record`.
+        model: the float model, to measure layers and corrections on `images`; without it the record alone speaks.
+        images: [n, C, H, W], normalised; needed with `model`.
+    """
+    record: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
+    measured: dict[str, Any] = dict(record.measured)
+    findings = [*_samples(record, measured), *_schedule(record), *_correction(qmodel, measured)]
+    if model is not None:
+        assert images is not None
+        measured["layers"] = layer_divergence(model, qmodel, images)
+        measured["foreign"] = correction_effect(model, qmodel, images)
+        findings += _foreign(measured["foreign"])
+    findings += _divergence(measured)
+    return sorted(findings, key=lambda finding: -finding.weight), measured
+
+
+def _over(
+    signature: str, value: float, threshold: float, what: str, advice: str, scale: float = 1.0
+) -> Iterator[Finding]:
+    if not value <= threshold:  # NaN is a finding too
+        weight = scale * (value / threshold if value == value else 100.0)
+        yield Finding(signature, round(weight, 3), value, threshold, what, advice)
+
+
+def _under(signature: str, value: float, threshold: float, what: str, advice: str) -> Iterator[Finding]:
+    if value < threshold:
+        yield Finding(signature, round(threshold / max(value, 1e-3), 3), value, threshold, what, advice)
+
+
+def _samples(record: QuantizationRecord, measured: dict[str, Any]) -> Iterator[Finding]:
+    images = measured.get("images", {})
+    again = "quantize again with --iters 500 and the default schedule"
+    if record.calibration == "noise":
+        yield Finding("noisy samples", 10.0, 1.0, 0.0, "the calibration images were noise (--calib noise)", again)
+    elif images:
+        share = f"{images['high']:.0%} of the images' energy is beyond 0.25 cycles a pixel; noise has 80 %, photographs a few"
+        yield from _over("noisy samples", images["high"], MOST_HIGH, share, again, scale=4.0)
+    if images and record.samples > 1:
+        alike = f"the mean correlation between two calibration images is {images['likeness']:.2f}"
+        other = "use images that differ: more --samples, another --seed, or real images of several scenes"
+        yield from _over("collapsed samples", images["likeness"], MOST_LIKENESS, alike, other, scale=4.0)
+    if images:
+        flat = f"the images' pixels spread by {images['contrast']:.3f} on average, of 1"
+        other = "look at samples.png; quantize again, with the default --spectrum natural or more --iters"
+        yield from _under("collapsed samples", images["contrast"], LEAST_CONTRAST, flat, other)
+    count = f"{record.samples} calibration image{'s' if record.samples != 1 else ''}"
+    yield from _under(
+        "too few samples", record.samples, LEAST_SAMPLES, count, "quantize again with --samples 16 or more"
+    )
+    steps = record.settings.get("iters")
+    if steps is not None:
+        few = f"the synthesis took {steps} steps"
+        yield from _under("too few steps", steps, LEAST_STEPS, few, again)
+
+
+def _schedule(record: QuantizationRecord) -> Iterator[Finding]:
+    settings = record.settings
+    if record.calibration != "synthetic" or "iters" not in settings:
+        return
+    schedule, steps = settings.get("schedule", "e2h"), settings["iters"]
+    bounds = settings.get("crop_lower", 0.08), settings.get("crop_upper", 1.0)
+    first, last = (crop_ratio(schedule, step, steps, *bounds) for step in (0, steps - 1))
+    what = f"crops grow from {first:.2f} to {last:.2f} of the area ({schedule}); easy to hard shrinks them"
+    if last > first:
+        yield Finding(
+            "inverted schedule", round(2 * last / first, 3), last, first, what, "quantize again with --schedule e2h"
+        )
+
+
+def _corrections(qmodel: nn.Module) -> dict[int, torch.Tensor]:
+    adapter = find_adapter(qmodel)
+    found = {index: adapter.get_acm(index) for index in range(len(adapter.blocks()))}
+    return {index: acm for index, acm in found.items() if acm is not None}
+
+
+def _correction(qmodel: nn.Module, measured: dict[str, Any]) -> Iterator[Finding]:
+    off = "quantize again with --acm none, or with --acm checked, which keeps only corrections that carry over"
+    for index, acm in _corrections(qmodel).items():
+        values = acm.float()
+        greatest = float(values.abs().max()) if bool(torch.isfinite(values).all()) else float("nan")
+        what = f"the correction of block {index} reaches {greatest:.3g}; {STORED} ends at {torch.finfo(STORED).max:.3g}"
+        yield from _over("overflowing ACM", greatest, MOST_STORED, what, off, scale=20.0)
+        size = float(values.square().mean().sqrt())
+        if "rms" in measured:
+            share = size / max(measured["rms"][index], 1e-12)
+            what = f"the correction of block {index} is {share:.2f} times as large as the block's output"
+            yield from _over("overflowing ACM", round(share, 4), MOST_CORRECTION, what, off, scale=4.0)
+    for index, share in measured.get("acm_left", {}).items():
+        what = (
+            f"with its correction, block {index} is {share:.2f} times as far from float as without, on its own images"
+        )
+        yield from _over("misaligned ACM", share, MOST_LEFT, what, off, scale=3.0)
+
+
+def _foreign(effect: dict[int, float]) -> Iterator[Finding]:
+    off = "its tokens may be permuted or it may not carry over: quantize again with --acm checked or --acm none"
+    for index, share in effect.items():
+        what = (
+            f"with its correction, block {index} is {share:.2f} times as far from float as without, on the given images"
+        )
+        yield from _over("misaligned ACM", share, MOST_FOREIGN, what, off, scale=2.0)
+
+
+def _divergence(measured: dict[str, Any]) -> Iterator[Finding]:
+    more = "give these layers more bits (layer_bits, or --size-budget for all), or --reconstruct"
+    blocks = measured.get("divergence", [])
+    if blocks:
+        worst = max(range(len(blocks)), key=lambda index: blocks[index])
+        steps = [after - before for before, after in zip([0.0, *blocks], blocks, strict=False)]
+        jump = max(range(len(blocks)), key=lambda index: steps[index])
+        what = f"block {worst}'s output is off by {blocks[worst]:.0%} of its energy; the greatest step up is in block {jump}"
+        yield from _over("large divergence", blocks[worst], MOST_BLOCK, what, more)
+    layers = measured.get("layers", {})
+    if layers:
+        median = sorted(layers.values())[len(layers) // 2]
+        for name, value in sorted(layers.items(), key=lambda item: -item[1])[:3]:
+            if value > OUTLIER * median:
+                what = f"the output of {name} is off by {value:.0%} of its energy, {value / max(median, 1e-9):.0f} times the median"
+                yield from _over("large divergence", value, MOST_LAYER, what, more)
+
+
+@torch.no_grad()
+def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
+    """{timm's name: divergence of the layer's own output}, every quantized layer fed the float model's inputs."""
+    found: dict[str, float] = {}
+    handles = []
+    for name, twin in qmodel.named_modules():
+        if isinstance(twin, QuantLinear):
+            layer = model.get_submodule(name)
+
+            def compare(_: nn.Module, inputs: Any, output: torch.Tensor, name: str = name, twin: Any = twin) -> None:
+                acm, twin.acm = twin.acm, None  # a correction is not the layer's own
+                found[name] = round(divergence(output, twin(inputs[0])), 5)
+                twin.acm = acm
+
+            handles.append(layer.register_forward_hook(compare))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def correction_effect(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) -> dict[int, float]:
+    """{block: divergence of its output with its correction as a share of that without it}, the other corrections active."""
+    adapter: Adapter = find_adapter(qmodel)
+    corrections = _corrections(qmodel)
+    if not corrections:
+        return {}
+    wanted, found = block_outputs(find_adapter(model), images), block_outputs(adapter, images)
+    effect = {}
+    for index, acm in corrections.items():
+        adapter.set_acm(index, None)
+        without = block_outputs(adapter, images, stop_after=index)[index]
+        adapter.set_acm(index, acm)
+        effect[index] = round(
+            round(divergence(wanted[index], found[index]), 5) / max(round(divergence(wanted[index], without), 5), 1e-5),
+            4,
+        )
+    return effect

@@ -1,0 +1,116 @@
+"""Mixed precision: the file fits, and what is chosen loses less than what is not."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dfqvit
+from dfqvit.calibration import convert, observe
+from dfqvit.calibration.allocation import WIDTHS, LayerCost, allocate_bits, choose_widths, measure_divergence
+from dfqvit.errors import UsageError
+from dfqvit.quantization.layers import QuantLinear
+from dfqvit.quantization.recipe import Recipe
+
+from ..conftest import MODELS
+from ..storage.test_file import KWARGS
+
+
+def random_costs(layers):
+    """Convex, as roundings are in practice: each bit less costs more."""
+    costs = {}
+    for index in range(layers):
+        rows, step = int(torch.randint(1, 50, ())), torch.rand(len(WIDTHS)) ** 3
+        falls = step.sort().values.cumsum(0).double()
+        costs[f"l{index}"] = LayerCost(
+            {bits: rows * bits for bits in WIDTHS}, {bits: falls[i].item() for i, bits in enumerate(WIDTHS)}
+        )
+    return costs
+
+
+def total(costs, chosen, field):
+    return sum(getattr(costs[name], field)[bits] for name, bits in chosen.items())
+
+
+def test_budget_holds_and_nothing_better_is_far(seed):
+    """Brute force over all widths of four layers: greedy stays within one step of the best."""
+    for _ in range(5):
+        costs = random_costs(4)
+        least, most = (sum(c.size[bits] for c in costs.values()) for bits in (WIDTHS[-1], WIDTHS[0]))
+        budget = int(least + torch.rand(()).item() * (most - least))
+        chosen = choose_widths(costs, budget)
+        assert total(costs, chosen, "size") <= budget
+        every = [dict(zip(costs, widths, strict=True)) for widths in product(WIDTHS, repeat=4)]
+        best = min(total(costs, c, "divergence") for c in every if total(costs, c, "size") <= budget)
+        step = max(c.divergence[b] - c.divergence[a] for c in costs.values() for a, b in pairwise(WIDTHS))
+        assert best - 1e-9 <= total(costs, chosen, "divergence") <= best + step
+
+
+def test_enough_room_keeps_the_widest(seed):
+    costs = random_costs(6)
+    assert set(choose_widths(costs, 10**9).values()) == {WIDTHS[0]}
+
+
+def test_divergence_is_that_of_the_rounded_layer_alone(model):
+    images, recipe = torch.randn(4, 3, 32, 32), Recipe(8)
+    qmodel = convert(model, recipe)
+    observe(qmodel, images, recipe)
+    layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLinear)}
+    name = list(layers)[int(torch.randint(len(layers), ()))]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = measure_divergence(model, images, {name: layers[name]})[name]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        wanted = model(images).double().log_softmax(1)
+        weight = model.get_submodule(name).weight
+        integers, scale = layers[name].round_weight(3)
+        weight.copy_((integers * scale[:, None]).view_as(weight))
+        changed = model(images).double().log_softmax(1)
+    expected = F.kl_div(changed, wanted, log_target=True, reduction="batchmean").item()
+    assert found[3] == pytest.approx(expected, rel=1e-2, abs=1e-6)
+    assert found[2] > found[8]
+
+
+@pytest.mark.parametrize("family", list(MODELS))
+def test_a_file_fits_its_budget_and_loads_the_same(family, seed, tmp_path):
+    model, images = MODELS[family](), torch.randn(3, 3, 32, 32)
+    sizes = {}
+    for bits in (2, 8):
+        whole = dfqvit.quantize(model, bits, edge_bits=bits, calib=images, model_kwargs=KWARGS[family])
+        sizes[bits] = dfqvit.save(whole, tmp_path / f"w{bits}.safetensors").stat().st_size / 1e6
+    budget = sizes[2] + 0.02 + 0.5 * (sizes[8] - sizes[2])
+    calls = []
+    qmodel = dfqvit.quantize(
+        model,
+        size_budget=budget,
+        calib=images,
+        model_kwargs=KWARGS[family],
+        report_layers=lambda done, total: calls.append((done, total)),
+    )
+    path = dfqvit.save(qmodel, tmp_path / "mixed.safetensors")
+    assert path.stat().st_size / 1e6 <= budget
+    bits = qmodel.dfqvit_record.recipe.layer_bits
+    assert calls == [(done, len(bits)) for done in range(1, len(bits) + 1)]
+    assert torch.equal(dfqvit.load(path)(images), qmodel(images))
+
+
+def test_label_names_the_widths():
+    assert Recipe(4).label == "W4/A8"
+    assert Recipe(4, layer_bits={"head": 8, "blocks.0.mlp.fc1": 3}).label == "W3-8/A8"
+
+
+def test_bad_budgets_and_names(seed):
+    model = MODELS["vit"]()
+    with pytest.raises(UsageError, match=r"size_budget was 0.001 MB; this model needs 0\.\d+ MB at least"):
+        dfqvit.quantize(model, size_budget=0.001, calib="synthetic", iters=10**6, model_kwargs=KWARGS["vit"])
+    with pytest.raises(UsageError, match="size_budget was nan MB"):
+        allocate_bits(model, torch.randn(1, 3, 32, 32), Recipe(), float("nan"))
+    with pytest.raises(UsageError, match="size_budget and layer_bits were both given"):
+        dfqvit.quantize(model, size_budget=1.0, layer_bits={"head": 8}, calib="noise")
+    with pytest.raises(UsageError, match=r"layer_bits\['head'\] was 9; it may be a whole number from 2 to 8"):
+        Recipe(layer_bits={"head": 9})
+    with pytest.raises(UsageError, match="layer_bits named 'nothing'; the model has no such linear layer"):
+        dfqvit.quantize(model, layer_bits={"nothing": 4}, calib="noise", model_kwargs=KWARGS["vit"])

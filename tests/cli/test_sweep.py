@@ -1,0 +1,119 @@
+"""`dfqvit sweep`: every combination once, resumed, failures told and the rest done, bad configurations refused by name."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dfqvit import cli
+from dfqvit.cli.runs import read_config
+
+CONFIG = {
+    "models": ["demo", {"model": "demo-swin", "w-bits": 8}],
+    "quantize": {"w-bits": [4, 3], "seed": [0, 1], "calib": "noise", "samples": 2},
+    "evaluate": {"batch-size": 500},
+}
+
+
+@pytest.fixture
+def sweep(tmp_path, capsys):
+    """Runs the command on a configuration: (exit status, stdout, stderr)."""
+
+    def call(config, *arguments):
+        path = tmp_path / "config.yaml"
+        path.write_text(config if isinstance(config, str) else yaml.safe_dump(config, sort_keys=False))
+        status = cli.run(["sweep", str(path), "--out", str(tmp_path / "out"), *arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def written(tmp_path, config):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return read_config(path)
+
+
+def test_every_combination_once(tmp_path):
+    runs = written(tmp_path, CONFIG)
+    found = [(run.model, run.quantize["w-bits"], run.quantize["seed"]) for run in runs]
+    assert found == [*product(["demo"], [4, 3], [0, 1]), *product(["demo-swin"], [8], [0, 1])]
+    assert len({run.name for run in runs}) == len(runs)
+    assert written(tmp_path, CONFIG | {"models": ["demo", "demo"]}) == runs[:4]
+    assert runs[0].evaluate["batch-size"] == 500
+    assert runs[0].evaluate["data"].endswith("fashion_mnist_test.npz")
+
+
+def test_the_example_is_read():
+    runs = read_config(Path(__file__).parent.parent.parent / "examples" / "sweep.yaml")
+    assert len(runs) == 8
+    assert {run.quantize["iters"] for run in runs if run.model == "demo-swin"} == {100}
+
+
+def test_resumes_and_goes_on_past_a_failure(sweep, tmp_path):
+    missing = str(tmp_path / "nowhere.safetensors")
+    config = {
+        "models": ["demo", {"model": "deit_tiny_patch16_224", "checkpoint": missing, "evaluate": {"data": missing}}],
+        "quantize": {"calib": "noise", "samples": 2, "w-bits": [4]},
+    }
+    status, out, err = sweep(config, "--json")
+    assert status == 1
+    assert "1 of 2 runs failed; the table says why, the same command tries them again" in err
+    good, bad = json.loads(out)["runs"]
+    assert good["evaluate"]["images"] == 10_000
+    assert "nowhere.safetensors" in bad["error"]
+    rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").open()))
+    assert [row["model"] for row in rows] == ["demo", "deit_tiny_patch16_224"]
+    assert float(rows[0]["top-1"]) == pytest.approx(good["evaluate"]["top1"], abs=0.01)
+    assert rows[1]["error"] == bad["error"]
+    assert rows[1]["top-1"] == ""
+
+    made = (tmp_path / "out" / good["name"] / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "out" / good["name"] / "evaluate.json").write_text("{")  # as after a crash
+    shutil.copy(Path(__file__).parent.parent.parent / "dfqvit" / "models" / "assets" / "demo_vit.safetensors", missing)
+    _, out, _ = sweep(config, "--json")
+    again, other = json.loads(out)["runs"]
+    assert again["evaluate"]["top1"] == good["evaluate"]["top1"]
+    assert (tmp_path / "out" / good["name"] / "model.safetensors").stat().st_mtime_ns == made
+    assert other["error"] != bad["error"]  # tried again: those are weights of another model
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("models: [", "is no YAML"),
+        ("- demo", r"CONFIG was \['demo'\]; it must be a mapping of models, quantize, evaluate"),
+        ({"models": []}, r"models was \[\]; it must be a list of names"),
+        ({"models": [3]}, "models held 3; it must be a name, or a mapping with `model`"),
+        ({"models": ["demo"], "bits": 4}, "CONFIG had 'bits'; it may have models, quantize, evaluate"),
+        ({"models": ["demo"], "quantize": {"w_bits": 4}}, "quantize had 'w_bits'; it may have .*w-bits"),
+        ({"models": ["demo"], "quantize": {"out": "x"}}, "quantize had 'out'; it may have"),
+        ({"models": ["demo"], "quantize": {"w-bits": []}}, "CONFIG had an empty list"),
+        ({"models": ["demo"], "quantize": {"w-bits": {}}}, r"quantize.w-bits was {}; it may be a number, a text"),
+        ({"models": ["demo"], "quantize": {"acm-shrink": 1}}, "quantize.acm-shrink was 1; it may be true or false"),
+        ({"models": ["demo"], "quantize": {"w-bits": "four"}}, "quantize in CONFIG: Invalid value for '--w-bits'"),
+        ({"models": ["demo"], "evaluate": {"workers": -1}}, "evaluate in CONFIG: Invalid value for '--workers'"),
+    ],
+)
+def test_bad_configurations(tmp_path, config, message, sweep):
+    status, out, err = sweep(config)
+    assert status == 2
+    assert not out
+    assert re.search(message, err), err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_configuration_and_unknown_device(sweep, tmp_path, capsys):
+    assert cli.run(["sweep", str(tmp_path / "no.yaml"), "--out", str(tmp_path)]) == 2
+    assert "which could not be read" in capsys.readouterr().err
+    status, _, err = sweep(CONFIG, "--devices", "tpu")
+    assert status == 2
+    assert "--device was 'tpu'" in err

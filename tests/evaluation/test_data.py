@@ -1,0 +1,252 @@
+"""Image folders and .npz files, whole and damaged; evaluation figures against counting by hand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+from torch.utils.data import Subset
+
+from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.evaluation import evaluate
+from dfqvit.evaluation.data import ArrayImages, batches, open_images, spread_images
+from dfqvit.models import Preprocessing
+
+PREPROCESSING = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3, crop_pct=1.0)
+
+
+@pytest.fixture
+def folder(tmp_path, seed):
+    generator = np.random.default_rng(seed)
+    for name, count in (("n01", 2), ("n02", 3)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    return tmp_path / "images"
+
+
+def test_folder(folder):
+    images = open_images(folder, PREPROCESSING)
+    assert [label for _, label in images] == [0, 0, 1, 1, 1]
+    assert images[0][0].shape == (3, 16, 16)
+
+
+def test_classes_file_gives_the_order(folder, tmp_path):
+    names = tmp_path / "classes.txt"
+    names.write_text("n02\nn07\nn01\n")
+    assert [label for _, label in open_images(folder, PREPROCESSING, names)] == [2, 2, 0, 0, 0]
+    names.write_text("n02\n")
+    with pytest.raises(UsageError, match="has the folder 'n01', which is no class"):
+        open_images(folder, PREPROCESSING, names)
+    with pytest.raises(UsageError, match=r"classes was .* there is no such file"):
+        open_images(folder, PREPROCESSING, tmp_path / "none.txt")
+
+
+def test_unreadable_file_is_named_and_refused_or_skipped(folder):
+    (folder / "n01" / "broken.jpg").write_bytes(b"not an image")
+    with pytest.raises(DfqvitError, match=r"broken.jpg' is not a readable image; remove it or give --unreadable skip"):
+        open_images(folder, PREPROCESSING)
+    with pytest.warns(UserWarning, match=r"broken.jpg' is not a readable image, skipped"):
+        assert len(open_images(folder, PREPROCESSING, unreadable="skip")) == 5
+
+
+def test_grey_files_for_a_grey_model(folder):
+    images = open_images(folder, Preprocessing((1, 16, 16), (0.5,), (0.25,)))
+    assert images[0][0].shape == (1, 16, 16)
+    with pytest.raises(UsageError, match="the model takes 5 channels; image files have 1 or 3"):
+        open_images(folder, Preprocessing((5, 16, 16), (0.5,) * 5, (0.25,) * 5))
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(UsageError, match="it has no folders of classes"):
+        open_images(tmp_path, PREPROCESSING)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UsageError, match="it has no images"):
+        open_images(tmp_path, PREPROCESSING)
+    with pytest.raises(UsageError, match="there is no such file or folder"):
+        open_images(tmp_path / "b", PREPROCESSING)
+
+
+def write_npz(path, size=16, channels=3, count=4, **changes):
+    arrays = {
+        "images": np.random.default_rng(0).integers(0, 256, (count, channels, size, size), dtype=np.uint8),
+        "labels": np.arange(count),
+    } | changes
+    np.savez(path, **arrays)
+    return path
+
+
+def test_npz_of_the_models_size_is_only_normalised(tmp_path):
+    path = write_npz(tmp_path / "a.npz")
+    image, label = open_images(path, PREPROCESSING)[2]
+    expected = (torch.from_numpy(np.load(path)["images"][2]).float() / 255 - 0.5) / 0.25
+    assert torch.allclose(image, expected)
+    assert label == 2
+
+
+def test_npz_of_another_size_is_resized_and_clamped(tmp_path):
+    path = write_npz(tmp_path / "a.npz", size=40)
+    image, _ = open_images(path, PREPROCESSING)[0]
+    assert image.shape == (3, 16, 16)
+    low, high = PREPROCESSING.channel_bounds()
+    assert bool(((image >= low) & (image <= high)).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"images": np.zeros((4, 3, 8, 8), np.float32)}, DfqvitError, "they must be uint8"),
+        ({"labels": np.arange(3)}, DfqvitError, "with 3 labels"),
+        ({"images": np.zeros((4, 1, 8, 8), np.uint8)}, UsageError, "has 1 channels; the model takes 3"),
+        ({"images": np.zeros((0, 3, 8, 8), np.uint8), "labels": np.arange(0)}, UsageError, "holds no images"),
+    ],
+)
+def test_npz_that_does_not_fit(tmp_path, changes, kind, message):
+    with pytest.raises(kind, match=message):
+        open_images(write_npz(tmp_path / "a.npz", **changes), PREPROCESSING)
+
+
+def test_damaged_npz(tmp_path):
+    path = write_npz(tmp_path / "a.npz")
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DfqvitError, match=r"a.npz' is (damaged|not a readable)"):
+        open_images(path, PREPROCESSING)
+    np.savez(path, pictures=np.zeros(3))
+    with pytest.raises(DfqvitError, match="it must hold 'images' and 'labels'"):
+        open_images(path, PREPROCESSING)
+    np.savez(path, images=np.array([object()]), labels=np.arange(1))
+    with pytest.raises(DfqvitError, match=r"is not a readable .npz"):
+        open_images(path, PREPROCESSING)
+
+
+def test_spread_images(tmp_path):
+    images = open_images(write_npz(tmp_path / "a.npz", count=9), PREPROCESSING)
+    assert torch.equal(spread_images(images, 3), torch.stack([images[i][0] for i in (0, 3, 6)]))
+    with pytest.raises(UsageError, match="10 images were asked for; the data has 9"):
+        spread_images(images, 10)
+
+
+class Table(nn.Module):
+    """Gives prepared logits: row i for an image filled with i."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x):
+        return self.logits[x[:, 0, 0, 0].long()]
+
+
+def test_evaluation_figures_against_counting(seed):
+    count, classes = 23, 9
+    ours, theirs = Table(torch.randn(count, classes)), Table(torch.randn(count, classes))
+    labels = torch.randint(0, classes, (count,))
+    images = torch.arange(count).view(-1, 1, 1, 1).float()
+    found = evaluate(ours, [(images[:10], labels[:10]), (images[10:], labels[10:])], theirs)
+    a, b = ours.logits.detach().numpy(), theirs.logits.detach().numpy()
+
+    def in_top(table, k):
+        return 100 * np.mean([label in np.argsort(-row)[:k] for row, label in zip(table, labels.numpy(), strict=True)])
+
+    assert found.images == count
+    assert found.top1 == pytest.approx(in_top(a, 1))
+    assert found.top5 == pytest.approx(in_top(a, 5))
+    assert found.against_top1 == pytest.approx(in_top(b, 1))
+    assert found.against_top5 == pytest.approx(in_top(b, 5))
+    assert found.agreement == pytest.approx(100 * np.mean(a.argmax(1) == b.argmax(1)))
+    assert found.logit_error == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
+
+
+def test_fewer_than_five_classes():
+    table = Table(torch.eye(3))
+    found = evaluate(table, [(torch.arange(3).view(-1, 1, 1, 1).float(), torch.arange(3))])
+    assert (found.top1, found.top5, found.agreement) == (100.0, 100.0, None)
+
+
+def test_batches_keep_the_order(folder):
+    labels = torch.cat([y for _, y in batches(open_images(folder, PREPROCESSING), 2)])
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_pixels_are_normalised_to_the_bits_of_timms_transform(folder, mode, device):
+    preprocessing = Preprocessing((3, 16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), mode, crop_pct=0.9)
+    images = open_images(folder, preprocessing)
+    options = {"interpolation": mode, "mean": preprocessing.mean, "std": preprocessing.std, "crop_pct": 0.9}
+    transform = create_transform((3, 16, 16), **options)
+    expected = torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in images.items])
+    found = torch.cat([x for x, _ in batches(images, 2, device=device)])
+    assert found.device.type == device
+    assert torch.equal(found.cpu(), expected)
+    assert torch.equal(torch.stack([image for image, _ in images]), expected)
+
+
+def test_every_byte_is_normalised_as_torch_divides_on_the_cpu(device):
+    every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
+    preprocessing = Preprocessing((3, 16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    mean, std = (np.float32(v).reshape(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    expected = (every.numpy().astype(np.float32) / np.float32(255) - mean) / std
+    assert np.array_equal(preprocessing.normalise(every.to(device)).cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_give_the_same_batches(folder, tmp_path, workers):
+    for images in (open_images(folder, PREPROCESSING), open_images(write_npz(tmp_path / "a.npz", 40), PREPROCESSING)):
+        alone, shared = batches(images, 2), batches(images, 2, workers)
+        assert len(alone) == len(shared)
+        for _ in range(2):  # passes
+            for (x, y), (u, v) in zip(alone, shared, strict=True):
+                assert torch.equal(x, u)
+                assert torch.equal(y, v)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cut_off_file_is_named_or_left_out(folder, workers):
+    path = folder / "n02" / "1.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-400])  # its header is whole
+    images = open_images(folder, PREPROCESSING)
+    with pytest.raises(DfqvitError, match=r"^data: '.*n02/1.jpg' is not a readable image \([^\n]*\)$"):
+        list(batches(images, 2, workers))
+    images = open_images(folder, PREPROCESSING, unreadable="skip")
+    with pytest.warns(UserWarning, match=r"n02/1.jpg' is not a readable image .* skipped"):
+        labels = torch.cat([y for _, y in batches(images, 2, workers)])
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+
+
+class Deadly(ArrayImages):
+    def pixels(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_error(tmp_path):
+    images = Deadly(write_npz(tmp_path / "a.npz"), PREPROCESSING)
+    with pytest.raises(DfqvitError, match="a process that reads images was killed"):
+        list(batches(images, 2, 1))
+
+
+def test_part_of_a_data_set(tmp_path):
+    images = open_images(write_npz(tmp_path / "a.npz", count=9), PREPROCESSING)
+    found = list(batches(Subset(images, [7, 2, 5]), 2))
+    assert torch.cat([y for _, y in found]).tolist() == [7, 2, 5]
+    assert torch.equal(found[0][0][1], images[2][0])
+
+
+def test_time_spent_waiting_for_images():
+    def slow():
+        for _ in range(3):
+            time.sleep(0.05)
+            yield torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.long)
+
+    found = evaluate(Table(torch.eye(3)), slow())
+    assert found.waiting > 50
+    assert found.overall_images_per_second < 6 / 0.15
+    assert found.images_per_second > found.overall_images_per_second

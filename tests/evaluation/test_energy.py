@@ -1,0 +1,214 @@
+"""Energy counters on made-up powercap trees and a made-up NVML; costs of runs; `dfqvit benchmark`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from dfqvit import cli
+from dfqvit.evaluation.energy import Cost, Energy, Nvml, Rapl, Unavailable
+from dfqvit.evaluation.speed import calibration_cost, fine_tuning_cost, race
+from dfqvit.models import load_model
+
+from ..conftest import small_vit
+
+
+def zone(root, name, kind, energy, top=1000):
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in (("name", kind), ("energy_uj", energy), ("max_energy_range_uj", top)):
+        (folder / file).write_text(f"{text}\n")
+    return folder / "energy_uj"
+
+
+def test_rapl_adds_up_packages_only(tmp_path):
+    first = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000, 10**9)
+    second = zone(tmp_path, "intel-rapl:1", "package-1", 0, 10**9)
+    core = zone(tmp_path, "intel-rapl:0:0", "core", 0)
+    psys = zone(tmp_path, "intel-rapl:2", "psys", 0)
+    rapl = Rapl(tmp_path)
+    for file, value in ((first, 7_000_000), (second, 500_000), (core, 900), (psys, 900)):
+        file.write_text(str(value))
+    assert rapl.joules() == pytest.approx(2.5)
+
+
+def test_rapl_counter_starts_again(tmp_path):
+    file = zone(tmp_path, "intel-rapl:0", "package-0", 900, 1000)
+    rapl = Rapl(tmp_path)
+    file.write_text("100")
+    assert rapl.joules() == pytest.approx(200e-6)
+    file.write_text("150")
+    assert rapl.joules() == pytest.approx(250e-6)
+
+
+def test_why_energy_is_not_counted(tmp_path):
+    assert "no packages under" in Energy(root=tmp_path / "none").note
+    zone(tmp_path, "intel-rapl:0", "package-0", "word")
+    energy = Energy(root=tmp_path)
+    assert energy.note.startswith("energy not counted: RAPL: ")
+    assert "cannot be read" in energy.note
+    assert "\n" not in energy.note
+    with energy.account() as cost:
+        time.sleep(0.02)
+    assert cost.seconds >= 0.02
+    assert cost.total is None
+
+
+def test_unreadable_counter_says_root_only(tmp_path, monkeypatch):
+    zone(tmp_path, "intel-rapl:0", "package-0", 0)
+
+    def refuse(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("dfqvit.evaluation.energy._text", lambda path: "package-0")
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(Unavailable, match=r"energy_uj may be read by root only"):
+        Rapl(tmp_path)
+
+
+def test_account_gives_the_difference(tmp_path):
+    file = zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000, 10**9)
+    energy = Energy(root=tmp_path)
+    file.write_text("2000000")  # before the block: not its own
+    with energy.account() as cost:
+        file.write_text("5000000")
+    assert energy.note == ""
+    assert cost.joules == {"cpu": pytest.approx(3.0)}
+    assert cost.total == pytest.approx(3.0)
+
+
+def test_nvml_counts_the_right_board(monkeypatch):
+    millijoules = iter([0, 4000, 9500])
+    asked = []
+    fake = types.SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or "handle",
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(millijoules),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="12-34"))
+    nvml = Nvml(torch.device("cuda", 1))
+    assert asked == ["GPU-12-34"]
+    assert (nvml.joules(), nvml.joules()) == (4.0, 9.5)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(Unavailable, match="nvidia-ml-py is not installed"):
+        Nvml(torch.device("cuda"))
+
+
+def test_costs_add_and_scale():
+    total = Cost(1.0, {"cpu": 2.0}) + Cost(2.0, {"cpu": 3.0, "gpu": 1.0}).times(2)
+    assert total == Cost(5.0, {"cpu": 8.0, "gpu": 2.0})
+    assert total.total == 10.0
+
+
+class Sleeper(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return x
+
+
+def test_race_ranks_and_counts(tmp_path):
+    file = zone(tmp_path, "intel-rapl:0", "package-0", 0, 10**12)
+
+    class Burner(Sleeper):
+        def forward(self, x):
+            file.write_text(str(int(file.read_text()) + 6_000_000))  # 6 J a call
+            return super().forward(x)
+
+    models = {"slow": Sleeper(0.02), "fast": Burner(0.005)}
+    slow, fast = race(models, [3], (1, 2, 2), Energy(root=tmp_path), rounds=3, seconds=0.04)
+    assert (slow.model, fast.model, slow.batch) == ("slow", "fast", 3)
+    assert slow.p50_ms >= 20
+    assert slow.p50_ms <= slow.p90_ms <= slow.p99_ms
+    assert slow.images_per_second == pytest.approx(3e3 / slow.p50_ms)
+    assert slow.times_first == 1.0
+    assert fast.times_first > 1.5
+    assert slow.joules_per_image == 0.0
+    assert fast.joules_per_image == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-swin"])
+def test_calibration_and_fine_tuning_leave_the_model_alone(name, tmp_path):
+    model = load_model(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    energy = Energy(root=tmp_path / "none")
+    costs = calibration_cost(model, energy, w_bits=4, samples=2, iters=50, measured=2)
+    assert set(costs) == {"synthesis", "calibration"}
+    assert costs["calibration"].seconds > 0
+    images = torch.randn(2, 1, 28, 28)
+    short, long = (fine_tuning_cost(model, images, energy, w_bits=4, steps=n, measured=2).seconds for n in (2, 200))
+    assert long > 10 * short > 0
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_fine_tuning_moves_every_weight(seed, monkeypatch):
+    """What is timed is real work: the optimizer sees a gradient for every parameter, through the rounded weights."""
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args):
+        seen.append([p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"]])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    model = small_vit()
+    fine_tuning_cost(model, torch.randn(4, 3, 32, 32), Energy(), w_bits=4, steps=1, measured=1)
+    assert len(seen) == 2
+    assert sum(seen[1]) >= 0.9 * len(seen[1])
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        status = cli.run([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_benchmark_of_a_model_and_of_its_file(run, tmp_path):
+    short = ["--rounds", 1, "--json"]
+    status, out, _ = run("benchmark", "demo", "--w-bits", 4, "--batch", "1,3", *short)
+    record = json.loads(out)
+    assert status == 0
+    assert [(s["model"], s["batch"]) for s in record["speeds"]] == [
+        ("float32", 1),
+        ("W4/A8", 1),
+        ("float32", 3),
+        ("W4/A8", 3),
+    ]
+    assert run("quantize", "demo", "--calib", "noise", "--w-bits", 8, "--out", tmp_path / "q")[0] == 0
+    options = ["--energy", "--samples", 2, "--iters", 3]
+    status, out, err = run("benchmark", tmp_path / "q" / "model.safetensors", "--batch", 2, *options, *short)
+    record = json.loads(out)
+    assert status == 0, err
+    assert record["speeds"][1]["model"] == "W8/A8"
+    assert set(record["costs"]) == {"synthesis", "calibration", "fine-tuning"}
+    assert "energy_note" in record
+
+
+def test_benchmark_says_why_there_is_no_energy(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("dfqvit.cli.benchmark.Energy", lambda device: Energy(device, tmp_path / "none"))
+    options = ["--energy", "--samples", 2, "--iters", 2, "--rounds", 1, "--batch", 1]
+    status, out, _ = run("benchmark", "demo-swin", *options)
+    assert status == 0
+    assert out.count("energy not counted: RAPL: no packages under") == 1
+    assert "joules" not in out
+
+
+@pytest.mark.parametrize("batch", ["0", "1,x", ""])
+def test_benchmark_refuses_bad_batches(run, batch):
+    status, _, err = run("benchmark", "demo", "--batch", batch)
+    assert status == 2
+    assert "--batch was" in err

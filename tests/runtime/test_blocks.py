@@ -1,0 +1,174 @@
+"""The integer runtime against the simulated model of the same file, and as a backbone."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfqvit.calibration import calibrate, convert
+from dfqvit.calibration.correction import add_corrections
+from dfqvit.models.adapters import find_adapter
+from dfqvit.quantization.recipe import Recipe
+from dfqvit.runtime import accelerate
+
+from ..conftest import small_swin, small_vit
+
+
+def quantized(model, w_bits=8, acm="none"):
+    """(a quantized copy, images): calibrated on images of the same kind."""
+    images = torch.randn(12, 3, *model.patch_embed.img_size)
+    qmodel = convert(model, Recipe(w_bits))
+    calibrate(qmodel, images[:8], Recipe(w_bits))
+    add_corrections(model, qmodel, images[:8], acm)
+    return qmodel, images[8:]
+
+
+def close(found, expected):
+    """Rounding may tip a value to the next integer here and there: small against the spread, and rare."""
+    spread = expected.std()
+    return float((found - expected).abs().mean()) < 0.02 * float(spread)
+
+
+@pytest.mark.parametrize("w_bits", [8, 4, 3])
+def test_same_logits_as_the_simulated_model(model, w_bits):
+    qmodel, images = quantized(model, w_bits)
+    expected = qmodel(images)
+    assert accelerate(qmodel) == {}
+    assert close(qmodel(images), expected)
+
+
+def test_correction_rides_in_the_chain(model):
+    qmodel, images = quantized(model, 4, acm="sequential")
+    expected = qmodel(images)
+    accelerate(qmodel)
+    assert close(qmodel(images), expected)
+    without = copy.deepcopy(qmodel)
+    adapter = find_adapter(without)
+    adapter.set_acm(0, None)
+    assert not torch.equal(without(images), qmodel(images))
+
+
+def test_features_agree_at_every_stage(model):
+    qmodel, images = quantized(model)
+    expected = qmodel.forward_intermediates(images)
+    accelerate(qmodel)
+    found = qmodel.forward_intermediates(images)
+    assert close(found[0], expected[0])
+    assert len(found[1]) == len(expected[1]) > 1
+    assert all(close(ours, theirs) for ours, theirs in zip(found[1], expected[1], strict=True))
+
+
+def test_state_dict_and_input_stay_as_they_were(model):
+    qmodel, images = quantized(model)
+    before, kept = {k: v.clone() for k, v in qmodel.state_dict().items()}, images.clone()
+    accelerate(qmodel)
+    qmodel(images)
+    after = qmodel.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(images, kept)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: small_vit(init_values=0.1), "ls1"),
+        (lambda: small_vit(qk_norm=True), "q_norm"),
+        (lambda: small_vit(act_layer="relu"), "ReLU"),
+        (lambda: small_swin(img_size=28), "padded"),
+    ],
+)
+def test_what_it_does_not_know_stays_simulated(seed, make, reason):
+    qmodel, images = quantized(make())
+    expected = qmodel(images)
+    skipped = accelerate(qmodel)
+    assert skipped
+    assert all(reason in why for why in skipped.values())
+    assert close(qmodel(images), expected)
+
+
+def soak_script():
+    place = Path(__file__).parent.parent.parent / "scripts" / "soak.py"
+    spec = importlib.util.spec_from_file_location("soak", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_any_batch_size_from_several_threads_through_failures_and_cancellations(model, seed):
+    """A few hundred calls; `scripts/soak.py` does ten thousand."""
+    qmodel, _ = quantized(model, 4)
+    accelerate(qmodel)
+    soak = soak_script().Soak(qmodel, (3, *model.patch_embed.img_size), seed)
+    found = soak.run(300, threads=4)
+    assert found["calls"] >= 300
+    assert soak.wrong == []
+
+
+def test_the_soak_notices_a_wrong_bit_and_a_growing_memory(seed):
+    class Leaky(torch.nn.Module):
+        calls, held = 0, ()
+
+        def forward(self, x):
+            if not torch.isfinite(x).all() or x.shape[-2:] != (32, 32):
+                raise ValueError("refused")
+            self.calls += 1
+            self.held = (*self.held, torch.ones(1 << 16))  # 256 KB
+            return x.sum((2, 3)) + (1e-2 if self.calls > 200 else 0)
+
+    soak = soak_script().Soak(Leaky(), (3, 32, 32), seed)
+    found = soak.run(400, threads=2)
+    assert found["wrong"] > 0
+    assert "differ by up to" in soak.wrong[-1]
+    assert soak.growth() > 30e6
+
+
+def test_a_failed_call_leaves_the_model_usable(model):
+    qmodel, images = quantized(model)
+    accelerate(qmodel)
+    expected = qmodel(images)
+    with pytest.raises((RuntimeError, AssertionError, ValueError)):
+        qmodel(images[:, :, :-1])
+    assert torch.equal(qmodel(images), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_block_in_one_call_gives_the_same_bits(model, threads):
+    """Whether threads take images or share rows: the chain of operators, called one by one, is the oracle."""
+    qmodel, images = quantized(model, 4, acm="sequential")
+    accelerate(qmodel)
+    qmodel(images)
+    blocks = find_adapter(qmodel).blocks()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for block in (blocks[0], blocks[-1]):
+            chain = block.__dict__["_chain"][1]
+            whole = chain.whole
+            if whole is None:
+                pytest.skip("dfqvit._C is not built")
+            side = getattr(block, "input_resolution", None)
+            tokens = side[0] * side[1] if side else 16 + model.num_prefix_tokens
+            for batch in (0, 1, 3, 9):
+                x = torch.randn(batch, tokens, block.norm1.weight.numel())
+                chain.whole = None
+                expected = chain(x)
+                assert torch.equal(whole(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_block_refuses_what_it_was_not_made_for(model):
+    qmodel, images = quantized(model)
+    accelerate(qmodel)
+    qmodel(images)
+    chain = find_adapter(qmodel).blocks()[0].__dict__["_chain"][1]
+    if chain.whole is None:
+        pytest.skip("dfqvit._C is not built")
+    channels = chain.norm1.arguments[0].numel()
+    with pytest.raises(ValueError, match=rf"it must be float32 \[B, T, {channels}\]"):
+        chain.whole(torch.randn(2, 4, channels + 1))

@@ -1,0 +1,127 @@
+"""ONNX files in another runtime, and torch.export of both forms of a quantized model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import dfqvit
+from dfqvit import cli, demo
+from dfqvit.evaluation.data import open_images, spread_images
+from dfqvit.models import Preprocessing, load_model
+from dfqvit.storage.export import export_onnx
+
+
+def quantized(name, w_bits=4, **settings):
+    model = load_model(name)
+    real = spread_images(open_images(demo.TRAIN_SAMPLE, Preprocessing.of(model)), 16)
+    return dfqvit.quantize(model, w_bits, calib=real, **settings)
+
+
+def images(model, count):
+    pixels = open_images(demo.TEST_IMAGES, model.dfqvit_record.preprocessing)
+    found = [pixels[index] for index in range(count)]
+    return torch.stack([x for x, _ in found]).float(), torch.tensor([y for _, y in found])
+
+
+def runtime(path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def openvino_runtime(path):
+    import openvino
+
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(next(iter(compiled(x.numpy()).values())))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def needs_onnx():
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("demo-swin", {"w_bits": 3, "acm": "sequential"}), ("demo", {"placement": "psaq", "a_bits": 6})],
+)
+def test_onnx_runtime_agrees(tmp_path, name, settings):
+    qmodel = quantized(name, **settings)
+    written = export_onnx(qmodel, tmp_path / "m.onnx")
+    x, labels = images(qmodel, 1000)
+    with torch.no_grad():
+        ours = qmodel(x)
+    theirs = runtime(tmp_path / "m.onnx")(x)
+    assert written["weights"]["INT4"] >= 16
+    assert written["bytes"] < 600_000
+    assert abs(float((ours.argmax(1) == labels).float().mean() - (theirs.argmax(1) == labels).float().mean())) <= 0.004
+    assert float((ours - theirs).abs().mean() / ours.abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize(("name", "w_bits"), [("demo", 3), ("demo", 8), ("demo-swin", 4)])
+def test_openvino_agrees(tmp_path, name, w_bits):
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    qmodel = quantized(name, w_bits)
+    export_onnx(qmodel, tmp_path / "m.onnx")
+    theirs = openvino_runtime(tmp_path / "m.onnx")
+    x, _ = images(qmodel, 400)
+    with torch.no_grad():
+        ours = qmodel(x)
+    assert float((ours.argmax(1) == theirs(x).argmax(1)).float().mean()) >= 0.98
+
+
+def test_command_weights_are_integers_and_the_batch_is_free(tmp_path, capsys):
+    import onnx
+
+    qmodel = quantized("demo")
+    dfqvit.save(qmodel, tmp_path / "m.safetensors")
+    arguments = ["export", str(tmp_path / "m.safetensors"), "--onnx", str(tmp_path / "m.onnx")]
+    (tmp_path / "m.onnx").write_bytes(b"mine")
+    assert cli.run(arguments) == 2
+    assert "exists already; give --force" in capsys.readouterr().err
+    assert (tmp_path / "m.onnx").read_bytes() == b"mine"
+    assert cli.run([*arguments, "--force"]) == 0
+    assert "weights 16 INT4, 2 INT8, 34 activations" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.safetensors"]
+    assert cli.run([*arguments[:-1], str(tmp_path / "m.txt")]) == 2
+    assert "must end in .onnx" in capsys.readouterr().err
+    proto = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    integers = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith("integers")}
+    produced = {name: node for node in proto.graph.node for name in node.output}
+    for node in proto.graph.node:
+        if node.op_type == "MatMul":
+            assert [produced[name].op_type for name in node.input] == ["DequantizeLinear"] * 2
+    fc1 = qmodel.get_submodule("blocks.2.mlp.fc1")
+    assert np.array_equal(
+        integers["blocks.2.mlp.fc1.weight_integers"].T,
+        dfqvit.kernels.unpack_weight(fc1.weight_packed, 4, fc1.in_features).numpy(),
+    )
+    floats = [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert max(np.prod(t.dims) for t in floats) <= qmodel.pos_embed.numel()
+    assert json.loads({p.key: p.value for p in proto.metadata_props}["dfqvit_record"])["recipe"]["w_bits"] == 4
+    assert str(dfqvit.__path__[0]).encode() not in proto.SerializeToString()
+    run = runtime(tmp_path / "m.onnx")
+    x, _ = images(qmodel, 5)
+    assert torch.equal(run(x)[:1].argmax(1), run(x[:1]).argmax(1))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("dfqvit.storage.export.NEEDED", ("no_such_onnx",))
+    with pytest.raises(ValueError, match=r"needs no_such_onnx; install dfqvit\[export\]"):
+        export_onnx(dfqvit.quantize(load_model("demo"), calib="noise"), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("form", ["simulated", "integer"])
+@pytest.mark.parametrize("name", ["demo", "demo-swin"])
+def test_torch_export(name, form):
+    qmodel = dfqvit.quantize(load_model(name), calib="noise", samples=2, runtime=form)
+    x = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        program = torch.export.export(qmodel, (x,), strict=False)
+        assert torch.equal(program.module()(x), qmodel(x))

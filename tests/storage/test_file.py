@@ -1,0 +1,170 @@
+"""save and load: bit-for-bit, small, and never a wrong model from a damaged file."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import dfqvit
+from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.storage.file import checksum, read
+
+from ..conftest import MODELS
+
+KWARGS = {
+    "vit": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7},
+    "distilled": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7},
+    "swin": {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "window_size": 4,
+        "num_classes": 7,
+    },
+}
+
+
+@pytest.fixture(params=list(MODELS))
+def quantized(request, seed):
+    x = torch.randn(3, 3, 32, 32)
+    return dfqvit.quantize(MODELS[request.param](), 4, calib=x, model_kwargs=KWARGS[request.param], acm_blocks=[0, -1])
+
+
+@pytest.fixture
+def saved(seed, tmp_path):
+    qmodel = dfqvit.quantize(MODELS["vit"](), 4, calib=torch.randn(2, 3, 32, 32), model_kwargs=KWARGS["vit"])
+    return dfqvit.save(qmodel, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("placement", ["gemm", "psaq"])
+@pytest.mark.parametrize("w_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("family", list(MODELS))
+def test_round_trip_bit_for_bit(seed, tmp_path, family, w_bits, placement):
+    x = torch.randn(5, 3, 32, 32)
+    qmodel = dfqvit.quantize(
+        MODELS[family](), w_bits, calib=x[:3], placement=placement, model_kwargs=KWARGS[family], acm_blocks=[0, -1]
+    )
+    loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "m.safetensors"))
+    assert torch.equal(loaded(x), qmodel(x))
+    records = [json.dumps(m.dfqvit_record.to_dict(), sort_keys=True) for m in (loaded, qmodel)]
+    assert records[0] == records[1]
+    again = dfqvit.load(dfqvit.save(loaded, tmp_path / "again.safetensors"))
+    assert torch.equal(again(x), qmodel(x))
+
+
+@pytest.mark.parametrize(("w_bits", "most"), [(4, 0.15), (3, 0.12)])
+def test_size_of_a_real_architecture(tmp_path, seed, w_bits, most):
+    """DeiT-T's shapes, random weights: the size does not depend on the values."""
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    qmodel = dfqvit.quantize(model, w_bits, calib=torch.randn(1, 3, 224, 224))
+    path = dfqvit.save(qmodel, tmp_path / "m.safetensors")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "float.safetensors")
+    assert path.stat().st_size <= most * (tmp_path / "float.safetensors").stat().st_size
+
+
+def test_acm_survives(quantized, tmp_path):
+    assert len(quantized.dfqvit_record.acm_blocks) == 2
+    loaded = dfqvit.load(dfqvit.save(quantized, tmp_path / "m.safetensors"))
+    keys = [key for key in loaded.state_dict() if key.endswith(".acm")]
+    assert len(keys) == 2
+    assert all(torch.equal(loaded.state_dict()[key], quantized.state_dict()[key]) for key in keys)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
+def test_truncated_files(saved, share):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(DfqvitError, match="is no whole safetensors file"):
+        dfqvit.load(saved)
+
+
+def test_flipped_bits_never_give_another_model(saved, seed):
+    wanted, _ = read(saved)
+    whole = bytearray(saved.read_bytes())
+    for _ in range(40):
+        place = int(torch.randint(0, len(whole), ()))
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(torch.randint(0, 8, ()))
+        saved.write_bytes(damaged)
+        try:
+            record, _ = read(saved)
+        except (DfqvitError, UsageError):
+            continue
+        assert record == wanted
+
+
+def rewrite(path, **changes):
+    with safetensors.safe_open(path, "pt") as file:
+        header, tensors = json.loads(file.metadata()["dfqvit"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    header.update(changes)
+    del header["sha256"]
+    header["sha256"] = checksum(header, tensors)
+    safetensors.torch.save_file(tensors, path, {"dfqvit": json.dumps(header)})
+
+
+def test_newer_and_foreign_files(saved, tmp_path):
+    rewrite(saved, format_version=99)
+    with pytest.raises(DfqvitError, match=r"has format version 99; dfqvit .* reads version 2: upgrade dfqvit"):
+        dfqvit.load(saved)
+    foreign = tmp_path / "foreign.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(2)}, foreign)
+    with pytest.raises(DfqvitError, match="not of a model that dfqvit quantized"):
+        dfqvit.load(foreign)
+    foreign.write_text("hello")
+    with pytest.raises(DfqvitError, match="is no whole safetensors file"):
+        dfqvit.load(foreign)
+    with pytest.raises(UsageError, match="there is no such file"):
+        dfqvit.load(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": {"w_bits": 77}}, "has a damaged dfqvit header: w_bits was 77"),
+        ({"bits": 4}, "has a damaged dfqvit header: .* unexpected keyword argument 'bits'"),
+        ({"spec": {"architecture": "hf-hub:a/b", "kwargs": {}}}, "names the model 'hf-hub:a/b', which this timm"),
+        ({"spec": {"architecture": "vit_small_patch16_224", "kwargs": {}}}, "does not fit the model it names"),
+        ({"recipe": {"w_bits": 3}}, "does not fit the model it names"),
+        ({"acm_blocks": [0, 1, 2, 9]}, "does not fit the model it names"),
+    ],
+)
+def test_header_that_does_not_fit(saved, change, message):
+    record, _ = read(saved)
+    rewrite(saved, record={**record.to_dict(), **change})
+    with pytest.raises(DfqvitError, match=message):
+        dfqvit.load(saved)
+
+
+def test_altered_tensors(saved):
+    with safetensors.safe_open(saved, "pt") as file:
+        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    tensors["head.bias"] += 1
+    safetensors.torch.save_file(tensors, saved, metadata)
+    with pytest.raises(DfqvitError, match="does not match its checksum"):
+        dfqvit.load(saved)
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    model = dfqvit.load(saved)
+    before = saved.read_bytes()
+
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", broken)
+    with pytest.raises(OSError, match="No space left"):
+        dfqvit.save(model, saved)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_save_takes_quantized_models_only():
+    with pytest.raises(UsageError, match="qmodel has no quantization record"):
+        dfqvit.save(MODELS["vit"](), "never.safetensors")
