@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import dfqvit
-from dfqvit import live
+from dfqvit.patching import live
 from dfqvit.errors import DfqvitError
 from dfqvit.kernels import pack_weight
 from dfqvit.models import load_model

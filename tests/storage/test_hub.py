@@ -12,8 +12,9 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 import dfqvit
-from dfqvit import cli, hub
+from dfqvit import cli
 from dfqvit.models import load_model
+from dfqvit.storage import hub
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from dfqvit import interruption, synthesize
+from dfqvit import synthesize
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.kernels import total_variation, use_backend
 from dfqvit.models import Preprocessing
-from dfqvit.synthesis import Synthesis, SynthesisConfig, loop, step
+from dfqvit.synthesis import Synthesis, SynthesisConfig, interruption, loop, step
 from dfqvit.synthesis.curriculum import DRAWS, crop_ratio, crop_shift_flip
 from dfqvit.synthesis.losses import tv_loss
 from dfqvit.synthesis.step import Step
