@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import dfqvit
-from dfqvit.patching import live
 from dfqvit.errors import DfqvitError
 from dfqvit.kernels import pack_weight
 from dfqvit.models import load_model
+from dfqvit.patching import live
 
 from ..conftest import small_swin, small_vit
 from .two_step import LAYER, MODELS, buffers, build, gradients, images_for, snapshot, two_step

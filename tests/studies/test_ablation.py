@@ -16,9 +16,9 @@ from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.evaluation import evaluate
 from dfqvit.evaluation.data import open_images
 from dfqvit.models import Preprocessing, load_model
-from dfqvit.studies import STUDIES, settings_of
 from dfqvit.studies.ablation import Gallery, Row, Table, read_rows, score, weights_digest
 from dfqvit.studies.charts import chart
+from dfqvit.studies.named import STUDIES, settings_of
 from dfqvit.studies.tables import markdown
 from dfqvit.synthesis import SynthesisConfig, synthesize
 
