@@ -1,4 +1,7 @@
-"""Build of dfqvit: pure Python, plus one compiled module `dfqvit._C` when torch and a C++ compiler are there.
+"""Build of dfqvit: pure Python, and when torch and a C++ compiler are there two compiled files in dfqvit/:
+
+    libdfqvit_ops.so    the operators, without Python: any process with libtorch can load it
+    _C.*.so             the pybind11 module that Python uses, linked to it
 
 Environment:
     DFQVIT_BUILD=0            install without compiling; every operator then runs its reference (or Triton) backend
@@ -13,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -20,7 +24,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 CPU_SOURCES = [
-    "csrc/module.cpp",
+    "csrc/library.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/fake_quantize.cpp",
     "csrc/cpu/int8_peak.cpp",
@@ -33,6 +37,7 @@ CPU_SOURCES = [
     "csrc/cpu/roll_resize.cpp",
     "csrc/cpu/total_variation.cpp",
 ]
+OPERATORS = "dfqvit_ops"  # the shared library's name to a linker
 CUDA_SOURCES = [
     "csrc/cuda/fake_quantize.cu",
     "csrc/cuda/patch_similarity_entropy.cu",
@@ -85,8 +90,6 @@ def extension() -> tuple[list, dict, str]:
     with_cuda = not why_not_cuda
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "") if with_cuda else ""
     common = {
-        "name": "dfqvit._C",
-        "sources": CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
         "include_dirs": [str(ROOT / "csrc" / "include")],
         "define_macros": [
             ("DFQVIT_CUDA", str(int(with_cuda))),
@@ -96,15 +99,42 @@ def extension() -> tuple[list, dict, str]:
     }
     # -ffp-contract=off: the arithmetic is a contract between backends, so no fused multiply-add behind its back.
     cxx_flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp"]
-    cxx_flags += ["-fvisibility=hidden"]  # pybind11 wants it
+    cxx_flags += ["-fno-semantic-interposition"] if sys.platform != "darwin" else []
     nvcc_flags = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", "-Xptxas=-v"]
     kind = CUDAExtension if with_cuda else CppExtension
-    flags = {"cxx": cxx_flags, "nvcc": nvcc_flags} if with_cuda else {"cxx": cxx_flags}
-    module = kind(extra_compile_args=flags, **common)
-    summary = f"dfqvit._C for torch {torch.__version__}: C++ (AMX, AVX-512, AVX2, portable), " + (
+    operators = kind(
+        name=f"dfqvit.lib{OPERATORS}",
+        sources=CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
+        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags} if with_cuda else {"cxx": cxx_flags},
+        **common,
+    )
+    operators.libraries.remove("torch_python")
+    origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+    module = CppExtension(
+        name="dfqvit._C",
+        sources=["csrc/module.cpp"],
+        extra_compile_args={"cxx": [*cxx_flags, "-fvisibility=hidden"]},  # pybind11 wants it
+        libraries=[OPERATORS],
+        extra_link_args=[f"-Wl,-rpath,{origin}"],
+        **common,
+    )
+
+    class Build(BuildExtension):
+        """Builds the operators first, and lets the module find them to link to."""
+
+        def get_ext_filename(self, name: str) -> str:
+            found = super().get_ext_filename(name)  # of Python's modules, with its version in the name
+            return re.sub(r"\.[^/\\]*$", ".so", found) if OPERATORS in found else found
+
+        def build_extensions(self) -> None:
+            module.library_dirs.append(str(Path(self.get_ext_fullpath(operators.name)).parent))
+            module.library_dirs.append(str(Path(self.build_lib) / "dfqvit"))
+            super().build_extensions()
+
+    summary = f"libdfqvit_ops and dfqvit._C for torch {torch.__version__}: C++ (AMX, AVX-512, AVX2, portable), " + (
         f"CUDA {torch.version.cuda} for {archs} from {toolkit}" if with_cuda else f"no CUDA ({why_not_cuda})"
     )
-    return [module], {"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)}, summary
+    return [operators, module], {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}, summary
 
 
 ext_modules, cmdclass, summary = extension()

@@ -1,7 +1,14 @@
-// The pybind11 module dfqvit._C: build facts and the choice of the CPU path. Importing it also registers the operators
-// that the other sources of this folder implement (TORCH_LIBRARY_IMPL); their schemas stand in
-// kernels/<operator>/op.py.
+// The pybind11 module dfqvit._C: build facts, the choice of the CPU path, and a transformer block as Python's runtime
+// calls it. The operators themselves are in libdfqvit_ops, which this module is linked to and which knows no Python.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/record_function.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <cstring>
 
 #include "dfqvit/int8_peak.h"
 #include "dfqvit/isa.h"
@@ -11,46 +18,135 @@ namespace py = pybind11;
 
 namespace {
 
-using dfqvit::quant::AttentionLayer;
 using dfqvit::quant::Block;
-using dfqvit::quant::LinearLayer;
-using dfqvit::quant::NormLayer;
+using dfqvit::quant::BlockArguments;
 using dfqvit::quant::OptionalTensor;
 
-at::Tensor tensor(const py::tuple& arguments, size_t i) {
-  return arguments[i].cast<at::Tensor>();
-}
-OptionalTensor optional(const py::tuple& arguments, size_t i) {
-  return arguments[i].is_none() ? OptionalTensor() : OptionalTensor(tensor(arguments, i));
-}
-int64_t whole(const py::tuple& arguments, size_t i) {
-  return arguments[i].cast<int64_t>();
+BlockArguments arguments_of(const py::tuple& a) {
+  return {a[0].cast<std::vector<at::Tensor>>(),
+          a[1].cast<std::vector<double>>(),
+          a[2].cast<std::vector<at::Tensor>>(),
+          a[3].cast<std::vector<at::Tensor>>(),
+          a[4].cast<std::vector<at::Tensor>>(),
+          a[5].cast<std::vector<int64_t>>(),
+          a[6].cast<std::vector<at::Tensor>>(),
+          a[7].cast<std::vector<at::Tensor>>(),
+          a[8].cast<std::vector<int64_t>>(),
+          a[9].cast<int64_t>(),
+          a[10].cast<double>(),
+          a[11].cast<OptionalTensor>(),
+          a[12].cast<OptionalTensor>(),
+          a[13].cast<OptionalTensor>(),
+          a[14].cast<OptionalTensor>(),
+          a[15].cast<std::string>()};
 }
 
-// The operators' arguments in the order of their schemas (kernels/<operator>/op.py), without the input and residual.
-NormLayer norm(const py::tuple& a) {
-  return {tensor(a, 0), tensor(a, 1), a[2].cast<double>(), tensor(a, 3), tensor(a, 4), whole(a, 5)};
+// Whether anything would see the call if it went through torch's dispatcher: a trace, a mode, a transform, a profiler.
+bool watched() {
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet watching({DispatchKey::Tracer, DispatchKey::Python, DispatchKey::PythonTLSSnapshot,
+                                             DispatchKey::PythonDispatcher, DispatchKey::Functionalize,
+                                             DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchBatched,
+                                             DispatchKey::FuncTorchVmapMode, DispatchKey::FuncTorchGradWrapper});
+  return c10::impl::tls_local_dispatch_key_set().included_.has_any(watching) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled() ||
+         at::hasCallbacks();
 }
-LinearLayer linear(const py::tuple& a, int64_t in_features) {
-  const std::string activation = a[8].cast<std::string>();
-  const OptionalTensor out_scale = optional(a, 9);
-  return {tensor(a, 0),   optional(a, 1),
-          optional(a, 2), tensor(a, 3),
-          tensor(a, 4),   tensor(a, 5),
-          in_features,    whole(a, 6),
-          whole(a, 7),    activation,
-          out_scale,      optional(a, 10),
-          whole(a, 11),   out_scale ? at::kByte : at::kFloat};
+
+bool plain(const at::Tensor& x) {
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet usual(
+      {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU});
+  return (x.key_set() - usual).empty() && x.scalar_type() == at::kFloat && x.dim() == 3;
 }
-AttentionLayer attention(const py::tuple& a) {
-  return {whole(a, 0),    tensor(a, 1),   tensor(a, 2),   a[3].cast<double>(), optional(a, 4),
-          optional(a, 5), optional(a, 6), optional(a, 7), optional(a, 8),      whole(a, 9)};
-}
+
+// dfqvit::quant_block with constants that were prepared once. It answers only while it knows that the answer is the
+// operator's: the modules and tensors that it was made from are still in their places and hold the same values (the
+// packed weights apart, which the layer that owns them watches over), no hook waits inside the block, nobody watches,
+// and no gradient is wanted. Otherwise it returns None.
+class QuantBlock {
+ public:
+  QuantBlock(const py::tuple& arguments, const std::vector<at::Tensor>& values, const py::list& places,
+             const py::list& empty, int64_t channels)
+      : block_(arguments_of(arguments), true), channels_(channels) {
+    for (const at::Tensor& value : values) {
+      live_.push_back(value);
+      held_.push_back(value.detach().clone(at::MemoryFormat::Contiguous));
+    }
+    for (const py::handle place : places) {
+      const auto triple = place.cast<py::tuple>();
+      places_.push_back({triple[0].cast<py::dict>(), triple[1], triple[2], Py_TYPE(py::object(triple[2]).ptr())});
+    }
+    for (const py::handle dict : empty) empty_.push_back(py::reinterpret_borrow<py::dict>(dict));
+  }
+
+  // Whether it still is what the modules and tensors say.
+  bool current() const { return unchanged(); }
+
+  py::object call(const py::handle& x) const {
+    if (!THPVariable_CheckExact(x.ptr())) return py::none();
+    const at::Tensor& input = THPVariable_Unpack(x.ptr());
+    if (!plain(input) || input.size(2) != channels_ || watched() || !unchanged() || differentiated(input)) {
+      return py::none();
+    }
+    at::Tensor result;
+    {
+      py::gil_scoped_release release;
+      result = block_.run(input);
+    }
+    return py::cast(result);
+  }
+
+ private:
+  struct Place {
+    py::dict owner;
+    py::object key, value;
+    PyTypeObject* type;
+  };
+
+  bool unchanged() const {
+    for (const Place& place : places_) {
+      if (PyDict_GetItemWithError(place.owner.ptr(), place.key.ptr()) != place.value.ptr() ||
+          Py_TYPE(place.value.ptr()) != place.type) {
+        return false;
+      }
+    }
+    for (const py::dict& dict : empty_) {
+      if (PyDict_Size(dict.ptr()) != 0) return false;
+    }
+    for (size_t i = 0; i < live_.size(); ++i) {
+      const at::Tensor &live = live_[i], &held = held_[i];
+      if (live.scalar_type() != held.scalar_type() || live.sizes() != held.sizes() || !live.device().is_cpu())
+        return false;
+      const bool same = live.is_contiguous()
+                            ? std::memcmp(live.const_data_ptr(), held.const_data_ptr(), held.nbytes()) == 0
+                            : live.equal(held);
+      if (!same) return false;
+    }
+    return true;
+  }
+
+  bool differentiated(const at::Tensor& x) const {
+    if (!c10::GradMode::is_enabled()) return false;
+    if (x.requires_grad()) return true;
+    for (const at::Tensor& value : live_) {
+      if (value.requires_grad()) return true;
+    }
+    return false;
+  }
+
+  Block block_;
+  int64_t channels_;
+  std::vector<at::Tensor> live_, held_;
+  std::vector<Place> places_;
+  std::vector<py::dict> empty_;
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled part of dfqvit: build facts, the CPU path in use, and the registered operators.";
+  m.doc() =
+      "Compiled part of dfqvit: build facts, the CPU path in use, a block in one call; the operators are linked to it.";
   m.def(
       "build_info",
       [] {
@@ -73,17 +169,12 @@ PYBIND11_MODULE(_C, m) {
       "int8_peak", [] { return dfqvit::int8_peak(dfqvit::active_isa()); },
       "Multiply-adds of bytes a second of one core on the CPU path in use, measured; 0 where it has no instruction for "
       "them.");
-  py::class_<Block>(
-      m, "QuantBlock",
-      "A transformer block in one call; see dfqvit/quant_block.h and dfqvit/chain.py. Takes the arguments "
-      "of its seven operators, each a tuple in the order of its schema without the input and residual.")
-      .def(py::init([](const py::tuple& norm1, const py::tuple& qkv, const py::tuple& attend, const py::tuple& proj,
-                       const py::tuple& norm2, const py::tuple& fc1, const py::tuple& fc2) {
-        const int64_t channels = tensor(norm1, 0).numel();
-        const auto outputs = [](const py::tuple& a) { return tensor(a, 5).numel(); };
-        return Block(norm(norm1), linear(qkv, channels), attention(attend), linear(proj, outputs(qkv) / 3), norm(norm2),
-                     linear(fc1, channels), linear(fc2, outputs(fc1)));
-      }))
-      .def("__call__", &Block::run, py::arg("x"), py::call_guard<py::gil_scoped_release>(),
-           "float32 [B, T, C] to the same.");
+  m.def("watched", &watched, "Whether a trace, a mode, a transform or a profiler would see calls of operators now.");
+  py::class_<QuantBlock>(m, "QuantBlock",
+                         "dfqvit::quant_block with prepared constants, for calls that nothing watches; see "
+                         "dfqvit/runtime/block.py.")
+      .def(py::init<const py::tuple&, const std::vector<at::Tensor>&, const py::list&, const py::list&, int64_t>(),
+           py::arg("arguments"), py::arg("values"), py::arg("places"), py::arg("empty"), py::arg("channels"))
+      .def("current", &QuantBlock::current, "Whether all that it was made from is still there and as it was.")
+      .def("__call__", &QuantBlock::call, py::arg("x"), "float32 [B, T, C] to the same, or None: see the class.");
 }

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from .kernels import set_backend
     from .models import demo
     from .patching import patch
+    from .runtime import integer_report
     from .storage import load, save
     from .synthesis import synthesize
 
 _HOMES = {
     "demo": "models",
+    "integer_report": "runtime",
     "kernels": "",
     "load": "storage",
     "patch": "patching",
@@ -37,7 +39,18 @@ _HOMES = {
     "synthesize": "synthesis",
 }
 
-__all__ = ["__version__", "demo", "kernels", "load", "patch", "quantize", "save", "set_backend", "synthesize"]
+__all__ = [
+    "__version__",
+    "demo",
+    "integer_report",
+    "kernels",
+    "load",
+    "patch",
+    "quantize",
+    "save",
+    "set_backend",
+    "synthesize",
+]
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: `import dfqvit` stays light, timm is imported when the method is used

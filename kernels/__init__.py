@@ -4,12 +4,14 @@
     layer_norm_quantize        LayerNorm and quantization in one pass
     quant_attention            attention on integers, of whole images or of windows
     quant_linear               integer matrix product; bias, ACM, activation, residual, requantization in the epilogue
+    quant_block                a transformer block of these three in one call
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
     similarity_range           the range that its density is taken over, for batches processed in parts
     roll_resize                crop, resize, flip and roll of images as one interpolation
     total_variation            of images, without temporaries
     pack_weight, unpack_weight weights of 2 to 8 bits, packed
     block_weight               packed weights in the order that the CPU kernels read
+    weight_sums                sums of packed weights' rows, for GPUs
 
 This package never imports the method (`dfqvit.synthesis`, ...) and never imports timm.
 """
@@ -20,7 +22,8 @@ from .layer_norm_quantize import layer_norm_quantize
 from .pack_weight import pack_weight, unpack_weight
 from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
 from .quant_attention import quant_attention
-from .quant_linear import block_weight, quant_linear
+from .quant_block import quant_block
+from .quant_linear import block_weight, quant_linear, weight_sums
 from .roll_resize import roll_resize
 from .total_variation import total_variation
 
@@ -34,6 +37,7 @@ __all__ = [
     "pack_weight",
     "patch_similarity_entropy",
     "quant_attention",
+    "quant_block",
     "quant_linear",
     "roll_resize",
     "set_backend",
@@ -41,4 +45,5 @@ __all__ = [
     "total_variation",
     "unpack_weight",
     "use_backend",
+    "weight_sums",
 ]

@@ -35,6 +35,11 @@ def finite(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} held NaN or Inf; every value must be finite")
 
 
+def tracing() -> bool:
+    """Whether torch.compile or torch.export is looking on: sizes may then be symbols, and values cannot be read."""
+    return torch.compiler.is_compiling()
+
+
 def bits(name: str, value: int) -> None:
     """ValueError unless `value` is a bit width that the arithmetic is defined for."""
     if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:

@@ -3,7 +3,8 @@
 An `Operator` is one torch operator `dfqvit::<name>` whose schema stands here in Python, once. Its kernel walks the
 operator's backends in the order cuda, triton, cpu, reference and runs the first that `supports` the arguments. A backend
 asked for by name (`set_backend`, `use_backend`, `DFQVIT_BACKEND`) runs or raises `BackendError` with the reason.
-Compiled backends implement the same schema under `dfqvit_cpu::<name>` and `dfqvit_cuda::<name>` (TORCH_LIBRARY_IMPL).
+Compiled backends implement the same schema under `dfqvit_cpu::<name>` and `dfqvit_cuda::<name>` (TORCH_LIBRARY_IMPL). The
+shared library knows these schemas too, for processes without Python's dfqvit (csrc/library.cpp).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from . import extension, tuning
 NAMES = ("cuda", "triton", "cpu", "reference")
 Verdict = tuple[bool, str]  # (True, "") or (False, the reason)
 
-_LIBRARY = torch.library.Library("dfqvit", "DEF")
-_COMPILED = {"cpu": torch.library.Library("dfqvit_cpu", "DEF"), "cuda": torch.library.Library("dfqvit_cuda", "DEF")}
+_LIBRARY = torch.library.Library("dfqvit", "FRAGMENT")
+_COMPILED = {name: torch.library.Library(f"dfqvit_{name}", "FRAGMENT") for name in ("cpu", "cuda")}
 _OPERATORS: dict[str, Operator] = {}
 _asked: dict[str | None, str] = {}  # operator name, or None for all of them -> backend name
 _warned: set[tuple[str, str, str]] = set()
@@ -68,11 +69,13 @@ class Operator:
             )
         self.tune = tune
         self.backends = {backend.name: backend for backend in sorted(backends, key=lambda b: NAMES.index(b.name))}
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _define(_LIBRARY, schema)
+        with warnings.catch_warnings():  # torch says so when this takes the place of the shared library's own choice
+            warnings.simplefilter("ignore", UserWarning)
+            _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd", allow_override=True)
         torch.library.register_fake(f"dfqvit::{self.name}", fake, lib=_LIBRARY)
         for name in _COMPILED.keys() & self.backends.keys():
-            _COMPILED[name].define(schema)
+            _define(_COMPILED[name], schema)
         self._torch_op = getattr(torch.ops.dfqvit, self.name)
         _OPERATORS[self.name] = self
 
@@ -91,6 +94,10 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         return self.resolve(*args).run(*args)
+
+    def resolved(self, *args: Any) -> Any:
+        """As a call, for one operator inside another's backend, where torch's dispatcher has been passed already."""
+        return self._run(*args)
 
     def resolve(self, *args: Any) -> Backend:
         """The backend that a call with these arguments runs on."""
@@ -132,6 +139,12 @@ class Operator:
             warnings.warn(
                 f"{self.name}: backend '{backend}' passed over: {reason}", BackendFallbackWarning, stacklevel=4
             )
+
+
+def _define(library: torch.library.Library, schema: str) -> None:
+    """Defines an operator unless the shared library, loaded first, has."""
+    if not hasattr(getattr(torch.ops, library.ns), schema.split("(", 1)[0]):
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backend:
@@ -226,6 +239,11 @@ def use_backend(name: str | None, operator: str | None = None) -> Iterator[None]
     finally:
         _asked.clear()
         _asked.update(before)
+
+
+def asked_table() -> dict[str | None, str]:
+    """The table behind `set_backend` itself, empty while every choice is automatic: for callers that watch it."""
+    return _asked
 
 
 def choices() -> frozenset[tuple[str | None, str]]:

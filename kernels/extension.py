@@ -16,7 +16,7 @@ import torch
 def load() -> tuple[ModuleType | None, str]:
     """`(module, "")`, or `(None, reason)` when the module is not built or does not load. Never raises."""
     try:
-        module = importlib.import_module("dfqvit._C")
+        module = importlib.import_module("dfqvit._C")  # and libdfqvit_ops, which it is linked to
     except ModuleNotFoundError:
         return None, "the compiled module dfqvit._C is not built (install with a C++ compiler and DFQVIT_BUILD unset)"
     except ImportError as error:  # built, but for another torch or Python: the loader's own words say which symbol

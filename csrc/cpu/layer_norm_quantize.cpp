@@ -16,13 +16,14 @@ namespace quant {
 
 NormLayer::NormLayer(const at::Tensor& weight, const at::Tensor& bias, double eps, const at::Tensor& scale,
                      const at::Tensor& zero_point, int64_t bits)
-    : gain(weight.contiguous()), offset(bias.contiguous()) {
-  const float step = *scale.const_data_ptr<float>();
+    : gain(weight.contiguous().detach()), offset(bias.contiguous().detach()) {
+  TORCH_CHECK_VALUE(gain.numel() == offset.numel(), "bias had ", offset.numel(), " values; weight has ", gain.numel());
+  const float step = scalar_of("scale", scale);
   norm = {gain.const_data_ptr<float>(),
           offset.const_data_ptr<float>(),
           gain.numel(),
           static_cast<float>(eps),
-          {step, 1.0f / step, *zero_point.const_data_ptr<float>(), static_cast<float>((1 << bits) - 1)}};
+          {step, 1.0f / step, scalar_of("zero_point", zero_point), static_cast<float>((1 << bits) - 1)}};
   ordinary = ordinary_divisor(step);
 }
 

@@ -14,8 +14,11 @@ namespace dfqvit {
 namespace quant {
 namespace {
 
-at::Tensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? tensor->contiguous() : at::Tensor();
+// Detached: what is held keeps its memory when the caller's tensor is given other data.
+at::Tensor contiguous(const char* name, const OptionalTensor& tensor, at::ScalarType type) {
+  if (!tensor) return at::Tensor();
+  TORCH_CHECK_TYPE(tensor->scalar_type() == type, name, " had dtype ", tensor->scalar_type(), "; it must be ", type);
+  return tensor->contiguous().detach();
 }
 
 }  // namespace
@@ -25,12 +28,20 @@ AttentionLayer::AttentionLayer(int64_t heads, const at::Tensor& in_scale, const 
                                const OptionalTensor& out_scale, const OptionalTensor& out_zero, int64_t out_bits)
     : heads(heads),
       windows(index ? index->size(0) : 1),
-      biases(contiguous(bias)),
-      masks(contiguous(mask)),
-      places(contiguous(index)),
+      biases(contiguous("bias", bias, at::kFloat)),
+      masks(contiguous("mask", mask, at::kFloat)),
+      places(contiguous("index", index, at::kInt)),
       constants{},
       integers(out_scale.has_value()),
       ordinary(true) {
+  TORCH_CHECK_VALUE(in_scale.numel() == 3 && in_zero.numel() == 3, "in_scale and in_zero had ", in_scale.numel(),
+                    " and ", in_zero.numel(), " values; they must have 3, for q, k and v");
+  if (places.defined()) {
+    const int32_t* place = places.const_data_ptr<int32_t>();
+    int wrong = 0;
+    for (int64_t i = 0; i < places.numel(); ++i) wrong |= place[i] < 0 || place[i] >= places.numel();
+    TORCH_CHECK_VALUE(!wrong, "index held a token outside 0 to ", places.numel() - 1);
+  }
   const at::Tensor scales = in_scale.contiguous(), zeros = in_zero.contiguous();
   const float* s = scales.const_data_ptr<float>();
   const float* z = zeros.const_data_ptr<float>();
@@ -39,10 +50,22 @@ AttentionLayer::AttentionLayer(int64_t heads, const at::Tensor& in_scale, const 
   constants.v_scale = s[2];
   constants.v_zero = z[2] - 128;
   if (integers) {
-    const float step = *out_scale->const_data_ptr<float>();
-    constants.out = {step, 1.0f / step, *out_zero->const_data_ptr<float>(), static_cast<float>((1 << out_bits) - 1)};
+    const float step = scalar_of("out_scale", *out_scale);
+    constants.out = {step, 1.0f / step, scalar_of("out_zero", *out_zero), static_cast<float>((1 << out_bits) - 1)};
     ordinary = ordinary_divisor(step);
   }
+}
+
+void AttentionLayer::check_tokens(int64_t image) const {
+  const int64_t tokens = places.defined() ? places.size(1) : image, wide = tokens * tokens;
+  TORCH_CHECK_VALUE(!places.defined() || places.numel() == image, "index had ", places.defined() ? places.numel() : 0,
+                    " tokens; the images have ", image);
+  TORCH_CHECK_VALUE(!biases.defined() || biases.numel() == heads * wide, "bias had ",
+                    biases.defined() ? biases.numel() : 0, " values; it must be [", heads, ", ", tokens, ", ", tokens,
+                    "]");
+  TORCH_CHECK_VALUE(!masks.defined() || masks.numel() == windows * wide, "mask had ",
+                    masks.defined() ? masks.numel() : 0, " values; it must be [", windows, ", ", tokens, ", ", tokens,
+                    "]");
 }
 
 Heads AttentionLayer::heads_of(int64_t image, int64_t channels) const {
@@ -90,6 +113,7 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
   if (result.numel() == 0) return result;
   const AttentionLayer layer(heads, in_scale, in_zero, scale, bias, mask, index, out_scale, out_zero, out_bits);
   const AttentionKernels kernels = attention_kernels_for(layer.ordinary ? active_isa() : Isa::portable);
+  layer.check_tokens(image);
   const Heads all = layer.heads_of(image, channels);
 
   // With few heads and windows each is shared by several threads, which pack it for themselves.

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/library.h>
 
 #include <atomic>
 #include <utility>
@@ -120,16 +121,64 @@ struct Block::Stages {
   }
 };
 
-Block::Block(NormLayer norm1, LinearLayer qkv, AttentionLayer attention, LinearLayer proj, NormLayer norm2,
-             LinearLayer fc1, LinearLayer fc2)
-    : norm1_(std::move(norm1)),
-      norm2_(std::move(norm2)),
-      qkv_(std::move(qkv)),
-      proj_(std::move(proj)),
-      fc1_(std::move(fc1)),
-      fc2_(std::move(fc2)),
-      attention_(std::move(attention)) {
-  for (LinearLayer* layer : {&qkv_, &proj_, &fc1_, &fc2_}) layer->gather_acm();
+namespace {
+
+template <typename T>
+const std::vector<T>& counted(const char* name, const std::vector<T>& values, size_t count) {
+  TORCH_CHECK_VALUE(values.size() == count, name, " had ", values.size(), " entries; a block has ", count);
+  return values;
+}
+
+const BlockArguments& checked(const BlockArguments& a) {
+  counted("norms", a.norms, 4), counted("eps", a.eps, 2), counted("weights", a.weights, 4);
+  counted("biases", a.biases, 4), counted("weight_scales", a.weight_scales, 4), counted("w_bits", a.w_bits, 4);
+  counted("scales", a.scales, 7), counted("zeros", a.zeros, 7), counted("a_bits", a.a_bits, 7);
+  const int64_t channels = a.norms[0].numel();
+  const int64_t ins[] = {channels, a.weight_scales[0].numel() / 3, channels, a.weight_scales[2].numel()};
+  const int64_t outs[] = {3 * ins[1], channels, ins[3], channels};
+  for (int i = 0; i < 4; ++i) {
+    TORCH_CHECK_VALUE(a.norms[i].numel() == channels, "norms[", i, "] had ", a.norms[i].numel(),
+                      " values; the first has ", channels);
+    TORCH_CHECK_VALUE(a.weight_scales[i].numel() == outs[i], "weight_scales[", i, "] had ", a.weight_scales[i].numel(),
+                      " values; it must have ", outs[i]);
+  }
+  TORCH_CHECK_VALUE(a.heads > 0 && ins[1] > 0 && ins[1] % a.heads == 0, "heads was ", a.heads, "; the ", ins[1],
+                    " channels of q must be a multiple of it");
+  return a;
+}
+
+LinearLayer linear_of(const BlockArguments& a, int i, int64_t in_features, int grid, const OptionalTensor& acm,
+                      const char* activation, const OptionalTensor& out_scale, const OptionalTensor& out_zero,
+                      int64_t out_bits) {
+  return {a.weights[i],  a.biases[i].numel() ? OptionalTensor(a.biases[i]) : std::nullopt,
+          acm,           a.scales[grid],
+          a.zeros[grid], a.weight_scales[i],
+          in_features,   a.a_bits[grid],
+          a.w_bits[i],   activation,
+          out_scale,     out_zero,
+          out_bits,      out_scale ? at::kByte : at::kFloat};
+}
+
+at::Tensor three(const std::vector<at::Tensor>& values) {
+  at::Tensor result = at::empty({3}, at::kFloat);
+  for (int i = 0; i < 3; ++i) result.mutable_data_ptr<float>()[i] = scalar_of("a scale or zero point", values[i + 1]);
+  return result;
+}
+
+}  // namespace
+
+Block::Block(const BlockArguments& a, bool gather)
+    : norm1_(checked(a).norms[0], a.norms[1], a.eps[0], a.scales[0], a.zeros[0], a.a_bits[0]),
+      norm2_(a.norms[2], a.norms[3], a.eps[1], a.scales[5], a.zeros[5], a.a_bits[5]),
+      qkv_(linear_of(a, 0, a.norms[0].numel(), 0, {}, "none", three(a.scales), three(a.zeros), a.a_bits[1])),
+      proj_(linear_of(a, 1, a.weight_scales[0].numel() / 3, 4, {}, "none", {}, {}, 8)),
+      fc1_(linear_of(a, 2, a.norms[0].numel(), 5, {}, a.activation.c_str(), a.scales[6], a.zeros[6], a.a_bits[6])),
+      fc2_(linear_of(a, 3, a.weight_scales[2].numel(), 6, a.acm, "none", {}, {}, 8)),
+      attention_(a.heads, three(a.scales), three(a.zeros), a.attention_scale, a.position_bias, a.mask, a.index,
+                 a.scales[4], a.zeros[4], a.a_bits[4]) {
+  TORCH_CHECK_VALUE(a.a_bits[1] == a.a_bits[2] && a.a_bits[1] == a.a_bits[3], "a_bits had ", a.a_bits[1], ", ",
+                    a.a_bits[2], " and ", a.a_bits[3], " for q, k and v; they must be the same");
+  if (gather) fc2_.gather_acm();
 }
 
 // With enough images every thread takes some of them through all stages in its own memory. Otherwise the threads share
@@ -139,6 +188,9 @@ at::Tensor Block::run(const at::Tensor& x) const {
                     x.scalar_type(), " ", x.sizes(), "; it must be float32 [B, T, ", norm1_.norm.channels, "]");
   TORCH_CHECK_VALUE(!attention_.places.defined() || attention_.places.numel() == x.size(1), "x had ", x.size(1),
                     " tokens; the windows have ", attention_.places.defined() ? attention_.places.numel() : 0);
+  TORCH_CHECK_VALUE(!fc2_.corrections.defined() || fc2_.epilogue.tokens == x.size(1), "acm was made for ",
+                    fc2_.epilogue.tokens, " tokens an image; these have ", x.size(1), ": quantize for this input size");
+  attention_.check_tokens(x.size(1));
   const at::Tensor input = x.contiguous();
   at::Tensor result = at::empty_like(input);
   if (input.numel() == 0) return result;
@@ -189,5 +241,36 @@ at::Tensor Block::run(const at::Tensor& x) const {
   return result;
 }
 
+namespace {
+
+at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<double> eps, at::TensorList weights,
+                       at::TensorList biases, at::TensorList weight_scales, at::IntArrayRef w_bits,
+                       at::TensorList scales, at::TensorList zeros, at::IntArrayRef a_bits, int64_t heads,
+                       double attention_scale, const OptionalTensor& position_bias, const OptionalTensor& mask,
+                       const OptionalTensor& index, const OptionalTensor& acm, c10::string_view activation) {
+  const BlockArguments a{norms.vec(),
+                         eps.vec(),
+                         weights.vec(),
+                         biases.vec(),
+                         weight_scales.vec(),
+                         w_bits.vec(),
+                         scales.vec(),
+                         zeros.vec(),
+                         a_bits.vec(),
+                         heads,
+                         attention_scale,
+                         position_bias,
+                         mask,
+                         index,
+                         acm,
+                         std::string(activation)};
+  return Block(a, false).run(x);
+}
+
+}  // namespace
 }  // namespace quant
 }  // namespace dfqvit
+
+TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+  m.impl("quant_block", &dfqvit::quant::quant_block);
+}

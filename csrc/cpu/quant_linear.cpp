@@ -109,12 +109,15 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
                         const OptionalTensor& acm, const at::Tensor& x_scale, const at::Tensor& x_zero,
                         const at::Tensor& w_scale, int64_t a_bits, int64_t w_bits, c10::string_view activation,
                         const OptionalTensor& residual, const OptionalTensor& out_scale, const OptionalTensor& out_zero,
-                        int64_t out_bits, at::ScalarType out_dtype) {
+                        int64_t out_bits, at::ScalarType out_dtype,
+                        const OptionalTensor&) {  // the blocked weight has its sums in it
   const int64_t columns = x.size(-1);
   const LinearLayer layer(weight, bias, acm, x_scale, x_zero, w_scale, columns, a_bits, w_bits, activation, out_scale,
                           out_zero, out_bits, out_dtype);
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  TORCH_CHECK_VALUE(rows % layer.epilogue.tokens == 0, "acm was for ", layer.epilogue.tokens, " tokens; the ", rows,
+                    " rows of x are not a multiple of that");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = layer.out_features;
 
@@ -128,6 +131,8 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   }
   at::Tensor result = at::empty(shape, x.options().dtype(out_dtype));
   ask_for_huge_pages(result);
+  TORCH_CHECK_VALUE(!residual || residual->numel() == rows * layer.out_features, "residual had shape ",
+                    residual ? residual->sizes() : at::IntArrayRef(), "; the result has ", at::IntArrayRef(shape));
   const at::Tensor addend = residual ? residual->contiguous() : at::Tensor();
   Epilogue e = layer.epilogue;
   e.columns = layer.columns.data();

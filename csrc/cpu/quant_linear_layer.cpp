@@ -3,7 +3,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
+#include <string>
 
 #include "dfqvit/layers.h"
 
@@ -11,13 +14,8 @@ namespace dfqvit {
 namespace quant {
 namespace {
 
-float finite_value(const char* name, float value) {
-  TORCH_CHECK_VALUE(std::isfinite(value), name, " held NaN or Inf; every value must be finite");
-  return value;
-}
-
 float scale_value(const char* name, float value) {
-  finite_value(name, value);
+  TORCH_CHECK_VALUE(std::isfinite(value), name, " held NaN or Inf; every value must be finite");
   TORCH_CHECK_VALUE(value > 0, name, " held ", value, "; every scale must be greater than 0");
   return value;
 }
@@ -82,8 +80,49 @@ at::Tensor blocked(const at::Tensor& weight, const float* scales, int64_t column
   return result;
 }
 
-at::Tensor floats(const OptionalTensor& tensor) {
-  return tensor ? tensor->to(at::kFloat).contiguous() : at::Tensor();
+// Float32 values, `count` of them, each for as many neighbours: a pointer, and the tensor or vector that owns them.
+class Values {
+ public:
+  Values(const char* name, const OptionalTensor& tensor, int64_t count) {
+    if (!tensor) return;
+    owner_ = tensor->to(at::kFloat).contiguous();
+    data = owner_.const_data_ptr<float>();
+    const int64_t given = owner_.numel();
+    TORCH_CHECK_VALUE(given > 0 && count % given == 0, name, " had ", given, " values for ", count, " outputs");
+    if (given == count) return;
+    spread_.resize(count);
+    for (int64_t i = 0; i < given; ++i) std::fill_n(spread_.data() + i * (count / given), count / given, data[i]);
+    data = spread_.data();
+  }
+  const float* data = nullptr;
+
+ private:
+  at::Tensor owner_;
+  std::vector<float> spread_;
+};
+
+// Whether every value is finite and, as asked, not 0 or above 0. Plain loops: the compiler makes vectors of them.
+bool all_finite(const float* values, int64_t count) {
+  int wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong |= !(std::fabs(values[i]) <= std::numeric_limits<float>::max());
+  return !wrong;
+}
+bool all_nonzero(const float* values, int64_t count) {
+  int wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong |= values[i] == 0.0f;
+  return !wrong;
+}
+
+void check_weight(const at::Tensor& weight, int64_t outputs, int64_t columns, int64_t bits) {
+  const int64_t blocks = blocks_of(outputs), stored = bits <= 3 ? 3 : bits == 4 ? 4 : 8;
+  const bool given = weight.scalar_type() == at::kInt, packed = weight.scalar_type() == at::kByte;
+  const int64_t rows = given ? blocks : outputs;
+  const int64_t row = given    ? kOutputs + chunks_of(columns) * kChunk * stored / 32
+                      : packed ? (columns + 7) / 8 * bits
+                               : columns;
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == row, "weight had shape ",
+                    weight.sizes(), "; for ", outputs, " outputs of ", columns, " values it must be [", rows, ", ", row,
+                    "]");
 }
 
 }  // namespace
@@ -94,47 +133,67 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
                          const OptionalTensor& out_scale, const OptionalTensor& out_zero, int64_t out_bits,
                          at::ScalarType out_dtype)
     : in_features(in_features), out_features(w_scale.numel()) {
-  const at::Tensor w_scales = w_scale.contiguous();
-  const float* scales = w_scales.const_data_ptr<float>();
+  TORCH_CHECK_VALUE(2 <= a_bits && a_bits <= 8 && 2 <= w_bits && w_bits <= 8 && 2 <= out_bits && out_bits <= 8,
+                    "bits were ", a_bits, ", ", w_bits, " and ", out_bits, "; they may be 2 to 8");
+  check_weight(weight_in, out_features, in_features, w_bits);
+  const Values scales("w_scale", w_scale, out_features);
   const int64_t greatest = (1 << a_bits) - 1;
-  const float step = scale_value("x_scale", *x_scale.const_data_ptr<float>());
-  const float zero = whole_value("x_zero", *x_zero.const_data_ptr<float>(), greatest);
-  for (int64_t n = 0; n < out_features; ++n) {
-    TORCH_CHECK_VALUE(finite_value("w_scale", scales[n]) != 0, "w_scale held 0; no scale of a weight may be 0");
-  }
+  const float step = scale_value("x_scale", scalar_of("x_scale", x_scale));
+  const float zero = whole_value("x_zero", scalar_of("x_zero", x_zero), greatest);
+  TORCH_CHECK_VALUE(all_finite(scales.data, out_features), "w_scale held NaN or Inf; every value must be finite");
+  TORCH_CHECK_VALUE(all_nonzero(scales.data, out_features), "w_scale held 0; no scale of a weight may be 0");
   input = {step, 1.0f / step, zero, static_cast<float>(greatest)};
   ordinary = ordinary_divisor(step);
 
   const bool given = weight_in.scalar_type() == at::kInt;
-  blocks = given ? weight_in.contiguous() : blocked(weight_in, scales, in_features, w_bits);
+  blocks = given ? weight_in.contiguous().detach() : blocked(weight_in, scales.data, in_features, w_bits);
   weight = {blocks.const_data_ptr<int32_t>(), blocks.size(1), chunks_of(in_features),
             !given || w_bits > 4 ? 8
             : w_bits == 4        ? 4
                                  : 3};
 
-  const at::Tensor biases = floats(bias), out_scales = floats(out_scale), out_zeros = floats(out_zero);
+  TORCH_CHECK_VALUE(!bias || bias->numel() == out_features, "bias had ", bias ? bias->numel() : 0,
+                    " values; it must have ", out_features);
+  const Values biases("bias", bias, out_features), out_scales("out_scale", out_scale, out_features),
+      out_zeros("out_zero", out_zero, out_features);
+  TORCH_CHECK_VALUE(out_scale.has_value() == out_zero.has_value(), "out_zero must be given if out_scale is");
+  if (out_scale) {
+    for (int64_t n = 0; n < out_features; ++n) {
+      ordinary = ordinary && ordinary_divisor(out_scales.data[n]);
+      if (out_scales.data[n] > 0 && out_scales.data[n] <= std::numeric_limits<float>::max()) continue;
+      scale_value("out_scale", out_scales.data[n]);
+    }
+    for (int64_t n = 0; n < out_features; ++n) whole_value("out_zero", out_zeros.data[n], (1 << out_bits) - 1);
+  }
   columns.resize(blocks.size(0));
-  for (int64_t n = 0; n < blocks.size(0) * kOutputs; ++n) {
-    Columns& c = columns[n / kOutputs];
-    const int64_t i = n % kOutputs;
-    const bool real = n < out_features;
-    c.scale[i] = real ? step * scales[n] : 0.0f;
-    c.start[i] = -static_cast<int32_t>(zero) * weight.sums(n / kOutputs)[i];
-    c.bias[i] = real && bias ? biases.const_data_ptr<float>()[n] : 0.0f;
-    c.out_scale[i] = real && out_scale ? scale_value("out_scale", out_scales.const_data_ptr<float>()[n]) : 1.0f;
-    c.out_zero[i] =
-        real && out_zero ? whole_value("out_zero", out_zeros.const_data_ptr<float>()[n], (1 << out_bits) - 1) : 0.0f;
-    c.out_reciprocal[i] = 1.0f / c.out_scale[i];
-    ordinary = ordinary && ordinary_divisor(c.out_scale[i]);
+  for (int64_t block = 0; block < count(); ++block) {
+    Columns& c = columns[block];
+    const int64_t first = block * kOutputs, real = std::min<int64_t>(kOutputs, out_features - first);
+    const int32_t* sums = weight.sums(block);
+    const auto place = [&](float* to, const float* from, float rest) {
+      for (int64_t i = 0; i < kOutputs; ++i) to[i] = from && i < real ? from[first + i] : rest;
+    };
+    for (int64_t i = 0; i < kOutputs; ++i) c.scale[i] = i < real ? step * scales.data[first + i] : 0.0f;
+    for (int64_t i = 0; i < kOutputs; ++i) c.start[i] = -static_cast<int32_t>(zero) * sums[i];
+    place(c.bias, biases.data, 0.0f);
+    place(c.out_scale, out_scales.data, 1.0f);
+    place(c.out_zero, out_zeros.data, 0.0f);
+    for (int64_t i = 0; i < kOutputs; ++i) c.out_reciprocal[i] = 1.0f / c.out_scale[i];
   }
 
   epilogue = Epilogue{};
   epilogue.columns = columns.data();
   epilogue.out_features = epilogue.out_stride = out_features;
+  TORCH_CHECK_VALUE(activation == "none" || activation == "gelu" || activation == "gelu_tanh", "activation was '",
+                    std::string(activation), "'; it may be 'none', 'gelu' or 'gelu_tanh'");
   epilogue.activation = activation == "gelu"        ? Activation::gelu
                         : activation == "gelu_tanh" ? Activation::gelu_tanh
                                                     : Activation::none;
-  if (acm) corrections = (acm->scalar_type() == at::kDouble ? acm->to(at::kFloat) : *acm).contiguous();
+  if (acm) {
+    TORCH_CHECK_VALUE(acm->dim() == 2 && acm->size(1) == out_features && acm->size(0) > 0, "acm had shape ",
+                      acm->sizes(), "; it must be [tokens, ", out_features, "]");
+    corrections = (acm->scalar_type() == at::kDouble ? acm->to(at::kFloat) : *acm).contiguous().detach();
+  }
   epilogue.acm = acm ? corrections.const_data_ptr() : nullptr;
   epilogue.acm_row = out_features;
   epilogue.acm_block = kOutputs;

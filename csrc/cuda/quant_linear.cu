@@ -133,8 +133,8 @@ bool by_wgmma(const at::Tensor& x, bool filled) {
 at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const Optional& acm,
                         const at::Tensor& x_scale, const at::Tensor& x_zero, const at::Tensor& w_scale, int64_t a_bits,
                         int64_t w_bits, c10::string_view activation, const Optional& residual,
-                        const Optional& out_scale, const Optional& out_zero, int64_t out_bits,
-                        at::ScalarType out_dtype) {
+                        const Optional& out_scale, const Optional& out_zero, int64_t out_bits, at::ScalarType out_dtype,
+                        const Optional& w_sums) {
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const int64_t columns = x.size(-1), outputs = w_scale.numel();
@@ -163,9 +163,11 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
 
   at::Tensor scale = at::empty({outputs}, w_scales.options()),
              offset = at::empty({outputs}, scale.options().dtype(at::kInt));
+  const at::Tensor sums = w_sums ? w_sums->contiguous() : at::Tensor();
   columns_kernel<<<static_cast<unsigned>((outputs + kRowsAtOnce - 1) / kRowsAtOnce), kRowThreads, 0, stream>>>(
-      operands.b, operands.b_bytes, static_cast<int>(bits), operands.outputs, operands.depth, floats(x_scale),
-      floats(x_zero), floats(w_scales), scale.mutable_data_ptr<float>(), offset.mutable_data_ptr<int32_t>());
+      operands.b, operands.b_bytes, static_cast<int>(bits), operands.outputs, operands.depth,
+      packed && w_sums ? sums.const_data_ptr<int32_t>() : nullptr, floats(x_scale), floats(x_zero), floats(w_scales),
+      scale.mutable_data_ptr<float>(), offset.mutable_data_ptr<int32_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 
   const auto as_floats = [](const Optional& t) { return t ? t->to(at::kFloat).contiguous() : at::Tensor(); };

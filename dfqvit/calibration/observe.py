@@ -10,6 +10,7 @@ from torch import nn
 from ..models import check_finite
 from ..models.adapters import find_adapter
 from ..quantization.layers import QuantLinear
+from ..quantization.model import quantized
 from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.recipe import Recipe
 from ..quantization.rounding import sensitivity
@@ -31,7 +32,7 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
     check_finite(model)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
     find_adapter(qmodel).convert(recipe)
-    return qmodel.to(next(model.parameters()).device)
+    return quantized(qmodel).to(next(model.parameters()).device)
 
 
 @torch.no_grad()

@@ -8,19 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import block_weight, extension, quant_linear
+from ..kernels import block_weight, extension, quant_linear, weight_sums
 from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest
 from ..kernels.quant_linear.op import forward as linear_operator
+from .precision import KeepsPrecision
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
 from .rounding import SecondMoment, round_second_order
 
+PREPARED = ("weight_blocked", "weight_sums", "acm_float")  # buffers that a frozen layer makes for its kernels
 
-class QuantLinear(nn.Module):
+
+class QuantLinear(KeepsPrecision):
     """A linear layer with a quantized input and packed weights, run by `kernels.quant_linear`.
 
     Until `freeze()` it computes in float and its input quantizer observes; afterwards it holds `weight_packed` (uint8, see
     `pack_weight`) and `weight_scale` ([out_features]) in place of `weight`. `acm`, where set, is [tokens, out_features] and
     is added in the epilogue.
+
+    What the kernels of its device want beside these it prepares as buffers that are in no state_dict: `weight_blocked` on
+    CPUs, `weight_sums` and `acm_float` elsewhere. They are made anew when the layer is moved, loaded into, unpickled, or
+    given another tensor; who writes into `weight_packed` itself calls `prepare()` afterwards.
     """
 
     weight: torch.Tensor | None
@@ -28,6 +35,9 @@ class QuantLinear(nn.Module):
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     acm: torch.Tensor | None
+    weight_blocked: torch.Tensor | None
+    weight_sums: torch.Tensor | None
+    acm_float: torch.Tensor | None
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, w_bits: int, a_bits: int, quantizer: str
@@ -40,9 +50,10 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.input = ActivationQuantizer(a_bits, quantizer).to(weight.device)
         self.register_buffer("acm", None)
+        for name in PREPARED:
+            self.register_buffer(name, None, persistent=False)
         self._moment: SecondMoment | None = None
         self._decided: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._blocked: tuple[tuple[int, int], torch.Tensor] | None = None
 
     @classmethod
     def from_float(cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str) -> QuantLinear:
@@ -94,17 +105,54 @@ class QuantLinear(nn.Module):
         self.weight_scale.copy_(scale)
         self.weight_packed.copy_(pack_integers(integers, self.w_bits))
         self.input.freeze()
+        self.prepare()
 
-    def kernel_weight(self) -> torch.Tensor:
-        """The packed weight in the form that the kernels of its device run fastest with, made once."""
-        packed = self.weight_packed
-        elsewhere = packed.device.type != "cpu" or linear_operator.asked == "triton"
-        if elsewhere or exporting() or not extension.supports_cpu()[0]:
-            return packed
-        key = (packed.data_ptr(), packed._version)
-        if self._blocked is None or self._blocked[0] != key:
-            self._blocked = (key, block_weight(packed, self.in_features, self.w_bits))
-        return self._blocked[1]
+    def prepare(self) -> None:
+        """Makes the buffers that the kernels of this device want from the weight and the ACM as they are now."""
+        packed, acm, made = self._buffers.get("weight_packed"), self._buffers["acm"], dict.fromkeys(PREPARED)
+        if packed is not None and packed.device.type == "cpu" and extension.supports_cpu()[0]:
+            made["weight_blocked"] = block_weight(packed, self.in_features, self.w_bits)
+        elif packed is not None and packed.device.type == "cuda":
+            made["weight_sums"] = weight_sums(packed, self.in_features, self.w_bits)
+            made["acm_float"] = None if acm is None else acm.float()
+        self._buffers.update(made)
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(weight, acm, w_sums) in the form that the kernels of this device run fastest with."""
+        blocked = None if linear_operator.asked in ("triton", "cuda") else self.weight_blocked
+        acm = self.acm if self.acm_float is None else self.acm_float
+        return self.weight_packed if blocked is None else blocked, acm, self.weight_sums
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As nn.Module's; the prepared buffers are made anew where the layer is then, rather than carried along."""
+        sources = ("weight_packed", "acm")
+        before = {name: self._buffers.get(name) for name in (*sources, *PREPARED)}
+        self._buffers.update(dict.fromkeys(PREPARED))
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            if all(self._buffers.get(name) is before[name] for name in sources):
+                self._buffers.update({name: before[name] for name in PREPARED})
+            else:
+                self.prepare()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepare()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("weight_packed", "acm") and PREPARED[0] in self._buffers:
+            self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `__setstate__` prepares."""
+        return {**self.__dict__, "_buffers": {**self._buffers, **dict.fromkeys(PREPARED)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -114,16 +162,18 @@ class QuantLinear(nn.Module):
                 self._moment.watch(x, y)
             return y
         check_tokens(self.acm, x)
+        weight, acm, w_sums = self.operands()
         return quant_linear(
             x,
-            self.kernel_weight(),
+            weight,
             self.bias,
-            self.acm,
+            acm,
             x_scale=self.input.scale,
             x_zero=self.input.zero_point,
             w_scale=self.weight_scale,
             a_bits=self.input.bits,
             w_bits=self.w_bits,
+            w_sums=w_sums,
         )
 
     def extra_repr(self) -> str:
@@ -179,12 +229,6 @@ class AttentionOperands(nn.Module):
         if shares.requires_grad:  # straight through, for `reconstruction`
             steps = shares + (steps - shares).detach()
         return (steps @ v) / steps.sum(dim=-1, keepdim=True)
-
-
-def exporting() -> bool:
-    """Whether torch.export is tracing: what it sees has no memory, and its result is to run on other machines too."""
-    asked = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
-    return asked is not None and asked()
 
 
 def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from ..errors import UsageError
 from ..kernels import fake_quantize
+from .precision import KeepsPrecision
 from .ranges import LEAST_SCALE, MinMaxRange, MseRange
 
 
@@ -70,7 +70,7 @@ def check_rule(quantizer: str) -> None:
         raise UsageError(f"quantizer was '{quantizer}'; it may be {', '.join(map(repr, RANGE_RULES))}")
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(KeepsPrecision):
     """Quantizes one activation tensor: passes x through while observing, rounds it to the grid once frozen.
 
     Buffers: `scale` and `zero_point`, float32 scalars; `scale` is 0 until the quantizer is frozen or loaded.

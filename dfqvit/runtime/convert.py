@@ -1,19 +1,29 @@
-"""The integer runtime: a frozen quantized model whose blocks run as chains of integer operators (see `chain`).
+"""The integer runtime: a frozen quantized model whose blocks run in integers, each as one operator (see `block`).
 
 The blocks take another class; everything else of the timm model stays as it is: its forward, `forward_features` and
-`forward_intermediates`, its state_dict. Hooks on the layers inside a block do not fire while its chain runs.
+`forward_intermediates`, its state_dict.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 
 from ..errors import UsageError
+from ..kernels.layer_norm_quantize.op import forward as norm_operator
+from ..kernels.quant_attention.op import forward as attention_operator
+from ..kernels.quant_linear.op import forward as linear_operator
 from ..models.adapters import find_adapter
-from .blocks import INTEGER, why_not_known
-from .chain import OPERATORS, why_not
+from ..quantization.model import QuantizedModel
+from .block import IntegerBlock
+from .swin import IntegerSwinBlock
+from .vit import IntegerVitBlock
 
 RUNTIMES = ("auto", "integer", "simulated")
+OPERATORS = (norm_operator, linear_operator, attention_operator)
+FAMILIES: dict[type, type[IntegerBlock]] = {kind.family: kind for kind in (IntegerVitBlock, IntegerSwinBlock)}
 
 
 def check_runtime(runtime: str) -> None:
@@ -40,12 +50,40 @@ def accelerate(model: nn.Module) -> dict[str, str]:
         The blocks that stay simulated, by name, each with the reason; empty when all were taken.
     """
     skipped = {}
-    adapter = find_adapter(model)
-    names = {module: name for name, module in model.named_modules()}
-    for block in adapter.blocks():
-        reason = why_not(block) or why_not_known(block)
+    for name, block in _blocks(model):
+        reason = _why_not(block)
         if reason:
-            skipped[names[block]] = reason
-        else:
-            block.__class__ = INTEGER[type(block)]
+            skipped[name] = reason
+        elif not isinstance(block, IntegerBlock):
+            FAMILIES[type(block)].take(block)
     return skipped
+
+
+def integer_report(model: nn.Module) -> dict[str, str]:
+    """For every block of a quantized model, by name: "" if it runs in integers, or why it does not.
+
+    Args:
+        model: from `dfqvit.quantize` or `dfqvit.load`.
+
+    Raises:
+        UsageError: the model was not quantized by dfqvit.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise UsageError(
+            f"model was a {type(model).__name__} that dfqvit did not quantize; it may be what quantize or load gave"
+        )
+    simulated = "the model's runtime is simulated; dfqvit.load(path, runtime='integer') runs it in integers"
+    return {
+        name: _why_not(block) or ("" if isinstance(block, IntegerBlock) else simulated)
+        for name, block in _blocks(model)
+    }
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    names = {module: name for name, module in model.named_modules()}
+    return ((names[block], block) for block in find_adapter(model).blocks())
+
+
+def _why_not(block: Any) -> str:
+    kind = type(block) if isinstance(block, IntegerBlock) else FAMILIES.get(type(block))
+    return f"it is a {type(block).__name__}" if kind is None else kind.why_not(block)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..kernels.dispatch import choices
+from ..quantization.model import quantized
 
 WARM_UPS = (
     2  # the first call compiles, chooses backends and makes the chains; the second shows that nothing is left to do
@@ -32,8 +33,7 @@ def capture_graphs(model: nn.Module) -> None:
     The model takes a class that is its own and `GraphedForward`'s, so isinstance, state_dict and timm's methods stay. Only
     the whole forward is captured: `forward_features` and `forward_intermediates` run as they did.
     """
-    kind = type(model)
-    model.__class__ = type(kind.__name__, (GraphedForward, kind), {"__module__": kind.__module__})
+    quantized(model, GraphedForward)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
 from ..models import FAMILIES
 from ..models.adapters import find_adapter
+from ..quantization.model import quantized
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
 from ..version import __version__
@@ -113,7 +114,7 @@ def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> 
     for name, module in model.named_modules():
         if isinstance(module._buffers.get("acm"), torch.Tensor):
             module.acm = torch.zeros_like(tensors[f"{name}.acm"])
-    model.load_state_dict(tensors)
+    quantized(model).load_state_dict(tensors)
     model.dfqvit_record = record  # type: ignore[assignment]
     model.dfqvit_spec = record.spec  # type: ignore[assignment]
     return model.eval().requires_grad_(False)

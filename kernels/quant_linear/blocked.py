@@ -66,6 +66,24 @@ def block_weight(packed: torch.Tensor, in_features: int, w_bits: int) -> torch.T
     return result
 
 
+def weight_sums(packed: torch.Tensor, in_features: int, w_bits: int) -> torch.Tensor:
+    """The sums of a packed weight's rows of integers, which `quant_linear` takes as `w_sums`.
+
+    Args:
+        packed: uint8 [out_features, ceil(in_features / 8) * w_bits], from `pack_weight`.
+        in_features: K.
+        w_bits: 2 to 8.
+
+    Returns:
+        int32 [out_features].
+
+    Raises:
+        TypeError: packed is not uint8.
+        ValueError: its row length does not fit in_features and w_bits.
+    """
+    return unpack_weight(packed, w_bits, in_features).sum(1, dtype=torch.int32)
+
+
 def unblock_weight(blocked: torch.Tensor, in_features: int, w_bits: int) -> torch.Tensor:
     """The inverse of `block_weight`'s rearrangement.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ def quant_linear(
     out_zero: torch.Tensor | float | None = None,
     out_bits: int = 8,
     out_dtype: torch.dtype | None = None,
+    w_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A linear layer in integer arithmetic, with everything that follows it in one pass.
 
@@ -65,6 +67,8 @@ def quant_linear(
         out_scale: [N] or scalar, positive; None (default) for a float result.
         out_zero: [N] or scalar, whole numbers in [0, 2^out_bits - 1]; given if out_scale is.
         out_bits: 2 to 8.
+        w_sums: int32 [N] or None: the sums of the integers of each row of a packed weight, from `weight_sums`, so that GPUs
+            need not add them up in every call.
         out_dtype: of a float result; by default that of x, of residual if x is uint8, or else float32.
 
     Returns:
@@ -82,7 +86,7 @@ def quant_linear(
         checks.floating("x", x)
     if x.dim() < 1:
         raise ValueError("x had no dimensions; it must be [..., K]")
-    checks.same_device(x=x, weight=weight, bias=bias, acm=acm, residual=residual)
+    checks.same_device(x=x, weight=weight, bias=bias, acm=acm, residual=residual, w_sums=w_sums)
     x_scale, x_zero = checks.parameter("x_scale", x_scale, x), checks.parameter("x_zero", x_zero, x)
     w_scale = checks.parameter("w_scale", w_scale, x)
     for name, value in (("x_scale", x_scale), ("x_zero", x_zero)):
@@ -102,7 +106,9 @@ def quant_linear(
     out_dtype = _result_dtype(out_dtype, x, residual, out_scale is not None)
     scales = (x_scale.reshape(()), x_zero.reshape(()), w_scale.expand(out_features).contiguous())
     arguments = (x, weight, bias, acm, *scales, a_bits, w_bits, activation or "none")
-    rest = (residual, out_scale, out_zero, out_bits, out_dtype)
+    if w_sums is not None and (w_sums.dtype != torch.int32 or w_sums.shape != (out_features,)):
+        raise ValueError(f"w_sums was {w_sums.dtype} {tuple(w_sums.shape)}; it must be int32 [{out_features}]")
+    rest = (residual, out_scale, out_zero, out_bits, out_dtype, w_sums)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (*arguments[:7], residual)):
         return forward(*arguments, *rest)
     if out_scale is not None:
@@ -148,8 +154,9 @@ def _check_addends(
     if acm is not None:
         if acm.dim() != 2 or acm.shape[1] != out_features or acm.shape[0] == 0:
             raise ValueError(f"acm had shape {tuple(acm.shape)}; it must be [tokens, {out_features}]")
-        rows = x.shape[:-1].numel()
-        if rows % acm.shape[0]:
+        rows = math.prod(x.shape[:-1])
+        # While a program is traced the batch may be a symbol: then only what is known for every batch is asked.
+        if rows % acm.shape[0] if not checks.tracing() else x.dim() > 2 and x.shape[-2] % acm.shape[0]:
             raise ValueError(f"acm was for {acm.shape[0]} tokens; the {rows} rows of x are not a multiple of that")
     if residual is not None and residual.shape != (*x.shape[:-1], out_features):
         wanted = [*x.shape[:-1], out_features]
@@ -222,7 +229,7 @@ def _supports(
     for tensor in (x, weight, bias, acm, residual):
         if tensor is not None and tensor.dtype == torch.float64:
             return False, "float64 runs on the reference"
-    if rest[-1] == torch.float64:
+    if rest[3] == torch.float64:
         return False, "float64 runs on the reference"
     if x.shape[-1] * ((1 << a_bits) - 1) << (w_bits - 1) >= 1 << 31:
         return False, f"sums of {x.shape[-1]} products of {a_bits} and {w_bits} bits do not fit in int32"
@@ -285,7 +292,7 @@ def _fake_backward(
 
 forward = Operator(
     f"quant_linear({_ARGUMENTS}, Tensor? residual, Tensor? out_scale, Tensor? out_zero, int out_bits, "
-    "ScalarType out_dtype) -> Tensor",
+    "ScalarType out_dtype, Tensor? w_sums=None) -> Tensor",
     fake=_fake_forward,
     backends=[
         checking(compiled("quant_linear", "cuda", _supports_cuda)),
@@ -319,4 +326,4 @@ class _QuantLinear(torch.autograd.Function):
             grads = backward(grad, *ctx.saved_tensors, *ctx.constants, needed)
             results = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
         residual = grad.to(ctx.residual_dtype) if needs[10] else None
-        return (*results[:5], None, results[5], *(None,) * 3, residual, *(None,) * 4)
+        return (*results[:5], None, results[5], *(None,) * 3, residual, *(None,) * 5)

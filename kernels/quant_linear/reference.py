@@ -33,11 +33,12 @@ def quant_linear(
     out_zero: torch.Tensor | None = None,
     out_bits: int = 8,
     out_dtype: torch.dtype | None = None,
+    w_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula of `op.quant_linear`. The integers are summed in a float type wide enough to be exact, on every device.
 
-    `out_dtype` None means the dtype of x. Differentiable in everything but out_scale and out_zero, the scales in the LSQ
-    form (arXiv 1902.08153): through `x / x_scale` the rounding counts as the identity.
+    `out_dtype` None means the dtype of x; `w_sums` is not needed here. Differentiable in everything but out_scale and
+    out_zero, the scales in the LSQ form (arXiv 1902.08153): through `x / x_scale` the rounding counts as the identity.
     """
     dtype = x_scale.dtype
     integers = x.dtype == torch.uint8

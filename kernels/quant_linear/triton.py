@@ -154,6 +154,7 @@ def quant_linear(
     out_zero: torch.Tensor | None = None,
     out_bits: int = 8,
     out_dtype: torch.dtype | None = None,
+    w_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.quant_linear`; the weight is float or packed."""
     depth, count = x.shape[-1], w_scale.numel()
@@ -161,15 +162,18 @@ def quant_linear(
     out = x.new_empty((*x.shape[:-1], count), dtype=out_dtype or x.dtype)
     if out.numel() == 0:
         return out
+    sums = None if w_sums is None or weight.dtype != torch.uint8 else w_sums.contiguous()
     if weight.is_floating_point():
         weight, w_bits = round_nearest(weight.float(), w_scale, w_bits).view(torch.uint8), 8
-    weight, sums = weight.contiguous(), torch.empty(count, dtype=torch.int32, device=x.device)
+    weight = weight.contiguous()
     tile = tile_of(rows)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         x = _integers(x.contiguous(), x_scale, x_zero, a_bits)
-        _sums_kernel[(triton.cdiv(count, 16),)](
-            weight, sums, count, weight.shape[1], depth=depth, BITS=w_bits, OUTPUTS=16, DEPTH=128
-        )
+        if sums is None:
+            sums = torch.empty(count, dtype=torch.int32, device=x.device)
+            _sums_kernel[(triton.cdiv(count, 16),)](
+                weight, sums, count, weight.shape[1], depth=depth, BITS=w_bits, OUTPUTS=16, DEPTH=128
+            )
         programs = triton.cdiv(rows, tile.rows) * triton.cdiv(count, tile.outputs)
         _product_kernel[(programs,)](
             x, weight, sums, *(None if t is None else t.contiguous() for t in (bias, acm, residual)), out,

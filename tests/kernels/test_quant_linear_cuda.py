@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfqvit.kernels import pack_weight, quant_linear, use_backend
+from dfqvit.kernels import pack_weight, quant_linear, use_backend, weight_sums
 from dfqvit.kernels.quant_linear import op
 
 from .test_quant_linear_cpu import IDENTITY, around_ties, random_call
@@ -49,7 +49,7 @@ class Emulator:
 
     def linear(
         self, x, weight, bias=None, acm=None, *, x_scale, x_zero, w_scale, a_bits, w_bits, activation=None,
-        residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, shape="large", blocks=3,
+        residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, w_sums=None, shape="large", blocks=3,
     ):  # fmt: skip
         """quant_linear of x [rows, K] and a float or packed weight."""
         rows, depth = x.shape
@@ -68,7 +68,7 @@ class Emulator:
             b = self.rows(weight, w_scale, None, -half, half - 1)
         scale, offset = torch.full((outputs,), torch.nan), torch.full((outputs,), -12345, dtype=torch.int32)
         row_bytes = ctypes.c_int64(b.shape[1])
-        self("columns", b, row_bytes, bits, outputs, depth, x_scale, x_zero, w_scale, scale, offset)
+        self("columns", b, row_bytes, bits, outputs, depth, w_sums, x_scale, x_zero, w_scale, scale, offset)
         bias, acm = (None if t is None else t.float().contiguous() for t in (bias, acm))
         requantized = out_scale is not None
         if requantized:
@@ -111,6 +111,8 @@ def random_packed_call(rng, rows, outputs, depth):
     (x, weight, bias, acm), p = random_call(rng, rows, outputs, depth)
     if weight.dtype == torch.int32:
         weight = pack_weight(torch.randn(outputs, depth), p["w_scale"], p["w_bits"])
+    if weight.dtype == torch.uint8 and rng.random() < 0.5:
+        p["w_sums"] = weight_sums(weight, depth, p["w_bits"])
     return (x, weight, bias, acm), p
 
 

@@ -20,7 +20,15 @@ inline Type type_of(at::ScalarType type) {
   return type == at::kFloat ? Type::f32 : type == at::kBFloat16 ? Type::bf16 : type == at::kHalf ? Type::f16 : Type::u8;
 }
 
-// quant_linear without its input and residual; the arguments are the operator's.
+// The one float32 value of a scale or zero point; ValueError when it is not one.
+inline float scalar_of(const char* name, const at::Tensor& value) {
+  TORCH_CHECK_VALUE(value.numel() == 1 && value.scalar_type() == at::kFloat, name, " had ", value.numel(),
+                    " values of ", value.scalar_type(), "; it must be one float32");
+  return *value.const_data_ptr<float>();
+}
+
+// quant_linear without its input and residual; the arguments are the operator's. out_scale and out_zero may also have
+// fewer values than there are outputs, which share them evenly: q, k and v.
 struct LinearLayer {
   LinearLayer(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& acm,
               const at::Tensor& x_scale, const at::Tensor& x_zero, const at::Tensor& w_scale, int64_t in_features,
@@ -60,6 +68,8 @@ struct AttentionLayer {
 
   // What depends on the image: tokens of it, and channels of its result.
   Heads heads_of(int64_t image, int64_t channels) const;
+  // ValueError unless bias, mask and index fit images of so many tokens.
+  void check_tokens(int64_t image) const;
   // Attends in rows begin to end of one head of one window. `qkv`, `stride` bytes from row to row, and the result: of
   // the image, row 0; `end_of_qkv`: of the memory that may be read.
   void run(const AttentionKernels& kernels, const Heads& all, const Workspace& work, int64_t head, int64_t window,

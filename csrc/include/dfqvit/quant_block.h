@@ -1,22 +1,40 @@
-// A transformer block of the integer runtime in one call: the chain of operators of dfqvit/chain.py, with the same
-// kernels.
+// A transformer block of the integer runtime in one call, dfqvit::quant_block: seven operators, with the same kernels.
 //
 //     x -> LayerNorm + quantize -> qkv -> attention -> proj + x -> LayerNorm + quantize -> fc1 -> fc2 + residual
 //
 // What lies between the operators stays in the caches of the thread that computes it, and few threads wait for others.
 #pragma once
 
+#include <string>
+
 #include "dfqvit/layers.h"
 
 namespace dfqvit {
 namespace quant {
 
+// The operator's arguments but x, as kernels/quant_block/op.py describes them.
+struct BlockArguments {
+  std::vector<at::Tensor> norms;  // weight and bias of the first LayerNorm, then of the second
+  std::vector<double> eps;
+  std::vector<at::Tensor> weights;  // of qkv, proj, fc1, fc2; the same order below
+  std::vector<at::Tensor> biases;   // with no values for none
+  std::vector<at::Tensor> weight_scales;
+  std::vector<int64_t> w_bits;
+  std::vector<at::Tensor> scales, zeros;  // of what qkv takes, of q, k, v, of what proj, fc1, fc2 take
+  std::vector<int64_t> a_bits;
+  int64_t heads;
+  double attention_scale;
+  OptionalTensor position_bias, mask, index, acm;
+  std::string activation;
+};
+
 class Block {
  public:
-  Block(NormLayer norm1, LinearLayer qkv, AttentionLayer attention, LinearLayer proj, NormLayer norm2, LinearLayer fc1,
-        LinearLayer fc2);
+  // ValueError when lengths or shapes do not fit. `gather`: for many calls, see LinearLayer::gather_acm. What the block
+  // holds of the arguments stays alive with it; where it is float32 and contiguous it is not copied.
+  Block(const BlockArguments& arguments, bool gather);
 
-  // float32 [B, T, C], contiguous, to the same.
+  // float32 [B, T, C] to the same, contiguous.
   at::Tensor run(const at::Tensor& x) const;
 
  private:

@@ -64,17 +64,23 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// scale[n] = x_scale * w_scale[n] and offset[n] = x_zero * sum_k qw[n, k]. A warp takes an output.
+// scale[n] = x_scale * w_scale[n] and offset[n] = x_zero * sum_k qw[n, k]. A warp takes an output. `sums`, of the rows,
+// may be null: then they are added up here.
 static __global__ void __launch_bounds__(kRowThreads)
     columns_kernel(const uint8_t* __restrict__ weight, int64_t row_bytes, int bits, int outputs, int depth,
-                   const float* __restrict__ x_scale, const float* __restrict__ x_zero,
-                   const float* __restrict__ w_scale, float* __restrict__ scale, int32_t* __restrict__ offset) {
+                   const int32_t* __restrict__ sums, const float* __restrict__ x_scale,
+                   const float* __restrict__ x_zero, const float* __restrict__ w_scale, float* __restrict__ scale,
+                   int32_t* __restrict__ offset) {
   const int n = blockIdx.x * kRowsAtOnce + threadIdx.x / 32;
   if (n >= outputs) return;
   const uint8_t* row = weight + n * row_bytes;
   int32_t sum = 0;
-  for (int k = threadIdx.x % 32; k < depth; k += 32) sum += unpacked_at(row, k, bits);
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  if (sums) {
+    sum = sums[n];
+  } else {
+    for (int k = threadIdx.x % 32; k < depth; k += 32) sum += unpacked_at(row, k, bits);
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  }
   if (threadIdx.x % 32 == 0) {
     scale[n] = *x_scale * w_scale[n];
     offset[n] = static_cast<int32_t>(*x_zero) * sum;

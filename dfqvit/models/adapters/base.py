@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from ...errors import UsageError
@@ -99,21 +100,23 @@ class Adapter(abc.ABC):
         """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.
 
         Where only the residual sum lies between the block's last linear layer and its output, the correction rides in
-        that layer's epilogue; otherwise (LayerScale, quantizers in between) it is added to the block's output.
+        that layer's epilogue; otherwise (a norm, LayerScale or quantizers in between) it is added to the block's output.
         """
         block: Any = self.blocks()[index]
-        block.__dict__.pop("_chain", None)  # of the integer runtime: made with the correction there was
-        last = _last_linear(block)
-        plain = isinstance(getattr(block, "ls2", nn.Identity()), nn.Identity) and not hasattr(block, "output_quantizer")
-        if isinstance(last, QuantLinear) and plain:
+        last = self.last_linear(block)
+        if isinstance(last, QuantLinear) and not hasattr(block, "output_quantizer"):
             last.acm = acm
         else:
             correct_output(block, acm)
 
+    @abc.abstractmethod
+    def last_linear(self, block: Any) -> nn.Module | None:
+        """The layer whose result, added to the residual, is the block's output; None where a block is not known to have one."""
+
     def get_acm(self, index: int) -> torch.Tensor | None:
         """The correction of block `index`, if any."""
         block: Any = self.blocks()[index]
-        acm = getattr(_last_linear(block), "acm", None)
+        acm = getattr(self.last_linear(block), "acm", None)
         return acm if acm is not None else getattr(block, "acm", None)
 
     @contextlib.contextmanager
@@ -144,8 +147,9 @@ class Adapter(abc.ABC):
         setattr(self.model.get_submodule(parent), child, module)
 
 
-def _last_linear(block: Any) -> nn.Module | None:
-    return getattr(getattr(block, "mlp", None), "fc2", None)
+def last_of_mlp(mlp: nn.Module) -> nn.Module | None:
+    """The layer whose result is that of one of timm's MLPs, in eval; None for others."""
+    return mlp.fc2 if type(mlp) in (Mlp, GluMlp, SwiGLU) else None  # type: ignore[return-value]
 
 
 def heads_mean(output: torch.Tensor, heads: int, skip: int = 0) -> torch.Tensor:

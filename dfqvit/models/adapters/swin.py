@@ -17,7 +17,7 @@ from torch import nn
 from ...errors import UsageError
 from ...quantization.layers import AttentionOperands, quantize_output
 from ...quantization.quantizers import ActivationQuantizer
-from .base import Adapter, add_block_sites, heads_mean
+from .base import Adapter, add_block_sites, heads_mean, last_of_mlp
 from .constants import quantize_constant_
 
 
@@ -43,6 +43,10 @@ class SwinAdapter(Adapter):
     @functools.cached_property
     def _windows(self) -> dict[nn.Module, int]:
         return {block.attn: _windows_of(block) for block in self.blocks()}
+
+    def last_linear(self, block: Any) -> nn.Module | None:
+        """fc2 of timm's block."""
+        return last_of_mlp(block.mlp) if isinstance(block, SwinTransformerBlock) else None
 
     def add_psaq_sites(self, bits: int, quantizer: str) -> None:
         """Patch tokens, every block, patch merging, the last norm, the pooled features, logits."""

@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import UsageError
 from ...quantization.layers import AttentionOperands, quantize_output
 from ...quantization.quantizers import ActivationQuantizer
-from .base import Adapter, add_block_sites, heads_mean
+from .base import Adapter, add_block_sites, heads_mean, last_of_mlp
 from .constants import quantize_constant_
 
 
@@ -38,6 +38,10 @@ class VitAdapter(Adapter):
                 f"model has attention of class {type(attention).__name__}; synthesis needs timm's Attention"
             )
         return heads_mean(output, attention.num_heads, self.model.num_prefix_tokens), 1
+
+    def last_linear(self, block: Any) -> nn.Module | None:
+        """fc2 of timm's Block, if it has no LayerScale."""
+        return last_of_mlp(block.mlp) if isinstance(block, Block) and type(block.ls2) is nn.Identity else None
 
     def add_psaq_sites(self, bits: int, quantizer: str) -> None:
         """Patch tokens, tokens before and after the position embedding, every block, logits."""

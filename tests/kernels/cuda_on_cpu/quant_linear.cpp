@@ -58,10 +58,10 @@ void quantize_rows(int blocks, int type, const void* x, int rows, int columns, c
   }
 }
 
-void columns(const uint8_t* weight, int64_t row_bytes, int bits, int outputs, int depth, const float* x_scale,
-             const float* x_zero, const float* w_scale, float* scale, int32_t* offset) {
+void columns(const uint8_t* weight, int64_t row_bytes, int bits, int outputs, int depth, const int32_t* sums,
+             const float* x_scale, const float* x_zero, const float* w_scale, float* scale, int32_t* offset) {
   emulator::launch((outputs + kRowsAtOnce - 1) / kRowsAtOnce, kRowThreads, [&] {
-    columns_kernel(weight, row_bytes, bits, outputs, depth, x_scale, x_zero, w_scale, scale, offset);
+    columns_kernel(weight, row_bytes, bits, outputs, depth, sums, x_scale, x_zero, w_scale, scale, offset);
   });
 }
 

@@ -1,0 +1,76 @@
+"""What every quantized model is, whatever its family: the entry that images come through, and float32 inside."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from .precision import KeepsPrecision
+
+
+class QuantizedModel(KeepsPrecision):
+    """Mixed in before a timm model's class by `quantized`. The model stays timm's in all else.
+
+    It computes in float32 with float32 scales: images of other float dtypes are brought to float32, and what comes out is
+    brought back; `half()` and the like leave the model as it is. Images that cannot be normalised ones are refused.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Images [B, C, H, W], normalised, to logits [B, classes] of the images' dtype.
+
+        Raises:
+            UsageError: the images have an integer dtype, or not the channels that the model takes.
+        """
+        return _like(super().forward(self._admitted(x), *args, **kwargs), x)
+
+    def forward_features(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As timm's."""
+        return _like(super().forward_features(self._admitted(x), *args, **kwargs), x)  # type: ignore[misc]
+
+    def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As timm's; float32."""
+        return super().forward_intermediates(self._admitted(x), *args, **kwargs)  # type: ignore[misc]
+
+    def _admitted(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):
+            raise UsageError(f"images were a {type(x).__name__}; they must be a float tensor [B, C, H, W], normalised")
+        if not x.is_floating_point():
+            raise UsageError(
+                f"images had dtype {x.dtype}; they must be floats, normalised as the model expects "
+                "(model.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
+            )
+        channels = getattr(self, "in_chans", None)
+        if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
+            raise UsageError(f"images had shape {list(x.shape)}; they must be [B, {channels}, H, W]")
+        return x.float()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as timm's class and what is mixed into it, since the class itself is made at run time."""
+        *mixins, kind = type(self).__bases__
+        return _empty, (kind, tuple(mixins)), super().__reduce_ex__(protocol)[2]
+
+
+def quantized(model: nn.Module, *mixins: type) -> nn.Module:
+    """`model`, whose class is from now on also QuantizedModel (and `mixins`, before it); in place."""
+    *held, kind = type(model).__bases__ if isinstance(model, QuantizedModel) else (QuantizedModel, type(model))
+    model.__class__ = _class_of(kind, (*(mixin for mixin in mixins if mixin not in held), *held))
+    return model
+
+
+@functools.cache
+def _class_of(kind: type, mixins: tuple[type, ...]) -> type:
+    return type(kind.__name__, (*mixins, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _empty(kind: type, mixins: tuple[type, ...]) -> nn.Module:
+    cls: Any = _class_of(kind, mixins)
+    return cls.__new__(cls)
+
+
+def _like(found: Any, images: torch.Tensor) -> Any:
+    """`found` in the images' dtype, if it is a tensor."""
+    return found.to(images.dtype) if isinstance(found, torch.Tensor) else found

@@ -1,0 +1,115 @@
+"""What a quantized block is made of, recognised by the exact classes of its parts; and these as arguments of `quant_block`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, Mlp
+from torch import nn
+
+from ..quantization.layers import AttentionOperands, QuantLinear
+from ..quantization.quantizers import ActivationQuantizer
+
+NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # the same arithmetic on float32
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a pre-norm block with one attention and one two-layer MLP."""
+
+    norms: tuple[nn.LayerNorm, nn.LayerNorm]
+    linears: tuple[QuantLinear, QuantLinear, QuantLinear, QuantLinear]  # qkv, proj, fc1, fc2
+    operands: AttentionOperands
+    heads: int
+    scale: float
+    activation: str
+
+    @property
+    def sites(self) -> tuple[ActivationQuantizer, ...]:
+        """In the order of `quant_block`'s grids."""
+        qkv, proj, fc1, fc2 = self.linears
+        return (qkv.input, self.operands.q, self.operands.k, self.operands.v, proj.input, fc1.input, fc2.input)
+
+    def arguments(
+        self, bias: torch.Tensor | None = None, mask: torch.Tensor | None = None, index: torch.Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """The arguments of the operator `quant_block` after x, as its schema orders them."""
+        operands = [linear.operands() for linear in self.linears]
+        return (
+            [tensor for norm in self.norms for tensor in (norm.weight, norm.bias)],
+            [norm.eps for norm in self.norms],
+            [weight for weight, _, _ in operands],
+            [linear.weight_scale.new_empty(0) if linear.bias is None else linear.bias for linear in self.linears],
+            [linear.weight_scale for linear in self.linears],
+            [linear.w_bits for linear in self.linears],
+            [site.scale for site in self.sites],
+            [site.zero_point for site in self.sites],
+            [site.bits for site in self.sites],
+            self.heads,
+            self.scale,
+            bias,
+            mask,
+            index,
+            operands[-1][1],
+            self.activation,
+        )
+
+    def values(self) -> Iterator[torch.Tensor]:
+        """The small tensors among the arguments: all but the packed weights."""
+        for norm in self.norms:
+            yield from (norm.weight, norm.bias)
+        for linear in self.linears:
+            yield from (tensor for tensor in (linear.bias, linear.weight_scale, linear.acm) if tensor is not None)
+        for site in self.sites:
+            yield from (site.scale, site.zero_point)
+
+
+def parts_of(block: Any) -> Parts | str:
+    """The parts of a block whose own class and attention are known, or why it cannot run in integers.
+
+    Every part is asked what it is, by exact class: a part that is not known could compute anything.
+    """
+    attention, mlp = block.attn, block.mlp
+    if not isinstance(getattr(attention, "operands", None), AttentionOperands):
+        return "its attention is not quantized (placement 'psaq', or an attention of another kind)"
+    if type(mlp) is not Mlp:
+        return f"its MLP is a {type(mlp).__name__}"
+    linears = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+    if not all(type(layer) is QuantLinear and layer.frozen for layer in linears):
+        return "its linear layers are not all quantized"
+    if linears[0].acm is not None or linears[1].acm is not None or linears[2].acm is not None:
+        return "a layer before the last has a correction"
+    norms = (block.norm1, block.norm2)
+    for norm in norms:
+        if type(norm) not in NORMS or norm.weight is None or norm.bias is None:
+            return f"a norm is a {type(norm).__name__}, not a LayerNorm with weight and bias"
+        if norm.weight.dtype != torch.float32 or norm.bias.dtype != torch.float32:
+            return f"a norm holds {norm.weight.dtype}, not float32"
+    for parent, name in ((attention, "q_norm"), (attention, "k_norm"), (attention, "norm"), (mlp, "norm")):
+        if type(getattr(parent, name, _NOTHING)) is not nn.Identity:
+            return f"it has a {name}"
+    for name in ("ls1", "ls2"):
+        if type(getattr(block, name, _NOTHING)) is not nn.Identity:
+            return f"it has a {name}"
+    if getattr(attention, "gate", None) is not None:
+        return "its attention has a gate"
+    activation = activation_of(mlp.act)
+    if activation is None:
+        return f"its activation is {type(mlp.act).__name__}"
+    for module in block.modules():
+        if module is not block and "forward" in vars(module):
+            return f"the forward of a {type(module).__name__} was replaced"
+    return Parts(norms, linears, attention.operands, attention.num_heads, float(attention.scale), activation)
+
+
+_NOTHING = nn.Identity()
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The name of an activation for `quant_linear`, or None."""
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return {GELU: "gelu", GELUTanh: "gelu_tanh", nn.Identity: "none"}.get(type(module))

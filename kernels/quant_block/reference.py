@@ -1,0 +1,68 @@
+"""`quant_block` as seven calls of its operators, each on the backend that serves it: the reference's, or Triton's and CUDA's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..layer_norm_quantize.op import forward as layer_norm_quantize
+from ..quant_attention.op import forward as quant_attention
+from ..quant_linear.op import forward as quant_linear
+
+
+def quant_block(
+    x: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    eps: Sequence[float],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    weight_scales: Sequence[torch.Tensor],
+    w_bits: Sequence[int],
+    scales: Sequence[torch.Tensor],
+    zeros: Sequence[torch.Tensor],
+    a_bits: Sequence[int],
+    heads: int,
+    attention_scale: float,
+    position_bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    index: torch.Tensor | None,
+    acm: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """The formula of `op.quant_block`; a bias of no values is none."""
+
+    def norm(place: int, grid: int, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = norms[2 * place : 2 * place + 2]
+        return layer_norm_quantize.resolved(x, weight, bias, eps[place], scales[grid], zeros[grid], a_bits[grid])
+
+    def linear(
+        place: int,
+        grid: int,
+        x: torch.Tensor,
+        out: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+        residual: torch.Tensor | None = None,
+        acm: torch.Tensor | None = None,
+        activation: str = "none",
+    ) -> torch.Tensor:
+        share = weight_scales[place].numel() // (1 if out is None else out[0].numel())
+        tail: tuple[Any, ...] = (None, None, 8, torch.float32)
+        if out is not None:
+            tail = (
+                out[0].reshape(-1).repeat_interleave(share),
+                out[1].reshape(-1).repeat_interleave(share),
+                out[2],
+                torch.uint8,
+            )
+        head = (x, weights[place], biases[place] if biases[place].numel() else None, acm, scales[grid], zeros[grid], weight_scales[place])
+        return quant_linear.resolved(*head, a_bits[grid], w_bits[place], activation, residual, *tail)
+
+    in_scale, in_zero = torch.stack(list(scales[1:4])), torch.stack(list(zeros[1:4]))
+    qkv = linear(0, 0, norm(0, 0, x), (in_scale, in_zero, a_bits[1]))
+    attended = quant_attention.resolved(
+        qkv, heads, in_scale, in_zero, attention_scale, position_bias, mask, index, scales[4], zeros[4], a_bits[4]
+    )
+    x = linear(1, 4, attended, residual=x)
+    hidden = linear(2, 5, norm(1, 5, x), (scales[6], zeros[6], a_bits[6]), activation=activation)
+    return linear(3, 6, hidden, residual=x, acm=acm)
