@@ -42,7 +42,7 @@ const Definition kDefinitions[] = {
     {"quant_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? acm, Tensor x_scale, Tensor x_zero, Tensor w_scale, "
      "int "
      "a_bits, int w_bits, str activation, Tensor? residual, Tensor? out_scale, Tensor? out_zero, int out_bits, "
-     "ScalarType "
+     "str "
      "out_dtype, Tensor? w_sums=None) -> Tensor",
      true, true},
     {"quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "

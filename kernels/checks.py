@@ -23,7 +23,7 @@ def finite(name: str, tensor: torch.Tensor) -> None:
     Costs a pass over the tensor, and on a GPU a synchronisation: so it is on for CPU tensors and off for others.
     DFQVIT_CHECK_FINITE=1 turns it on everywhere, =0 off everywhere. Never runs while torch.compile traces.
     """
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+    if tracing() or type(tensor) is not torch.Tensor:
         return
     wanted = os.environ.get("DFQVIT_CHECK_FINITE", "1" if tensor.device.type == "cpu" else "0")
     if wanted != "1":
@@ -36,8 +36,8 @@ def finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def tracing() -> bool:
-    """Whether torch.compile or torch.export is looking on: sizes may then be symbols, and values cannot be read."""
-    return torch.compiler.is_compiling()
+    """Whether torch.compile, export or trace is looking on: sizes may then be symbols, and values must not be read."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def bits(name: str, value: int) -> None:
@@ -72,7 +72,7 @@ def parameter(name: str, value: torch.Tensor | float, like: torch.Tensor) -> tor
 
 def readable(tensor: torch.Tensor) -> bool:
     """Whether its values can be looked at without waiting for a device or breaking a trace."""
-    return not torch.compiler.is_compiling() and type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    return not tracing() and type(tensor) is torch.Tensor and tensor.device.type == "cpu"
 
 
 def positive(name: str, tensor: torch.Tensor) -> None:

@@ -18,6 +18,7 @@
 
 #include "dfqvit/layers.h"
 #include "dfqvit/thread_memory.h"
+#include "dfqvit/torch_dispatch.h"
 
 namespace dfqvit {
 namespace quant {
@@ -109,9 +110,10 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
                         const OptionalTensor& acm, const at::Tensor& x_scale, const at::Tensor& x_zero,
                         const at::Tensor& w_scale, int64_t a_bits, int64_t w_bits, c10::string_view activation,
                         const OptionalTensor& residual, const OptionalTensor& out_scale, const OptionalTensor& out_zero,
-                        int64_t out_bits, at::ScalarType out_dtype,
+                        int64_t out_bits, c10::string_view out_type,
                         const OptionalTensor&) {  // the blocked weight has its sums in it
   const int64_t columns = x.size(-1);
+  const at::ScalarType out_dtype = dtype_named(out_type);
   const LinearLayer layer(weight, bias, acm, x_scale, x_zero, w_scale, columns, a_bits, w_bits, activation, out_scale,
                           out_zero, out_bits, out_dtype);
   int64_t rows = 1;

@@ -133,8 +133,8 @@ bool by_wgmma(const at::Tensor& x, bool filled) {
 at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const Optional& acm,
                         const at::Tensor& x_scale, const at::Tensor& x_zero, const at::Tensor& w_scale, int64_t a_bits,
                         int64_t w_bits, c10::string_view activation, const Optional& residual,
-                        const Optional& out_scale, const Optional& out_zero, int64_t out_bits, at::ScalarType out_dtype,
-                        const Optional& w_sums) {
+                        const Optional& out_scale, const Optional& out_zero, int64_t out_bits,
+                        c10::string_view out_type, const Optional& w_sums) {
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const int64_t columns = x.size(-1), outputs = w_scale.numel();
@@ -142,6 +142,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = outputs;
+  const at::ScalarType out_dtype = dtype_named(out_type);
   at::Tensor result = at::empty(shape, x.options().dtype(out_dtype));
   if (result.numel() == 0) return result;
   TORCH_CHECK(std::max({rows, columns, outputs}) <= std::numeric_limits<int32_t>::max() - Large::kM,

@@ -47,15 +47,23 @@ def quant_block(
         activation: str = "none",
     ) -> torch.Tensor:
         share = weight_scales[place].numel() // (1 if out is None else out[0].numel())
-        tail: tuple[Any, ...] = (None, None, 8, torch.float32)
+        tail: tuple[Any, ...] = (None, None, 8, "float32")
         if out is not None:
             tail = (
                 out[0].reshape(-1).repeat_interleave(share),
                 out[1].reshape(-1).repeat_interleave(share),
                 out[2],
-                torch.uint8,
+                "uint8",
             )
-        head = (x, weights[place], biases[place] if biases[place].numel() else None, acm, scales[grid], zeros[grid], weight_scales[place])
+        head = (
+            x,
+            weights[place],
+            biases[place] if biases[place].numel() else None,
+            acm,
+            scales[grid],
+            zeros[grid],
+            weight_scales[place],
+        )
         return quant_linear.resolved(*head, a_bits[grid], w_bits[place], activation, residual, *tail)
 
     in_scale, in_zero = torch.stack(list(scales[1:4])), torch.stack(list(zeros[1:4]))

@@ -108,7 +108,7 @@ def quant_linear(
     arguments = (x, weight, bias, acm, *scales, a_bits, w_bits, activation or "none")
     if w_sums is not None and (w_sums.dtype != torch.int32 or w_sums.shape != (out_features,)):
         raise ValueError(f"w_sums was {w_sums.dtype} {tuple(w_sums.shape)}; it must be int32 [{out_features}]")
-    rest = (residual, out_scale, out_zero, out_bits, out_dtype, w_sums)
+    rest = (residual, out_scale, out_zero, out_bits, _name(out_dtype), w_sums)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (*arguments[:7], residual)):
         return forward(*arguments, *rest)
     if out_scale is not None:
@@ -202,6 +202,23 @@ def _check_values(x: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> Non
         checks.whole("x", x, (1 << a_bits) - 1)
 
 
+def _name(dtype: torch.dtype) -> str:
+    """The operator takes a dtype by its name, "float32": AOTInductor 2.11 hands ScalarType arguments over as another type."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _with_dtype(backend: Backend) -> Backend:
+    """`backend` in Python, which takes the dtype itself."""
+
+    def run(*args: Any) -> torch.Tensor:
+        return backend.run(*args[:_OUT_DTYPE], getattr(torch, args[_OUT_DTYPE]), *args[_OUT_DTYPE + 1 :])
+
+    return dataclasses.replace(backend, run=run)
+
+
+_OUT_DTYPE = 14  # its place among the arguments
+
+
 def checking(backend: Backend) -> Backend:
     """`backend`, with the values of its arguments checked before it runs. The cpu backend checks them as it reads them."""
 
@@ -229,7 +246,7 @@ def _supports(
     for tensor in (x, weight, bias, acm, residual):
         if tensor is not None and tensor.dtype == torch.float64:
             return False, "float64 runs on the reference"
-    if rest[3] == torch.float64:
+    if rest[3] == "float64":
         return False, "float64 runs on the reference"
     if x.shape[-1] * ((1 << a_bits) - 1) << (w_bits - 1) >= 1 << 31:
         return False, f"sums of {x.shape[-1]} products of {a_bits} and {w_bits} bits do not fit in int32"
@@ -264,7 +281,7 @@ _ARGUMENTS = (
 
 def _fake_forward(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     w_scale, out_dtype = arguments[5], arguments[13]
-    return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+    return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=getattr(torch, out_dtype))
 
 
 def _fake_backward(
@@ -292,13 +309,13 @@ def _fake_backward(
 
 forward = Operator(
     f"quant_linear({_ARGUMENTS}, Tensor? residual, Tensor? out_scale, Tensor? out_zero, int out_bits, "
-    "ScalarType out_dtype, Tensor? w_sums=None) -> Tensor",
+    "str out_dtype, Tensor? w_sums=None) -> Tensor",
     fake=_fake_forward,
     backends=[
         checking(compiled("quant_linear", "cuda", _supports_cuda)),
-        checking(in_triton("quant_linear", __package__, _supports_triton)),
+        checking(_with_dtype(in_triton("quant_linear", __package__, _supports_triton))),
         compiled("quant_linear", "cpu", _supports),
-        checking(Backend("reference", reference.quant_linear, anything)),
+        checking(_with_dtype(Backend("reference", reference.quant_linear, anything))),
     ],
 )
 

@@ -257,7 +257,7 @@ def test_opcheck(seed, device):
     residual = torch.randn(2, 3, 5, device=device)
     for rest in (
         (None, None, None, 8, torch.float32),
-        (residual, scales[2].abs(), torch.full((5,), 3.0, device=device), 6, torch.uint8),
+        (residual, scales[2].abs(), torch.full((5,), 3.0, device=device), 6, "uint8"),
     ):
         torch.library.opcheck(torch.ops.dfqvit.quant_linear, (*arguments, *rest))
     backward = (torch.randn(2, 3, 5, device=device), *arguments, [True, False, True, True, True, True])

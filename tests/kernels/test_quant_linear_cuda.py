@@ -238,7 +238,7 @@ def arguments_on_meta(**change):
         "out_scale": None,
         "out_zero": None,
         "out_bits": 8,
-        "out_dtype": torch.float32,
+        "out_dtype": "float32",
     }
     return list((named | change).values())
 
@@ -250,7 +250,7 @@ def arguments_on_meta(**change):
         ({"weight": torch.empty(1, 144, dtype=torch.int32, device="meta")}, "weight was blocked for CPUs"),
         ({"x": torch.empty(1 << 31, 8, device="meta")}, "the CUDA kernel counts rows and columns up to 2147483392"),
         ({"x": torch.empty(4, 8, dtype=torch.float64, device="meta")}, "float64 runs on the reference"),
-        ({"out_dtype": torch.float64}, "float64 runs on the reference"),
+        ({"out_dtype": "float64"}, "float64 runs on the reference"),
         ({"x": torch.empty(1, 65794, device="meta")}, "sums of 65794 products of 8 and 8 bits do not fit in int32"),
     ],
 )
