@@ -1,5 +1,5 @@
 """From a float model and images to a quantized one: observe, allocate bits, round, reconstruct, correct (ACM), measure."""
 
-from .observe import BATCH, calibrate, convert, crops, freeze, observe
+from .observation import BATCH, calibrate, convert, crops, freeze, observe
 
 __all__ = ["BATCH", "calibrate", "convert", "crops", "freeze", "observe"]

@@ -22,7 +22,7 @@ from ..errors import UsageError
 from ..kernels.pack_weight import packed_row_bytes
 from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
-from .observe import BATCH, convert, freeze, observe
+from .observation import BATCH, convert, freeze, observe
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 _RECORD_BYTES = 4096  # what the record in the file's header takes at most, but for its layer_bits

@@ -20,7 +20,7 @@ from torch import nn
 from ..models.adapters import find_adapter
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
-from .observe import crops
+from .observation import crops
 
 BATCH = 16
 RATE = 0.02  # of u, in steps of the quantizer

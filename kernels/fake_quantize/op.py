@@ -93,11 +93,16 @@ backward = Operator(
 
 
 class _FakeQuantize(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *parameters: Any) -> torch.Tensor:
-        ctx.save_for_backward(x, *parameters[:2])
-        ctx.constants = parameters[2:]
-        return forward(x, *parameters)
+    def forward(*inputs: Any) -> torch.Tensor:
+        return forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.constants = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -327,12 +327,17 @@ backward = Operator(
 
 
 class _QuantLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+    def forward(*inputs: Any) -> torch.Tensor:
+        return forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[:7])
         ctx.constants = inputs[7:10]
         ctx.residual_dtype = None if inputs[10] is None else inputs[10].dtype
-        return forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -28,7 +28,7 @@ def models(request):
 @pytest.fixture(autouse=True)
 def few_crops(monkeypatch):
     """Quick: 3 crops of an image in place of 12."""
-    monkeypatch.setattr("dfqvit.calibration.observe.VIEWS", 48)
+    monkeypatch.setattr("dfqvit.calibration.observation.VIEWS", 48)
 
 
 def integers_of(qmodel):

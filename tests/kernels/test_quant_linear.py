@@ -256,7 +256,7 @@ def test_opcheck(seed, device):
     arguments = (*tensors, *scales, 8, 4, "gelu")
     residual = torch.randn(2, 3, 5, device=device)
     for rest in (
-        (None, None, None, 8, torch.float32),
+        (None, None, None, 8, "float32"),
         (residual, scales[2].abs(), torch.full((5,), 3.0, device=device), 6, "uint8"),
     ):
         torch.library.opcheck(torch.ops.dfqvit.quant_linear, (*arguments, *rest))

@@ -273,7 +273,7 @@ def test_operator_contract_on_this_backend(seed):
     arguments = (x, weight, torch.randn(5), torch.randn(3, 5), *scales, 8, 4, "gelu")
     requantized = (torch.randn(2, 3, 5), torch.full((5,), 0.1), torch.full((5,), 3.0), 6, "uint8")
     with use_backend("cpu", "quant_linear"):
-        for rest in ((None, None, None, 8, torch.bfloat16), requantized):
+        for rest in ((None, None, None, 8, "bfloat16"), requantized):
             torch.library.opcheck(
                 torch.ops.dfqvit.quant_linear,
                 (*arguments, *rest),

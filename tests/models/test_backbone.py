@@ -102,7 +102,7 @@ def test_without_the_classifier_or_the_last_stages(pair):
 def test_blocks_really_run_in_integers(pair):
     _, loaded, _ = pair
     kinds = {type(block).__name__ for block in loaded.modules() if "Block" in type(block).__name__}
-    assert kinds <= {"IntegerBlock", "IntegerSwinBlock"}
+    assert kinds <= {"IntegerVitBlock", "IntegerSwinBlock"}
     assert kinds
 
 

@@ -11,11 +11,13 @@ import torch
 
 from dfqvit.calibration import calibrate, convert
 from dfqvit.calibration.correction import add_corrections
+from dfqvit.kernels import extension, use_backend
 from dfqvit.models.adapters import find_adapter
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 
 from ..conftest import small_swin, small_vit
+from ..conftest import threads as set_threads
 
 
 def quantized(model, w_bits=8, acm="none"):
@@ -137,38 +139,33 @@ def test_a_failed_call_leaves_the_model_usable(model):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_block_in_one_call_gives_the_same_bits(model, threads):
-    """Whether threads take images or share rows: the chain of operators, called one by one, is the oracle."""
-    qmodel, images = quantized(model, 4, acm="sequential")
+def test_a_prepared_block_gives_the_bits_of_the_operator(model, threads):
+    """Whether threads take images or share rows, prepared once or made for the call."""
+    qmodel, _images = quantized(model, 4, acm="sequential")
     accelerate(qmodel)
-    qmodel(images)
     blocks = find_adapter(qmodel).blocks()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    if extension.load()[0] is None:
+        pytest.skip("dfqvit._C is not built")
+    with set_threads(threads):
         for block in (blocks[0], blocks[-1]):
-            chain = block.__dict__["_chain"][1]
-            whole = chain.whole
-            if whole is None:
-                pytest.skip("dfqvit._C is not built")
             side = getattr(block, "input_resolution", None)
-            tokens = side[0] * side[1] if side else 16 + model.num_prefix_tokens
+            shape = side if side else (16 + model.num_prefix_tokens,)
             for batch in (0, 1, 3, 9):
-                x = torch.randn(batch, tokens, block.norm1.weight.numel())
-                chain.whole = None
-                expected = chain(x)
-                assert torch.equal(whole(x), expected)
-    finally:
-        torch.set_num_threads(before)
+                x = torch.randn(batch, *shape, block.norm1.weight.numel())
+                with use_backend("reference", "quant_block"):
+                    expected = block(x)
+                assert torch.equal(block(x), expected)
+                assert torch.equal(block(x), expected)
 
 
 def test_a_block_refuses_what_it_was_not_made_for(model):
-    qmodel, images = quantized(model)
+    qmodel, images = quantized(model, acm="sequential")
     accelerate(qmodel)
     qmodel(images)
-    chain = find_adapter(qmodel).blocks()[0].__dict__["_chain"][1]
-    if chain.whole is None:
-        pytest.skip("dfqvit._C is not built")
-    channels = chain.norm1.arguments[0].numel()
-    with pytest.raises(ValueError, match=rf"it must be float32 \[B, T, {channels}\]"):
-        chain.whole(torch.randn(2, 4, channels + 1))
+    block = find_adapter(qmodel).blocks()[-1]
+    channels = block.norm1.weight.numel()
+    with pytest.raises((ValueError, RuntimeError)):
+        block(torch.randn(2, 4, channels + 1))
+    if not hasattr(block, "input_resolution"):
+        with pytest.raises(ValueError, match="acm was made for"):
+            block(torch.randn(2, 4, channels))

@@ -1,0 +1,143 @@
+"""`quant_block`: seven operators called one by one are the oracle of the compiled call; and its contract as an operator."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dfqvit.kernels import block_weight, extension, pack_weight, quant_block, use_backend
+from dfqvit.kernels.quant_block.op import forward
+
+
+def parameter(low, high):
+    return torch.tensor(random.uniform(low, high))
+
+
+def sample(rng, batch, tokens, heads, depth, hidden, *, w_bits=4, a_bits=8, windows=0, acm=False, blocked=True):
+    """Random arguments of `quant_block` by name, x apart; `windows` divides tokens, or 0 for whole images."""
+    inner, channels = heads * depth, heads * depth + rng.choice([0, 5])
+    shapes = ((3 * inner, channels), (channels, inner), (hidden, channels), (channels, hidden))
+    weights, scales = [], []
+    for outputs, inputs in shapes:
+        scale = (torch.rand(outputs) + 0.5) * 4 / inputs**0.5 / (1 << w_bits)
+        packed = pack_weight(torch.randn(outputs, inputs) / inputs**0.5, scale, w_bits)
+        weights.append(block_weight(packed, inputs, w_bits) if blocked else packed)
+        scales.append(scale)
+    steps = (1 << a_bits) - 1
+    index = mask = bias = None
+    if windows:
+        index = torch.randperm(tokens).view(windows, -1).int()
+        mask = torch.where(torch.rand(windows, tokens // windows, tokens // windows) < 0.2, -100.0, 0.0)
+        bias = torch.randn(heads, tokens // windows, tokens // windows)
+    named = {
+        "norms": [1 + torch.randn(channels) * 0.2, torch.randn(channels) * 0.2] * 2,
+        "eps": [1e-6, 1e-5],
+        "weights": weights,
+        "biases": [torch.randn(len(scale)) * 0.1 if rng.random() < 0.8 else None for scale in scales],
+        "weight_scales": scales,
+        "w_bits": [w_bits] * 4,
+        "scales": [torch.tensor(6.0 / steps * (0.8 + 0.4 * rng.random())) for _ in range(7)],
+        "zeros": [torch.tensor(float(steps // 2))] * 6 + [torch.tensor(float(steps // 20))],
+        "a_bits": [a_bits] * 7,
+        "heads": heads,
+        "attention_scale": depth**-0.5,
+        "position_bias": bias,
+        "mask": mask,
+        "index": index,
+        "acm": torch.randn(tokens, channels).half() if acm else None,
+        "activation": rng.choice([None, "gelu", "gelu_tanh"]),
+    }
+    return torch.randn(batch, tokens, channels), named
+
+
+compiled = pytest.mark.skipif(extension.load()[0] is None, reason="dfqvit._C is not built")
+
+
+@compiled
+@pytest.mark.parametrize("w_bits", [8, 4, 3])
+def test_one_call_gives_the_bits_of_seven(seed, isa, w_bits):
+    rng = random.Random(seed)
+    for _ in range(6):
+        windows = rng.choice([0, 0, 2, 3])
+        tokens = (windows or 1) * rng.randint(1, 30)
+        x, named = sample(
+            rng, rng.randint(1, 5), tokens, rng.randint(1, 3), rng.randint(1, 40), rng.randint(1, 100),
+            w_bits=w_bits, a_bits=rng.randint(4, 8), windows=windows, acm=rng.random() < 0.5, blocked=rng.random() < 0.7,
+        )  # fmt: skip
+        found = quant_block(x, **named)
+        with use_backend("reference", "quant_block"):  # its operators run on the CPU still
+            expected = quant_block(x, **named)
+        assert torch.equal(found, expected)
+
+
+@compiled
+def test_close_to_the_float_reference(seed):
+    rng = random.Random(seed)
+    x, named = sample(rng, 3, 24, 2, 16, 64, w_bits=8, windows=2, acm=True)
+    with use_backend("reference"):
+        expected = quant_block(x, **named)
+    assert float((quant_block(x, **named) - expected).abs().mean()) < 0.01 * float(expected.std())
+
+
+def test_opcheck(seed):
+    x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, windows=2, acm=True, blocked=False)
+    captured = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.dfqvit.quant_block.default:
+                captured.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        quant_block(x, **named)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.dfqvit.quant_block, captured[0], test_utils=tests)
+
+
+def test_empty_batch_and_strided_input(seed):
+    x, named = sample(random.Random(seed), 4, 10, 2, 8, 20)
+    assert quant_block(x[:0], **named).shape == x[:0].shape
+    assert torch.equal(quant_block(x[::2], **named), quant_block(x[::2].clone(), **named))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 6, 8, dtype=torch.float64)}, "x was torch.float64; it must be float32"),
+        ({"x": torch.zeros(2, 6, 7)}, r"x had shape \(2, 6, 7\); it must be \[B, T, 8\]"),
+        ({"norms": []}, "norms had 0 entries; a block has 4"),
+        ({"a_bits": [8, 8, 7, 8, 8, 8, 8]}, r"a_bits was \[8, 7, 8\] for q, k and v; they must be the same"),
+        ({"w_bits": [4, 4, 4, 9]}, "bits was 9; it may be a whole number from 2 to 8"),
+        ({"heads": 3}, "heads was 3; the 8 channels of q must be a multiple of it"),
+        ({"acm": torch.zeros(5, 8)}, r"acm had shape \(5, 8\); it must be \[6, 8\]"),
+        ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu' or 'gelu_tanh'"),
+        ({"biases": [torch.zeros(7), None, None, None]}, r"bias of qkv had shape \(7,\); it must be \[24\]"),
+        ({"scales": [torch.ones(2)] * 7}, "scales of qkv input was"),
+        ({"x": torch.zeros(2, 6, 8, requires_grad=True)}, "a gradient is wanted of quant_block"),
+    ],
+)
+def test_bad_input(change, message):
+    rng = random.Random(0)
+    while True:
+        x, named = sample(rng, 2, 6, 2, 4, 12)
+        if x.shape[-1] == 8:
+            break
+    with pytest.raises((TypeError, ValueError), match=message):
+        quant_block(**{"x": x, **named, **change})
+
+
+@compiled
+@pytest.mark.parametrize("name", ["weights", "weight_scales", "norms", "zeros", "index", "mask", "position_bias"])
+def test_the_operator_itself_checks_what_it_reads(seed, name):
+    """As a C++ program calls it, without the checks in Python: too little memory is refused, not read beyond."""
+    x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, windows=2)
+    named["biases"] = [torch.zeros(len(scale)) for scale in named["weight_scales"]]
+    named["activation"] = "none"
+    short = [value[:1] if value.dim() else value for value in named[name]] if isinstance(named[name], list) else None
+    change = {"zeros": named["zeros"][:6], "index": named["index"] + 1}.get(name, short or named[name][:1])
+    names = [argument.name for argument in torch.ops.dfqvit.quant_block.default._schema.arguments[1:]]
+    with use_backend("cpu"), pytest.raises((ValueError, TypeError, RuntimeError)):
+        forward(x, *({**named, name: change}[key] for key in names))
