@@ -1,7 +1,13 @@
-"""All that knows timm: names, checkpoints, preprocessing (`loading`), the families (`adapters`), the embedded models (`demo`)."""
+"""All that knows timm: names (`loading`), weights (`checkpoint`), structures (`spec`), `preprocessing`, the families (`adapters`).
+
+Beside them the embedded models (`demo`).
+"""
 
 from .adapters import Adapter, Features, find_adapter
-from .loading import FAMILIES, ModelSpec, Preprocessing, check_finite, load_model, read_checkpoint
+from .checkpoint import read_checkpoint
+from .loading import FAMILIES, check_finite, load_model
+from .preprocessing import Preprocessing
+from .spec import ModelSpec
 
 __all__ = [
     "FAMILIES",
