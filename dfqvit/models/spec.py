@@ -20,7 +20,7 @@ from ..errors import UsageError
 from .preprocessing import image_size
 
 # Settings that change no output in eval mode.
-_INERT = ("training", "fused_attn", "grad_checkpointing", "distilled_training", "inplace", "num_classes")
+INERT = ("training", "fused_attn", "grad_checkpointing", "distilled_training", "inplace", "num_classes")
 _ABSENT_IN_EVAL = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
 _PLACE = ("device", "dtype")  # keywords of create_model that say where, not what
 _CALLABLE, _PARTIAL = "callable", "partial"  # how a function or class among the keywords stands in JSON
@@ -159,7 +159,7 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
         if "forward" in vars(module) and "forward" not in vars(twin):
             return f"'{name}' has a forward of its own here"
         for key, value in vars(twin).items():
-            if key not in _INERT and not key.startswith("_") and "drop" not in key and _is_plain(value):
+            if key not in INERT and not key.startswith("_") and "drop" not in key and _is_plain(value):
                 found = getattr(module, key, None)
                 if found != value:
                     return f"'{name}.{key}' is {found!r} here and {value!r} there"
