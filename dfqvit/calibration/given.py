@@ -49,7 +49,9 @@ def given_images(calib: Any, preprocessing: Preprocessing) -> torch.Tensor:
         )
     calib = calib.detach().float()
     if not bool(torch.isfinite(calib).all()):
-        raise UsageError("calib held NaN or Inf; it must be a float tensor of finite values, normalised as the model expects")
+        raise UsageError(
+            "calib held NaN or Inf; it must be a float tensor of finite values, normalised as the model expects"
+        )
     refusal, doubt = judge(calib, preprocessing)
     if refusal:
         raise UsageError(f"calib {refusal}: {how}")
@@ -104,7 +106,9 @@ def _stacked(images: Sequence[Any], preprocessing: Preprocessing, wanted: str) -
             parts[index] = part[0]
     if len({(tuple(part.shape), part.dtype, part.device) for part in parts}) > 1:
         shapes = sorted({str(tuple(part.shape)) for part in parts})
-        raise UsageError(f"calib was a list of images of several shapes or dtypes ({', '.join(shapes)}); it must be {wanted}")
+        raise UsageError(
+            f"calib was a list of images of several shapes or dtypes ({', '.join(shapes)}); it must be {wanted}"
+        )
     return torch.stack(parts)
 
 

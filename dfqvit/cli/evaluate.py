@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from ..api import QuantizationRecord
 from ..distributed import rank, world
+from ..errors import UsageError
 from ..evaluation import evaluate
 from ..evaluation.data import batches, open_images
+from ..models.spec import class_count
 from ..storage import load
 from .options import adjusted, common, emit, open_float, pick_device
 
@@ -37,7 +39,11 @@ def command(**options: Any) -> None:
     model = load(options["file"], device)
     record: QuantizationRecord = model.dfqvit_record  # type: ignore[assignment]
     preprocessing = adjusted(record.preprocessing, options["mean"], options["std"], options["interpolation"])
-    images = open_images(options["data"], preprocessing, options["classes"], options["unreadable"])
+    classes = class_count(model)
+    if not classes:
+        raise UsageError(f"FILE was '{options['file']}', whose model has no classifier; evaluate measures classes")
+    images = open_images(options["data"], preprocessing, options["classes"], options["unreadable"], num_classes=classes)
+    assumed = images.assumed
     against = None
     if options["against"] is not None:
         against = open_float(record, options["against"], options["checkpoint"], device)
@@ -55,6 +61,7 @@ def command(**options: Any) -> None:
         f"{result.overall_images_per_second:.1f} in all; {result.waiting:.0f} % of the time waiting for images "
         f"({loader.workers} workers)"
     )
+    text += f"\nclasses: {assumed}"
     if against is not None:
         text += f"\nagreement {result.agreement:.2f} %, mean logit error {result.logit_error:.4f}"
-    emit(options["as_json"], {"file": str(options["file"]), **result.to_dict()}, text)
+    emit(options["as_json"], {"file": str(options["file"]), "classes": assumed, **result.to_dict()}, text)

@@ -24,7 +24,12 @@ Filter = Callable[..., dict[str, Any]]
 # What timm takes from a training script's checkpoint, in its order: the averaged weights first.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_INDICES = ("index", "mask", "coords", "num_batches_tracked")  # in the names of buffers that hold integers or are computed
+_INDICES = (
+    "index",
+    "mask",
+    "coords",
+    "num_batches_tracked",
+)  # in the names of buffers that hold integers or are computed
 _NUMPY = (".npz", ".npy")
 _BUILDING = threading.RLock()
 
@@ -169,9 +174,7 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((str(k), v) for k, v in value.items() if isinstance(v, torch.Tensor))
 
 
-def _check_patches(
-    model: nn.Module, shapes: Mapping[str, torch.Size], path: Path, asked: Mapping[str, Any]
-) -> None:
+def _check_patches(model: nn.Module, shapes: Mapping[str, torch.Size], path: Path, asked: Mapping[str, Any]) -> None:
     """A patch projection of another size is another model, though timm would resize it; FlexiViT's is meant to be resized."""
     projection = getattr(getattr(model, "patch_embed", None), "proj", None)
     shape = shapes.get("patch_embed.proj.weight")
@@ -213,7 +216,11 @@ def _check(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
                 f"num-classes: the checkpoint '{path}' has {have[0]} classes and the model {want[0]}; "
                 f"give --num-classes {have[0]}"
             )
-    if head and not any(key.startswith("head") for key in found) and not (wanted.keys() - found.keys() - _heads(wanted)):
+    if (
+        head
+        and not any(key.startswith("head") for key in found)
+        and not (wanted.keys() - found.keys() - _heads(wanted))
+    ):
         raise UsageError(
             f"num-classes: the checkpoint '{path}' has no classifier ('{head}'); give --num-classes 0 for the model without one"
         )
@@ -282,7 +289,9 @@ def _load_arrays(model: nn.Module, path: Path, name: str) -> None:
         try:
             reader(str(path))
         except Exception as error:  # numpy's, zipfile's, and what missing arrays raise in timm
-            raise DfqvitError(f"checkpoint '{path}' could not be read as MODEL '{name}': {_first_line(error)}") from error
+            raise DfqvitError(
+                f"checkpoint '{path}' could not be read as MODEL '{name}': {_first_line(error)}"
+            ) from error
     left = [key for key, value in model.named_parameters() if bool(torch.isnan(value).any())]
     if left:
         hint = "; give the --num-classes of the file" if all(key.startswith("head") for key in left) else ""

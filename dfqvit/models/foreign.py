@@ -41,14 +41,17 @@ def expect_float_model(model: Any) -> None:
         for name, part in model.named_modules():
             if name and _is_supported(part):
                 raise UsageError(
-                    f"model was a {type(model).__name__} around a {type(part).__name__}; give that one, model.get_submodule('{name}')"
+                    f"model was a {type(model).__name__} around a {type(part).__name__}; give that one, "
+                    f"model.get_submodule('{name}')"
                 ) from error
         raise
 
 
 def _not_a_model(model: Any) -> str:
     if isinstance(model, (str, Path)):
-        call = f"dfqvit.load('{model}')" if str(model).endswith(".safetensors") else f"dfqvit.models.load_model('{model}')"
+        call = (
+            f"dfqvit.load('{model}')" if str(model).endswith(".safetensors") else f"dfqvit.models.load_model('{model}')"
+        )
         return f"'{model}', a {'path' if isinstance(model, Path) or '/' in model else 'name'}; give the model itself, {call}"
     if isinstance(model, Mapping):
         return (
@@ -104,9 +107,13 @@ def _not_float(model: nn.Module) -> str:
     if any(parameter.is_meta for parameter in parameters):
         return "on the meta device, where it has no weights; build it on a CPU or GPU and load them"
     odd = next((p for p in parameters if not p.is_floating_point() or p.is_quantized), None)
-    foreign = next((type(m) for m in model.modules() if type(m).__module__.startswith(("bitsandbytes.", "torchao.", "torch.ao."))), None)
+    foreign = next(
+        (type(m) for m in model.modules() if type(m).__module__.startswith(("bitsandbytes.", "torchao.", "torch.ao."))),
+        None,
+    )
     if foreign is not None:
-        return f"quantized by another library already ({foreign.__module__.split('.')[0]}'s {foreign.__name__}); give the float model"
+        library = foreign.__module__.split(".")[0]
+        return f"quantized by another library already ({library}'s {foreign.__name__}); give the float model"
     if odd is not None:
         return f"no float model: it has parameters of {odd.dtype}; give the float model"
     return ""

@@ -97,14 +97,14 @@ def undisturbed() -> Iterator[None]:
 def _generators_kept() -> Iterator[None]:
     """Of torch, numpy and Python; of GPUs where torch has begun to use them."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 (the global one is meant)
+    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
     gpus = torch.cuda.get_rng_state_all() if cuda else []
     try:
         yield
     finally:
         torch.set_rng_state(kept[0])
         random.setstate(kept[1])
-        np.random.set_state(kept[2])  # noqa: NPY002
+        np.random.set_state(kept[2])
         if cuda:
             torch.cuda.set_rng_state_all(gpus)
 

@@ -17,7 +17,12 @@ from .adapters import find_adapter
 from .checkpoint import build, load_weights
 from .spec import ModelSpec, plain
 
-FAMILIES = ("vit", "deit", "swin", "dfqvit_demo")  # of which names are suggested; any timm model with an adapter is taken
+FAMILIES = (
+    "vit",
+    "deit",
+    "swin",
+    "dfqvit_demo",
+)  # of which names are suggested; any timm model with an adapter is taken
 _HUB = ("hf-hub:", "hf_hub:")
 _ELSEWHERE = (*_HUB, "local-dir:")
 
@@ -101,7 +106,9 @@ def _architecture(name: str) -> str:
     if found.startswith(_ELSEWHERE) or timm.is_model(found):
         return found
     if "/" in name and not Path(name).exists():
-        raise UsageError(f"MODEL was '{name}'; a model of the Hugging Face Hub that timm can load is named 'hf-hub:{name}'")
+        raise UsageError(
+            f"MODEL was '{name}'; a model of the Hugging Face Hub that timm can load is named 'hf-hub:{name}'"
+        )
     if Path(name).is_file():
         raise UsageError(
             f"MODEL was '{name}', which is a file; it must be a timm name, and the file with its weights goes to --checkpoint"

@@ -85,9 +85,7 @@ class ModelSpec:
         )
 
 
-def _candidates(
-    cls: type[ModelSpec], model: nn.Module, kwargs: Mapping[str, Any] | None
-) -> Iterator[ModelSpec]:
+def _candidates(cls: type[ModelSpec], model: nn.Module, kwargs: Mapping[str, Any] | None) -> Iterator[ModelSpec]:
     known = getattr(model, "dfqvit_spec", None)
     known = known if isinstance(known, ModelSpec) else None
     own = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
@@ -168,7 +166,9 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {
-        key: tuple(value.shape) for key, value in (*model.named_parameters(), *model.named_buffers()) if value is not None
+        key: tuple(value.shape)
+        for key, value in (*model.named_parameters(), *model.named_buffers())
+        if value is not None
     }
 
 
@@ -180,13 +180,15 @@ def _is_plain(value: Any) -> bool:
 
 def plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of `timm.create_model` as JSON keeps them; UsageError names one that a file cannot hold."""
-    found = {key: _encode(f"model_kwargs['{key}']", v) for key, v in kwargs.items() if v is not None and key not in _PLACE}
+    found = {
+        key: _encode(f"model_kwargs['{key}']", v) for key, v in kwargs.items() if v is not None and key not in _PLACE
+    }
     return json.loads(json.dumps(found))
 
 
 def _quietly_plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """`plain`, without the keywords that no file can hold: the comparison of structures tells whether they matter."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in kwargs.items():
         try:
             found |= plain({key: value})
@@ -213,7 +215,9 @@ def _encode(name: str, value: Any) -> Any:
         return {_CALLABLE: _name_of(name, value)}
     elif isinstance(value, Sequence):
         return [_encode(name, each) for each in value]
-    raise UsageError(f"{name} was {value!r}, which a file cannot hold; it may be numbers, texts, lists and layers of {_NAMED}")
+    raise UsageError(
+        f"{name} was {value!r}, which a file cannot hold; it may be numbers, texts, lists and layers of {_NAMED}"
+    )
 
 
 _NAMED = "torch.nn or timm, also in a functools.partial"
@@ -227,7 +231,9 @@ def _name_of(name: str, value: Any) -> str:
             return full
     except (UsageError, ImportError, AttributeError):
         pass  # the sentence below says it
-    raise UsageError(f"{name} was {value!r}, which a file cannot name; it may be a layer of {_NAMED}, or timm's name of one")
+    raise UsageError(
+        f"{name} was {value!r}, which a file cannot name; it may be a layer of {_NAMED}, or timm's name of one"
+    )
 
 
 def _find(full: str) -> Callable[..., Any]:
@@ -237,7 +243,9 @@ def _find(full: str) -> Callable[..., Any]:
         raise UsageError(f"the file names the layer '{full}'; it may be one of torch.nn or timm")
     found = getattr(importlib.import_module(home), attribute)
     is_layer = isinstance(found, type) and issubclass(found, nn.Module)
-    is_function = callable(found) and not isinstance(found, type) and home.startswith(("torch.nn.functional", "timm.layers."))
+    is_function = (
+        callable(found) and not isinstance(found, type) and home.startswith(("torch.nn.functional", "timm.layers."))
+    )
     if not (is_layer or is_function):
         raise UsageError(f"the file names '{full}', which is no layer")
     return found

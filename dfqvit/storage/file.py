@@ -133,9 +133,7 @@ def _structure(
     return model
 
 
-def as_it_is(
-    qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]
-) -> QuantizationRecord:
+def as_it_is(qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> QuantizationRecord:
     """The record of a model as it is now: of another input size, where that was set since; checked by what `load` would build.
 
     UsageError when nothing that `load` builds takes the tensors.
@@ -163,13 +161,15 @@ def as_it_is(
 def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn.Module) -> str:
     wanted = twin.state_dict()
     for key in sorted(wanted.keys() | tensors.keys()):
-        have, need = (None if each is None else (tuple(each.shape), each.dtype) for each in (tensors.get(key), wanted.get(key)))
+        have, need = (
+            None if each is None else (tuple(each.shape), each.dtype) for each in (tensors.get(key), wanted.get(key))
+        )
         if have != need:
             return f"'{key}' is {have or 'not there'}; load would build {need or 'none'}"
     for key, value in vars(twin).items():
-        if isinstance(value, (bool, int, str)) and not key.startswith("_") and key not in INERT:
-            if getattr(qmodel, key, None) != value:
-                return f"'{key}' is {getattr(qmodel, key, None)!r}; load would build {value!r}"
+        settled = isinstance(value, (bool, int, str)) and not key.startswith("_") and key not in INERT
+        if settled and getattr(qmodel, key, None) != value:
+            return f"'{key}' is {getattr(qmodel, key, None)!r}; load would build {value!r}"
     return ""
 
 

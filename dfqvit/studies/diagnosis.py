@@ -61,7 +61,12 @@ def diagnose(
     """
     record: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
     measured: dict[str, Any] = dict(record.measured)
-    findings = [*_samples(record, measured), *_normalisation(record, measured), *_schedule(record), *_correction(qmodel, measured)]
+    findings = [
+        *_samples(record, measured),
+        *_normalisation(record, measured),
+        *_schedule(record),
+        *_correction(qmodel, measured),
+    ]
     if model is not None:
         assert images is not None
         measured["layers"] = layer_divergence(model, qmodel, images)
@@ -116,7 +121,9 @@ def _normalisation(record: QuantizationRecord, measured: dict[str, Any]) -> Iter
     if record.calibration != "images" or "outside" not in images:
         return
     ends = torch.tensor([images["least"], images["greatest"]])
-    said = " ".join(judge(ends.view(2, 1, 1, 1).expand(2, *record.preprocessing.input_size), record.preprocessing)).strip()
+    said = " ".join(
+        judge(ends.view(2, 1, 1, 1).expand(2, *record.preprocessing.input_size), record.preprocessing)
+    ).strip()
     if images["outside"] > MOST_OUTSIDE or said.startswith("held values from"):
         low, high = record.preprocessing.channel_bounds()
         what = (
