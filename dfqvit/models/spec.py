@@ -20,7 +20,15 @@ from ..errors import UsageError
 from .preprocessing import image_size
 
 # Settings that change no output in eval mode.
-INERT = ("training", "fused_attn", "grad_checkpointing", "distilled_training", "inplace", "num_classes")
+_INERT = (
+    "training",
+    "fused_attn",
+    "grad_checkpointing",
+    "distilled_training",
+    "inplace",
+    "num_classes",  # the head says it
+    "target_shift_size",  # the shift_size made of it counts
+)
 _ABSENT_IN_EVAL = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
 _PLACE = ("device", "dtype")  # keywords of create_model that say where, not what
 _CALLABLE, _PARTIAL = "callable", "partial"  # how a function or class among the keywords stands in JSON
@@ -154,14 +162,24 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
             continue
         if type(module) is not type(twin):
             return f"'{name}' is a {type(module).__name__} here and a {type(twin).__name__} there"
-        if "forward" in vars(module) and "forward" not in vars(twin):
-            return f"'{name}' has a forward of its own here"
-        for key, value in vars(twin).items():
-            if key not in INERT and not key.startswith("_") and "drop" not in key and _is_plain(value):
-                found = getattr(module, key, None)
-                if found != value:
-                    return f"'{name}.{key}' is {found!r} here and {value!r} there"
+        replaced = [key for key, value in vars(module).items() if callable(value) and hasattr(type(module), key)]
+        for key in replaced:
+            if key not in vars(twin):
+                return f"'{name}' has a {key} of its own here"
+        for key, value in settings(twin).items():
+            found = getattr(module, key, None)
+            if found != value:
+                return f"'{name}.{key}' is {found!r} here and {value!r} there"
     return ""
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """The plain values among a module's attributes that may matter to its output in eval mode."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in _INERT and not key.startswith("_") and "drop" not in key and _is_plain(value)
+    }
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ from ..errors import DfqvitError, UsageError
 from ..models.adapters import find_adapter
 from ..models.frame import undisturbed
 from ..models.preprocessing import image_size
-from ..models.spec import INERT
+from ..models.spec import settings
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
 from ..version import __version__
@@ -138,11 +138,15 @@ def as_it_is(qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str
 
     UsageError when nothing that `load` builds takes the tensors.
     """
-    spec, preprocessing = record.spec, record.preprocessing
-    size = image_size(qmodel)
-    resized = spec.resized(img_size=size), replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
+    spec, preprocessing, size = record.spec, record.preprocessing, image_size(qmodel)
+    sized = replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
+    specs = [(spec, preprocessing), (spec.resized(img_size=size), sized)]
+    noted = getattr(qmodel, "_model_args", {})  # timm's set_input_size writes there what it set
+    changes = {key: noted[key] for key in ("window_size", "always_partition") if key in noted}
+    if changes:
+        specs.append((spec.resized(img_size=size, **changes), sized))
     first = ""
-    for found in ((spec, preprocessing), resized):
+    for found in specs:
         candidate = replace(record, spec=found[0], preprocessing=found[1])
         try:
             with undisturbed():
@@ -166,16 +170,20 @@ def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn
         )
         if have != need:
             return f"'{key}' is {have or 'not there'}; load would build {need or 'none'}"
-    for key, value in vars(twin).items():
-        settled = isinstance(value, (bool, int, str)) and not key.startswith("_") and key not in INERT
-        if settled and getattr(qmodel, key, None) != value:
-            return f"'{key}' is {getattr(qmodel, key, None)!r}; load would build {value!r}"
+    modules = dict(qmodel.named_modules())
+    for name, module in twin.named_modules():
+        for key, value in settings(module).items():
+            found = settings(modules[name]).get(key, value) if name in modules else value
+            if found != value:
+                return f"'{name}.{key}' is {found!r}; load would build {value!r}"
     return ""
 
 
 def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:
     """The record and the tensors of a file, checked against its checksum; see `load` for the errors."""
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"file was '{path}', which is a folder; give the file in it, such as '{path / 'model.safetensors'}'")
     if not path.is_file():
         raise UsageError(f"file was '{path}'; there is no such file")
     try:
