@@ -1,6 +1,7 @@
-"""All that knows timm: names (`loading`), weights (`checkpoint`), structures (`spec`), `preprocessing`, the families (`adapters`).
+"""All that knows timm: names (`loading`), weights (`checkpoint`, `weights`), structures (`spec`), `preprocessing`.
 
-Beside them the embedded models (`demo`).
+Beside them the families (`adapters`), what is no model of theirs (`foreign`), the frame in which the float model runs
+(`frame`), and the embedded models (`demo`).
 """
 
 from .adapters import Adapter, Features, find_adapter

@@ -14,8 +14,9 @@ from torch import nn
 from ..errors import DfqvitError, UsageError
 from . import demo
 from .adapters import find_adapter
-from .checkpoint import build, load_weights
+from .checkpoint import first_line
 from .spec import ModelSpec, plain
+from .weights import build, load_weights
 
 FAMILIES = (
     "vit",
@@ -73,14 +74,14 @@ def load_model(
         try:
             model, filter_fn = build(spec.architecture, spec.keywords())
         except Exception as error:  # as below
-            raise DfqvitError(f"MODEL '{name}': timm could not build it ({_first_line(error)})") from error
+            raise DfqvitError(f"MODEL '{name}': timm could not build it ({first_line(error)})") from error
         load_weights(model, Path(checkpoint), name, filter_fn, kwargs)
     elif not architecture.startswith(_ELSEWHERE):
         try:
             model = timm.create_model(architecture, pretrained=pretrained, **spec.keywords())
         except Exception as error:  # timm raises many kinds here: network, hub
             raise DfqvitError(
-                f"MODEL '{name}': timm's pretrained weights could not be had ({_first_line(error)}); give --checkpoint FILE"
+                f"MODEL '{name}': timm's pretrained weights could not be had ({first_line(error)}); give --checkpoint FILE"
             ) from error
     check_finite(model)
     model.dfqvit_spec = spec  # type: ignore[assignment]
@@ -122,7 +123,7 @@ def _check_supported(name: str, spec: ModelSpec) -> None:
         structure = spec.build("meta")
     except Exception as error:  # timm raises many kinds here: unknown arguments and tags, sizes that do not divide
         given = f" with {spec.kwargs}" if spec.kwargs else ""
-        raise UsageError(f"MODEL '{name}'{given}: timm could not build it ({_first_line(error)})") from error
+        raise UsageError(f"MODEL '{name}'{given}: timm could not build it ({first_line(error)})") from error
     try:
         find_adapter(structure)
     except UsageError as error:
@@ -135,7 +136,7 @@ def _from_elsewhere(name: str, source: str, kwargs: dict[str, Any], pretrained: 
     try:
         model = timm.create_model(source, pretrained=pretrained, **kwargs)
     except Exception as error:  # network, hub, files, unknown arguments
-        raise DfqvitError(f"MODEL '{name}': timm could not load it ({_first_line(error)})") from error
+        raise DfqvitError(f"MODEL '{name}': timm could not load it ({first_line(error)})") from error
     find_adapter(model)
     return model
 
@@ -145,7 +146,3 @@ def _suggestions(name: str) -> str:
     near = difflib.get_close_matches(name, [*known, *demo.ALIASES], n=4, cutoff=0.5)
     hint = f"the nearest are {', '.join(near)}" if near else "for instance deit_tiny_patch16_224 or demo"
     return f"it may be a timm name of the ViT, DeiT or Swin families; {hint}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

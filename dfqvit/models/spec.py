@@ -160,7 +160,7 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
         twin = modules.get(name)
         if isinstance(module, _ABSENT_IN_EVAL) and (twin is None or isinstance(twin, _ABSENT_IN_EVAL)):
             continue
-        if type(module) is not type(twin):
+        if twin is None or type(module) is not type(twin):
             return f"'{name}' is a {type(module).__name__} here and a {type(twin).__name__} there"
         replaced = [key for key, value in vars(module).items() if callable(value) and hasattr(type(module), key)]
         for key in replaced:

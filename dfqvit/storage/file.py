@@ -183,7 +183,9 @@ def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]
     """The record and the tensors of a file, checked against its checksum; see `load` for the errors."""
     path = Path(path)
     if path.is_dir():
-        raise UsageError(f"file was '{path}', which is a folder; give the file in it, such as '{path / 'model.safetensors'}'")
+        raise UsageError(
+            f"file was '{path}', which is a folder; give the file in it, such as '{path / 'model.safetensors'}'"
+        )
     if not path.is_file():
         raise UsageError(f"file was '{path}'; there is no such file")
     try:

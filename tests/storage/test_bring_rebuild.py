@@ -254,7 +254,7 @@ def test_a_registered_model_of_the_user(tmp_path, seed, name):
 
 
 def test_a_model_of_no_name_is_refused(seed):
-    with pytest.raises(UsageError, match="model has no timm architecture name|model differs from timm's"):
+    with pytest.raises(UsageError, match=r"model has no timm architecture name|model differs from timm's"):
         quantized(VisionTransformer(img_size=40, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3))
 
 
@@ -291,11 +291,11 @@ def test_load_leaves_every_generator(tmp_path, seed):
 
     qmodel, _ = quantized(small())
     path = dfqvit.save(qmodel, tmp_path / "q.safetensors")
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     dfqvit.load(path)
     dfqvit.save(qmodel, path)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # noqa: NPY002
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 def test_a_float_checkpoint_is_no_file_of_ours(tmp_path):
