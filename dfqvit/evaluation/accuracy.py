@@ -56,7 +56,7 @@ def evaluate(
     Warns where the predictions show that the labels are of another order than the model's, or counted from 1.
 
     Raises:
-        UsageError: a label is outside the model's classes.
+        UsageError: a label is outside the model's classes; `against` has others.
     """
     with contextlib.ExitStack() as stack:
         for each in (model, against):
@@ -91,6 +91,10 @@ def _evaluate(
         hits["top5"] += count_hits(logits, labels, 5)
         if against is not None:
             others = against(images).float()
+            if others.shape != logits.shape:
+                raise UsageError(
+                    f"against gives {others.shape[1]} classes and the model {logits.shape[1]}; they must be of the same ones"
+                )
             hits["against_top1"] += count_hits(others, labels, 1)
             hits["against_top5"] += count_hits(others, labels, 5)
             hits["agreement"] += int((logits.argmax(1) == others.argmax(1)).sum())
