@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from tabulate import tabulate
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -15,9 +17,10 @@ from ..distributed import rank, world
 from ..errors import UsageError
 from ..evaluation import evaluate
 from ..evaluation.data import batches, open_images
+from ..models import Preprocessing
 from ..models.spec import class_count
 from ..storage import load
-from .options import adjusted, common, emit, open_float, pick_device
+from .options import adjusted, common, emit, open_float, pick_device, plain_name
 
 
 @click.command("evaluate")
@@ -47,6 +50,7 @@ def command(**options: Any) -> None:
     against = None
     if options["against"] is not None:
         against = open_float(record, options["against"], options["checkpoint"], device)
+        _warn_of_other_normalisation(options["against"], against, record, preprocessing)
     if world() > 1:
         images = Subset(images, range(rank(), len(images), world()))  # type: ignore[assignment]
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
@@ -65,3 +69,19 @@ def command(**options: Any) -> None:
     if against is not None:
         text += f"\nagreement {result.agreement:.2f} %, mean logit error {result.logit_error:.4f}"
     emit(options["as_json"], {"file": str(options["file"]), "classes": assumed, **result.to_dict()}, text)
+
+
+def _warn_of_other_normalisation(
+    name: str, against: torch.nn.Module, record: QuantizationRecord, preprocessing: Preprocessing
+) -> None:
+    """Both models get the same images; a float model of another name may expect another mean and std."""
+    own = Preprocessing.of(against)
+    if plain_name(name) != plain_name(record.spec.architecture) and (own.mean, own.std) != (
+        preprocessing.mean,
+        preprocessing.std,
+    ):
+        warnings.warn(
+            f"--against {name} was made for mean {own.mean} and std {own.std}; it gets the images as FILE does, with mean "
+            f"{preprocessing.mean} and std {preprocessing.std}",
+            stacklevel=2,
+        )

@@ -146,14 +146,14 @@ def open_float(
     Another one is of its channels and input size, and of its classes where the record says them.
     """
     kwargs = record.spec.keywords()
-    if name is not None and _plain_name(name) != _plain_name(record.spec.architecture):
+    if name is not None and plain_name(name) != plain_name(record.spec.architecture):
         kwargs = {key: kwargs[key] for key in ("num_classes", "in_chans", "img_size") if key in kwargs}
     return load_model(
         name or record.spec.architecture, checkpoint, model_kwargs=kwargs, pretrained=pretrained, device=device
     )
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A model's name without its home, and without the tag of its weights."""
     name = name.removeprefix("hf-hub:").removeprefix("timm/")
     return demo.ALIASES.get(name, name).split(".")[0]

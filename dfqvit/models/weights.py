@@ -60,7 +60,6 @@ def load_weights(
     asked = asked or {}
     wanted, found = model.state_dict(), read_checkpoint(path)
     before = {key: value.shape for key, value in tensors_of(found)}
-    _check_patches(model, before, path, asked)
     if filter_fn is not None:
         try:
             found = dict(filter_fn(found, model))
@@ -75,6 +74,7 @@ def load_weights(
             del found[key]  # buffers that older versions saved, and that the model computes itself
     _adapt_channels(model, found, path)
     _check(wanted, found, path, name)
+    _check_patches(model, before, path, asked)
     if "img_size" not in asked:
         _tell_resizes(model, before, found, path)
     model.load_state_dict(found)

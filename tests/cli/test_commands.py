@@ -246,7 +246,7 @@ def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(tmp_path):
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert said(rest) == ["dfqvit: interrupted; the same command with --resume goes on where a synthesis stopped"]
     assert "Traceback" not in rest
     assert os.listdir(tmp_path / "a") == ["synthesis.snapshot.safetensors"]

@@ -43,7 +43,7 @@ def test_wordnet_ids_are_recognised(tmp_path, seed, subset):
 
 def test_folders_that_cannot_be_the_models_classes_are_refused(tmp_path):
     root = folders(tmp_path, [f"c{index:02}" for index in range(42)])
-    with pytest.raises(UsageError, match="has 42 folders and the model 1000 classes, .*give --classes FILE"):
+    with pytest.raises(UsageError, match=r"has 42 folders and the model 1000 classes, .*give --classes FILE"):
         labels_of(root, num_classes=1000)
     with pytest.raises(UsageError, match="has 42 folders and the model 10 classes"):
         labels_of(root, num_classes=10)
@@ -65,7 +65,9 @@ def test_wordnet_ids_of_another_number_of_classes_are_folders_in_order(tmp_path)
 def test_the_folder_above_is_recognised(tmp_path):
     for split in ("train", "val"):
         folders(tmp_path / split, ["a", "b", "c"])
-    with pytest.raises(UsageError, match=r"has 2 folders and the model 3 classes.*give one of its folders, such as '.*train'"):
+    with pytest.raises(
+        UsageError, match=r"has 2 folders and the model 3 classes.*give one of its folders, such as '.*train'"
+    ):
         labels_of(tmp_path, num_classes=3)
 
 
@@ -76,7 +78,9 @@ def test_what_archives_and_notebooks_leave_is_no_class(tmp_path):
 
 def test_numbers_in_names_are_in_timms_order_and_that_is_said(tmp_path):
     names = [str(index) for index in range(12)]
-    with pytest.warns(UserWarning, match="in the order of the numbers in their names .*torchvision sorts them as texts"):
+    with pytest.warns(
+        UserWarning, match=r"in the order of the numbers in their names .*torchvision sorts them as texts"
+    ):
         found, _ = labels_of(folders(tmp_path, names), num_classes=12)
     assert found == {name: int(name) for name in names}
 
@@ -120,7 +124,11 @@ def npz(path, labels):
 @pytest.mark.parametrize(
     ("labels", "kind", "message"),
     [
-        (np.arange(1, 11), UsageError, "has labels from 1 to 10, counted from 1; the model's classes are 0 to 9: subtract 1"),
+        (
+            np.arange(1, 11),
+            UsageError,
+            "has labels from 1 to 10, counted from 1; the model's classes are 0 to 9: subtract 1",
+        ),
         (np.arange(0, 12), UsageError, "has labels from 0 to 11; the model's classes are 0 to 9"),
         (np.array([-1, 3]), UsageError, "has labels from -1 to 3"),
         (np.array([0.5, 1.0]), DfqvitError, r"holds labels float64 \(2,\); they must be whole numbers \[n\]"),
@@ -175,7 +183,7 @@ def measured(guesses, labels, classes):
 def test_predictions_that_are_one_off_are_said(seed):
     truth = torch.randint(0, 9, (200,))
     guesses = torch.where(torch.rand(200) < 0.8, truth, torch.randint(0, 9, (200,)))
-    with pytest.warns(UserWarning, match=r"labels look counted from 1, or one too high: 8\d% of the predictions|labels look counted"):
+    with pytest.warns(UserWarning, match=r"labels look counted from 1, or one too high: \d\d% of"):
         measured(guesses, truth + 1, 10)
     with pytest.warns(UserWarning, match="labels look one too low"):
         measured(guesses + 1, truth, 10)

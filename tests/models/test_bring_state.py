@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import random
+import re
 import types
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import nn
 import dfqvit
 from dfqvit.errors import UsageError
 from dfqvit.models import Preprocessing, load_model
+from dfqvit.models.foreign import _TWINS
 from dfqvit.models.frame import evaluating, float_reference, undisturbed
 
 from ..conftest import small_swin, small_vit
@@ -75,16 +78,17 @@ def test_every_flag_gradient_hook_and_generator_stays(seed):
     needed = [parameter.requires_grad for parameter in model.parameters()]
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     state = copy.deepcopy(model.state_dict())
-    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     dfqvit.quantize(model, 3, samples=2, iters=2, reconstruct=1, acm="sequential", rounding="nearest")
     dfqvit.synthesize(model, 2, 2)
     assert [module.training for module in model.modules()] == flags
     assert [parameter.requires_grad for parameter in model.parameters()] == needed
-    assert all(a is None if b is None else torch.equal(a, b) for a, b in zip((p.grad for p in model.parameters()), grads, strict=True))
+    found = [parameter.grad for parameter in model.parameters()]
+    assert all(a is None if b is None else torch.equal(a, b) for a, b in zip(found, grads, strict=True))
     assert same(model, types.SimpleNamespace(state_dict=lambda: state))
     assert handle.id in model.head._forward_hooks
     assert torch.equal(torch.get_rng_state(), generators[0])
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == generators[1:]  # noqa: NPY002
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == generators[1:]
 
 
 def test_flags_are_put_back_after_an_error(seed):
@@ -154,7 +158,9 @@ def test_other_dtypes_are_brought_to_float32(seed, dtype):
     for options in ({"calib": x}, {"calib": "synthetic", "samples": 2, "iters": 2}):
         options["rounding"] = "nearest"
         found = dfqvit.quantize(model, **options)
-        wanted = dfqvit.quantize(reference, **{key: v.float() if torch.is_tensor(v) else v for key, v in options.items()})
+        wanted = dfqvit.quantize(
+            reference, **{key: v.float() if torch.is_tensor(v) else v for key, v in options.items()}
+        )
         assert same(found, wanted)
         assert found(x.float()).dtype == torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -201,7 +207,10 @@ def of_transformers(source, **config):
 
 def foreign():
     model = small_vit()
-    yield "vit_tiny_patch16_224", r"'vit_tiny_patch16_224', a name; give the model itself, dfqvit.models.load_model\('vit_tiny"
+    yield (
+        "vit_tiny_patch16_224",
+        r"'vit_tiny_patch16_224', a name; give the model itself, dfqvit.models.load_model\('vit_tiny",
+    )
     yield "out/model.safetensors", r"a path; give the model itself, dfqvit.load\('out/model.safetensors'\)"
     yield model.state_dict(), "an? OrderedDict, such as a state_dict; give the model that it is loaded into"
     yield timm.models.VisionTransformer, "the class VisionTransformer; give a model made of it"
@@ -214,7 +223,10 @@ def foreign():
     yield timm.create_model("vit_tiny_patch16_224", features_only=True), r"a FeatureGetterNet \(features_only=True\)"
     yield dfqvit.quantize(model, calib="noise", samples=2), "quantized by dfqvit already"
     yield dfqvit.quantize(model, calib="noise", samples=2).blocks[0], "quantized by dfqvit already"
-    yield torchvision.models.vit_b_32(), r"a VisionTransformer of torchvision.*timm.create_model\('vit_base_patch32_224'"
+    yield (
+        torchvision.models.vit_b_32(),
+        r"a VisionTransformer of torchvision.*timm.create_model\('vit_base_patch32_224'",
+    )
     yield torchvision.models.swin_t(), r"a SwinTransformer of torchvision.*'swin_tiny_patch4_window7_224'"
     yield Wrapper(model), r"a Wrapper around a VisionTransformer; give that one, model.get_submodule\('inner'\)"
     yield nn.Sequential(nn.Identity(), model), r"give that one, model.get_submodule\('1'\)"
@@ -222,13 +234,19 @@ def foreign():
     yield small_vit().to("meta"), "on the meta device, where it has no weights"
     yield nn.Identity(), "a Identity without parameters"
     yield torch.ao.quantization.quantize_dynamic(copy.deepcopy(model)), "quantized by another library already"
-    yield of_transformers("google/vit-base-patch16-224"), r"timm.create_model\('vit_base_patch16_224', pretrained=True\)"
+    yield (
+        of_transformers("google/vit-base-patch16-224"),
+        r"timm.create_model\('vit_base_patch16_224', pretrained=True\)",
+    )
     yield of_transformers("facebook/deit-tiny-patch16-224"), r"'deit_tiny_patch16_224.fb_in1k'"
     yield of_transformers("microsoft/swin-tiny-patch4-window7-224"), r"'swin_tiny_patch4_window7_224'"
     yield of_transformers("facebook/dinov2-base"), r"'vit_base_patch14_dinov2.lvd142m'"
     yield of_transformers("facebook/dino-vits16"), r"'vit_small_patch16_224.dino'"
     sizes = {"hidden_size": 384, "patch_size": 16, "image_size": 224, "model_type": "vit"}
-    yield of_transformers("someone/else", **sizes), r"of the same structure is timm.create_model\('vit_small_patch16_224'"
+    yield (
+        of_transformers("someone/else", **sizes),
+        r"of the same structure is timm.create_model\('vit_small_patch16_224'",
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -244,12 +262,7 @@ def test_the_wrong_thing_in_the_models_place_is_one_sentence():
 
 
 def test_twins_of_transformers_models_exist_in_timm():
-    from dfqvit.models.foreign import _TWINS
-
     for pattern, twin in _TWINS:
-        import itertools
-        import re
-
         choices = [found.strip("()").split("|") for found in re.findall(r"\([^)]*\)", pattern)]
         known = 0
         for chosen in itertools.product(*choices):
