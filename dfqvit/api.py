@@ -18,6 +18,7 @@ from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
 from .models.adapters import find_adapter
+from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
 from .patching.fusable import is_patched
 from .quantization.recipe import Recipe
@@ -150,6 +151,7 @@ def quantize(
     if reconstruct and placement != "gemm":
         raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
     spec = ModelSpec.of(model, model_kwargs)
+    tell_hooks(model)
     preprocessing = preprocessing or Preprocessing.of(model)
     calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples

@@ -34,6 +34,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UsageError: there is no such file, or it holds a model that is quantized already.
         DfqvitError: the file is unreadable, needs code to be unpickled, or holds no state_dict that timm would take.
     """
+    if path.is_dir():
+        raise UsageError(f"checkpoint was '{path}', which is a folder; give the file with the weights in it")
     if not path.is_file():
         raise UsageError(f"checkpoint was '{path}'; there is no such file")
     loaded = _read(path)

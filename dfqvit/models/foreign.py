@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ def expect_float_model(model: Any) -> None:
                     f"model.get_submodule('{name}')"
                 ) from error
         raise
+
+
+def tell_hooks(model: nn.Module) -> None:
+    """Warns of forward hooks: they may change what the float model gives, and a file keeps none."""
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            warnings.warn(
+                f"model has a forward hook on '{name or type(model).__name__}', which a file of the quantized model does not keep: "
+                "where it changes the output, the quantized model will give another",
+                stacklevel=2,
+            )
+            return
 
 
 def _not_a_model(model: Any) -> str:

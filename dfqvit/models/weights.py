@@ -72,7 +72,7 @@ def load_weights(
     for key in found.keys() - wanted.keys():
         if any(part in key for part in INDICES):
             del found[key]  # buffers that older versions saved, and that the model computes itself
-    _adapt_channels(model, found, path)
+    _adapt_channels(model, found, path, asked)
     _check(wanted, found, path, name)
     _check_patches(model, before, path, asked)
     if "img_size" not in asked:
@@ -94,7 +94,7 @@ def _check_patches(model: nn.Module, shapes: Mapping[str, torch.Size], path: Pat
         )
 
 
-def _adapt_channels(model: nn.Module, found: dict[str, torch.Tensor], path: Path) -> None:
+def _adapt_channels(model: nn.Module, found: dict[str, torch.Tensor], path: Path, asked: Mapping[str, Any]) -> None:
     """The first convolution of an RGB checkpoint for other channels, by timm's rule."""
     names = getattr(model, "pretrained_cfg", {}).get("first_conv") or "patch_embed.proj"
     for name in (names,) if isinstance(names, str) else names:
@@ -109,6 +109,12 @@ def _adapt_channels(model: nn.Module, found: dict[str, torch.Tensor], path: Path
         if have != 3:
             raise UsageError(
                 f"in-chans: the checkpoint '{path}' takes images of {have} channels and the model {want}; give --in-chans {have}"
+            )
+        if "in_chans" not in asked:
+            warnings.warn(
+                f"checkpoint '{path}' takes images of {have} channels and the model {want}: '{key}' was adapted, as timm does; "
+                f"--in-chans {have} keeps it",
+                stacklevel=4,
             )
         found[key] = adapt_input_conv(want, weight)
 
@@ -144,23 +150,33 @@ def _check(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
         sizes = [f"{key} {tuple(found[key].shape)} for {tuple(wanted[key].shape)}" for key in shapes]
         problems.append(f"{len(shapes)} of another shape ({some(sizes)})")
     if problems:
-        prefix = _common_prefix(wanted, found)
-        hint = f"; all of its keys begin with '{prefix}': save it without" if prefix else ""
+        hint = _library(found) or _prefixed(wanted, found)
         raise UsageError(f"checkpoint '{path}' is not of MODEL '{name}': keys {'; '.join(problems)}{hint}")
     for key, value in found.items():
         if wanted[key].is_floating_point() and value.dtype not in FLOATS:
             raise UsageError(f"checkpoint '{path}' holds {value.dtype} under '{key}', which is float")
 
 
+def _library(keys: Mapping[str, Any]) -> str:
+    """Where names come from that timm cannot map; for a message."""
+    if any(".embeddings." in f".{key}" or ".encoder.layer." in f".{key}" for key in keys):
+        return "; its names are those of Hugging Face transformers: take timm's weights of the same model"
+    if "conv_proj.weight" in keys or any(key.startswith("encoder.layers.encoder_layer_") for key in keys):
+        return "; its names are those of torchvision, whose models timm does not have"
+    return ""
+
+
 def _heads(keys: Mapping[str, Any]) -> set[str]:
     return {key for key in keys if key.startswith("head")}
 
 
-def _common_prefix(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """A wrapper's prefix before the model's own names, "" where that is not it."""
-    key = next((key for key in found if key.endswith("cls_token") or key.endswith("patch_embed.proj.weight")), "")
+def _prefixed(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """That a wrapper's prefix stands before the model's own names, for a message; "" where that is not it."""
+    key = next((key for key in found if key.endswith(("cls_token", "patch_embed.proj.weight"))), "")
     prefix = key.removesuffix("cls_token").removesuffix("patch_embed.proj.weight")
-    return prefix if prefix and any(key.removeprefix(prefix) in wanted for key in found) else ""
+    if not prefix or not any(key.removeprefix(prefix) in wanted for key in found):
+        return ""
+    return f"; all of its keys begin with '{prefix}': save it without"
 
 
 def _tell_resizes(

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +45,7 @@ def program(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("backend", ["cuda", "cudda", "quant_linear=cpuu", "frog=", ","])
+@pytest.mark.parametrize("backend", ["cuda", "cudda", "quant_linear=cpuu"])
 def test_a_backend_that_cannot_serve_is_one_line(tmp_path, backend):
     if backend == "cuda" and torch.cuda.is_available():
         pytest.skip("it can serve here")
@@ -63,9 +62,6 @@ def test_a_backend_that_cannot_serve_is_one_line(tmp_path, backend):
         tmp_path,
         DFQVIT_BACKEND=backend,
     )
-    if backend == ",":  # nothing is asked for
-        assert done.returncode == 0
-        return
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(said(done.stderr)) == 1
@@ -114,22 +110,6 @@ def test_ctrl_c_in_long_commands_is_status_130(run, monkeypatch, tmp_path, comma
     status, _, err = run(command, *arguments, "--out", tmp_path / "out")
     assert status == 130
     assert said(err) == ["dfqvit: interrupted; the same command goes on where it stopped"]
-
-
-def test_ctrl_c_of_a_real_process(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dfqvit", "quantize", "demo", "--samples", "2", "--iters", "5000", "--out", tmp_path],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    seen = ""
-    while "crop=" not in seen:
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=120)[1]
-    assert process.returncode == 130
-    assert "Traceback" not in rest
 
 
 def test_a_training_checkpoint_to_a_measured_file(run, tmp_path):  # noqa: F811

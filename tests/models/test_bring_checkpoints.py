@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from timm.utils import CheckpointSaver, ModelEmaV2
 
 import dfqvit
@@ -252,6 +253,34 @@ def test_other_containers_are_named(tmp_path, seed):
         with pytest.raises((DfqvitError, UsageError), match=said) as error:
             loaded(tmp_path / "c.pth")
         assert "\n" not in str(error.value)
+
+
+def test_other_libraries_names_are_recognised(tmp_path, seed):
+    for state, said in (
+        (
+            {"vit.embeddings.cls_token": torch.zeros(1, 1, 48), "vit.encoder.layer.0.x": torch.zeros(2)},
+            "Hugging Face transformers",
+        ),
+        ({"embeddings.patch_embeddings.projection.weight": torch.zeros(2)}, "Hugging Face transformers"),
+        (torchvision.models.VisionTransformer(32, 8, 1, 2, 24, 48).state_dict(), "those of torchvision"),
+    ):
+        torch.save(state, tmp_path / "c.pth")
+        with pytest.raises(UsageError, match=said):
+            loaded(tmp_path / "c.pth")
+    with pytest.raises(UsageError, match="which is a folder; give the file with the weights in it"):
+        loaded(tmp_path)
+
+
+def test_an_adaption_that_nobody_asked_for_is_said(tmp_path):
+    torch.save(load_model("demo", in_chans=3, checkpoint=rgb_demo(tmp_path)).state_dict(), tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match="takes images of 3 channels and the model 1: .* --in-chans 3 keeps it"):
+        load_model("demo", tmp_path / "c.pth")
+
+
+def rgb_demo(folder):
+    model = created(DEMO, in_chans=3)
+    torch.save(model.state_dict(), folder / "rgb.pth")
+    return folder / "rgb.pth"
 
 
 def test_random_changes_of_a_checkpoint_are_never_taken(tmp_path, seed):

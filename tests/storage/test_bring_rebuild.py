@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import warnings
 
 import pytest
 import timm
@@ -306,3 +307,16 @@ def test_a_float_checkpoint_is_no_file_of_ours(tmp_path):
     torch.save(load_model("demo").state_dict(), tmp_path / "w.pth")
     with pytest.raises(DfqvitError, match="is no whole safetensors file"):
         dfqvit.load(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_a_file_does_not_keep_are_said(seed, kind):
+    model = small()
+    getattr(model.blocks[1].norm1, kind)(lambda *_: None)
+    with pytest.warns(
+        UserWarning, match=r"model has a forward hook on 'blocks.1.norm1', which a file .* does not keep"
+    ):
+        quantized(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized(small(), placement="psaq", acm="sequential")  # with hooks of our own
