@@ -205,7 +205,7 @@ def quantize(
 
 def calibration_images(
     model: nn.Module,
-    calib: Any,
+    calib: str | torch.Tensor,
     *,
     samples: int,
     iters: int,
@@ -214,10 +214,10 @@ def calibration_images(
     report: Callable[[Progress], None] | None = None,
     **synthesis: Any,
 ) -> tuple[torch.Tensor, str]:
-    """(images on the model's device, "synthetic" | "noise" | "images"); see `quantize` for the arguments."""
+    """(images on the model's device, "synthetic" | "noise" | "images"); `calib` is a name, or what `given_images` returned."""
     device = next(model.parameters()).device
-    if not isinstance(calib, str):
-        return given_images(calib, preprocessing).to(device), "images"
+    if isinstance(calib, torch.Tensor):
+        return calib.to(device), "images"
     if calib == "noise":
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(samples, *preprocessing.input_size, generator=generator).to(device), "noise"
