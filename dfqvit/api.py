@@ -152,7 +152,11 @@ def quantize(
         raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
     spec = ModelSpec.of(model, model_kwargs)
     tell_hooks(model)
-    preprocessing = preprocessing or Preprocessing.of(model)
+    own = Preprocessing.of(model)
+    preprocessing = preprocessing or own
+    strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
+    if preprocessing.input_size != own.input_size and (strict or preprocessing.input_size[0] != own.input_size[0]):
+        raise UsageError(f"preprocessing had input_size {preprocessing.input_size}; the model takes {own.input_size}")
     calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
     if acm == "auto":

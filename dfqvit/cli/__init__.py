@@ -88,6 +88,8 @@ def _run_one_of_several(arguments: list[str] | None) -> int:
             distributed.stop()
     except DfqvitError as error:
         status = _fail(str(error), 1)
+    except Exception as error:  # torch's, where RANK and the like are set by hand or a port is taken
+        status = _fail_unforeseen(error, arguments)
     return status
 
 

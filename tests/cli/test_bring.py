@@ -270,3 +270,10 @@ def test_every_command_has_a_log_for_what_nobody_foresaw(monkeypatch, tmp_path, 
     assert len(err.splitlines()) == 1
     assert f"unexpected {kind.__name__}: no message; please report it" in err
     assert len(list(tmp_path.glob("dfqvit-*.log"))) == 1
+
+
+def test_processes_that_do_not_find_each_other_are_one_line():
+    done = program("info", RANK="0", WORLD_SIZE="2", MASTER_ADDR="", MASTER_PORT="")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(said(done.stderr)) == 1

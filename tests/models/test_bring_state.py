@@ -280,3 +280,10 @@ def test_classes_for_the_synthesis_are_the_heads(seed):
     assert dfqvit.synthesize(model, 6, 1).shape[0] == 6
     assert dfqvit.quantize(model, samples=6, iters=1)(torch.zeros(1, 1, 28, 28)).shape == (1, 4)
     assert Preprocessing.of(model).input_size == (1, 28, 28)
+
+
+def test_preprocessing_of_another_size_is_refused(seed):
+    for size in ((3, 64, 64), (1, 32, 32)):
+        other = Preprocessing(size, (0.5,) * size[0], (0.5,) * size[0])
+        with pytest.raises(UsageError, match=r"preprocessing had input_size .*; the model takes \(3, 32, 32\)"):
+            dfqvit.quantize(small_vit(), calib="noise", samples=2, preprocessing=other)
