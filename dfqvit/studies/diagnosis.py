@@ -131,7 +131,7 @@ def _normalisation(record: QuantizationRecord, measured: dict[str, Any]) -> Iter
             f"their values outside what pixels become: {float(low.min()):.2f} to {float(high.max()):.2f}"
         )
         again = "quantize again with images that are normalised: Preprocessing.of(model).normalise(images), or --calib FOLDER"
-        weight = round(10.0 * max(images["outside"], 0.1) / MOST_OUTSIDE, 3)
+        weight = round(2.0 + 4.0 * images["outside"], 3)  # noise, which also lies outside, weighs more
         yield Finding("images not normalised", weight, images["outside"], MOST_OUTSIDE, what, again)
 
 
