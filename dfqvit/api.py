@@ -12,11 +12,14 @@ from torch import nn
 from .calibration import calibrate, convert, freeze, observe
 from .calibration.allocation import allocate_bits, check_budget
 from .calibration.correction import LEAST_CHECKED, add_corrections, check_correction, choose_blocks
+from .calibration.given import given_images
 from .calibration.health import measure
 from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
 from .models.adapters import find_adapter
+from .models.foreign import tell_hooks
+from .models.frame import on_float_reference
 from .patching.fusable import is_patched
 from .quantization.recipe import Recipe
 from .runtime import check_runtime, set_runtime
@@ -57,6 +60,7 @@ class QuantizationRecord:
         )
 
 
+@on_float_reference
 def quantize(
     model: nn.Module,
     w_bits: int = 4,
@@ -66,7 +70,7 @@ def quantize(
     iters: int = 500,
     gamma: int = 1,
     seed: int = 0,
-    calib: str | torch.Tensor = "synthetic",
+    calib: Any = "synthetic",
     placement: str = "gemm",
     quantizer: str = "mse",
     rounding: str | None = None,
@@ -90,14 +94,16 @@ def quantize(
     """Quantizes a timm vision transformer without data and without fine-tuning.
 
     Args:
-        model: a float timm ViT, DeiT or Swin; left as it was.
+        model: a float timm ViT, DeiT or Swin; left as it was. It is read in eval mode and float32, also where it is in train
+            mode, half or double, and under no_grad, inference_mode or autocast.
         w_bits: bits of the weights, 2 to 8.
         a_bits: bits of the activations, 2 to 8.
         samples: synthetic (or noise) images for calibration.
         iters: steps of synthesis.
         gamma: with `acm_blocks=None`, every gamma-th block is corrected, counted back from the last.
         seed: of the synthesis or of the noise.
-        calib: "synthetic", "noise" (the lower bound), or images [n, C, H, W], normalised as the model expects.
+        calib: "synthetic", "noise" (the lower bound), or images [n, C, H, W], normalised as the model expects: a tensor, an
+            array, or a list of them; a list of PIL images is prepared here.
         placement: "gemm" quantizes the inputs and weights of every linear layer; "psaq" also quantizes their outputs, the
             attention scores, both residual sums and the embeddings, exactly where PSAQ-ViT does.
         quantizer: the rule for scales: "mse" searches those of the weights for the least squared error, "minmax" is the
@@ -118,7 +124,7 @@ def quantize(
         acm_shape: "element", "channel" or "token": what has a correction of its own, see `correction.add_corrections`.
         acm_shrink: shrinks the corrections by their variance over the images.
         preprocessing: mean, std and input size; default the model's own.
-        model_kwargs: what was given to timm.create_model, where the structure does not tell.
+        model_kwargs: what was given to timm.create_model, where neither the model nor its structure tells.
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
         report: called after every step of the synthesis.
         report_layers: with size_budget, called with (layers measured, all layers).
@@ -145,7 +151,13 @@ def quantize(
     if reconstruct and placement != "gemm":
         raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
     spec = ModelSpec.of(model, model_kwargs)
-    preprocessing = preprocessing or Preprocessing.of(model)
+    tell_hooks(model)
+    own = Preprocessing.of(model)
+    preprocessing = preprocessing or own
+    strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
+    if preprocessing.input_size != own.input_size and (strict or preprocessing.input_size[0] != own.input_size[0]):
+        raise UsageError(f"preprocessing had input_size {preprocessing.input_size}; the model takes {own.input_size}")
+    calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
     if acm == "auto":
         chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
@@ -189,6 +201,8 @@ def quantize(
         settings=settings,
         measured=measure(model, qmodel, images, preprocessing, corrected),
     )
+    qmodel.dfqvit_spec = spec  # type: ignore[assignment]
+    preprocessing.write_to(qmodel)
     set_runtime(qmodel, runtime)
     return qmodel
 
@@ -204,15 +218,9 @@ def calibration_images(
     report: Callable[[Progress], None] | None = None,
     **synthesis: Any,
 ) -> tuple[torch.Tensor, str]:
-    """(images on the model's device, "synthetic" | "noise" | "images"); see `quantize` for the arguments."""
+    """(images on the model's device, "synthetic" | "noise" | "images"); `calib` is a name, or what `given_images` returned."""
     device = next(model.parameters()).device
     if isinstance(calib, torch.Tensor):
-        if calib.dim() != 4 or tuple(calib.shape[1:]) != preprocessing.input_size or not len(calib):
-            raise UsageError(
-                f"calib had shape {tuple(calib.shape)}; it must be [n, {', '.join(map(str, preprocessing.input_size))}]"
-            )
-        if not calib.is_floating_point() or not bool(torch.isfinite(calib).all()):
-            raise UsageError("calib must be a float tensor of finite values, normalised as the model expects")
         return calib.to(device), "images"
     if calib == "noise":
         generator = torch.Generator().manual_seed(seed)
@@ -220,4 +228,4 @@ def calibration_images(
     if calib == "synthetic":
         made = synthesize(model, samples, iters, seed, preprocessing=preprocessing, report=report, **synthesis)
         return made, "synthetic"
-    raise UsageError(f"calib was '{calib}'; it may be 'synthetic', 'noise' or a tensor of images")
+    raise UsageError(f"calib was '{calib}'; it may be 'synthetic', 'noise' or images (a tensor, an array or a list)")

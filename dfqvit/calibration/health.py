@@ -10,6 +10,7 @@ from torch import nn
 from ..models import Preprocessing
 from ..models.adapters import find_adapter
 from .correction import block_outputs, divergence
+from .given import outside_share
 
 HIGH = 0.25  # cycles a pixel; of a photograph's energy a few percent lie beyond, of white noise's 80
 _MOST_IMAGES = 32
@@ -39,7 +40,8 @@ def image_statistics(images: torch.Tensor, preprocessing: Preprocessing) -> dict
     """Of images [n, C, H, W], normalised.
 
     `high`: share of the energy, without the mean, at more than HIGH cycles a pixel; `contrast`: mean standard deviation of an
-    image's pixels, 0 to 1; `likeness`: mean correlation between two different images.
+    image's pixels, 0 to 1; `likeness`: mean correlation between two different images; `least` and `greatest` value, and
+    `outside`: share of the values that no pixel from 0 to 1 gives (see `given`).
     """
     low, top = preprocessing.channel_bounds(images.device)
     pixels = ((images - low) / (top - low)).float()
@@ -55,4 +57,7 @@ def image_statistics(images: torch.Tensor, preprocessing: Preprocessing) -> dict
         "high": round(float((energy * beyond).sum() / energy.sum().clamp_min(1e-20)), 4),
         "contrast": round(float(flat.square().mean(dim=1).sqrt().mean()), 4),
         "likeness": round(likeness, 4),
+        "least": round(float(images.min()), 4),
+        "greatest": round(float(images.max()), 4),
+        "outside": round(outside_share(images, preprocessing), 4),
     }

@@ -1,15 +1,20 @@
-"""The command line. `main` turns every error into one line on stderr: exit status 2 for wrong use, 1 for failure."""
+"""The command line. `main` turns every error into one line on stderr: exit status 2 for wrong use, 1 for failure, 130 for Ctrl-C.
+
+An error that nobody foresaw is one line too; its traceback goes to a file that the line names.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import tempfile
+import traceback
 import warnings
 
 import click
 
-from ..errors import DfqvitError, UsageError
+from ..errors import DfqvitError, Interrupted, UsageError
 from ..version import __version__
 
 COMMANDS = {
@@ -83,6 +88,8 @@ def _run_one_of_several(arguments: list[str] | None) -> int:
             distributed.stop()
     except DfqvitError as error:
         status = _fail(str(error), 1)
+    except Exception as error:  # torch's, where RANK and the like are set by hand or a port is taken
+        status = _fail_unforeseen(error, arguments)
     return status
 
 
@@ -95,21 +102,47 @@ def _run(arguments: list[str] | None) -> int:
     except (click.ClickException, UsageError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         return _fail(message, 2)
+    except Interrupted as error:
+        return _fail(str(error), 130)
     except DfqvitError as error:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; the same command with --resume goes on where a synthesis stopped", 1)
+        return _fail("interrupted; the same command with --resume goes on where a synthesis stopped", 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
         return 1
     except OSError as error:
         return _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""), 1)
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:  # all that is left: nobody foresaw it
         text = str(error)
         if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
             return _fail("out of memory; fewer --samples or a smaller --batch-size need less", 1)
-        raise
+        if _is_of_backends(error):
+            return _fail(text, 2)
+        return _fail_unforeseen(error, arguments)
     return 0
+
+
+def _is_of_backends(error: Exception) -> bool:
+    """Whether DFQVIT_BACKEND is the cause: it names a backend that there is not, or that cannot serve.
+
+    By name, since dfqvit.kernels does not import in the first case.
+    """
+    return type(error).__name__ == "BackendError" or (isinstance(error, ValueError) and "DFQVIT_BACKEND" in str(error))
+
+
+def _fail_unforeseen(error: Exception, arguments: list[str] | None) -> int:
+    """One line, and a file with the rest."""
+    what = f"unexpected {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="dfqvit-", suffix=".log", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.write(f"dfqvit {__version__}, Python {sys.version}\narguments: {arguments or sys.argv[1:]}\n\n")
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:  # nowhere to write
+        return _fail(f"{what}; its traceback could not be written to a file", 1)
+    return _fail(f"{what}; please report it with '{file.name}', where its traceback is", 1)
 
 
 def _fail(message: str, status: int) -> int:

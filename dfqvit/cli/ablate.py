@@ -9,10 +9,11 @@ import click
 import torch
 from tqdm import tqdm
 
-from ..errors import DfqvitError, UsageError
+from ..errors import Interrupted, UsageError
 from ..evaluation.data import batches, open_images, spread_images
 from ..models import Preprocessing
 from ..models import demo as embedded
+from ..models.spec import class_count
 from ..storage.atomic import atomic
 from ..studies.ablation import REAL_IMAGES, Bench, Gallery, Table, run_study, weights_digest
 from ..studies.named import RECIPES, STUDIES, settings_of
@@ -58,7 +59,7 @@ def command(**options: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     table = Table(out / ROWS)
     model, preprocessing = open_model(**options)
-    bench = _bench(data, classes, preprocessing, count, next(model.parameters()).device)
+    bench = _bench(data, classes, preprocessing, count, next(model.parameters()).device, class_count(model))
     gallery = Gallery(model, preprocessing, out / "images", weights_digest(model, preprocessing))
     before = len(table.rows)
     with tqdm(desc="synthesis", unit="step", dynamic_ncols=True) as bar:
@@ -86,7 +87,7 @@ def command(**options: Any) -> None:
                     announce=lambda text: tqdm.write(text, file=bar.fp),
                 )
         except KeyboardInterrupt as error:
-            raise DfqvitError("interrupted; the same command goes on where it stopped") from error
+            raise Interrupted("interrupted; the same command goes on where it stopped") from error
     with atomic(out / TABLES) as temporary:
         temporary.write_text(markdown(table.rows, charts=True))
     pictures = write_charts(table.rows, out)
@@ -109,10 +110,15 @@ def _widths(text: str) -> list[int]:
 
 
 def _bench(
-    data: Path | None, classes: Path | None, preprocessing: Preprocessing, count: int, device: torch.device
+    data: Path | None,
+    classes: Path | None,
+    preprocessing: Preprocessing,
+    count: int,
+    device: torch.device,
+    num_classes: int | None,
 ) -> Bench:
     """Evaluation images and, for real-data calibration, training images of an embedded model or else some of the same."""
-    test = open_images(data or embedded.TEST_IMAGES, preprocessing, classes)
+    test = open_images(data or embedded.TEST_IMAGES, preprocessing, classes, num_classes=num_classes)
     count = min(count, len(test))
     chosen = [index * len(test) // count for index in range(count)]
     held = list(batches(torch.utils.data.Subset(test, chosen), 50, device=device))

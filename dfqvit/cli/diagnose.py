@@ -72,7 +72,7 @@ def command(**options: Any) -> None:
 
 def _images(model: torch.nn.Module, data: Path | None, preprocessing: Preprocessing, seed: int) -> torch.Tensor:
     if data is not None:
-        source = open_images(data, preprocessing)
+        source = open_images(data, preprocessing, labelled=False)
         return spread_images(source, min(_IMAGES, len(source)))
     config = SynthesisConfig(samples=_IMAGES, iters=1, seed=seed)
     return Synthesis(model, config, preprocessing).advance.finished()  # before the first step: noise

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from tabulate import tabulate
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ..api import QuantizationRecord
 from ..distributed import rank, world
+from ..errors import UsageError
 from ..evaluation import evaluate
 from ..evaluation.data import batches, open_images
+from ..models import Preprocessing
+from ..models.spec import class_count
 from ..storage import load
-from .options import adjusted, common, emit, open_float, pick_device
+from .options import adjusted, common, emit, open_float, pick_device, plain_name
 
 
 @click.command("evaluate")
@@ -37,10 +42,15 @@ def command(**options: Any) -> None:
     model = load(options["file"], device)
     record: QuantizationRecord = model.dfqvit_record  # type: ignore[assignment]
     preprocessing = adjusted(record.preprocessing, options["mean"], options["std"], options["interpolation"])
-    images = open_images(options["data"], preprocessing, options["classes"], options["unreadable"])
+    classes = class_count(model)
+    if not classes:
+        raise UsageError(f"FILE was '{options['file']}', whose model has no classifier; evaluate measures classes")
+    images = open_images(options["data"], preprocessing, options["classes"], options["unreadable"], num_classes=classes)
+    assumed = images.assumed
     against = None
     if options["against"] is not None:
         against = open_float(record, options["against"], options["checkpoint"], device)
+        _warn_of_other_normalisation(options["against"], against, record, preprocessing)
     if world() > 1:
         images = Subset(images, range(rank(), len(images), world()))  # type: ignore[assignment]
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
@@ -55,6 +65,23 @@ def command(**options: Any) -> None:
         f"{result.overall_images_per_second:.1f} in all; {result.waiting:.0f} % of the time waiting for images "
         f"({loader.workers} workers)"
     )
+    text += f"\nclasses: {assumed}"
     if against is not None:
         text += f"\nagreement {result.agreement:.2f} %, mean logit error {result.logit_error:.4f}"
-    emit(options["as_json"], {"file": str(options["file"]), **result.to_dict()}, text)
+    emit(options["as_json"], {"file": str(options["file"]), "classes": assumed, **result.to_dict()}, text)
+
+
+def _warn_of_other_normalisation(
+    name: str, against: torch.nn.Module, record: QuantizationRecord, preprocessing: Preprocessing
+) -> None:
+    """Both models get the same images; a float model of another name may expect another mean and std."""
+    own = Preprocessing.of(against)
+    if plain_name(name) != plain_name(record.spec.architecture) and (own.mean, own.std) != (
+        preprocessing.mean,
+        preprocessing.std,
+    ):
+        warnings.warn(
+            f"--against {name} was made for mean {own.mean} and std {own.std}; it gets the images as FILE does, with mean "
+            f"{preprocessing.mean} and std {preprocessing.std}",
+            stacklevel=2,
+        )

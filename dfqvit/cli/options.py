@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from ..api import QuantizationRecord
 from ..distributed import local_rank, world
 from ..errors import UsageError
-from ..models import Preprocessing, load_model
+from ..models import Preprocessing, demo, load_model
 from ..synthesis import Progress, SynthesisConfig
 from ..synthesis.spectrum import SPECTRA
 
@@ -37,8 +38,14 @@ def model_options(command: Command) -> Command:
         click.option("--mean", help="Comma-separated, a value a channel; default the model's own."),
         click.option("--img-size", type=click.IntRange(1), help="Side of the square input, pixels."),
         click.option("--in-chans", type=click.IntRange(1), help="Channels of the images."),
-        click.option("--num-classes", type=click.IntRange(1), help="Classes of the head."),
-        click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights, .safetensors or .pth."),
+        click.option("--num-classes", type=click.IntRange(0), help="Classes of the head; 0 is a model without one."),
+        click.option(
+            "--model-kwargs",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Further keyword of timm.create_model, such as qk_norm=True; repeatable.",
+        ),
+        click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights, as timm takes them."),
         click.argument("model"),
     ):
         command = option(command)
@@ -126,6 +133,7 @@ def open_model(device: str, **options: Any) -> tuple[torch.nn.Module, Preprocess
     """The float model and its preprocessing, from the values of `model_options`."""
     place = pick_device(device)
     mean, std = options.pop("mean"), options.pop("std")
+    options["model_kwargs"] = _keywords(options.pop("model_kwargs"))
     model = load_model(options.pop("model"), options.pop("checkpoint"), device=place, **options)
     return model, adjusted(Preprocessing.of(model), mean, std)
 
@@ -133,11 +141,36 @@ def open_model(device: str, **options: Any) -> tuple[torch.nn.Module, Preprocess
 def open_float(
     record: QuantizationRecord, name: str | None, checkpoint: Path | None, device: torch.device, pretrained: bool = True
 ) -> torch.nn.Module:
-    """The float model that a quantized one can be compared with: of its classes, channels and input size."""
-    kwargs = {key: record.spec.kwargs.get(key) for key in ("num_classes", "in_chans")}
-    size = record.spec.kwargs.get("img_size")
-    kwargs["img_size"] = size[0] if isinstance(size, (list, tuple)) else size
-    return load_model(name or record.spec.architecture, checkpoint, pretrained=pretrained, device=device, **kwargs)
+    """The float model that a quantized one can be compared with: the same structure where it is the same architecture.
+
+    Another one is of its channels and input size, and of its classes where the record says them.
+    """
+    kwargs = record.spec.keywords()
+    if name is not None and plain_name(name) != plain_name(record.spec.architecture):
+        kwargs = {key: kwargs[key] for key in ("num_classes", "in_chans", "img_size") if key in kwargs}
+    return load_model(
+        name or record.spec.architecture, checkpoint, model_kwargs=kwargs, pretrained=pretrained, device=device
+    )
+
+
+def plain_name(name: str) -> str:
+    """A model's name without its home, and without the tag of its weights."""
+    name = name.removeprefix("hf-hub:").removeprefix("timm/")
+    return demo.ALIASES.get(name, name).split(".")[0]
+
+
+def _keywords(parts: Sequence[str]) -> dict[str, Any]:
+    """--model-kwargs: numbers, lists, True, False and None as Python writes them, everything else as text."""
+    found = {}
+    for part in parts:
+        key, equals, text = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--model-kwargs was '{part}'; it must be KEY=VALUE")
+        try:
+            found[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key] = text
+    return found
 
 
 def emit(as_json: bool, record: dict[str, Any], text: str) -> None:

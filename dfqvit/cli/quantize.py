@@ -54,7 +54,7 @@ FILE = "model.safetensors"
     "--calib",
     default="synthetic",
     show_default=True,
-    help="synthetic, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder of classes.",
+    help="synthetic, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder.",
 )
 @synthesis_options
 @click.option(
@@ -209,4 +209,4 @@ def _read_images(path: Path, preprocessing: Preprocessing, count: int) -> torch.
         raise UsageError(
             f"--calib was '{path}'; it may be 'synthetic', 'noise', or an existing file or folder of images"
         )
-    return spread_images(open_images(path, preprocessing), count)
+    return spread_images(open_images(path, preprocessing, labelled=False), count)

@@ -8,7 +8,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from ..errors import DfqvitError
+from ..errors import Interrupted
 from .options import emit, pick_device
 from .runs import Run, Settings, markdown, read_config, refuse_failures, run_all
 
@@ -38,7 +38,7 @@ def command(config: Path, out: Path, devices: str, as_json: bool) -> None:
         try:
             results = run_all(runs, out, names or ["cpu"], report)
         except KeyboardInterrupt as error:
-            raise DfqvitError("interrupted; the same command goes on where it stopped") from error
+            raise Interrupted("interrupted; the same command goes on where it stopped") from error
     rows = [{"name": run.name, "model": run.model, **result} for run, result in results]
     emit(as_json, {"out": str(out), "runs": rows}, f"{markdown(results)}\ntable: {out / 'sweep.csv'}")
     refuse_failures(results)

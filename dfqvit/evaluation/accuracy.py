@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +13,9 @@ import torch
 from torch import nn
 
 from ..distributed import reduce_
+from ..errors import UsageError
+from ..models.frame import evaluating
+from .labels import Confusion
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,29 @@ def evaluate(
         batches: (images, labels) pairs, on any device; `data.batches` reads ahead in other processes.
         against: the model to compare with, usually the float one.
         report: called with the number of images after every batch.
+
+    Warns where the predictions show that the labels are of another order than the model's, or counted from 1.
+
+    Raises:
+        UsageError: a label is outside the model's classes; `against` has others.
     """
+    with contextlib.ExitStack() as stack:
+        for each in (model, against):
+            if each is not None:
+                stack.enter_context(evaluating(each))
+        return _evaluate(model, batches, against, report)
+
+
+def _evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    against: nn.Module | None,
+    report: Callable[[int], object] | None,
+) -> Evaluation:
     device = next(iter([*model.parameters(), *model.buffers()])).device
     hits: dict[str, float] = {"top1": 0, "top5": 0, "against_top1": 0, "against_top5": 0, "agreement": 0}
     total, seconds, waited, error, values = 0, 0.0, 0.0, 0.0, 0
-    model.eval()
+    confusion = Confusion()
     began = last = time.perf_counter()
     for images, labels in batches:
         waited += time.perf_counter() - last
@@ -62,10 +85,16 @@ def evaluate(
             torch.cuda.synchronize(device)
         seconds += time.perf_counter() - start
         total += len(labels)
+        _check_labels(labels, logits.shape[1])
+        confusion.add(logits, labels)
         hits["top1"] += count_hits(logits, labels, 1)
         hits["top5"] += count_hits(logits, labels, 5)
         if against is not None:
-            others = against.eval()(images).float()
+            others = against(images).float()
+            if others.shape != logits.shape:
+                raise UsageError(
+                    f"against gives {others.shape[1]} classes and the model {logits.shape[1]}; they must be of the same ones"
+                )
             hits["against_top1"] += count_hits(others, labels, 1)
             hits["against_top5"] += count_hits(others, labels, 5)
             hits["agreement"] += int((logits.argmax(1) == others.argmax(1)).sum())
@@ -79,6 +108,8 @@ def evaluate(
     hits = dict(zip(hits, sums, strict=False))
     total, error, values = int(sums[-3]), sums[-2], int(sums[-1])
     seconds, overall = reduce_(torch.tensor([seconds, overall], dtype=torch.float64), "max").tolist()
+    if doubt := confusion.doubt():
+        warnings.warn(doubt, stacklevel=3)
     percent = {key: 100.0 * count / max(total, 1) for key, count in hits.items()}
     compared = against is not None
     return Evaluation(
@@ -93,6 +124,13 @@ def evaluate(
         agreement=percent["agreement"] if compared else None,
         logit_error=error / max(values, 1) if compared else None,
     )
+
+
+def _check_labels(labels: torch.Tensor, classes: int) -> None:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UsageError(
+            f"labels were from {int(labels.min())} to {int(labels.max())}; the model's classes are 0 to {classes - 1}"
+        )
 
 
 def count_hits(logits: torch.Tensor, labels: torch.Tensor, k: int) -> int:

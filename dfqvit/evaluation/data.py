@@ -13,21 +13,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..calibration.given import evaluation_transform
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
+from .labels import class_folders, order_of, read_classes, read_labels
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 Item = tuple[torch.Tensor, int]
 
 
 class Images(Dataset, abc.ABC):
-    """Labelled images; items are (image [C, H, W] as the model expects it, label)."""
+    """Labelled images; items are (image [C, H, W] as the model expects it, label).
 
+    Attributes:
+        assumed: how labels became classes, for people.
+    """
+
+    assumed: str = ""
     preprocessing: Preprocessing
     unreadable: str = "refuse"
 
@@ -45,30 +51,39 @@ class Images(Dataset, abc.ABC):
 
 
 class FolderImages(Images):
-    """Images in `root/<class>/*`, resized and cropped by timm's evaluation transform.
+    """Images in `root/<class>/`, at any depth, resized and cropped by timm's evaluation transform.
 
     Args:
         root: the folder.
         preprocessing: size, interpolation, crop, mean, std.
-        classes: line k is the folder name of class k; by default the sorted folder names are classes 0, 1, ...
+        classes: line k is the folder name of class k; without it WordNet ids are known where `num_classes` is ImageNet's, and
+            else the folders in order are classes 0, 1, ...
         unreadable: "refuse" raises DfqvitError on a file that is no image, "skip" leaves it out with a warning.
+        num_classes: of the model, which the folders must fit; None does not check.
+        labelled: False takes every image in `root`, also beside the folders; all labels are then 0.
     """
 
     def __init__(
-        self, root: Path, preprocessing: Preprocessing, classes: Sequence[str] | None = None, unreadable: str = "refuse"
+        self,
+        root: Path,
+        preprocessing: Preprocessing,
+        classes: Sequence[str] | None = None,
+        unreadable: str = "refuse",
+        num_classes: int | None = None,
+        labelled: bool = True,
     ) -> None:
-        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-        if not folders:
+        folders = class_folders(root)
+        if labelled and not folders:
             raise UsageError(f"data was '{root}'; it has no folders of classes")
-        order = {name: index for index, name in enumerate(classes if classes is not None else folders)}
-        strangers = [name for name in folders if name not in order]
-        if strangers:
-            raise UsageError(f"data '{root}' has the folder '{strangers[0]}', which is no class of the classes file")
+        if labelled:
+            order, self.assumed = order_of(root, folders, classes, num_classes)
         self.items: list[tuple[Path, int]] = []
-        for folder in folders:
-            for path in sorted((root / folder).iterdir()):
-                if path.suffix.lower() in _SUFFIXES and self._readable(path, unreadable):
-                    self.items.append((path, order[folder]))
+        for folder in folders if labelled else [""]:
+            label = order[folder] if labelled else 0
+            for path in sorted((root / folder).rglob("*")):
+                hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+                if path.suffix.lower() in _SUFFIXES and not hidden and self._readable(path, unreadable):
+                    self.items.append((path, label))
         if not self.items:
             raise UsageError(f"data was '{root}'; it has no images ({', '.join(_SUFFIXES)})")
         self.mode = {1: "L", 3: "RGB"}.get(preprocessing.input_size[0])
@@ -77,14 +92,7 @@ class FolderImages(Images):
                 f"the model takes {preprocessing.input_size[0]} channels; image files have 1 or 3, use an .npz"
             )
         self.preprocessing, self.unreadable = preprocessing, unreadable
-        self.transform = create_transform(
-            input_size=preprocessing.input_size,
-            is_training=False,
-            normalize=False,
-            interpolation=preprocessing.interpolation,
-            crop_pct=preprocessing.crop_pct,
-            crop_mode=preprocessing.crop_mode,
-        )
+        self.transform = evaluation_transform(preprocessing)
 
     @staticmethod
     def _readable(path: Path, unreadable: str) -> bool:
@@ -108,34 +116,57 @@ class FolderImages(Images):
         path, label = self.items[index]
         try:
             with Image.open(path) as file:
-                image = file.convert(self.mode)
+                image = _eight_bits(file).convert(self.mode)
         except (OSError, SyntaxError, ValueError) as error:  # a file whose header is good and whose body is not
             raise DfqvitError(f"data: '{path}' is not a readable image ({error})") from error
         return self.transform(image), label
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits scaled to 8, which Pillow's own conversion cuts off at 255; others as they are."""
+    if not image.mode.startswith("I"):
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range")
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels are of more than 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
 class ArrayImages(Images):
-    """Images of an .npz file: `images` uint8 [n, C, H, W] and `labels` [n].
+    """Images of an .npz file: `images` uint8 [n, C, H, W] and `labels` [n], which must fit `num_classes` where that is given.
 
     The images are taken as framed already: resized to the model's input (antialiased, clamped to [0, 1]) and not cropped.
+    Without `labelled`, labels are not looked at.
     """
 
-    def __init__(self, path: Path, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, path: Path, preprocessing: Preprocessing, num_classes: int | None = None, labelled: bool = True
+    ) -> None:
         try:
             with np.load(path, allow_pickle=False) as file:
-                self.images, self.labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+                self.images = torch.from_numpy(file["images"])
+                labels = file["labels"] if labelled else np.zeros(len(self.images), np.int64)
         except KeyError as error:
             raise DfqvitError(f"data '{path}' has no array {error}; it must hold 'images' and 'labels'") from error
         except (OSError, ValueError, EOFError, TypeError) as error:
             raise DfqvitError(f"data '{path}' is not a readable .npz file: {error}") from error
         except Exception as error:  # zipfile.BadZipFile, zlib.error: numpy lets them through
             raise DfqvitError(f"data '{path}' is damaged: {error}") from error
+        self.labels = read_labels(path, labels, num_classes)
+        self.assumed = "the labels are the model's classes, counted from 0"
         if self.images.dtype != torch.uint8 or self.images.dim() != 4 or len(self.images) != len(self.labels):
             shape = f"{self.images.dtype} {tuple(self.images.shape)} with {len(self.labels)} labels"
             raise DfqvitError(f"data '{path}' holds images {shape}; they must be uint8 [n, C, H, W] with n labels")
         if self.images.shape[1] != preprocessing.input_size[0]:
             raise UsageError(
                 f"data '{path}' has {self.images.shape[1]} channels; the model takes {preprocessing.input_size[0]}"
+                + (
+                    " (channels come before height and width: images.transpose(0, 3, 1, 2))"
+                    if self.images.shape[3] == preprocessing.input_size[0]
+                    else ""
+                )
             )
         if not len(self.images):
             raise UsageError(f"data '{path}' holds no images")
@@ -156,9 +187,15 @@ class ArrayImages(Images):
 
 
 def open_images(
-    path: str | Path, preprocessing: Preprocessing, classes: str | Path | None = None, unreadable: str = "refuse"
+    path: str | Path,
+    preprocessing: Preprocessing,
+    classes: str | Path | None = None,
+    unreadable: str = "refuse",
+    *,
+    num_classes: int | None = None,
+    labelled: bool = True,
 ) -> FolderImages | ArrayImages:
-    """The images at `path`, a folder of classes or an .npz file.
+    """The images at `path`, a folder of classes or an .npz file; see `FolderImages` for the arguments.
 
     Raises:
         UsageError: there is nothing of the kind at `path`, or it does not fit the model.
@@ -168,19 +205,13 @@ def open_images(
     if unreadable not in ("refuse", "skip"):
         raise UsageError(f"unreadable was '{unreadable}'; it may be 'refuse' or 'skip'")
     if path.is_dir():
-        names = None
-        if classes is not None:
-            if not Path(classes).is_file():
-                raise UsageError(f"classes was '{classes}'; there is no such file")
-            try:
-                lines = Path(classes).read_text(encoding="utf-8").split("\n")
-            except UnicodeDecodeError as error:
-                raise UsageError(f"classes was '{classes}'; it must be a text file in UTF-8") from error
-            names = [line.split()[0] for line in lines if line.strip()]
-        return FolderImages(path, preprocessing, names, unreadable)
+        names = None if classes is None else read_classes(Path(classes))
+        return FolderImages(path, preprocessing, names, unreadable, num_classes, labelled)
     if not path.exists():
         raise UsageError(f"data was '{path}'; there is no such file or folder")
-    return ArrayImages(path, preprocessing)
+    if classes is not None:
+        raise UsageError(f"classes was '{classes}'; it is for a folder of classes, and '{path}' has labels of its own")
+    return ArrayImages(path, preprocessing, num_classes, labelled)
 
 
 class Batches:

@@ -1,7 +1,14 @@
-"""All that knows timm: names, checkpoints, preprocessing (`loading`), the families (`adapters`), the embedded models (`demo`)."""
+"""All that knows timm: names (`loading`), weights (`checkpoint`, `weights`), structures (`spec`), `preprocessing`.
+
+Beside them the families (`adapters`), what is no model of theirs (`foreign`), the frame in which the float model runs
+(`frame`), and the embedded models (`demo`).
+"""
 
 from .adapters import Adapter, Features, find_adapter
-from .loading import FAMILIES, ModelSpec, Preprocessing, check_finite, load_model, read_checkpoint
+from .checkpoint import read_checkpoint
+from .loading import FAMILIES, check_finite, load_model
+from .preprocessing import Preprocessing
+from .spec import ModelSpec
 
 __all__ = [
     "FAMILIES",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from ..api import QuantizationRecord
 from ..calibration import freeze
 from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
-from ..models import FAMILIES
 from ..models.adapters import find_adapter
+from ..models.frame import undisturbed
+from ..models.preprocessing import image_size
+from ..models.spec import settings
 from ..quantization.model import quantized
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
@@ -47,13 +50,14 @@ def save(qmodel: nn.Module, path: str | Path) -> Path:
         The path.
 
     Raises:
-        UsageError: the model was not quantized by dfqvit.
+        UsageError: the model was not quantized by dfqvit, or was changed since so that `load` could not rebuild it.
         OSError: the file cannot be written; one that was there is as it was.
     """
     record = getattr(qmodel, "dfqvit_record", None)
     if not isinstance(record, QuantizationRecord):
         raise UsageError("qmodel has no quantization record; save takes what dfqvit.quantize or dfqvit.load returned")
     tensors = {key: value.detach().cpu().contiguous() for key, value in qmodel.state_dict().items()}
+    record = as_it_is(qmodel, record, tensors)
     header = {
         "format_version": FORMAT_VERSION,
         "dfqvit_version": __version__,
@@ -91,7 +95,8 @@ def load(
         check_device(device)
     record, tensors = read(path)
     try:
-        model = rebuild(record, tensors)
+        with undisturbed():
+            model = rebuild(record, tensors)
     except _UNFIT as error:
         raise DfqvitError(
             f"'{path}' does not fit the model it names: {(str(error) or repr(error)).splitlines()[0]}"
@@ -105,7 +110,19 @@ def load(
 
 def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """A quantized model from its record and its state_dict, simulated, in eval mode, on the CPU."""
-    model = record.spec.build()
+    model = _structure(record, tensors)
+    model.load_state_dict(tensors)
+    model.dfqvit_record = record  # type: ignore[assignment]
+    model.dfqvit_spec = record.spec  # type: ignore[assignment]
+    record.preprocessing.write_to(model)
+    return model.eval().requires_grad_(False)
+
+
+def _structure(
+    record: QuantizationRecord, tensors: Mapping[str, torch.Tensor], device: torch.device | str | None = None
+) -> nn.Module:
+    """What `rebuild` loads the tensors into."""
+    model = record.spec.build(device)
     adapter = find_adapter(model)
     adapter.convert(record.recipe)
     freeze(model, allocate_only=True)
@@ -114,15 +131,62 @@ def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> 
     for name, module in model.named_modules():
         if isinstance(module._buffers.get("acm"), torch.Tensor):
             module.acm = torch.zeros_like(tensors[f"{name}.acm"])
-    quantized(model).load_state_dict(tensors)
-    model.dfqvit_record = record  # type: ignore[assignment]
-    model.dfqvit_spec = record.spec  # type: ignore[assignment]
-    return model.eval().requires_grad_(False)
+    return quantized(model)
+
+
+def as_it_is(qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> QuantizationRecord:
+    """The record of a model as it is now: of another input size, where that was set since; checked by what `load` would build.
+
+    UsageError when nothing that `load` builds takes the tensors.
+    """
+    spec, preprocessing, size = record.spec, record.preprocessing, image_size(qmodel)
+    sized = replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
+    specs = [(spec, preprocessing), (spec.resized(img_size=size), sized)]
+    noted = getattr(qmodel, "_model_args", {})  # timm's set_input_size writes there what it set
+    changes = {key: noted[key] for key in ("window_size", "always_partition") if key in noted}
+    if changes:
+        specs.append((spec.resized(img_size=size, **changes), sized))
+    first = ""
+    for found in specs:
+        candidate = replace(record, spec=found[0], preprocessing=found[1])
+        try:
+            with undisturbed():
+                difference = _difference(qmodel, tensors, _structure(candidate, tensors, "meta"))
+        except _UNFIT as error:
+            difference = (str(error) or repr(error)).splitlines()[0]
+        if not difference:
+            return candidate
+        first = first or difference
+    raise UsageError(
+        f"qmodel was changed after it was quantized ({first}), and load could not rebuild it; change the float model, and "
+        "quantize that"
+    )
+
+
+def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn.Module) -> str:
+    wanted = twin.state_dict()
+    for key in sorted(wanted.keys() | tensors.keys()):
+        have, need = (
+            None if each is None else (tuple(each.shape), each.dtype) for each in (tensors.get(key), wanted.get(key))
+        )
+        if have != need:
+            return f"'{key}' is {have or 'not there'}; load would build {need or 'none'}"
+    modules = dict(qmodel.named_modules())
+    for name, module in twin.named_modules():
+        for key, value in settings(module).items():
+            found = settings(modules[name]).get(key, value) if name in modules else value
+            if found != value:
+                return f"'{name}.{key}' is {found!r}; load would build {value!r}"
+    return ""
 
 
 def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:
     """The record and the tensors of a file, checked against its checksum; see `load` for the errors."""
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(
+            f"file was '{path}', which is a folder; give the file in it, such as '{path / 'model.safetensors'}'"
+        )
     if not path.is_file():
         raise UsageError(f"file was '{path}'; there is no such file")
     try:
@@ -161,8 +225,11 @@ def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
             f"'{path}' has a damaged dfqvit header: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
     name = record.spec.architecture
-    if not isinstance(name, str) or not name.startswith(FAMILIES) or not timm.is_model(name):
-        raise DfqvitError(f"'{path}' names the model '{name}', which this timm ({timm.__version__}) does not have")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise DfqvitError(
+            f"'{path}' names the model '{name}', which this timm ({timm.__version__}) does not have; where it is a model of "
+            "your own, import the module that registers it first"
+        )
     return record
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..api import QuantizationRecord
 from ..calibration.correction import STORED, block_outputs, divergence
+from ..calibration.given import MOST_OUTSIDE, judge
 from ..models.adapters import Adapter, find_adapter
 from ..quantization.layers import QuantLinear
 from ..synthesis.curriculum import crop_ratio
@@ -60,7 +61,12 @@ def diagnose(
     """
     record: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
     measured: dict[str, Any] = dict(record.measured)
-    findings = [*_samples(record, measured), *_schedule(record), *_correction(qmodel, measured)]
+    findings = [
+        *_samples(record, measured),
+        *_normalisation(record, measured),
+        *_schedule(record),
+        *_correction(qmodel, measured),
+    ]
     if model is not None:
         assert images is not None
         measured["layers"] = layer_divergence(model, qmodel, images)
@@ -107,6 +113,26 @@ def _samples(record: QuantizationRecord, measured: dict[str, Any]) -> Iterator[F
     if steps is not None:
         few = f"the synthesis took {steps} steps"
         yield from _under("too few steps", steps, LEAST_STEPS, few, again)
+
+
+def _normalisation(record: QuantizationRecord, measured: dict[str, Any]) -> Iterator[Finding]:
+    """Given images that were not normalised as the model expects: ranges from them fit nothing that it will see."""
+    images = measured.get("images", {})
+    if record.calibration != "images" or "outside" not in images:
+        return
+    ends = torch.tensor([images["least"], images["greatest"]])
+    said = " ".join(
+        judge(ends.view(2, 1, 1, 1).expand(2, *record.preprocessing.input_size), record.preprocessing)
+    ).strip()
+    if images["outside"] > MOST_OUTSIDE or said.startswith("held values from"):
+        low, high = record.preprocessing.channel_bounds()
+        what = (
+            f"the calibration images lie between {images['least']:.3g} and {images['greatest']:.3g}, {images['outside']:.0%} of "
+            f"their values outside what pixels become: {float(low.min()):.2f} to {float(high.max()):.2f}"
+        )
+        again = "quantize again with images that are normalised: Preprocessing.of(model).normalise(images), or --calib FOLDER"
+        weight = round(2.0 + 4.0 * images["outside"], 3)  # noise, which also lies outside, weighs more
+        yield Finding("images not normalised", weight, images["outside"], MOST_OUTSIDE, what, again)
 
 
 def _schedule(record: QuantizationRecord) -> Iterator[Finding]:

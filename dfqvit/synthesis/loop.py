@@ -19,6 +19,7 @@ from ..distributed import LostProcess, rank
 from ..errors import DfqvitError, UsageError
 from ..kernels.files import atomic
 from ..models import Preprocessing, check_finite
+from ..models.frame import evaluating, on_float_reference
 from .config import SynthesisConfig
 from .step import Step
 
@@ -66,11 +67,15 @@ class Synthesis:
         `report` is called after every step; on a GPU after every tenth and the last, a little late, so that nothing waits.
         """
         frame_steps = {round(share * self.config.iters) for share in _FRAME_SHARES}
+        with evaluating(self.model):
+            return self._run(frame_steps, report)
+
+    def _run(self, frame_steps: set[int], report: Callable[[Progress], None] | None) -> torch.Tensor:
         saved = time.monotonic()
-        training, needed_grad = self.model.training, [p.requires_grad for p in self.model.parameters()]
-        self.model.eval().requires_grad_(False)
+        needed_grad = [p.requires_grad for p in self.model.parameters()]
         reporter = _Reporter(self.advance, report)
         try:
+            self.model.requires_grad_(False)
             while self.step < self.config.iters:
                 if self.step in frame_steps:
                     self._take_frame()
@@ -86,7 +91,6 @@ class Synthesis:
                 self.save_snapshot()
             raise
         finally:
-            self.model.train(training)
             for parameter, needed in zip(self.model.parameters(), needed_grad, strict=True):
                 parameter.requires_grad_(needed)
 
@@ -158,6 +162,7 @@ class _Reporter:
         self.report(Progress(step, entropy, onehot, tv, self.steps.crop_ratios[step - 1]))
 
 
+@on_float_reference
 def synthesize(
     model: nn.Module,
     samples: int = 16,
@@ -171,7 +176,7 @@ def synthesize(
     """Optimises images from Gaussian noise against a frozen float model; no data is used.
 
     Args:
-        model: a timm ViT, DeiT or Swin with its weights; left as it was.
+        model: a timm ViT, DeiT or Swin with its weights; left as it was, and read in eval mode and float32.
         samples: number of images.
         iters: steps of Adam.
         seed: of noise, crops and target classes. Same seed, same device, same thread count: same bits.

@@ -65,10 +65,7 @@ def test_pickle_save_and_deepcopy_give_the_same_bits(model, used, tmp_path):
     for found in copies:
         assert type(found) is type(qmodel)
         assert torch.equal(found(images), expected)
-    assert (
-        len(pickle.dumps(qmodel))
-        < 1.2 * sum(t.numel() * t.element_size() for t in qmodel.state_dict().values()) + 60_000
-    )
+    assert len(pickle.dumps(qmodel)) == size  # what was prepared stays here
 
 
 def _call(model, images, queue):

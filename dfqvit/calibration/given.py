@@ -1,0 +1,124 @@
+"""Calibration images that a caller gives: what may stand for them, and whether they can be normalised ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from ..errors import UsageError
+from ..models import Preprocessing
+
+MOST_OUTSIDE = 0.05  # share of values that no pixel from 0 to 1 gives; 0 for images, a third for noise
+_MARGIN = 0.05  # of the range from pixel 0 to pixel 1: resampling overshoots
+_BELOW = -0.3  # where pixel 0 is less than this, images from 0 to 1 are not normalised
+
+
+def given_images(calib: Any, preprocessing: Preprocessing) -> torch.Tensor:
+    """Images [n, C, H, W] in float32 from a tensor, an array, or a list of tensors, arrays or PIL images.
+
+    PIL images are prepared as the model expects (`preprocessing`); the others must be so already.
+
+    Raises:
+        UsageError: it is something else, of another shape or dtype, not finite, or cannot be normalised images.
+    """
+    wanted = f"[n, {', '.join(map(str, preprocessing.input_size))}]"
+    if isinstance(calib, (list, tuple)):
+        calib = _stacked(calib, preprocessing, wanted)
+    if isinstance(calib, np.ndarray):
+        calib = torch.from_numpy(np.ascontiguousarray(calib)) if calib.dtype != object else calib
+    if not isinstance(calib, torch.Tensor):
+        raise UsageError(
+            f"calib was a {type(calib).__name__}; it may be 'synthetic', 'noise', or images {wanted} as a tensor, an array or a "
+            "list (of a data loader, its first batch without the labels)"
+        )
+    if calib.dim() != 4 or tuple(calib.shape[1:]) != preprocessing.input_size or not len(calib):
+        last = calib.dim() == 4 and calib.shape[-1] == preprocessing.input_size[0]
+        hint = "; channels come before height and width: permute(0, 3, 1, 2)" if last else ""
+        raise UsageError(f"calib had shape {tuple(calib.shape)}; it must be {wanted}{hint}")
+    how = "Preprocessing.of(model).normalise(images) of dfqvit.models takes uint8, or floats from 0 to 1"
+    if not calib.is_floating_point():
+        raise UsageError(
+            f"calib had dtype {str(calib.dtype).removeprefix('torch.')}; it must be a float tensor of finite values, normalised as "
+            f"the model expects: {how}"
+        )
+    calib = calib.detach().float()
+    if not bool(torch.isfinite(calib).all()):
+        raise UsageError(
+            "calib held NaN or Inf; it must be a float tensor of finite values, normalised as the model expects"
+        )
+    refusal, doubt = judge(calib, preprocessing)
+    if refusal:
+        raise UsageError(f"calib {refusal}: {how}")
+    if doubt:
+        warnings.warn(f"calib {doubt}", stacklevel=2)
+    return calib.clone() if calib.is_inference() else calib
+
+
+def judge(images: torch.Tensor, preprocessing: Preprocessing) -> tuple[str, str]:
+    """(why the images [n, C, H, W] cannot be normalised as the model expects, or ""; why they hardly are, or "")."""
+    low, high = preprocessing.channel_bounds(images.device)
+    least, greatest = float(images.min()), float(images.max())
+    bottom, top = float(low.min()), float(high.max())
+    span = f"normalised images of this model lie between {bottom:.2f} and {top:.2f}"
+    if max(abs(least), abs(greatest)) > 3 * max(abs(bottom), abs(top)) + 6:
+        kind = "pixels from 0 to 255" if least >= 0 else "pixels that were not divided by 255"
+        return f"held values from {least:.4g} to {greatest:.4g}, like {kind}; {span}", ""
+    if least >= 0 and greatest <= 1 and float(low.max()) < _BELOW:
+        said = f"held values from {least:.2f} to {greatest:.2f}, like pixels from 0 to 1 before normalisation; {span}"
+        return (said, "") if greatest - least >= 0.5 else ("", said)
+    if -1.001 <= least < -0.9 and 0.9 < greatest <= 1.001 and bottom < -1.4:
+        return "", f"held values from -1 to 1, like images of a mean and std of 0.5; {span}"
+    outside = outside_share(images, preprocessing)
+    if outside > MOST_OUTSIDE:
+        return "", (
+            f"held values that no pixel gives ({outside:.0%} of them): noise, or images of another mean and std; {span}"
+        )
+    return "", ""
+
+
+def outside_share(images: torch.Tensor, preprocessing: Preprocessing) -> float:
+    """Share of the values that lie outside what pixels from 0 to 1 become, with a margin."""
+    low, high = preprocessing.channel_bounds(images.device)
+    margin = _MARGIN * (high - low)
+    return float(((images < low - margin) | (images > high + margin)).float().mean())
+
+
+def _stacked(images: Sequence[Any], preprocessing: Preprocessing, wanted: str) -> torch.Tensor:
+    if not images:
+        raise UsageError(f"calib was an empty list; it must be images {wanted}")
+    if all(isinstance(image, Image.Image) for image in images):
+        mode = {1: "L", 3: "RGB"}.get(preprocessing.input_size[0])
+        if mode is None:
+            raise UsageError(f"calib was a list of PIL images; the model takes {preprocessing.input_size[0]} channels")
+        transform = evaluation_transform(preprocessing)
+        return torch.stack([preprocessing.normalise(transform(image.convert(mode))) for image in images])
+    parts = [torch.from_numpy(image) if isinstance(image, np.ndarray) else image for image in images]
+    for index, part in enumerate(parts):
+        if not isinstance(part, torch.Tensor):
+            raise UsageError(f"calib[{index}] was a {type(part).__name__}; it may be a tensor, an array or a PIL image")
+        if part.dim() == 4 and len(part) == 1:
+            parts[index] = part[0]
+    if len({(tuple(part.shape), part.dtype, part.device) for part in parts}) > 1:
+        shapes = sorted({str(tuple(part.shape)) for part in parts})
+        raise UsageError(
+            f"calib was a list of images of several shapes or dtypes ({', '.join(shapes)}); it must be {wanted}"
+        )
+    return torch.stack(parts)
+
+
+def evaluation_transform(preprocessing: Preprocessing) -> Any:
+    """timm's, up to normalisation: a PIL image to uint8 [C, H, W]."""
+    return create_transform(
+        input_size=preprocessing.input_size,
+        is_training=False,
+        normalize=False,
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+    )

@@ -1,0 +1,170 @@
+"""Which class a folder or a label means: what can be known is used and said, what cannot be the model's is refused."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.utils.misc import natural_key
+
+from ..errors import DfqvitError, UsageError
+
+_WNID = re.compile(r"n\d{8}")
+_NO_CLASSES = ("__MACOSX",)  # folders that archives and notebooks leave, beside hidden ones
+_SPLITS = ("train", "val", "valid", "validation", "test", "training", "testing")
+_MOST_COUNTED = 2048  # classes of a table of confusions
+_LEAST = 20  # images, before labels are doubted
+
+
+def class_folders(root: Path) -> list[str]:
+    """The names of the folders in `root` that may be classes."""
+    found = (path.name for path in root.iterdir() if path.is_dir())
+    return sorted(name for name in found if not name.startswith(".") and name not in _NO_CLASSES)
+
+
+def order_of(
+    root: Path, folders: Sequence[str], names: Sequence[str] | None, num_classes: int | None
+) -> tuple[dict[str, int], str]:
+    """({folder: class}, what that was taken from, for people).
+
+    Args:
+        root: the folder of the data, for messages.
+        folders: the names of its folders.
+        names: of the classes in their order, from --classes; a line may go on after a name without blanks.
+        num_classes: of the model; None does not check.
+
+    Raises:
+        UsageError: the folders cannot be the model's classes.
+    """
+    if names is not None:
+        return _by_file(root, folders, names, num_classes)
+    wnids = all(_WNID.fullmatch(name) for name in folders)
+    subset = infer_imagenet_subset({"num_classes": num_classes}) if wnids and num_classes else None
+    if subset:
+        known = {name: index for index, name in enumerate(ImageNetInfo(subset).label_names())}
+        if all(name in known for name in folders):
+            return {name: known[name] for name in folders}, f"the folders are WordNet ids, in the order of {subset}"
+    if num_classes is not None and len(folders) != num_classes:
+        inner = [name for name in folders if name.lower() in _SPLITS]
+        hint = (
+            f"give one of its folders, such as '{root / inner[0]}'"
+            if inner
+            else ("give --classes FILE, whose line k is the folder of the model's class k")
+        )
+        raise UsageError(
+            f"data '{root}' has {len(folders)} folders and the model {num_classes} classes, so which is which cannot be known; "
+            f"{hint}"
+        )
+    ordered = sorted(folders, key=natural_key)
+    if ordered != sorted(folders):
+        warnings.warn(
+            f"data '{root}': its folders were taken in the order of the numbers in their names ({', '.join(ordered[:3])}, ...), as "
+            "timm does; torchvision sorts them as texts: where the model was trained so, give --classes FILE",
+            stacklevel=3,
+        )
+    return {name: index for index, name in enumerate(ordered)}, (
+        f"the {len(folders)} folders in order are the classes 0 to {len(folders) - 1}"
+    )
+
+
+def _by_file(
+    root: Path, folders: Sequence[str], names: Sequence[str], num_classes: int | None
+) -> tuple[dict[str, int], str]:
+    present = set(folders)
+    short = [name if name in present else (name.split() or [""])[0] for name in names]
+    twice = next((name for index, name in enumerate(short) if name in short[:index]), None)
+    if twice is not None:
+        raise UsageError(f"classes had '{twice}' in two lines; line k is the folder name of class k")
+    if num_classes is not None and len(short) != num_classes:
+        raise UsageError(
+            f"classes had {len(short)} lines and the model has {num_classes} classes; there must be a line for each"
+        )
+    order = {name: index for index, name in enumerate(short)}
+    strangers = [name for name in folders if name not in order]
+    if strangers:
+        raise UsageError(f"data '{root}' has the folder '{strangers[0]}', which is no class of the classes file")
+    return order, "the classes file says which folder is which class"
+
+
+def read_classes(path: Path) -> list[str]:
+    """The lines of a classes file; UsageError when there is none, it is no text, or a line between others is empty."""
+    if not path.is_file():
+        raise UsageError(f"classes was '{path}'; there is no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"classes was '{path}'; it must be a text file in UTF-8") from error
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if "" in lines:
+        raise UsageError(
+            f"classes was '{path}'; its line {lines.index('') + 1} is empty, and line k is the folder of class k"
+        )
+    return lines
+
+
+def read_labels(path: Path, labels: np.ndarray, num_classes: int | None) -> torch.Tensor:
+    """int64 [n] from the labels of an .npz file, checked against the model's classes.
+
+    Raises:
+        DfqvitError: they are no whole numbers, one for each image.
+        UsageError: they cannot be the model's classes.
+    """
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.ndim != 1 or labels.dtype.kind not in "iuf" or (labels.dtype.kind == "f" and (labels % 1 != 0).any()):
+        raise DfqvitError(f"data '{path}' holds labels {labels.dtype} {labels.shape}; they must be whole numbers [n]")
+    found = torch.from_numpy(labels.astype(np.int64))
+    if num_classes is None or not len(found):
+        return found
+    least, greatest = int(found.min()), int(found.max())
+    if least >= 1 and greatest == num_classes:
+        raise UsageError(
+            f"data '{path}' has labels from {least} to {greatest}, counted from 1; the model's classes are 0 to {num_classes - 1}: "
+            "subtract 1"
+        )
+    if least < 0 or greatest >= num_classes:
+        raise UsageError(
+            f"data '{path}' has labels from {least} to {greatest}; the model's classes are 0 to {num_classes - 1}"
+        )
+    return found
+
+
+class Confusion:
+    """Counts of (label, prediction), and whether they look like labels of another order than the model's."""
+
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """logits [n, classes] and labels [n] of a batch."""
+        classes = logits.shape[1]
+        if classes > _MOST_COUNTED or not len(labels) or not bool(((labels >= 0) & (labels < classes)).all()):
+            return
+        pairs = labels.cpu() * classes + logits.argmax(1).cpu()
+        found = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+        self.counts = found if self.counts is None else self.counts + found
+
+    def doubt(self) -> str:
+        """What is wrong with the labels, as far as the predictions show it; or ""."""
+        if self.counts is None or int(self.counts.sum()) < _LEAST or len(self.counts) < 3:
+            return ""
+        total = float(self.counts.sum())
+        right = float(self.counts.diagonal().sum()) / total
+        for step, said in ((-1, "counted from 1, or one too high"), (1, "one too low")):
+            moved = float(self.counts.diagonal(step).sum()) / total
+            if moved > 0.5 and moved > 3 * right:
+                return f"labels look {said}: {moved:.0%} of the predictions are the label {'-' if step < 0 else '+'} 1"
+        present = self.counts.sum(dim=1) > 0
+        most = self.counts[present].max(dim=1)
+        share = float(most.values.sum()) / total
+        distinct = len(most.indices.unique()) / int(present.sum())
+        if total / int(present.sum()) >= 4 and distinct > 0.7 and share > 0.5 and share > 2 * right + 0.1:
+            return (
+                f"the order of the classes looks wrong: {share:.0%} of the images fall into one class for each label, mostly "
+                "another than the label; --classes FILE gives the model's order"
+            )
+        return ""

@@ -1,0 +1,123 @@
+"""Checkpoints read as timm reads them: which weights of several, without wrappers' prefixes, without running code."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models import clean_state_dict
+
+from ..errors import DfqvitError, UsageError
+
+# What timm takes from a training script's checkpoint, in its order: the averaged weights first.
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INDICES = (
+    "index",
+    "mask",
+    "coords",
+    "num_batches_tracked",
+)  # in the names of buffers that hold integers or are computed
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state_dict in a .safetensors file, or in a .pth file read without unpickling code, without wrappers' prefixes.
+
+    Of several, timm's choice: averaged (EMA) weights before raw ones, with a warning that says so.
+
+    Raises:
+        UsageError: there is no such file, or it holds a model that is quantized already.
+        DfqvitError: the file is unreadable, needs code to be unpickled, or holds no state_dict that timm would take.
+    """
+    if path.is_dir():
+        raise UsageError(f"checkpoint was '{path}', which is a folder; give the file with the weights in it")
+    if not path.is_file():
+        raise UsageError(f"checkpoint was '{path}'; there is no such file")
+    loaded = _read(path)
+    if not isinstance(loaded, Mapping):
+        raise DfqvitError(f"checkpoint '{path}' holds no state_dict of tensors, but a {type(loaded).__name__}")
+    found = [key for key in CONTAINERS if isinstance(loaded.get(key), Mapping)]
+    if len(found) > 1 and found[0].endswith("ema"):
+        warnings.warn(
+            f"checkpoint '{path}' holds {' and '.join(map(repr, reversed(found)))}; '{found[0]}', the averaged weights, "
+            "was loaded, as timm does",
+            stacklevel=2,
+        )
+    state = dict(clean_state_dict(loaded[found[0]] if found else loaded))
+    tensors = dict(tensors_of(state))
+    if not tensors:
+        raise no_state_dict(path, loaded)
+    if any(key.endswith("weight_packed") for key in tensors):
+        raise UsageError(
+            f"checkpoint '{path}' holds packed weights of a quantized model; dfqvit.load reads such a file, and "
+            "--checkpoint takes float weights"
+        )
+    for key, value in tensors.items():
+        if value.dtype not in FLOATS and value.dim() and not any(part in key for part in INDICES):
+            raise UsageError(
+                f"checkpoint '{path}' holds {str(value.dtype).removeprefix('torch.')} under '{key}': its weights are quantized "
+                "already and mean nothing without their scales; give the float checkpoint"
+            )
+    return state
+
+
+def no_state_dict(path: Path, entries: Mapping[Any, Any]) -> DfqvitError:
+    """The error for a checkpoint whose weights are not where timm looks."""
+    held = some([repr(str(key)) for key in entries])
+    return DfqvitError(
+        f"checkpoint '{path}' holds no state_dict of tensors where timm looks for one ({', '.join(CONTAINERS)}); its entries "
+        f"are {held}: save the one with the weights alone"
+    )
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # `args` of timm's and DeiT's training scripts
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises pickle, zip and runtime errors
+        more = _unsafe(path)
+        if more:
+            raise DfqvitError(
+                f"checkpoint '{path}' could not be read: beside tensors it holds Python objects ({some(more)}), which "
+                "are not unpickled because that runs code; where you trust it, torch.load(..., weights_only=False) and "
+                "save the model's state_dict() alone"
+            ) from error
+        raise DfqvitError(f"checkpoint '{path}' could not be read: {first_line(error)}") from error
+
+
+def _unsafe(path: Path) -> list[str]:
+    """The classes and functions that a .pth file would have to import; empty where it is no such file."""
+    if path.suffix == ".safetensors":
+        return []
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            return sorted(found, key=lambda name: (".models." not in name, name))  # a pickled model's class first
+    except Exception:  # not a zip of torch's, damaged, or a TorchScript archive: the first error says it
+        return []
+
+
+def tensors_of(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a state_dict, also those one level down: some families' filters look there."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield str(key), value
+        elif isinstance(value, Mapping):
+            yield from ((str(k), v) for k, v in value.items() if isinstance(v, torch.Tensor))
+
+
+def some(items: list[str], most: int = 3) -> str:
+    """The first of a list, for a message."""
+    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,282 @@
+"""What rebuilds a model's structure by timm, and the one check that it does: what is recorded can be loaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath, PatchDropout
+from timm.models import model_entrypoint
+from torch import nn
+
+from ..errors import UsageError
+from .preprocessing import image_size
+
+# Settings that change no output in eval mode.
+_INERT = (
+    "training",
+    "fused_attn",
+    "grad_checkpointing",
+    "distilled_training",
+    "inplace",
+    "num_classes",  # the head says it
+    "target_shift_size",  # the shift_size made of it counts
+)
+_ABSENT_IN_EVAL = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
+_PLACE = ("device", "dtype")  # keywords of create_model that say where, not what
+_CALLABLE, _PARTIAL = "callable", "partial"  # how a function or class among the keywords stands in JSON
+_HOMES = ("torch.nn.", "timm.layers.", "timm.models.")  # where a file may name one
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `timm.create_model` needs to build a model's structure again.
+
+    `kwargs` are plain values, as JSON keeps them: a layer class of torch.nn or timm, or a `functools.partial` of one, stands
+    as {"callable": name} or {"partial": name, "args": [...], "kwargs": {...}}.
+    """
+
+    architecture: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, device: torch.device | str | None = None) -> nn.Module:
+        """The structure with fresh weights, in eval mode. `device="meta"` allocates nothing."""
+        with torch.device(device or "cpu"):
+            return timm.create_model(self.architecture, pretrained=False, **self.keywords()).eval()
+
+    def keywords(self) -> dict[str, Any]:
+        """`kwargs` as `timm.create_model` takes them."""
+        return {key: _decode(value) for key, value in self.kwargs.items()}
+
+    def resized(self, **changes: Any) -> ModelSpec:
+        """The same architecture with some keywords replaced."""
+        return ModelSpec(self.architecture, {**self.kwargs, **plain(changes)})
+
+    @classmethod
+    def of(cls, model: nn.Module, kwargs: Mapping[str, Any] | None = None) -> ModelSpec:
+        """The spec of a timm model in memory, found by building it (on the meta device) and comparing structures.
+
+        What `timm.create_model` or `load_model` was called with is taken from the model where they left it there; the number
+        of classes is the head's, and the sizes are those the model has now.
+
+        Args:
+            model: any supported timm model.
+            kwargs: what was given to `timm.create_model` beyond the name, where neither the model nor its structure tells.
+
+        Raises:
+            UsageError: the name is not known, a keyword cannot be written to a file, or the structure built differs.
+        """
+        first = ""
+        for spec in _candidates(cls, model, kwargs):
+            try:
+                difference = structural_difference(model, spec.build("meta"))
+            except Exception as error:  # an entrypoint may refuse keywords by any exception
+                difference = f"timm could not build it: {(str(error) or repr(error)).splitlines()[0]}"
+            if not difference:
+                return spec
+            first = first or f"model differs from timm's '{spec.architecture}' with {spec.kwargs} ({difference})"
+        if not first:
+            raise UsageError(
+                "model has no timm architecture name in its pretrained_cfg; build it by timm.create_model, a class of your own "
+                "by an entrypoint that timm.models.register_model registers"
+            )
+        raise UsageError(
+            f"{first}; give model_kwargs={{...}}, the keyword arguments that it was created with; a model that was changed "
+            "otherwise needs an entrypoint of its own (timm.models.register_model)"
+        )
+
+
+def _candidates(cls: type[ModelSpec], model: nn.Module, kwargs: Mapping[str, Any] | None) -> Iterator[ModelSpec]:
+    known = getattr(model, "dfqvit_spec", None)
+    known = known if isinstance(known, ModelSpec) else None
+    own = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
+    names = [name for name in (known.architecture if known else "", own) if name and timm.is_model(name)]
+    names += [name for name in _registered_elsewhere() if name not in names]
+    recorded = getattr(model, "_model_args", None)  # timm's create_model leaves it
+    if kwargs is not None:
+        bases = [plain(kwargs)]
+    else:
+        bases = [known.kwargs] if known else []
+        bases += [_quietly_plain(recorded)] if recorded else []
+        bases += [{}]
+    tried: list[ModelSpec] = []
+    for name in dict.fromkeys(names):
+        for base in bases:
+            for actual in _actual(model):
+                spec = cls(name, {**base, **actual})
+                if spec not in tried:
+                    tried.append(spec)
+                    yield spec
+
+
+def _actual(model: Any) -> Iterator[dict[str, Any]]:
+    """Nothing, then more and more of what the model itself says."""
+    yield {}
+    found: dict[str, Any] = {}
+    classes = class_count(model)
+    if classes is not None:
+        yield (found := {"num_classes": classes})
+    try:
+        sizes = {"in_chans": int(model.in_chans), "img_size": list(image_size(model))}
+    except (AttributeError, TypeError, ValueError):  # no such thing on this model
+        return
+    yield {**found, "img_size": sizes["img_size"]}
+    yield {**found, **sizes}
+
+
+def class_count(model: Any) -> int | None:
+    """Outputs of the model's classifier, by its layer where it is one; None where neither that nor the model says it."""
+    get = getattr(model, "get_classifier", None)
+    head = get() if callable(get) else None
+    head = head[0] if isinstance(head, tuple) else head
+    found = getattr(head, "out_features", None)
+    if found is None and isinstance(head, nn.Identity):
+        found = 0
+    found = getattr(model, "num_classes", None) if found is None else found
+    return None if found is None else int(found)
+
+
+def _registered_elsewhere() -> list[str]:
+    """Names that others than timm registered: the user's own entrypoints, whose models may carry another's name."""
+    ours = ("timm.", __name__.split(".")[0] + ".")
+    return [name for name in timm.list_models() if not model_entrypoint(name).__module__.startswith(ours)]
+
+
+def structural_difference(model: nn.Module, other: nn.Module) -> str:
+    """What first differs between two models: shapes, module classes, a module's plain settings, a replaced method; or ""."""
+    ours, theirs = _shapes(model), _shapes(other)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            return f"'{key}' is {ours.get(key)} here and {theirs.get(key)} there"
+    modules = dict(other.named_modules())
+    for name, module in model.named_modules():
+        twin = modules.get(name)
+        if isinstance(module, _ABSENT_IN_EVAL) and (twin is None or isinstance(twin, _ABSENT_IN_EVAL)):
+            continue
+        if twin is None or type(module) is not type(twin):
+            return f"'{name}' is a {type(module).__name__} here and a {type(twin).__name__} there"
+        replaced = [key for key, value in vars(module).items() if callable(value) and hasattr(type(module), key)]
+        for key in replaced:
+            if key not in vars(twin):
+                return f"'{name}' has a {key} of its own here"
+        for key, value in settings(twin).items():
+            found = getattr(module, key, None)
+            if found != value:
+                return f"'{name}.{key}' is {found!r} here and {value!r} there"
+    return ""
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """The plain values among a module's attributes that may matter to its output in eval mode."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in _INERT and not key.startswith("_") and "drop" not in key and _is_plain(value)
+    }
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(value.shape)
+        for key, value in (*model.named_parameters(), *model.named_buffers())
+        if value is not None
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(each) for each in value)
+    return isinstance(value, (bool, int, float, str))
+
+
+def plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `timm.create_model` as JSON keeps them; UsageError names one that a file cannot hold."""
+    found = {
+        key: _encode(f"model_kwargs['{key}']", v) for key, v in kwargs.items() if v is not None and key not in _PLACE
+    }
+    return json.loads(json.dumps(found))
+
+
+def _quietly_plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`plain`, without the keywords that no file can hold: the comparison of structures tells whether they matter."""
+    found: dict[str, Any] = {}
+    for key, value in kwargs.items():
+        try:
+            found |= plain({key: value})
+        except UsageError:
+            continue
+    return found
+
+
+def _encode(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _encode(f"{name}['{key}']", each) for key, each in value.items()}
+    elif isinstance(value, functools.partial):
+        args = [_encode(name, each) for each in value.args]
+        keywords = {key: _encode(f"{name}, {key}", each) for key, each in value.keywords.items()}
+        return {_PARTIAL: _name_of(name, value.func), "args": args, "kwargs": keywords}
+    elif callable(value):
+        return {_CALLABLE: _name_of(name, value)}
+    elif isinstance(value, Sequence):
+        return [_encode(name, each) for each in value]
+    raise UsageError(
+        f"{name} was {value!r}, which a file cannot hold; it may be numbers, texts, lists and layers of {_NAMED}"
+    )
+
+
+_NAMED = "torch.nn or timm, also in a functools.partial"
+
+
+def _name_of(name: str, value: Any) -> str:
+    """The full name by which `_find` finds the callable again."""
+    full = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    try:
+        if _find(full) is value:
+            return full
+    except (UsageError, ImportError, AttributeError):
+        pass  # the sentence below says it
+    raise UsageError(
+        f"{name} was {value!r}, which a file cannot name; it may be a layer of {_NAMED}, or timm's name of one"
+    )
+
+
+def _find(full: str) -> Callable[..., Any]:
+    """The layer class or function of that name: only torch.nn's and timm's, so that a file names no other code."""
+    home, _, attribute = full.rpartition(".")
+    if not full.startswith(_HOMES):
+        raise UsageError(f"the file names the layer '{full}'; it may be one of torch.nn or timm")
+    found = getattr(importlib.import_module(home), attribute)
+    is_layer = isinstance(found, type) and issubclass(found, nn.Module)
+    is_function = (
+        callable(found) and not isinstance(found, type) and home.startswith(("torch.nn.functional", "timm.layers."))
+    )
+    if not (is_layer or is_function):
+        raise UsageError(f"the file names '{full}', which is no layer")
+    return found
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_decode(each) for each in value)
+    if isinstance(value, Mapping):
+        if value.keys() == {_CALLABLE}:
+            return _find(value[_CALLABLE])
+        if value.keys() == {_PARTIAL, "args", "kwargs"}:
+            keywords = {key: _decode(each) for key, each in value["kwargs"].items()}
+            return functools.partial(_find(value[_PARTIAL]), *map(_decode, value["args"]), **keywords)
+        return {key: _decode(each) for key, each in value.items()}
+    return value

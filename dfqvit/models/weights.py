@@ -1,0 +1,220 @@
+"""A checkpoint's tensors mapped to a model as timm maps them: names, sizes, channels; and refused where they do not fit."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+from timm.models import _builder, adapt_input_conv
+from torch import nn
+
+from ..errors import DfqvitError, UsageError
+from .checkpoint import FLOATS, INDICES, first_line, no_state_dict, read_checkpoint, some, tensors_of
+
+Filter = Callable[..., dict[str, Any]]
+
+_NUMPY = (".npz", ".npy")
+_BUILDING = threading.RLock()
+
+
+def build(architecture: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, Filter | None]:
+    """(the model with random weights, timm's filter that maps a checkpoint of its family to it).
+
+    timm's entrypoints name the filter only to the function that loads pretrained weights, so that function is stood in
+    for while the model is built. An entrypoint that does not use timm's builder gets the filter of its class's module.
+    """
+    filters: list[Filter | None] = []
+
+    def stand_in(*_: Any, filter_fn: Filter | None = None, **__: Any) -> None:
+        filters.append(filter_fn)
+
+    with _BUILDING, mock.patch.object(_builder, "load_pretrained", stand_in):
+        model = timm.create_model(architecture, pretrained=True, **kwargs)
+    if filters:
+        return model, filters[0]
+    return model, getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+
+
+def load_weights(
+    model: nn.Module, path: Path, name: str, filter_fn: Filter | None, asked: Mapping[str, Any] | None = None
+) -> None:
+    """Loads the checkpoint at `path` into `model`, as timm maps it, and refuses what does not fit wholly.
+
+    Args:
+        model: the structure.
+        path: .safetensors, .pth and the like, or the .npz of the original JAX models.
+        name: MODEL, for messages.
+        filter_fn: timm's for the family, see `build`.
+        asked: the keywords that the model was asked for with; where they have no `img_size`, a resize is warned of.
+    """
+    if path.suffix.lower() in _NUMPY:
+        _load_arrays(model, path, name)
+        return
+    asked = asked or {}
+    wanted, found = model.state_dict(), read_checkpoint(path)
+    before = {key: value.shape for key, value in tensors_of(found)}
+    if filter_fn is not None:
+        try:
+            found = dict(filter_fn(found, model))
+        except Exception as error:  # a filter meets keys and shapes that it was not written for
+            raise UsageError(
+                f"checkpoint '{path}' is not of MODEL '{name}': timm's conversion failed ({first_line(error)})"
+            ) from error
+    if not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise no_state_dict(path, found)
+    for key in found.keys() - wanted.keys():
+        if any(part in key for part in INDICES):
+            del found[key]  # buffers that older versions saved, and that the model computes itself
+    _adapt_channels(model, found, path, asked)
+    _check(wanted, found, path, name)
+    _check_patches(model, before, path, asked)
+    if "img_size" not in asked:
+        _tell_resizes(model, before, found, path)
+    model.load_state_dict(found)
+
+
+def _check_patches(model: nn.Module, shapes: Mapping[str, torch.Size], path: Path, asked: Mapping[str, Any]) -> None:
+    """A patch projection of another size is another model, though timm would resize it; FlexiViT's is meant to be resized."""
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    shape = shapes.get("patch_embed.proj.weight")
+    flexible = "flexi" in str(getattr(model, "pretrained_cfg", {}).get("architecture", "")) or "patch_size" in asked
+    if not isinstance(projection, nn.Conv2d) or shape is None or len(shape) != 4 or flexible:
+        return
+    if tuple(shape[2:]) != projection.kernel_size:
+        raise UsageError(
+            f"checkpoint '{path}' has patches of {shape[2]} x {shape[3]} pixels and the model "
+            f"{projection.kernel_size[0]} x {projection.kernel_size[1]}: it is of another MODEL"
+        )
+
+
+def _adapt_channels(model: nn.Module, found: dict[str, torch.Tensor], path: Path, asked: Mapping[str, Any]) -> None:
+    """The first convolution of an RGB checkpoint for other channels, by timm's rule."""
+    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or "patch_embed.proj"
+    for name in (names,) if isinstance(names, str) else names:
+        key = f"{name}.weight"
+        weight = found.get(key)
+        module = dict(model.named_modules()).get(name)
+        if weight is None or weight.dim() != 4 or not isinstance(module, nn.Conv2d) or module.groups != 1:
+            continue
+        have, want = weight.shape[1], module.in_channels
+        if have == want:
+            continue
+        if have != 3:
+            raise UsageError(
+                f"in-chans: the checkpoint '{path}' takes images of {have} channels and the model {want}; give --in-chans {have}"
+            )
+        if "in_chans" not in asked:
+            warnings.warn(
+                f"checkpoint '{path}' takes images of {have} channels and the model {want}: '{key}' was adapted, as timm does; "
+                f"--in-chans {have} keeps it",
+                stacklevel=4,
+            )
+        found[key] = adapt_input_conv(want, weight)
+
+
+def _check(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], path: Path, name: str) -> None:
+    head = next((key for key in ("head.weight", "head.fc.weight") if key in wanted), None)
+    if head and head in found:
+        have, want = found[head].shape, wanted[head].shape
+        if have[1:] == want[1:] and have[0] != want[0]:
+            raise UsageError(
+                f"num-classes: the checkpoint '{path}' has {have[0]} classes and the model {want[0]}; "
+                f"give --num-classes {have[0]}"
+            )
+    if (
+        head
+        and not any(key.startswith("head") for key in found)
+        and not (wanted.keys() - found.keys() - _heads(wanted))
+    ):
+        raise UsageError(
+            f"num-classes: the checkpoint '{path}' has no classifier ('{head}'); give --num-classes 0 for the model without one"
+        )
+    if head is None and _heads(found) and not (wanted.keys() ^ (found.keys() - _heads(found))):
+        classes = next((len(found[key]) for key in ("head.weight", "head.fc.weight") if key in found), None)
+        raise UsageError(
+            f"num-classes: the checkpoint '{path}' has a classifier and the model none; give --num-classes {classes}"
+        )
+    problems = []
+    for title, keys in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
+        if keys:
+            problems.append(f"{len(keys)} {title} ({some(sorted(keys))})")
+    shapes = [key for key in sorted(wanted.keys() & found.keys()) if wanted[key].shape != found[key].shape]
+    if shapes:
+        sizes = [f"{key} {tuple(found[key].shape)} for {tuple(wanted[key].shape)}" for key in shapes]
+        problems.append(f"{len(shapes)} of another shape ({some(sizes)})")
+    if problems:
+        hint = _library(found) or _prefixed(wanted, found)
+        raise UsageError(f"checkpoint '{path}' is not of MODEL '{name}': keys {'; '.join(problems)}{hint}")
+    for key, value in found.items():
+        if wanted[key].is_floating_point() and value.dtype not in FLOATS:
+            raise UsageError(f"checkpoint '{path}' holds {value.dtype} under '{key}', which is float")
+
+
+def _library(keys: Mapping[str, Any]) -> str:
+    """Where names come from that timm cannot map; for a message."""
+    if any(".embeddings." in f".{key}" or ".encoder.layer." in f".{key}" for key in keys):
+        return "; its names are those of Hugging Face transformers: take timm's weights of the same model"
+    if "conv_proj.weight" in keys or any(key.startswith("encoder.layers.encoder_layer_") for key in keys):
+        return "; its names are those of torchvision, whose models timm does not have"
+    return ""
+
+
+def _heads(keys: Mapping[str, Any]) -> set[str]:
+    return {key for key in keys if key.startswith("head")}
+
+
+def _prefixed(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """That a wrapper's prefix stands before the model's own names, for a message; "" where that is not it."""
+    key = next((key for key in found if key.endswith(("cls_token", "patch_embed.proj.weight"))), "")
+    prefix = key.removesuffix("cls_token").removesuffix("patch_embed.proj.weight")
+    if not prefix or not any(key.removeprefix(prefix) in wanted for key in found):
+        return ""
+    return f"; all of its keys begin with '{prefix}': save it without"
+
+
+def _tell_resizes(
+    model: nn.Module, before: Mapping[str, torch.Size], found: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    for key in before.keys() & found.keys():
+        positional = key == "pos_embed" or key.endswith("relative_position_bias_table")
+        if positional and before[key].numel() != found[key].numel():
+            hint = ""
+            if key == "pos_embed" and before[key][1] > 4:
+                prefix = 0 if getattr(model, "no_embed_class", False) else int(getattr(model, "num_prefix_tokens", 0))
+                side = round((before[key][1] - prefix) ** 0.5) * int(model.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
+                hint = f"; --img-size {side} keeps it"
+            warnings.warn(
+                f"checkpoint '{path}' was trained with another input size: '{key}' {tuple(before[key])} was resized to "
+                f"{tuple(found[key].shape)}, as timm does{hint}",
+                stacklevel=4,
+            )
+            return
+
+
+def _load_arrays(model: nn.Module, path: Path, name: str) -> None:
+    """The original JAX weights, which the model itself reads; what it leaves out is found by the NaNs put there before."""
+    if not path.is_file():
+        raise UsageError(f"checkpoint was '{path}'; there is no such file")
+    reader = getattr(model, "load_pretrained", None)
+    if reader is None:
+        raise UsageError(f"checkpoint was '{path}'; MODEL '{name}' has no reader of {path.suffix} files in timm")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+        try:
+            reader(str(path))
+        except Exception as error:  # numpy's, zipfile's, and what missing arrays raise in timm
+            raise DfqvitError(
+                f"checkpoint '{path}' could not be read as MODEL '{name}': {first_line(error)}"
+            ) from error
+    left = [key for key, value in model.named_parameters() if bool(torch.isnan(value).any())]
+    if left:
+        hint = "; give the --num-classes of the file" if all(key.startswith("head") for key in left) else ""
+        raise UsageError(f"checkpoint '{path}' is not of MODEL '{name}': it left out {some(left)}{hint}")

@@ -1,0 +1,231 @@
+"""Folders and labels that people bring: known, asked for, or refused; never a wrong order without a word."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import nn
+
+from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.evaluation import evaluate
+from dfqvit.evaluation.data import open_images
+from dfqvit.evaluation.labels import Confusion, read_labels
+from dfqvit.models import Preprocessing
+
+PREPROCESSING = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+
+
+def folders(root, names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / name / "x.png")
+    return root
+
+
+def labels_of(root, **options):
+    images = open_images(root, PREPROCESSING, **options)
+    return {path.parent.name: label for path, label in images.items}, images.assumed
+
+
+@pytest.mark.parametrize("subset", ["imagenet-1k", "imagenet-22k", "imagenet-12k"])
+def test_wordnet_ids_are_recognised(tmp_path, seed, subset):
+    names = ImageNetInfo(subset).label_names()
+    chosen = [names[int(index)] for index in torch.randperm(len(names))[:42]]
+    found, assumed = labels_of(folders(tmp_path, chosen), num_classes=len(names))
+    assert found == {name: names.index(name) for name in chosen}
+    assert "WordNet ids, in the order of imagenet" in assumed
+
+
+def test_folders_that_cannot_be_the_models_classes_are_refused(tmp_path):
+    root = folders(tmp_path, [f"c{index:02}" for index in range(42)])
+    with pytest.raises(UsageError, match=r"has 42 folders and the model 1000 classes, .*give --classes FILE"):
+        labels_of(root, num_classes=1000)
+    with pytest.raises(UsageError, match="has 42 folders and the model 10 classes"):
+        labels_of(root, num_classes=10)
+    found, assumed = labels_of(root, num_classes=42)
+    assert found == {f"c{index:02}": index for index in range(42)}
+    assert assumed == "the 42 folders in order are the classes 0 to 41"
+    folders(tmp_path, ["n99999999"])
+    with pytest.raises(UsageError, match="43 folders"):
+        labels_of(root, num_classes=1000)
+
+
+def test_wordnet_ids_of_another_number_of_classes_are_folders_in_order(tmp_path):
+    names = ImageNetInfo("imagenet-1k").label_names()[5:8]
+    assert labels_of(folders(tmp_path, names), num_classes=3)[0] == {name: index for index, name in enumerate(names)}
+    with pytest.raises(UsageError, match="3 folders and the model 100 classes"):
+        labels_of(tmp_path, num_classes=100)
+
+
+def test_the_folder_above_is_recognised(tmp_path):
+    for split in ("train", "val"):
+        folders(tmp_path / split, ["a", "b", "c"])
+    with pytest.raises(
+        UsageError, match=r"has 2 folders and the model 3 classes.*give one of its folders, such as '.*train'"
+    ):
+        labels_of(tmp_path, num_classes=3)
+
+
+def test_what_archives_and_notebooks_leave_is_no_class(tmp_path):
+    folders(tmp_path, ["b", "a", ".ipynb_checkpoints", "__MACOSX"])
+    assert labels_of(tmp_path, num_classes=2)[0] == {"a": 0, "b": 1}
+
+
+def test_numbers_in_names_are_in_timms_order_and_that_is_said(tmp_path):
+    names = [str(index) for index in range(12)]
+    with pytest.warns(
+        UserWarning, match=r"in the order of the numbers in their names .*torchvision sorts them as texts"
+    ):
+        found, _ = labels_of(folders(tmp_path, names), num_classes=12)
+    assert found == {name: int(name) for name in names}
+
+
+def test_names_of_equal_length_need_no_word(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        labels_of(folders(tmp_path, ["n01", "n02", "n10"]), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\nb\n", "classes had 2 lines and the model has 3 classes"),
+        ("a\nb\na\n", "classes had 'a' in two lines"),
+        ("a\n\nb\nc\n", "its line 2 is empty, and line k is the folder of class k"),
+        ("a\nb\nd\n", "has the folder 'big cat', which is no class"),
+    ],
+)
+def test_classes_files_that_do_not_fit(tmp_path, text, message):
+    root = folders(tmp_path / "data", ["a", "b", "big cat"])
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        labels_of(root, classes=tmp_path / "classes.txt", num_classes=3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_classes_files_with_blanks_and_descriptions(tmp_path, encoding):
+    root = folders(tmp_path / "data", ["a", "b", "big cat"])
+    (tmp_path / "classes.txt").write_text("b something more\r\nbig cat\r\na the letter\r\n\r\n", encoding=encoding)
+    found, assumed = labels_of(root, classes=tmp_path / "classes.txt", num_classes=3)
+    assert found == {"b": 0, "big cat": 1, "a": 2}
+    assert "the classes file says" in assumed
+
+
+def npz(path, labels):
+    np.savez(path, images=np.zeros((len(labels), 3, 8, 8), np.uint8), labels=labels)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        (
+            np.arange(1, 11),
+            UsageError,
+            "has labels from 1 to 10, counted from 1; the model's classes are 0 to 9: subtract 1",
+        ),
+        (np.arange(0, 12), UsageError, "has labels from 0 to 11; the model's classes are 0 to 9"),
+        (np.array([-1, 3]), UsageError, "has labels from -1 to 3"),
+        (np.array([0.5, 1.0]), DfqvitError, r"holds labels float64 \(2,\); they must be whole numbers \[n\]"),
+        (np.eye(4), DfqvitError, r"holds labels float64 \(4, 4\)"),
+        (np.array(["cat", "dog"]), DfqvitError, "they must be whole numbers"),
+        (np.array([np.nan, 1.0]), DfqvitError, "they must be whole numbers"),
+    ],
+    ids=str,
+)
+def test_labels_that_cannot_be_the_models(tmp_path, labels, kind, message):
+    with pytest.raises(kind, match=message):
+        open_images(npz(tmp_path / "a.npz", labels), PREPROCESSING, num_classes=10)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float32])
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_labels_of_other_whole_kinds(tmp_path, dtype, shape):
+    path = npz(tmp_path / "a.npz", np.array([0, 9, 4], dtype).reshape(shape))
+    assert [label for _, label in open_images(path, PREPROCESSING, num_classes=10)] == [0, 9, 4]
+    assert read_labels(path, np.array([7, 8], dtype), None).tolist() == [7, 8]
+
+
+def test_a_classes_file_for_an_npz_is_refused(tmp_path):
+    (tmp_path / "classes.txt").write_text("a\n")
+    with pytest.raises(UsageError, match="it is for a folder of classes"):
+        open_images(npz(tmp_path / "a.npz", np.arange(3)), PREPROCESSING, tmp_path / "classes.txt")
+
+
+def test_channels_last_is_said(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
+    with pytest.raises(UsageError, match=r"has 8 channels; .*transpose\(0, 3, 1, 2\)"):
+        open_images(tmp_path / "a.npz", PREPROCESSING)
+
+
+class Table(nn.Module):
+    """Gives prepared logits: row i for an image filled with i."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x):
+        return self.logits[x[:, 0, 0, 0].long()]
+
+
+def measured(guesses, labels, classes):
+    """evaluate() of a model that guesses so."""
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1).float()
+    return evaluate(Table(nn.functional.one_hot(guesses, classes).float()), [(images, labels)])
+
+
+def test_predictions_that_are_one_off_are_said(seed):
+    truth = torch.randint(0, 9, (200,))
+    guesses = torch.where(torch.rand(200) < 0.8, truth, torch.randint(0, 9, (200,)))
+    with pytest.warns(UserWarning, match=r"labels look counted from 1, or one too high: \d\d% of"):
+        measured(guesses, truth + 1, 10)
+    with pytest.warns(UserWarning, match="labels look one too low"):
+        measured(guesses + 1, truth, 10)
+
+
+def test_another_order_of_classes_is_said(seed):
+    truth = torch.randint(0, 10, (400,))
+    guesses = torch.where(torch.rand(400) < 0.8, truth, torch.randint(0, 10, (400,)))
+    order = torch.tensor([3, 9, 0, 6, 5, 1, 8, 2, 7, 4])
+    with pytest.warns(UserWarning, match="the order of the classes looks wrong: 8"):
+        measured(guesses, order[truth], 10)
+
+
+@pytest.mark.parametrize("skill", [0.0, 0.1, 0.5, 0.95])
+def test_right_labels_are_never_doubted(seed, skill):
+    for classes in (3, 10, 300):
+        truth = torch.randint(0, classes, (600,))
+        guesses = torch.where(torch.rand(600) < skill, truth, torch.randint(0, classes, (600,)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            measured(guesses, truth, classes)
+            measured(torch.full_like(truth, 2), truth, classes)  # a model that fell into one class
+
+
+def test_labels_outside_the_model_are_refused_by_evaluate():
+    with pytest.raises(UsageError, match="labels were from 0 to 5; the model's classes are 0 to 3"):
+        measured(torch.tensor([0, 1]), torch.tensor([0, 5]), 4)
+
+
+def test_evaluate_leaves_the_modes(seed):
+    model = Table(torch.eye(3)).train()
+    evaluate(model, [(torch.arange(3).view(-1, 1, 1, 1).float(), torch.arange(3))], model)
+    assert model.training
+
+
+def test_a_comparison_of_other_classes_is_refused():
+    data = [(torch.arange(3).view(-1, 1, 1, 1).float(), torch.arange(3))]
+    with pytest.raises(UsageError, match="against gives 4 classes and the model 3"):
+        evaluate(Table(torch.eye(3)), data, Table(torch.zeros(3, 4)))
+
+
+def test_confusion_needs_enough_images():
+    confusion = Confusion()
+    confusion.add(torch.eye(4)[[1, 2, 3]], torch.tensor([2, 3, 0]))
+    assert confusion.doubt() == ""
