@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration import calibrate, convert, freeze, observe
+from .calibration import calibrate, convert, freeze, in_fixed_order, observe
 from .calibration.allocation import allocate_bits, check_budget
 from .calibration.correction import LEAST_CHECKED, add_corrections, check_correction, choose_blocks
 from .calibration.given import given_images
@@ -175,6 +175,7 @@ def quantize(
     images, how = calibration_images(
         model, calib, samples=samples, iters=iters, seed=seed, preprocessing=preprocessing, report=report, **synthesis
     )
+    images = in_fixed_order(images)
     if size_budget is not None:
         recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
         qmodel = convert(model, recipe)

@@ -87,7 +87,12 @@ Isa checked(Isa isa) {
 std::atomic<Isa>& active() {
   static std::atomic<Isa> value = [] {
     const char* asked = std::getenv("DFQVIT_CPU_ISA");
-    return asked && *asked ? checked(isa_from_name(asked)) : detected_isa();
+    if (!asked || !*asked) return detected_isa();
+    try {
+      return checked(isa_from_name(asked));
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument("DFQVIT_CPU_ISA: " + std::string(error.what()));
+    }
   }();
   return value;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 
 import torch
 from torch import nn
@@ -62,6 +63,12 @@ def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
     for batch in torch.cat([images, crops(images)]).split(BATCH):
         with torch.enable_grad():
             sensitivity(qmodel(batch.detach().requires_grad_()), generator).backward()
+
+
+def in_fixed_order(images: torch.Tensor) -> torch.Tensor:
+    """The images [n, C, H, W] sorted by their bytes: whatever order they came in, what is drawn for them or summed is the same."""
+    keys = [hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).digest() for image in images]
+    return images[sorted(range(len(images)), key=keys.__getitem__)]
 
 
 def crops(images: torch.Tensor) -> torch.Tensor:

@@ -124,11 +124,12 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _is_of_backends(error: Exception) -> bool:
-    """Whether DFQVIT_BACKEND is the cause: it names a backend that there is not, or that cannot serve.
+    """Whether DFQVIT_BACKEND or DFQVIT_CPU_ISA is the cause: it names what there is not, or what cannot serve.
 
     By name, since dfqvit.kernels does not import in the first case.
     """
-    return type(error).__name__ == "BackendError" or (isinstance(error, ValueError) and "DFQVIT_BACKEND" in str(error))
+    named = any(name in str(error) for name in ("DFQVIT_BACKEND", "DFQVIT_CPU_ISA"))
+    return type(error).__name__ == "BackendError" or (isinstance(error, (ValueError, RuntimeError)) and named)
 
 
 def _fail_unforeseen(error: Exception, arguments: list[str] | None) -> int:
