@@ -58,7 +58,8 @@ def fake_quantize(
         raise ValueError(f"zero_point had {zero_point.numel()} values; it must have 1 or {scale.numel()}, like scale")
     checks.positive("scale", scale)
     zero_point = zero_point.expand_as(scale).contiguous()
-    return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, (axis or 0) % max(x.dim(), 1))
+    arguments = (x, scale, zero_point, quant_min, quant_max, (axis or 0) % max(x.dim(), 1))
+    return _FakeQuantize.apply(*arguments) if torch.is_grad_enabled() and x.requires_grad else forward(*arguments)
 
 
 def _supports(x: torch.Tensor, *_: Any) -> Verdict:

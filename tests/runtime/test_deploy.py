@@ -1,0 +1,175 @@
+"""The integer model compiled, exported, reloaded without dfqvit's method, and run from C++."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.export import Dim
+
+from dfqvit.kernels import extension
+from dfqvit.runtime import accelerate
+
+from ..conftest import small_swin, small_vit
+from ..kernels.test_library import LIBRARY
+from .test_blocks import close, quantized
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def integer(model):
+    qmodel, images = quantized(model, 4, acm="sequential")
+    accelerate(qmodel)
+    return qmodel, images
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_compiles_as_one_graph_and_for_every_batch_after_the_second(integer):
+    qmodel, images = integer
+    graphs = []
+
+    def count(module, example):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(qmodel, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for batch in (1, 2, 3, 5, 8):
+            x = torch.randn(batch, *images.shape[1:])
+            assert torch.equal(compiled(x), qmodel(x))
+    assert len(graphs) <= 2
+
+
+def test_a_compiled_model_follows_what_is_loaded_into_it(integer):
+    qmodel, images = integer
+    compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(images)
+        for key, value in list(qmodel.state_dict().items())[::7]:
+            if value.is_floating_point() and "zero_point" not in key:
+                qmodel.load_state_dict({key: value * 1.5}, strict=False)
+                assert torch.equal(compiled(images), qmodel(images)), key
+
+
+def test_gradients_pass_through_a_compiled_model(integer):
+    qmodel, images = integer
+    compiled = torch.compile(qmodel, backend="aot_eager")
+    found, expected = (images.clone().requires_grad_() for _ in range(2))
+    compiled(found).square().mean().backward()
+    qmodel(expected).square().mean().backward()
+    assert torch.allclose(found.grad, expected.grad, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [small_vit, small_swin], ids=["vit", "swin"])
+def test_inductor(seed, make):
+    qmodel, images = quantized(make(), 8, acm="sequential")
+    accelerate(qmodel)
+    compiled = torch.compile(qmodel, fullgraph=True)
+    with torch.no_grad():
+        assert close(compiled(images), qmodel(images))
+        assert close(compiled(images[:3]), qmodel(images[:3]))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("form", ["integer", "simulated"])
+def test_export_with_a_free_batch(model, form, strict):
+    qmodel, images = quantized(model, 4, acm="sequential")
+    if form == "integer":
+        accelerate(qmodel)
+    for batch in (Dim("batch"), Dim.DYNAMIC, Dim.AUTO):
+        with torch.no_grad():
+            program = torch.export.export(qmodel, (images,), dynamic_shapes=({0: batch},), strict=strict)
+        module = program.module()
+        for count in (1, 2, 5):
+            x = torch.randn(count, *images.shape[1:])
+            assert torch.equal(module(x), qmodel(x))
+
+
+@pytest.mark.parametrize("form", ["integer", "simulated"])
+def test_an_exported_program_runs_in_a_fresh_process_after_one_import(model, form, tmp_path):
+    qmodel, images = quantized(model, 4, acm="sequential")
+    if form == "integer":
+        accelerate(qmodel)
+    with torch.no_grad():
+        program = torch.export.export(qmodel, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    torch.save((images, qmodel(images)), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, dfqvit.kernels\n"
+        "x, expected = torch.load(sys.argv[2])\n"
+        "found = torch.export.load(sys.argv[1]).module()(x)\n"
+        "print(torch.equal(found, expected), 'timm' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "m.pt2"), str(tmp_path / "expected.pt")]
+    found = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert found.stdout.strip() == "True False", found.stderr
+
+
+@pytest.fixture
+def example(tmp_path):
+    """The program of examples/cpp, built."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if LIBRARY is None or extension.load()[0] is None or compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("the operators are not built, or there is no C++ compiler")
+    torch_folder, program = Path(torch.__path__[0]), tmp_path / "run_pt2"
+    include = [f"-I{torch_folder / 'include'}", f"-I{torch_folder / 'include/torch/csrc/api/include'}"]
+    link = [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-Wl,--no-as-needed"]
+    link += ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    source = ROOT / "examples" / "cpp" / "run_pt2.cpp"
+    subprocess.run([compiler, "-std=c++17", "-O0", *include, str(source), "-o", str(program), *link], check=True)
+    return program
+
+
+@pytest.mark.slow
+def test_a_pt2_of_aotinductor_runs_from_cpp(seed, example, tmp_path):
+    """With the shared library of operators alone: no Python, no dfqvit. It once answered with another dtype's bytes."""
+    qmodel, _ = quantized(small_vit(depth=1), 4, acm="sequential")
+    accelerate(qmodel)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(qmodel, (x,), dynamic_shapes=({0: Dim("batch", max=64)},))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 32, 32)
+        assert close(loaded(x), qmodel(x))
+    pattern = (torch.arange(3 * 3 * 32 * 32).remainder(97) / 48.5 - 1).view(3, 3, 32, 32)
+    values, classes = qmodel(pattern).max(1)
+    arguments = [str(example), str(LIBRARY), package, "3", "32", "32", "3"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    found = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout.split()
+    assert [int(c) for c in found[::2]] == classes.tolist()
+    assert torch.allclose(torch.tensor([float(v) for v in found[1::2]]), values, atol=0.05)
+
+
+def test_a_compiled_call_costs_no_more_than_a_plain_one(seed):
+    """Three times as much would mean that something is rebuilt in every call; the figure is in docs/inference.md."""
+    qmodel, images = quantized(small_vit(), 4)
+    accelerate(qmodel)
+    compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+
+        def shortest(call):
+            times = []
+            for _ in range(30):
+                start = time.perf_counter()
+                call(images)
+                times.append(time.perf_counter() - start)
+            return min(times)
+
+        compiled(images)
+        assert shortest(compiled) < 3 * shortest(qmodel)
