@@ -25,19 +25,6 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-template <typename T>
-struct DeviceType {
-  using type = T;
-};
-template <>
-struct DeviceType<at::Half> {
-  using type = __half;
-};
-template <>
-struct DeviceType<at::BFloat16> {
-  using type = __nv_bfloat16;
-};
-
 Type type_of(at::ScalarType type) {
   return type == at::kFloat ? Type::f32 : type == at::kBFloat16 ? Type::bf16 : type == at::kHalf ? Type::f16 : Type::u8;
 }
@@ -66,7 +53,7 @@ at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, int64_t columns, con
   const auto blocks = static_cast<unsigned>(std::min<int64_t>((rows + kRowsAtOnce - 1) / kRowsAtOnce, 1 << 16));
   uint8_t* data = out.mutable_data_ptr<uint8_t>();
   DFQVIT_DISPATCH_FLOATS(x.scalar_type(), "quant_linear", [&] {
-    using Element = typename DeviceType<scalar_t>::type;
+    using Element = DeviceType<scalar_t>;
     quantize_rows_kernel<Element><<<blocks, kRowThreads, 0, stream>>>(
         reinterpret_cast<const Element*>(x.const_data_ptr<scalar_t>()), rows, columns, quantizer, data, stride);
   });

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,25 +17,15 @@ import torch.nn.functional as F
 from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear import op
 
+from .cuda_emulator import TYPES, Emulator, compiled
 from .test_quant_linear_cpu import IDENTITY, around_ties, random_call
 
 ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SHAPES = ["small", "large", "group"]  # of csrc/include/dfqvit/quant_linear_tile.h
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
-class Emulator:
+class Kernels(Emulator):
     """The kernels of csrc/include/dfqvit/quant_linear.cuh, called as csrc/cuda/quant_linear.cu does."""
-
-    def __init__(self, library):
-        self.library = ctypes.CDLL(str(library))
-
-    def __call__(self, name, *arguments):
-        """Tensors become pointers, None the null pointer; whole numbers int32."""
-        kinds = {int: ctypes.c_int, float: ctypes.c_float, torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr())}
-        values = [None if a is None else kinds[type(a)](a) if type(a) in kinds else a for a in arguments]
-        return self.library[name](*values)
 
     def rows(self, x, scale, zero, least, greatest):
         rows, columns = x.shape
@@ -89,14 +78,7 @@ class Emulator:
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    if COMPILER is None or not sys.platform.startswith("linux"):
-        pytest.skip("no C++ compiler, or not Linux")
-    library = tmp_path_factory.mktemp("cuda") / "quant_linear.so"
-    folder = Path(__file__).with_name("cuda_on_cpu")
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
-    folders = [f"-I{folder}", f"-I{ROOT / 'csrc/include'}"]  # in this order
-    subprocess.run([COMPILER, *flags, *folders, "-o", str(library), str(folder / "quant_linear.cpp")], check=True)
-    return Emulator(library)
+    return Kernels(compiled("quant_linear", tmp_path_factory.mktemp("cuda")))
 
 
 def emulated(emulator, *args, shape="large", blocks=3, **kwargs):

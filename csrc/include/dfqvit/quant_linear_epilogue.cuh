@@ -1,37 +1,12 @@
 // The epilogue of the CUDA kernel of quant_linear: from a warp's sums in registers to the result in memory.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "dfqvit/device_floats.cuh"
 #include "dfqvit/quant_linear_tile.h"
 
 namespace dfqvit {
 namespace quant {
 namespace tile {
-
-__device__ __forceinline__ float to_float(float v) {
-  return v;
-}
-__device__ __forceinline__ float to_float(__half v) {
-  return __half2float(v);
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-
-__device__ __forceinline__ void from_float(float v, float* out) {
-  *out = v;
-}
-__device__ __forceinline__ void from_float(float v, __half* out) {
-  *out = __float2half_rn(v);
-}
-__device__ __forceinline__ void from_float(float v, __nv_bfloat16* out) {
-  *out = __float2bfloat16_rn(v);
-}
-__device__ __forceinline__ void from_float(float v, uint8_t* out) {
-  *out = static_cast<uint8_t>(static_cast<int>(v));
-}
 
 struct Epilogue {
   const float* scale;
