@@ -4,7 +4,7 @@ Environment:
     DFQVIT_BUILD=0            install without compiling; every operator then runs its reference (or Triton) backend
     DFQVIT_CUDA=0             leave the CUDA sources out even where a CUDA toolkit and a CUDA torch are found
     CUDA_HOME                 the CUDA toolkit; otherwise the one that `nvcc` on the PATH belongs to
-    TORCH_CUDA_ARCH_LIST      the GPU architectures, as torch takes them; default "8.0;8.6;8.9;9.0a;10.0;12.0+PTX". What the kernels
+    TORCH_CUDA_ARCH_LIST      the GPU architectures, as torch takes them; default "8.0;8.6;8.9;9.0a+PTX;10.0;12.0". What the kernels
                               cannot be built for is left out, and 9.0 is built as 9.0a; the summary line says so. No GPU is needed
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a+PTX;10.0;12.0"  # the PTX serves whatever is newer and not here
 NAMED_ARCHS = {  # torch's names
     "Volta": "7.0",
     "Turing": "7.5",

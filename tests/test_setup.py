@@ -52,7 +52,7 @@ def test_architectures(build, asked, archs, said):
 
 def test_the_default_covers_what_it_promises_and_ends_in_ptx(build):
     found, changes = build.cuda_archs(build.DEFAULT_ARCHS, KNOWN, (13, 0))
-    assert found == ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
+    assert found == ["8.0", "8.6", "8.9", "9.0a+PTX", "10.0", "12.0"]
     assert not changes
 
 
@@ -60,7 +60,9 @@ def test_an_older_nvcc_leaves_out_what_it_does_not_know_and_keeps_ptx(build):
     found, changes = build.cuda_archs(build.DEFAULT_ARCHS, BEFORE_BLACKWELL, (12, 4))
     assert found == ["8.0", "8.6", "8.9", "9.0a+PTX"]
     assert "12.0 left out, nvcc 12.4 does not know it" in changes
-    assert "PTX of 9.0 in its place" in changes
+    found, changes = build.cuda_archs("8.0;12.0+PTX", BEFORE_BLACKWELL, (12, 4))
+    assert found == ["8.0+PTX"]
+    assert "PTX of 8.0 in its place" in changes
     assert build.cuda_archs("9.0", BEFORE_BLACKWELL, (11, 8)) == (["9.0"], [])  # which has no 9.0a
 
 
