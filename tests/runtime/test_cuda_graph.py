@@ -14,7 +14,9 @@ from dfqvit.runtime.cuda_graph import GraphedForward, Graphs, capture_graphs
 
 from .test_triton import demo
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")(test))
 
 
 def saved(tmp_path, name="demo"):
