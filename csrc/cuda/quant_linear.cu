@@ -176,6 +176,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   e.type = type_of(out_dtype);
   e.whole = outputs % 4 == 0 && aligned(result, 16) && (!acm || aligned(corrections, 16)) &&
             (!residual || aligned(addend, 16));
+  prepare(e);
 
   const int processors = attribute(cudaDevAttrMultiProcessorCount, x);
   const bool filled = tile_count<Large>(rows, outputs) >= processors;

@@ -171,6 +171,56 @@ def test_activations_on_the_cpu(seed, emulator, activation):
     assert float(((found - expected).abs() / (1 + expected.abs())).max()) < 2e-6
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-3, 0.03, 7.0, 1e20])
+@pytest.mark.parametrize("zero", [0, 100, 255])
+def test_bytes_near_ties_on_the_cpu(seed, emulator, size, zero):
+    """The loop for bytes, whose inverse stands for a division: values within a few units of the last place of each tie."""
+    scale = float((torch.rand(()) + 0.5) * size)
+    values = torch.cat([around_ties(scale), torch.tensor([3e38, -3e38, 1e-45, -0.0, torch.inf, -torch.inf])])
+    values = F.pad(values, (0, -len(values) % 4))
+    x = torch.zeros(1, 4, dtype=torch.uint8)
+    p = {**IDENTITY, "w_scale": torch.ones(len(values))}
+    for shape in SHAPES:
+        weight, requantized = torch.zeros(len(values), 4), {"out_scale": scale, "out_zero": zero}
+        found, expected = emulated(emulator, x, weight, values, shape=shape, **p, **requantized)
+        assert torch.equal(found, expected), (scale, zero)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("scale", [1e-9, 0.004, 0.031, 3.0])
+def test_gelu_to_bytes_on_the_cpu(seed, emulator, activation, scale):
+    """One apart at most, and only where y / scale lies within 6e-6 (1 + |y|) of a tie, as the operator's docstring has it."""
+    values = torch.cat([torch.linspace(-12, 12, 4001), torch.randn(999) * 3, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
+    values = F.pad(values, (0, -len(values) % 4))
+    x, p = torch.zeros(1, 4, dtype=torch.uint8), {**IDENTITY, "w_scale": torch.ones(len(values))}
+    arguments = (x, torch.zeros(len(values), 4), values)
+    found = emulator.linear(*arguments, activation=activation, **p, out_scale=scale, out_zero=17)[0].double()
+    y = F.gelu(values.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
+    off = 6e-6 * (1 + y.abs()) / scale
+    least, greatest = (((y / scale + side * off).round() + 17).clamp(0, 255) for side in (-1, 1))
+    assert bool(((least <= found) & (found <= greatest)).all())
+    assert len(found.unique()) > 5 or scale == 1e-9
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("acm", [True, False])
+def test_floats_on_the_cpu(seed, emulator, residual, acm):
+    """The loop for float32, with every set of addends; the same where columns are no multiple of 4, by the general one."""
+    for rows, outputs in ((30, 36), (30, 35)):
+        x = torch.randint(0, 256, (rows, 40), dtype=torch.uint8)
+        weight, p = (
+            pack_weight(torch.randn(outputs, 40), 0.1, 4),
+            {**IDENTITY, "w_bits": 4, "w_scale": torch.rand(outputs)},
+        )
+        addends = {
+            "acm": torch.randn(10, outputs) if acm else None,
+            "residual": torch.randn(rows, outputs) if residual else None,
+        }
+        for shape in SHAPES:
+            found, expected = emulated(emulator, x, weight, torch.randn(outputs), shape=shape, **p, **addends)
+            assert torch.equal(found, expected)
+
+
 def test_shared_memory_is_read_and_written_without_bank_conflicts(emulator):
     for shape in range(len(SHAPES)):
         assert emulator("conflicts", shape) == 1

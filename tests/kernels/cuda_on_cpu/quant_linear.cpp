@@ -71,20 +71,21 @@ void product(int shape, int blocks, int bits, const uint8_t* a, int a_bytes, con
              int tokens, int activation, const void* residual, int residual_type, const float* out_scale,
              const float* out_zero, float out_greatest, void* out, int type, int whole) {
   const Operands p{a, a_bytes, b, b_bytes, rows, outputs, depth};
-  const Epilogue e{scale,
-                   offset,
-                   bias,
-                   acm,
-                   tokens,
-                   static_cast<Activation>(activation),
-                   residual,
-                   static_cast<Type>(residual_type),
-                   out_scale,
-                   out_zero,
-                   out_greatest,
-                   out,
-                   static_cast<Type>(type),
-                   whole != 0};
+  Epilogue e{scale,
+             offset,
+             bias,
+             acm,
+             tokens,
+             static_cast<Activation>(activation),
+             residual,
+             static_cast<Type>(residual_type),
+             out_scale,
+             out_zero,
+             out_greatest,
+             out,
+             static_cast<Type>(type),
+             whole != 0};
+  prepare(e);
   switch (shape) {
     case 0:
       return multiply<Small>(bits, blocks, p, e);
