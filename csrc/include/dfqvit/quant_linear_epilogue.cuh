@@ -145,7 +145,7 @@ __device__ __forceinline__ void finish(const int32_t (&sum)[4], const Columns& c
 struct ByteColumns {
   float scale[4], bias[4], inverse[4];
   int32_t offset[4], start[4];
-  bool divide;  // a scale is so small or so large that only a division is exact
+  bool divide;  // a scale is so small or so large that only a division is exact: then the general loop serves
 
   __device__ __forceinline__ ByteColumns(const Epilogue& e, int n, int outputs) : divide(false) {
 #pragma unroll
@@ -174,20 +174,21 @@ __device__ __forceinline__ float gelu_by_sigmoid(float y, const float (&c)[5]) {
 // Four sums to four bytes. False where a quotient is so near the middle of two integers that its product with the
 // inverse may be rounded otherwise (as simd_convert.h has it for the CPU): they differ by less than 2^-13 where they
 // are below 512, and beyond both are clamped. After GELU there is no such check: what a product is off by is far less
-// than what GELU may be off by.
+// than what GELU may be off by. `y` is what is to be rounded.
 template <bool kGelu>
 __device__ __forceinline__ bool to_bytes(const int32_t (&sum)[4], const ByteColumns& c, const Epilogue& e,
-                                         uint32_t& bytes) {
+                                         float (&y)[4], uint32_t& bytes) {
   int32_t q[4];
   float far = 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float whole = static_cast<float>(sum[i] - c.offset[i]);
     if constexpr (kGelu) {
-      const float y = gelu_by_sigmoid(fmaf(c.scale[i], whole, c.bias[i]), e.gelu);
-      q[i] = float_bits(fmaf(y, c.inverse[i], kRounder)) + c.start[i];
+      y[i] = gelu_by_sigmoid(fmaf(c.scale[i], whole, c.bias[i]), e.gelu);
+      q[i] = float_bits(fmaf(y[i], c.inverse[i], kRounder)) + c.start[i];
     } else {
-      const float ratio = fmaxf((c.scale[i] * whole + c.bias[i]) * c.inverse[i], -kFarBelow);
+      y[i] = c.scale[i] * whole + c.bias[i];
+      const float ratio = fmaxf(y[i] * c.inverse[i], -kFarBelow);
       const float rounded = ratio + kRounder;
       far = fmaxf(far, fabsf(ratio - (rounded - kRounder)));
       q[i] = float_bits(rounded) + c.start[i];
@@ -212,13 +213,23 @@ struct ToBytes {
         outputs(outputs),
         to(static_cast<uint8_t*>(e.out) + static_cast<int64_t>(row) * outputs + n) {}
 
-  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int row) const {
+  // Whether inverses serve this warp's columns.
+  __device__ __forceinline__ bool serves() const { return !__any_sync(0xffffffffu, columns.divide); }
+
+  // Rows that are not there are computed too, from whatever the sums hold, and not written: a branch would cost more.
+  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int, bool there) const {
+    float y[4];
     uint32_t bytes;
-    if (columns.divide || !to_bytes<kGelu>(sum, columns, e, bytes)) {
-      finish(sum, Columns(e, n, outputs), e, 0, row, outputs);
-    } else {
-      *reinterpret_cast<uint32_t*>(to) = bytes;
+    const bool sure = to_bytes<kGelu>(sum, columns, e, y, bytes);
+    if (!kGelu && !sure && there) {
+      int32_t q[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // seldom
+        q[i] = static_cast<int32_t>(quantized(y[i], e.out_scale[n + i], e.out_zero[n + i], 0.0f, 255.0f));
+      }
+      bytes = pack_bytes(q);
     }
+    if (there) *reinterpret_cast<uint32_t*>(to) = bytes;
   }
   __device__ __forceinline__ void next() { to += S::kRowsTogether * static_cast<int64_t>(outputs); }
 };
@@ -247,7 +258,9 @@ struct ToFloats {
       bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
     }
   }
-  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int) const {
+  __device__ __forceinline__ bool serves() const { return true; }
+  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int, bool there) const {
+    if (!there) return;
     Four<float> y, addend{{bias[0], bias[1], bias[2], bias[3]}};
     if (e.acm) {
       const auto more = *reinterpret_cast<const Four<float>*>(acm + static_cast<int64_t>(token) * outputs);
@@ -278,16 +291,17 @@ struct ToAnything {
 
   __device__ __forceinline__ ToAnything(const Epilogue& e, int row, int n, int outputs)
       : e(e), columns(e, n, outputs), outputs(outputs), token(e.acm ? row % e.tokens : 0) {}
-  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int row) const {
-    finish(sum, columns, e, token, row, outputs);
+  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int row, bool there) const {
+    if (there) finish(sum, columns, e, token, row, outputs);
   }
   __device__ __forceinline__ void next() { token = token_below(token, S::kRowsTogether, e.tokens); }
 };
 
-// The sums of a warp, to the result, 16 rows after the other. They are destroyed: the rows move up through the
-// registers, so that the code of the epilogue stands here once and not once for each of their places.
+// False, with nothing done, where this loop does not serve. The sums of a warp, to the result, 16 rows after the other.
+// They are destroyed: the rows move up through the registers, so that the code of the epilogue stands here once and not
+// once for each of their places.
 template <typename S, typename To>
-__device__ __forceinline__ void finish_by(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
+__device__ __forceinline__ bool finish_by(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
                                           const Epilogue& e, Place origin, int32_t* panels) {
   const int lane = threadIdx.x % 32, warp_index = threadIdx.x / 32;
   const Place warp = warp_origin<S>(warp_index), mine = finished<S>(lane);
@@ -295,6 +309,9 @@ __device__ __forceinline__ void finish_by(int32_t (&sum)[S::kCountM][S::kCountN]
   const int n = origin.column + warp.column + mine.column;
   int row = origin.row + warp.row + mine.row;
   To to(e, row, n, outputs);
+  if constexpr (!std::is_same_v<To, ToAnything<S>>) {
+    if (!to.serves()) return false;
+  }
 #pragma unroll 1
   for (int i = 0; i < S::kCountM; ++i) {
 #pragma unroll
@@ -311,7 +328,7 @@ __device__ __forceinline__ void finish_by(int32_t (&sum)[S::kCountM][S::kCountN]
     for (int below = 0; below < kMmaM; below += S::kRowsTogether) {
       const int4 four = *reinterpret_cast<const int4*>(panel + (mine.row + below) * S::kPanelPitch + mine.column);
       const int32_t sums[4] = {four.x, four.y, four.z, four.w};
-      if (row < rows && n < outputs) to(sums, row);
+      to(sums, row, row < rows && n < outputs);
       row += S::kRowsTogether;
       to.next();
     }
@@ -325,21 +342,21 @@ __device__ __forceinline__ void finish_by(int32_t (&sum)[S::kCountM][S::kCountN]
       }
     }
   }
+  return true;
 }
 
 template <typename S>
 __device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
                                        const Epilogue& e, Place origin, int32_t* panels) {
-  switch (e.kind) {
-    case Kind::bytes:
-      return finish_by<S, ToBytes<S, false>>(sum, rows, outputs, e, origin, panels);
-    case Kind::gelu_bytes:
-      return finish_by<S, ToBytes<S, true>>(sum, rows, outputs, e, origin, panels);
-    case Kind::floats:
-      return finish_by<S, ToFloats<S>>(sum, rows, outputs, e, origin, panels);
-    default:
-      return finish_by<S, ToAnything<S>>(sum, rows, outputs, e, origin, panels);
+  bool done = false;
+  if (e.kind == Kind::bytes) {
+    done = finish_by<S, ToBytes<S, false>>(sum, rows, outputs, e, origin, panels);
+  } else if (e.kind == Kind::gelu_bytes) {
+    done = finish_by<S, ToBytes<S, true>>(sum, rows, outputs, e, origin, panels);
+  } else if (e.kind == Kind::floats) {
+    done = finish_by<S, ToFloats<S>>(sum, rows, outputs, e, origin, panels);
   }
+  if (!done) finish_by<S, ToAnything<S>>(sum, rows, outputs, e, origin, panels);
 }
 
 }  // namespace tile

@@ -186,3 +186,11 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   });
   return value;
 }
+
+inline bool __any_sync(unsigned, bool value) {
+  bool any = false;
+  emulator::exchange<1>({value ? 1u : 0u}, [&](const uint32_t (&words)[32][6]) {
+    for (const auto& lane : words) any |= lane[0] != 0;
+  });
+  return any;
+}
