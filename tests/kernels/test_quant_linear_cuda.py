@@ -38,9 +38,9 @@ class Kernels(Emulator):
 
     def linear(
         self, x, weight, bias=None, acm=None, *, x_scale, x_zero, w_scale, a_bits, w_bits, activation=None,
-        residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, shape="large", blocks=3,
+        residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, shape="large", blocks=3, unpacked=False,
     ):  # fmt: skip
-        """quant_linear of x [rows, K] and a float or packed weight."""
+        """quant_linear of x [rows, K] and a float or packed weight; with `unpacked` as for many rows."""
         rows, depth = x.shape
         outputs = weight.shape[0]
         x_scale, x_zero = torch.tensor([float(x_scale)]), torch.tensor([float(x_zero)])
@@ -52,6 +52,13 @@ class Kernels(Emulator):
         if weight.dtype == torch.uint8:
             bits = w_bits
             b = F.pad(weight, (0, -weight.shape[1] % (2 * bits)), value=0xAB)  # weights beyond K may be anything
+            if unpacked and bits < 8:
+                packed, b = (
+                    b.contiguous(),
+                    torch.full((outputs, b.shape[1] // (2 * bits) * 16), 0xAB, dtype=torch.uint8),
+                )
+                self("unpack", bits, packed, ctypes.c_int64(packed.shape[1]), ctypes.c_int64(outputs), b)
+                bits = 8
         else:
             bits, half = 8, 1 << (w_bits - 1)
             b = self.rows(weight, w_scale, None, -half, half - 1)
@@ -118,6 +125,18 @@ def test_depths_on_the_cpu(seed, emulator, w_bits, shape):
         p = {**IDENTITY, "w_bits": w_bits, "x_zero": 255, "w_scale": torch.rand(12) + 0.1}
         found, expected = emulated(emulator, x, weight, shape=shape, **p)
         assert torch.equal(found, expected), depth
+
+
+@pytest.mark.parametrize("w_bits", range(2, 8))
+def test_weights_unpacked_once_on_the_cpu(seed, emulator, w_bits):
+    """As for many rows: the product then reads bytes."""
+    for outputs, depth in ((1, 1), (40, 300), (9, 64)):
+        x = torch.randint(0, 256, (17, depth), dtype=torch.uint8)
+        weight = pack_weight(torch.randn(outputs, depth) * (1 << w_bits) / 3, 1.0, w_bits)
+        p = {**IDENTITY, "w_bits": w_bits, "x_zero": 255, "w_scale": torch.rand(outputs) + 0.1}
+        with use_backend("reference"):
+            expected = quant_linear(x, weight, **p)
+        assert torch.equal(emulator.linear(x, weight, shape="group", unpacked=True, **p), expected)
 
 
 @pytest.mark.parametrize("w_bits", range(2, 9))

@@ -123,7 +123,7 @@ inline int64_t tile_count(int64_t rows, int64_t outputs) {
 struct Packed {
   uint64_t low, high;
 };
-struct Unpacked {
+struct alignas(16) Unpacked {
   uint32_t word[4];
 };
 
