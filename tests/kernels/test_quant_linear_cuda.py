@@ -199,7 +199,7 @@ def test_bytes_near_ties_on_the_cpu(seed, emulator, size, zero):
     values = F.pad(values, (0, -len(values) % 4))
     x = torch.zeros(1, 4, dtype=torch.uint8)
     p = {**IDENTITY, "w_scale": torch.ones(len(values))}
-    for shape in SHAPES:
+    for shape in ("small", "group"):
         weight, requantized = torch.zeros(len(values), 4), {"out_scale": scale, "out_zero": zero}
         found, expected = emulated(emulator, x, weight, values, shape=shape, **p, **requantized)
         assert torch.equal(found, expected), (scale, zero)
@@ -209,11 +209,13 @@ def test_bytes_near_ties_on_the_cpu(seed, emulator, size, zero):
 @pytest.mark.parametrize("scale", [1e-9, 0.004, 0.031, 3.0])
 def test_gelu_to_bytes_on_the_cpu(seed, emulator, activation, scale):
     """One apart at most, and only where y / scale lies within 6e-6 (1 + |y|) of a tie, as the operator's docstring has it."""
-    values = torch.cat([torch.linspace(-12, 12, 4001), torch.randn(999) * 3, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
+    values = torch.cat([torch.linspace(-12, 12, 801), torch.randn(399) * 3, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
     values = F.pad(values, (0, -len(values) % 4))
     x, p = torch.zeros(1, 4, dtype=torch.uint8), {**IDENTITY, "w_scale": torch.ones(len(values))}
     arguments = (x, torch.zeros(len(values), 4), values)
-    found = emulator.linear(*arguments, activation=activation, **p, out_scale=scale, out_zero=17)[0].double()
+    found = emulator.linear(*arguments, activation=activation, **p, out_scale=scale, out_zero=17, shape="small")[
+        0
+    ].double()
     y = F.gelu(values.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
     off = 6e-6 * (1 + y.abs()) / scale
     least, greatest = (((y / scale + side * off).round() + 17).clamp(0, 255) for side in (-1, 1))
