@@ -145,9 +145,8 @@ __device__ __forceinline__ void finish(const int32_t (&sum)[4], const Columns& c
 struct ByteColumns {
   float scale[4], bias[4], inverse[4];
   int32_t offset[4], start[4];
-  bool divide;  // a scale is so small or so large that only a division is exact: then the general loop serves
 
-  __device__ __forceinline__ ByteColumns(const Epilogue& e, int n, int outputs) : divide(false) {
+  __device__ __forceinline__ ByteColumns(const Epilogue& e, int n, int outputs) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool there = n + i < outputs;
@@ -156,11 +155,21 @@ struct ByteColumns {
       bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
       const float step = there ? e.out_scale[n + i] : 1.0f;
       inverse[i] = 1.0f / step;
-      divide |= !(step >= kLeastStep && step <= kGreatestStep);
       start[i] = (there ? static_cast<int32_t>(e.out_zero[n + i]) : 0) - kRounderBits;
     }
   }
 };
+
+// Whether one of four scales is so small or so large that only a division is exact.
+__device__ __forceinline__ bool only_divisible(const Epilogue& e, int n, int outputs) {
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float step = n + i < outputs ? e.out_scale[n + i] : 1.0f;
+    found |= !(step >= kLeastStep && step <= kGreatestStep);
+  }
+  return found;
+}
 
 // See kGelu. For results that are rounded to bytes.
 __device__ __forceinline__ float gelu_by_sigmoid(float y, const float (&c)[5]) {
@@ -213,9 +222,6 @@ struct ToBytes {
         outputs(outputs),
         to(static_cast<uint8_t*>(e.out) + static_cast<int64_t>(row) * outputs + n) {}
 
-  // Whether inverses serve this warp's columns.
-  __device__ __forceinline__ bool serves() const { return !__any_sync(0xffffffffu, columns.divide); }
-
   // Rows that are not there are computed too, from whatever the sums hold, and not written: a branch would cost more.
   __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int, bool there) const {
     float y[4];
@@ -258,7 +264,6 @@ struct ToFloats {
       bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
     }
   }
-  __device__ __forceinline__ bool serves() const { return true; }
   __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int, bool there) const {
     if (!there) return;
     Four<float> y, addend{{bias[0], bias[1], bias[2], bias[3]}};
@@ -297,11 +302,11 @@ struct ToAnything {
   __device__ __forceinline__ void next() { token = token_below(token, S::kRowsTogether, e.tokens); }
 };
 
-// False, with nothing done, where this loop does not serve. The sums of a warp, to the result, 16 rows after the other.
+// The sums of a warp, to the result, 16 rows after the other.
 // They are destroyed: the rows move up through the registers, so that the code of the epilogue stands here once and not
 // once for each of their places.
 template <typename S, typename To>
-__device__ __forceinline__ bool finish_by(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
+__device__ __forceinline__ void finish_by(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
                                           const Epilogue& e, Place origin, int32_t* panels) {
   const int lane = threadIdx.x % 32, warp_index = threadIdx.x / 32;
   const Place warp = warp_origin<S>(warp_index), mine = finished<S>(lane);
@@ -309,9 +314,6 @@ __device__ __forceinline__ bool finish_by(int32_t (&sum)[S::kCountM][S::kCountN]
   const int n = origin.column + warp.column + mine.column;
   int row = origin.row + warp.row + mine.row;
   To to(e, row, n, outputs);
-  if constexpr (!std::is_same_v<To, ToAnything<S>>) {
-    if (!to.serves()) return false;
-  }
 #pragma unroll 1
   for (int i = 0; i < S::kCountM; ++i) {
 #pragma unroll
@@ -342,21 +344,25 @@ __device__ __forceinline__ bool finish_by(int32_t (&sum)[S::kCountM][S::kCountN]
       }
     }
   }
-  return true;
 }
 
 template <typename S>
 __device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
                                        const Epilogue& e, Place origin, int32_t* panels) {
-  bool done = false;
-  if (e.kind == Kind::bytes) {
-    done = finish_by<S, ToBytes<S, false>>(sum, rows, outputs, e, origin, panels);
-  } else if (e.kind == Kind::gelu_bytes) {
-    done = finish_by<S, ToBytes<S, true>>(sum, rows, outputs, e, origin, panels);
-  } else if (e.kind == Kind::floats) {
-    done = finish_by<S, ToFloats<S>>(sum, rows, outputs, e, origin, panels);
+  Kind kind = e.kind;
+  if (kind == Kind::bytes || kind == Kind::gelu_bytes) {
+    const int first = origin.column + warp_origin<S>(threadIdx.x / 32).column + finished<S>(threadIdx.x % 32).column;
+    if (__any_sync(0xffffffffu, only_divisible(e, first, outputs))) kind = Kind::general;
   }
-  if (!done) finish_by<S, ToAnything<S>>(sum, rows, outputs, e, origin, panels);
+  if (kind == Kind::bytes) {
+    finish_by<S, ToBytes<S, false>>(sum, rows, outputs, e, origin, panels);
+  } else if (kind == Kind::gelu_bytes) {
+    finish_by<S, ToBytes<S, true>>(sum, rows, outputs, e, origin, panels);
+  } else if (kind == Kind::floats) {
+    finish_by<S, ToFloats<S>>(sum, rows, outputs, e, origin, panels);
+  } else {
+    finish_by<S, ToAnything<S>>(sum, rows, outputs, e, origin, panels);
+  }
 }
 
 }  // namespace tile
