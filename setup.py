@@ -7,7 +7,8 @@ Environment:
     DFQVIT_BUILD=0            install without compiling; every operator then runs its reference (or Triton) backend
     DFQVIT_CUDA=0             leave the CUDA sources out even where a CUDA toolkit and a CUDA torch are found
     CUDA_HOME                 the CUDA toolkit; otherwise the one that `nvcc` on the PATH belongs to
-    TORCH_CUDA_ARCH_LIST      the GPU architectures; default "8.0+PTX;9.0a". No GPU is needed to build
+    TORCH_CUDA_ARCH_LIST      the GPU architectures, as torch takes them; default "8.0;8.6;8.9;9.0a+PTX;10.0;12.0". What the kernels
+                              cannot be built for is left out, and 9.0 is built as 9.0a; the summary line says so. No GPU is needed
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-DEFAULT_ARCHS = "8.0+PTX;9.0a"
+DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a+PTX;10.0;12.0"  # the PTX serves whatever is newer and not here
+NAMED_ARCHS = {  # torch's names
+    "Volta": "7.0",
+    "Turing": "7.5",
+    "Ampere": "8.0;8.6",
+    "Ada": "8.9",
+    "Hopper": "9.0",
+    "Blackwell": "10.0;12.0",
+}
 CPU_SOURCES = [
     "csrc/library.cpp",
     "csrc/cpu/isa.cpp",
@@ -61,6 +70,71 @@ def cuda_toolkit() -> Path | None:
     return None
 
 
+def cuda_archs(asked: str, known: set[str], release: tuple[int, int]) -> tuple[list[str], list[str]]:
+    """The architectures to build for, as "8.0", "9.0a" or "12.0+PTX", in order; and what was changed of what was asked, in words.
+
+    The kernels need 8.0 (asynchronous copies, mma.sync of bytes), and have a path by wgmma that only 9.0a can hold.
+
+    Args:
+        asked: TORCH_CUDA_ARCH_LIST.
+        known: the codes that nvcc knows, as "sm_80"; see `nvcc_facts`.
+        release: of nvcc.
+    """
+    for name, archs in NAMED_ARCHS.items():
+        asked = re.sub(rf"\b{name}\b", archs, asked, flags=re.IGNORECASE)
+    found: dict[
+        tuple[int, int], tuple[str, bool]
+    ] = {}  # architecture -> its variant ("", "a", "f"), and whether with PTX
+    said, lost_ptx = [], False
+    for word in filter(None, re.split(r"[;,\s]+", asked)):
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        if parts is None:
+            names = ", ".join(NAMED_ARCHS)
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST held '{word}'; it may be numbers as 8.0, 9.0a or 12.0+PTX, or {names}"
+            )
+        arch, variant, ptx = (int(parts[1]), int(parts[2])), parts[3], bool(parts[4])
+        number = f"{arch[0]}.{arch[1]}"
+        if arch < (8, 0):
+            said.append(f"{number} left out, the kernels need 8.0")
+        elif f"sm_{arch[0]}{arch[1]}" not in known:
+            said.append(f"{number} left out, nvcc {release[0]}.{release[1]} does not know it")
+            lost_ptx |= ptx
+        else:
+            if arch == (9, 0) and not variant and release >= (12, 0):
+                variant = "a"
+                said.append("9.0 built as 9.0a, for wgmma")
+            before = found.get(arch, ("", False))
+            found[arch] = (variant or before[0], ptx or before[1])
+    if lost_ptx and found and not any(ptx for _, ptx in found.values()):
+        newest = max(found)
+        found[newest] = (found[newest][0], True)
+        said.append(f"PTX of {newest[0]}.{newest[1]} in its place")
+    archs = [f"{a}.{b}{variant}" + "+PTX" * ptx for (a, b), (variant, ptx) in sorted(found.items())]
+    return archs, list(dict.fromkeys(said))
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's flags. PTX goes without the variant, whose code no newer GPU takes."""
+    flags = []
+    for arch in archs:
+        code = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
+        if arch.endswith("+PTX"):
+            plain = code.rstrip("af")
+            flags.append(f"-gencode=arch=compute_{plain},code=compute_{plain}")
+    return flags
+
+
+def nvcc_facts(toolkit: Path) -> tuple[set[str], tuple[int, int]]:
+    """The codes that nvcc knows, and its release."""
+    nvcc = str(toolkit / "bin" / "nvcc")
+    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    return set(codes.split()), (int(release[1]), int(release[2])) if release else (0, 0)
+
+
 def extension() -> tuple[list, dict, str]:
     """(ext_modules, cmdclass, one line that says what is built and why)."""
     if os.environ.get("DFQVIT_BUILD", "1") == "0":
@@ -73,7 +147,7 @@ def extension() -> tuple[list, dict, str]:
     if compiler is None:
         return [], {}, "no compiled module (no C++ compiler found)"
 
-    toolkit = cuda_toolkit()
+    toolkit, wanted, changes = cuda_toolkit(), [], []
     if os.environ.get("DFQVIT_CUDA", "1") == "0":
         why_not_cuda = "DFQVIT_CUDA=0"
     elif torch.version.cuda is None:
@@ -81,14 +155,15 @@ def extension() -> tuple[list, dict, str]:
     elif toolkit is None:
         why_not_cuda = "no CUDA toolkit found"
     else:
-        why_not_cuda = ""
         os.environ["CUDA_HOME"] = str(toolkit)  # read by torch.utils.cpp_extension when it is imported
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        wanted, changes = cuda_archs(asked, *nvcc_facts(toolkit))
+        why_not_cuda = "" if wanted else f"TORCH_CUDA_ARCH_LIST was '{asked}': {'; '.join(changes) or 'it is empty'}"
 
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     with_cuda = not why_not_cuda
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "") if with_cuda else ""
+    archs = ";".join(wanted) if with_cuda else ""
     common = {
         "include_dirs": [str(ROOT / "csrc" / "include")],
         "define_macros": [
@@ -100,7 +175,8 @@ def extension() -> tuple[list, dict, str]:
     # -ffp-contract=off: the arithmetic is a contract between backends, so no fused multiply-add behind its back.
     cxx_flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp"]
     cxx_flags += ["-fno-semantic-interposition"] if sys.platform != "darwin" else []
-    nvcc_flags = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", "-Xptxas=-v"]
+    # With flags of architectures among these, torch adds none of its own.
+    nvcc_flags = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", "-Xptxas=-v", "--threads=2", *gencode(wanted)]
     kind = CUDAExtension if with_cuda else CppExtension
     operators = kind(
         name=f"dfqvit.lib{OPERATORS}",
@@ -132,7 +208,9 @@ def extension() -> tuple[list, dict, str]:
             super().build_extensions()
 
     summary = f"libdfqvit_ops and dfqvit._C for torch {torch.__version__}: C++ (AMX, AVX-512, AVX2, portable), " + (
-        f"CUDA {torch.version.cuda} for {archs} from {toolkit}" if with_cuda else f"no CUDA ({why_not_cuda})"
+        f"CUDA {torch.version.cuda} for {archs} from {toolkit}" + "".join(f" ({change})" for change in changes)
+        if with_cuda
+        else f"no CUDA ({why_not_cuda})"
     )
     return [operators, module], {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}, summary
 

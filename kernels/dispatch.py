@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import extension, tuning
+from . import capability, extension, tuning
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 Verdict = tuple[bool, str]  # (True, "") or (False, the reason)
@@ -155,6 +155,8 @@ def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backen
         able, reason = on_device(device)(*args)
         if able:
             able, reason = present()
+        if able and device == "cuda":
+            able, reason = capability.compiled_for(*args)
         return supports(*args) if able else (False, reason)
 
     found: list[Callable[..., Any]] = []  # torch's own look-up of an operator by name costs microseconds
@@ -176,6 +178,8 @@ def in_triton(name: str, package: str, supports: Callable[..., Verdict]) -> Back
             return False, reason
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         able, reason = on_device("cpu" if interpreted and not args[0].is_cuda else "cuda")(*args)
+        if able:
+            able, reason = capability.triton_for(*args)
         return supports(*args) if able else (False, reason)
 
     def run(*args: Any) -> Any:
@@ -268,11 +272,13 @@ def backends() -> dict[str, dict[str, str]]:
 
 def _available(backend: str) -> Verdict:
     if backend == "cuda":
-        return extension.supports_cuda()
+        able, reason = extension.supports_cuda()
+        return capability.of_machine("cuda") if able else (False, reason)
     if backend == "cpu":
         return extension.supports_cpu()
     if backend == "triton":
-        return triton_available()
+        able, reason = triton_available()
+        return capability.of_machine("triton") if able else (False, reason)
     return True, ""
 
 

@@ -91,8 +91,11 @@ def _measurable(args: tuple[Any, ...]) -> bool:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False  # autograd would record the candidates
-    on_gpu = any(tensor.is_cuda for tensor in tensors)
-    return not (on_gpu and torch.cuda.is_current_stream_capturing())
+    device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    if device is None:
+        return True
+    with torch.cuda.device(device):
+        return not torch.cuda.is_current_stream_capturing()
 
 
 def _measure(operator: str, candidates: Mapping[str, Callable[..., Any]], args: tuple[Any, ...]) -> Entry | None:

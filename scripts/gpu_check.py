@@ -1,9 +1,12 @@
-"""`make gpu-check OUT=DIR`, for a machine with an NVIDIA GPU: build, every GPU test, every GPU benchmark in short, JSON under DIR.
+"""`make gpu-check OUT=DIR`, for a machine with an NVIDIA GPU: build, key numbers, GPU tests, other benchmarks; JSON under DIR.
 
-On Hopper the tests of quant_linear run with both products, mma.sync and wgmma, and its benchmark has rows for both.
-Uses the Python that runs it (torch with CUDA, triton, timm, pytest, pybind11 and ninja must be there). Every step is timed and
-bounded, and so is the whole, by TOTAL: what comes later is cut short or not begun (status 124). A failed step is reported and
-the next one runs all the same. Exit status 1 when any failed.
+What matters most comes first: DeiT-B at batch 256, synthesis, the entropy; then the tests marked `gpu`; then the rest. On Hopper
+the tests of quant_linear run with both products, mma.sync and wgmma, and its benchmark has rows for both. Uses the Python that
+runs it (torch with CUDA, triton, timm, pytest, pybind11 and ninja must be there), and builds for this card only.
+
+Every step is timed and bounded, and so is the whole, by TOTAL: what comes later is cut short or not begun (status 124). A step
+out of time is first interrupted, so that it can say where it was, and GRACE seconds later ended; a failed test is in the log at
+once. A failed step is reported and the next one runs all the same. Exit status 1 when any failed.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,56 +22,96 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 525  # seconds for everything: a machine that is lent for ten minutes is left in time
-MODELS = ["deit_tiny", "deit_base", "swin_tiny", "deit_small"]
+GRACE = 10  # seconds from the interruption of a step to its end by force
 CONTENDERS = ["eager-float32", "compile-bf16", "dfqvit-w8a8", "dfqvit-w8a8-graph", "dfqvit-w4a8-graph"]
-BENCHMARKS: dict[
-    str, tuple[list[str], int]
-] = {  # name: options that bound it, seconds at most; what matters most first
-    "quant_linear": (["--models", "deit_base,swin_tiny", "--batch", "1,256", "--seconds", "0.3"], 60),
-    "inference": (
-        [
-            *("--models", *MODELS, "--batches", "1", "256", "--contenders", *CONTENDERS),
-            *("--rounds", "5", "--slice", "0.2", "--limit", "60", "--seconds", "130"),
-        ],
-        160,
+INFERENCE = ["--contenders", *CONTENDERS, "--rounds", "5", "--slice", "0.2", "--limit", "60"]
+Step = tuple[str, str, list[str], int]  # its name, the benchmark or "", options that bound it, seconds at most
+KEY: list[Step] = [
+    ("deit_base", "inference", ["--models", "deit_base", "--batches", "256", *INFERENCE, "--seconds", "70"], 90),
+    ("synthesis", "synthesis", ["--seconds", "10"], 60),
+    ("patch_similarity_entropy", "patch_similarity_entropy", ["--seconds", "2"], 60),
+]
+REST: list[Step] = [
+    ("quant_linear", "quant_linear", ["--models", "deit_base,swin_tiny", "--batch", "1,256", "--seconds", "0.3"], 60),
+    ("quant_attention", "quant_attention", ["--seconds", "1"], 40),
+    (
+        "inference",
+        "inference",
+        ["--models", "deit_tiny", "swin_tiny", "deit_small", "--batches", "1", "256", *INFERENCE, "--seconds", "100"],
+        120,
     ),
-    "quant_attention": (["--seconds", "1"], 40),
-    "layer_norm_quantize": (["--seconds", "1"], 30),
-    "acm": (["--models", "deit_base_patch16_224", "--batches", "1", "256", "--gammas", "0", "1", "--seconds", "1"], 40),
-    "synthesis": (["--seconds", "10"], 60),
-    "patch_similarity_entropy": (["--seconds", "2"], 90),
-    "fake_quantize": (["--seconds", "1"], 30),
-    "total_variation": (["--seconds", "1"], 20),
-    "roll_resize": (["--seconds", "1"], 20),
-}
+    ("layer_norm_quantize", "layer_norm_quantize", ["--seconds", "1"], 30),
+    (
+        "acm",
+        "acm",
+        ["--models", "deit_base_patch16_224", "--batches", "1", "256", "--gammas", "0", "1", "--seconds", "1"],
+        40,
+    ),
+    ("fake_quantize", "fake_quantize", ["--seconds", "1"], 30),
+    ("total_variation", "total_variation", ["--seconds", "1"], 20),
+    ("roll_resize", "roll_resize", ["--seconds", "1"], 20),
+]
 
 
 def steps(out: Path) -> list[tuple[str, list[str], int]]:
     """(name, command, seconds at most), in order."""
     python = sys.executable
-    places = [*(ROOT / "tests" / "kernels").glob("test_*.py"), *(ROOT / "tests").glob("test_*.py")]
-    tests = sorted(str(place) for place in places if place.name not in ELSEWHERE and "cuda" in place.read_text())
-    found: list[tuple[str, list[str], int]] = [
+    tests = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "--maxfail=20",
+        "-m",
+        "gpu and not slow",
+        "-p",
+        "no:cacheprovider",
+    ]
+
+    def benchmarks(rows: list[Step]) -> list[tuple[str, list[str], int]]:
+        def command(name: str, script: str, options: list[str]) -> list[str]:
+            path = str(ROOT / "benchmarks" / f"{script}.py")  # by path: they import their runner
+            return [python, path, "--device", "cuda", "--out", str(out / f"{name}.jsonl"), *options]
+
+        return [(name, command(name, script, options), limit) for name, script, options, limit in rows]
+
+    return [
         ("build", [python, "setup.py", "build_ext", "--inplace"], 200),
         ("info", [python, "-m", "dfqvit", "info", "--json"], 30),
-        (
-            "tests",
-            [python, "-m", "pytest", "-q", "--maxfail=20", "-m", "not slow", "-p", "no:cacheprovider", *tests],
-            150,
-        ),
+        *benchmarks(KEY),
+        ("tests", [*tests, "tests"], 150),
+        *benchmarks(REST),
     ]
-    for name, (options, limit) in BENCHMARKS.items():
-        command = [
-            python,
-            str(ROOT / "benchmarks" / f"{name}.py"),
-            "--device",
-            "cuda",
-        ]  # by path: they import their runner
-        found.append((name, [*command, "--out", str(out / f"{name}.jsonl"), *options], limit))
+
+
+def environment() -> dict[str, str]:
+    """The tree itself, for nothing is installed on that machine; failures of tests at once; code for this card alone."""
+    found = {**os.environ, "PYTHONPATH": str(ROOT), "DFQVIT_TEST_AT_ONCE": "1"}
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        found.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
     return found
 
 
-ELSEWHERE = ("test_cli.py", "test_energy.py", "test_dispatch.py", "test_tuning.py", "test_gpu_check.py")  # need no GPU
+def run(command: list[str], log: Path, seconds: float, variables: dict[str, str]) -> int:
+    """The command's exit status, its output in `log`; 124 where it took longer."""
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # pytest then prints its failures, and where it stood
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return 124
 
 
 def main() -> int:
@@ -75,35 +119,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the logs and JSON lines")
     out = parser.parse_args().out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # the tree itself: nothing is installed on that machine
+    variables = environment()
     summary, failed, end = [], False, time.perf_counter() + TOTAL
     for name, command, limit in steps(out):
         started = time.perf_counter()
-        if started >= end:
-            summary.append({"step": name, "status": 124, "seconds": 0.0})
-            print(json.dumps(summary[-1]), flush=True)
-            failed = True
-            continue
-        with open(out / f"{name}.log", "w") as log:
-            try:
-                status = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=min(limit, end - started),
-                    check=False,
-                    env=environment,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = 124
+        begun = started < end
+        log = out / f"{name}.log"
+        status = run(command, log, min(limit, end - started), variables) if begun else 124
         failed |= status != 0
-        row = {"step": name, "status": status, "seconds": round(time.perf_counter() - started, 1)}
-        summary.append(row)
-        print(json.dumps(row), flush=True)
-        if status:
-            print("\n".join((out / f"{name}.log").read_text().splitlines()[-15:]), flush=True)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+        summary.append({"step": name, "status": status, "seconds": round(time.perf_counter() - started, 1)})
+        print(json.dumps(summary[-1]), flush=True)
+        (out / "summary.json").write_text(json.dumps(summary, indent=1))
+        if status and begun:
+            print("\n".join(log.read_text().splitlines()[-15:]), flush=True)
     return int(failed)
 
 

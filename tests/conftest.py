@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,21 @@ from dfqvit.kernels import extension
 DATA = Path(os.environ.get("DFQVIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of which one parameter is a GPU, or a backend that runs on one, are of those that `-m gpu` selects."""
+    on_gpu = {"cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda", "triton"}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("device") in on_gpu or params.get("backend") in on_gpu:
+            item.add_marker(pytest.mark.gpu)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """With DFQVIT_TEST_AT_ONCE=1 a failure is printed as it happens: a run that is ended by force has no summary."""
+    if report.failed and os.environ.get("DFQVIT_TEST_AT_ONCE") == "1":
+        print(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -24,14 +26,38 @@ def script():
 
 def test_every_benchmark_is_there_and_takes_its_options(script, tmp_path):
     known = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"runner", "accuracy"}
-    assert set(script.BENCHMARKS) == known
-    for name, command, _ in script.steps(tmp_path):
+    assert {row[1] for row in script.KEY + script.REST} == known
+    commands = {name: command for name, command, _ in script.steps(tmp_path)}
+    for name, benchmark, *_ in script.KEY + script.REST:
+        command = commands[name]
+        assert Path(command[1]).stem == benchmark
         options = {word for word in command if word.startswith("--")}
-        if name in known:
-            text = Path(command[1]).read_text()
-            assert all(f'"{option}"' in text for option in options), name
-        if name == "tests":
-            assert {"test_cuda_graph.py", "test_quant_attention_triton.py"} <= {Path(word).name for word in command}
+        text = Path(command[1]).read_text()
+        assert all(f'"{option}"' in text for option in options), name
+
+
+def test_what_matters_most_comes_first(script, tmp_path):
+    names = [name for name, _, _ in script.steps(tmp_path)]
+    assert names[:6] == ["build", "info", "deit_base", "synthesis", "patch_similarity_entropy", "tests"]
+    assert len(set(names)) == len(names)  # each has its own log
+    least = {name: limit for name, _, limit in script.steps(tmp_path)}
+    assert sum(least[name] for name in names[:5]) < script.TOTAL
+
+
+def test_the_gpu_tests_are_those_that_need_one(script, tmp_path):
+    """As collected here; with a GPU those of which a parameter is "cuda" come in addition."""
+    command = next(command for name, command, _ in script.steps(tmp_path) if name == "tests")
+    done = subprocess.run([*command, "-q", "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=False)
+    counts = {file: int(count) for file, count in re.findall(r"^(tests/\S+\.py): (\d+)$", done.stdout, re.MULTILINE)}
+    assert counts.keys() >= {
+        "tests/runtime/test_cuda_graph.py",
+        "tests/synthesis/test_synthesis.py",
+        "tests/kernels/test_quant_attention_triton.py",
+        "tests/kernels/test_patch_similarity_entropy.py",
+        "tests/kernels/test_quant_linear_cuda.py",
+    }, done.stdout + done.stderr
+    assert not counts.keys() & {"tests/synthesis/test_capture.py", "tests/kernels/test_capability.py"}
+    assert sum(counts.values()) < 400
 
 
 def test_the_contenders_are_known(script):
@@ -57,6 +83,53 @@ def test_the_whole_is_bounded(script, tmp_path, monkeypatch, capsys):
     assert [row["status"] for row in json.loads((tmp_path / "summary.json").read_text())] == [0, 124, 124]
     assert "awake" in (tmp_path / "a.log").read_text()
     assert not (tmp_path / "c.log").exists()
+
+
+def test_a_step_out_of_time_says_what_had_failed_and_where_it_was(script, tmp_path, monkeypatch):
+    """Interrupted before it is ended; what hangs outside Python has at least said at once what failed."""
+    (tmp_path / "test_slow.py").write_text(
+        "import time\n"
+        "def test_wrong():\n    assert 1 + 1 == 3\n"
+        "def test_endless():\n    print('started', flush=True)\n    time.sleep(600)\n"
+    )
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    ready = tmp_path / "ready"
+    (tmp_path / "conftest.py").write_text(
+        f"import pathlib\ndef pytest_runtest_call(item):\n"
+        f"    if 'endless' in item.name: pathlib.Path({str(ready)!r}).touch()\n"
+    )
+
+    class Impatient(subprocess.Popen):  # out of time once the second test runs, however slow the machine
+        def wait(self, timeout=None):
+            if timeout == 600:
+                while not ready.exists() and self.poll() is None:
+                    time.sleep(0.1)
+                raise subprocess.TimeoutExpired(command, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(script.subprocess, "Popen", Impatient)
+    monkeypatch.setattr(script, "GRACE", 120)
+    assert script.run(command, log, 600, {**script.os.environ}) == 124
+    text = log.read_text()
+    assert "assert (1 + 1) == 3" in text
+    assert "KeyboardInterrupt" in text
+    assert "test_slow.py" in text
+
+
+def test_a_failure_is_printed_at_once(tmp_path):
+    """The process ends without a word after it: no summary can have said it."""
+    (tmp_path / "test_hard.py").write_text(
+        "import os\nfrom tests.conftest import pytest_runtest_logreport\n"
+        "def test_wrong():\n    assert 1 + 1 == 3\n"
+        "def test_end():\n    os._exit(9)\n"
+    )
+    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_runtest_logreport\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DFQVIT_TEST_AT_ONCE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 9
+    assert "assert (1 + 1) == 3" in done.stderr
 
 
 def test_inference_begins_nothing_after_its_time(tmp_path):

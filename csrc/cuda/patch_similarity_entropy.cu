@@ -20,19 +20,6 @@ namespace entropy {
 namespace cuda {
 namespace {
 
-template <typename T>
-struct DeviceType {
-  using type = T;
-};
-template <>
-struct DeviceType<at::Half> {
-  using type = __half;
-};
-template <>
-struct DeviceType<at::BFloat16> {
-  using type = __nv_bfloat16;
-};
-
 unsigned grid(int64_t blocks) {
   TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "patch_similarity_entropy: ", blocks,
               " tile rows are more than one launch can have");
@@ -48,7 +35,7 @@ void allow_shared(Kernel* kernel, int64_t bytes) {
 // The vectors in memory and what normalises them; computed in the constructor, on `stream`.
 template <typename T>
 struct Units {
-  using Element = typename DeviceType<T>::type;
+  using Element = DeviceType<T>;
   at::Tensor input, inverse, diagonal;
   Sets<Element> sets;
   int64_t count;

@@ -25,19 +25,6 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-template <typename T>
-struct DeviceType {
-  using type = T;
-};
-template <>
-struct DeviceType<at::Half> {
-  using type = __half;
-};
-template <>
-struct DeviceType<at::BFloat16> {
-  using type = __nv_bfloat16;
-};
-
 Type type_of(at::ScalarType type) {
   return type == at::kFloat ? Type::f32 : type == at::kBFloat16 ? Type::bf16 : type == at::kHalf ? Type::f16 : Type::u8;
 }
@@ -66,11 +53,47 @@ at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, int64_t columns, con
   const auto blocks = static_cast<unsigned>(std::min<int64_t>((rows + kRowsAtOnce - 1) / kRowsAtOnce, 1 << 16));
   uint8_t* data = out.mutable_data_ptr<uint8_t>();
   DFQVIT_DISPATCH_FLOATS(x.scalar_type(), "quant_linear", [&] {
-    using Element = typename DeviceType<scalar_t>::type;
+    using Element = DeviceType<scalar_t>;
     quantize_rows_kernel<Element><<<blocks, kRowThreads, 0, stream>>>(
         reinterpret_cast<const Element*>(x.const_data_ptr<scalar_t>()), rows, columns, quantizer, data, stride);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+// From so many rows of tiles on, each of which would unpack the weights anew, they are unpacked once.
+constexpr int64_t kUnpackRows = 16 * Large::kM;
+
+// Packed weights in whole chunks, as bytes.
+at::Tensor unpacked(const at::Tensor& weight, int64_t bits, cudaStream_t stream) {
+  const int64_t across = weight.size(1) / (2 * bits), chunks = weight.size(0) * across;
+  at::Tensor out = at::empty({weight.size(0), across * kChunk}, weight.options());
+  if (chunks == 0) return out;
+  const auto run = [&](auto kernel) {
+    const auto blocks = static_cast<unsigned>((chunks + kRowThreads - 1) / kRowThreads);
+    kernel<<<blocks, kRowThreads, 0, stream>>>(weight.const_data_ptr<uint8_t>(), weight.size(1), chunks,
+                                               out.mutable_data_ptr<uint8_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  switch (bits) {
+    case 2:
+      run(unpack_kernel<2>);
+      break;
+    case 3:
+      run(unpack_kernel<3>);
+      break;
+    case 4:
+      run(unpack_kernel<4>);
+      break;
+    case 5:
+      run(unpack_kernel<5>);
+      break;
+    case 6:
+      run(unpack_kernel<6>);
+      break;
+    default:
+      run(unpack_kernel<7>);
+  }
   return out;
 }
 
@@ -153,11 +176,15 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
                                                     : quantize_rows(x.contiguous(), rows, columns, quantizer, stream);
   const at::Tensor w_scales = w_scale.contiguous();
   const bool packed = weight.scalar_type() == at::kByte;
-  const int64_t bits = packed ? w_bits : 8;
+  int64_t bits = packed ? w_bits : 8;
   const float half = static_cast<float>(1 << (w_bits - 1));
   const Quantizer w_quantizer{floats(w_scales), 1, nullptr, -half, half - 1};
-  const at::Tensor b = packed ? whole_chunks(weight, 2 * bits)
-                              : quantize_rows(weight.contiguous(), outputs, columns, w_quantizer, stream);
+  at::Tensor b = packed ? whole_chunks(weight, 2 * bits)
+                        : quantize_rows(weight.contiguous(), outputs, columns, w_quantizer, stream);
+  if (bits < 8 && rows >= kUnpackRows) {
+    b = unpacked(b, bits, stream);
+    bits = 8;
+  }
   const Operands operands{a.const_data_ptr<uint8_t>(), static_cast<int>(a.size(-1)), b.const_data_ptr<uint8_t>(),
                           static_cast<int>(b.size(1)), static_cast<int>(rows),       static_cast<int>(outputs),
                           static_cast<int>(columns)};
@@ -192,6 +219,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   e.type = type_of(out_dtype);
   e.whole = outputs % 4 == 0 && aligned(result, 16) && (!acm || aligned(corrections, 16)) &&
             (!residual || aligned(addend, 16));
+  prepare(e);
 
   const int processors = attribute(cudaDevAttrMultiProcessorCount, x);
   const bool filled = tile_count<Large>(rows, outputs) >= processors;

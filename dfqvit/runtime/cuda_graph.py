@@ -18,7 +18,7 @@ WARM_UPS = (
     2  # the first call compiles, chooses backends and makes the chains; the second shows that nothing is left to do
 )
 
-_CAPTURING = threading.Lock()  # torch captures on one stream of the process: two models must not do so at once
+_CAPTURING = threading.Lock()  # torch's allocator serves one capture at a time
 
 
 def check_device(device: torch.device | str) -> None:
@@ -46,17 +46,24 @@ class Graph:
 
 
 class Graphs:
-    """All graphs of a model. They share their memory, so one runs at a time, whatever threads and streams they are called from."""
+    """All graphs of a model on a device. They share their memory, so one runs at a time, whatever threads and streams call.
 
-    def __init__(self) -> None:
+    Streams, events, captures and launches of kernels are the current device's: that is `device` in all that is done here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.of: dict[Any, Graph] = {}
         self.lock = threading.Lock()
-        self.pool = torch.cuda.graph_pool_handle()
-        self.finished = torch.cuda.Event()  # after which the memory is free again
+        self.device = device
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.graph_pool_handle()
+            # Not torch's own stream for captures: the process has one, on the device that captured first.
+            self.side = torch.cuda.Stream()
+            self.finished = torch.cuda.Event()  # after which the memory is free again
 
     def run(self, key: Any, images: torch.Tensor, plain: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The logits of `images`, by the graph of `key`, which is captured from `plain` if there is none."""
-        with self.lock, torch.cuda.device(images.device):
+        with self.lock, torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self.finished)
             if key not in self.of:
@@ -70,14 +77,14 @@ class Graphs:
 
     def capture(self, images: torch.Tensor, plain: Callable[[torch.Tensor], torch.Tensor]) -> Graph:
         """As torch's manual has it: warm-up on a stream of its own, then the same work once more, recorded."""
-        images, stream, side = images.detach().clone(), torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(stream)
-        with torch.no_grad(), torch.cuda.stream(side):
+        images, stream = images.detach().clone(), torch.cuda.current_stream()
+        self.side.wait_stream(stream)
+        with torch.no_grad(), torch.cuda.stream(self.side):
             for _ in range(WARM_UPS):
                 plain(images)
-        stream.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with _CAPTURING, torch.no_grad(), torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+        stream.wait_stream(self.side)
+        graph, mode = torch.cuda.CUDAGraph(), "thread_local"
+        with _CAPTURING, torch.no_grad(), torch.cuda.graph(graph, self.pool, self.side, capture_error_mode=mode):
             logits = plain(images)
         return Graph(graph, images, logits)
 
@@ -97,8 +104,8 @@ class GraphedForward(nn.Module):
             or torch.compiler.is_compiling()
         ):
             return super().forward(x, *args, **kwargs)
-        graphs = self.__dict__.get("_graphs") or self.__dict__.setdefault("_graphs", Graphs())
-        return graphs.run((x.shape, x.dtype, choices()), x, super().forward)
+        graphs = self.__dict__.get("_graphs") or self.__dict__.setdefault("_graphs", Graphs(x.device))
+        return graphs.run((x.shape, x.dtype, x.device, choices()), x, super().forward)
 
     def forget_graphs(self) -> None:
         """To be called after the model was changed by other ways than `to` and `load_state_dict`, which do it themselves."""

@@ -46,8 +46,8 @@ def crop_shift_flip(
     flip = torch.where(draws[:, 4] < 0.5, -1.0, 1.0)
     columns = _positions(width, (ratio**0.5 * aspect).clamp(max=1.0), draws[:, 0], flip)
     rows = _positions(height, (ratio**0.5 / aspect).clamp(max=1.0), draws[:, 1])
-    reach = torch.tensor([int(jitter * height), int(jitter * width)], device=images.device)
-    shift = ((2 * draws[:, 3:4] - 1) * reach).round().long()
+    way = 2 * draws[:, 3:4] - 1  # a table of the two reaches would be a copy from the host
+    shift = torch.cat([way * int(jitter * height), way * int(jitter * width)], dim=1).round().long()
     return roll_resize(images, rows, columns, shift)
 
 

@@ -150,16 +150,21 @@ class _Reporter:
             self._emit(*self.waiting[:2])
             self.waiting = None
         if self.steps.device.type == "cuda" and self.waiting is None and step % _REPORT_EVERY == 0 and not last:
-            row = torch.empty(3, pin_memory=True)
-            row.copy_(self.steps.terms[step - 1], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            with torch.cuda.device(self.steps.device):  # an event of another one's stream would be done at once
+                row, event = _pinned_row(), torch.cuda.Event()
+                row.copy_(self.steps.terms[step - 1], non_blocking=True)
+                event.record()
             self.waiting = (step, row, event)
 
     def _emit(self, step: int, terms: torch.Tensor) -> None:
         assert self.report is not None
         entropy, onehot, tv = terms.tolist()
         self.report(Progress(step, entropy, onehot, tv, self.steps.crop_ratios[step - 1]))
+
+
+def _pinned_row() -> torch.Tensor:
+    """Host memory that a GPU writes to by itself: the three terms of a step."""
+    return torch.empty(3, pin_memory=True)
 
 
 @on_float_reference

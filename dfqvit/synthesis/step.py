@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -73,8 +74,11 @@ class Step:
         self._index = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._rate = torch.tensor(config.learning_rate, device=self.device)
         self.images.grad = torch.zeros_like(self.images)
-        self._optimizer = torch.optim.Adam([self.images], lr=self._rate, betas=_BETAS, fused=True)
+        on_gpu = self.device.type == "cuda"
+        self._optimizer = torch.optim.Adam([self.images], betas=_BETAS, fused=True, capturable=on_gpu)
+        self._optimizer.param_groups[0]["lr"] = self._rate  # given to the constructor, it would be read back
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._side: torch.cuda.Stream | None = None  # where the first steps run, and where the graph is captured
         self._eager_steps = self.taken = 0
 
     def __call__(self) -> None:
@@ -85,22 +89,25 @@ class Step:
                 self._update()
                 self.taken += 1
             return
-        with uninterrupted():
+        with uninterrupted(), torch.cuda.device(self.device):
             self._queue()
             self.taken += 1
 
     def _queue(self) -> None:
+        """The current device is that of the images: streams, events, captures and launches of kernels go to the current one."""
+        side = self._side = self._side or torch.cuda.Stream()
         if self._eager_steps < _EAGER_STEPS:
             self._eager_steps += 1
-            side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True")  # not captured yet, on purpose
                 self._compute()
             torch.cuda.current_stream().wait_stream(side)
         else:
             if self._graph is None:
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):  # records the step without taking it
+                # Not on torch's own stream for captures: the process has one, on the device that captured first.
+                with torch.cuda.graph(self._graph, stream=side):  # records the step without taking it
                     self._compute()
             self._graph.replay()
 
@@ -121,6 +128,7 @@ class Step:
     def load_state(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
         """Continues from `state()` of a run that had taken `step` steps."""
         self.taken = step
+        self._graph = None  # it holds the places of the moments there were
         self._index.fill_(step)
         self.images.copy_(tensors["images"])
         if "exp_avg" in tensors:

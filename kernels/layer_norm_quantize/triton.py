@@ -37,17 +37,18 @@ def launch_of(channels: int) -> Launch:
 
 @triton.jit
 def _kernel(
-    x, weight, bias, out, scale, zero, eps, rows,
-    channels: tl.constexpr, greatest: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, weight, bias, out, scale, zero, eps, rows, channels,
+    greatest: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (column < channels)[None, :]
     place = row[:, None] * channels + column[None, :]
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(value, axis=1) / channels
+    count = tl.zeros([ROWS], dtype=tl.float32) + channels
+    mean = tl.div_rn(tl.sum(value, axis=1), count)
     centred = tl.where(inside, value - mean[:, None], 0.0)
-    deviation = tl.sqrt_rn(tl.sum(centred * centred, axis=1) / channels + eps)
+    deviation = tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, axis=1), count) + eps)
     gain = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
     shift = tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
     normed = tl.div_rn(centred, deviation[:, None] + tl.zeros_like(centred)) * gain[None, :] + shift[None, :]

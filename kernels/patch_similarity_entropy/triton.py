@@ -3,7 +3,8 @@
 
 A program owns BLOCK rows of one set (an image, or a window of one) and walks tiles of BLOCK columns. The tile of similarities
 is never written. Products are float32 in full precision; sums over tiles are float64. Loops whose bounds are known only on the
-device are `while` loops: Triton's interpreter takes no `range` of such values under recent NumPy.
+device are `while` loops: Triton's interpreter takes no `range` of such values under recent NumPy. Sizes are no constants of the
+kernels, which would be compiled anew for each; only the powers of two that hold them are.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ def _units(x, inverse, base, rows, columns, n, depth):
 
 
 @triton.jit
-def _similarities(x, inverse, base, rows, columns, n, depth: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+def _similarities(x, inverse, base, rows, columns, n, depth, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
     """The similarities of rows with columns, and which cells are pairs of distinct vectors."""
     s = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    for start in range(0, depth, DEPTH):
+    start = tl.program_id(0) * 0
+    while start < depth:
         d = start + tl.arange(0, DEPTH)
         a = _units(x, inverse, base, rows, d, n, depth)
         b = _units(x, inverse, base, columns, d, n, depth)
         s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
+        start += DEPTH
     pair = (rows < n)[:, None] & (columns < n)[None, :] & (rows[:, None] != columns[None, :])
     return s, pair
 
@@ -80,7 +83,7 @@ def _span(s, pair, places, points, cutoff):
 
 
 @triton.jit
-def _range_kernel(x, inverse, diagonal, ends, n, depth: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+def _range_kernel(x, inverse, diagonal, ends, n, depth, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
     """ends [programs, 2]: the least and the greatest similarity in the tiles of this program."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(n, BLOCK)
@@ -104,7 +107,7 @@ def _range_kernel(x, inverse, diagonal, ends, n, depth: tl.constexpr, BLOCK: tl.
 @triton.jit
 def _density_kernel(
     x, inverse, diagonal, places, parts, n, batch, scale, cutoff,
-    depth: tl.constexpr, points: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, POINTS: tl.constexpr,
+    depth, points, BLOCK: tl.constexpr, DEPTH: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     """parts [programs, points]: the Gaussians around each place of the pairs in the tiles of this program."""
     program = tl.program_id(0).to(tl.int64)
@@ -116,10 +119,12 @@ def _density_kernel(
     index = tl.arange(0, POINTS)
     sums = tl.zeros([POINTS], dtype=tl.float64)
     own = tl.load(diagonal + base + rows, mask=rows < n, other=0.0)
-    for j in range(0, points):
+    j = tl.program_id(0) * 0
+    while j < points:
         d = own - tl.load(places + j)
         total = tl.sum(tl.where(rows < n, tl.exp2(d * d * scale), 0.0), axis=0)
         sums += tl.where(index == j, total, 0.0).to(tl.float64)
+        j += 1
     tile = panel
     while tile < tiles:
         columns = tile * BLOCK + tl.arange(0, BLOCK)
@@ -138,7 +143,7 @@ def _density_kernel(
 @triton.jit
 def _backward_kernel(
     x, inverse, diagonal, places, factors, out, n, batch, windows, scale, cutoff,
-    depth: tl.constexpr, points: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr,
+    depth, points, BLOCK: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """out [rows, depth] float32: the gradient of the unit vectors; a program makes BLOCK rows of OUT columns."""
     program = tl.program_id(0).to(tl.int64)
@@ -153,9 +158,11 @@ def _backward_kernel(
     # The diagonal of a vector as long as the floor is constant; that of a shorter one is not.
     own = tl.load(diagonal + base + rows, mask=rows < n, other=1.0)
     slope = tl.zeros([BLOCK], dtype=tl.float32)
-    for j in range(0, points):
+    j = tl.program_id(0) * 0
+    while j < points:
         d = own - tl.load(places + j)
         slope += tl.load(factors + j) * (d * tl.exp2(d * d * scale))
+        j += 1
     grad = tl.where(own == 1.0, 0.0, slope)[:, None] * _units(x, inverse, base, rows, out_columns, n, depth)
 
     tile = panel * 0

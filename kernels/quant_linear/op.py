@@ -259,8 +259,6 @@ def _supports_cuda(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Verdict
     rows, outputs = x.shape[:-1].numel(), rest[4].shape[0]
     if max(rows, outputs) > _MOST_ROWS:
         return False, f"the result was [{rows}, {outputs}]; the CUDA kernel counts rows and columns up to {_MOST_ROWS}"
-    if x.is_cuda and (found := torch.cuda.get_device_capability(x.device)) < (8, 0):
-        return False, f"the device has compute capability {found[0]}.{found[1]}; the CUDA kernel needs 8.0"
     return _supports(x, weight, *rest)
 
 

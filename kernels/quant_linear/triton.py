@@ -75,14 +75,14 @@ def _weights(weight, outputs, start, count, depth, row_bytes, BITS: tl.constexpr
 
 
 @triton.jit
-def _sums_kernel(
-    weight, sums, count, row_bytes, depth: tl.constexpr, BITS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr
-):
+def _sums_kernel(weight, sums, count, row_bytes, depth, BITS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
     """The sum of each row's integers, int32."""
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros([OUTPUTS], dtype=tl.int32)
-    for start in range(0, depth, DEPTH):
+    start = tl.program_id(0) * 0
+    while start < depth:
         total += tl.sum(_weights(weight, outputs, start, count, depth, row_bytes, BITS, DEPTH).to(tl.int32), axis=1)
+        start += DEPTH
     tl.store(sums + outputs, total, mask=outputs < count)
 
 

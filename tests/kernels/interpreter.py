@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,20 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes seconds for what takes others milliseconds
-live_triton = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="torch sees no CUDA device, and TRITON_INTERPRET=1 is not set",
-)
+NO_TRITON = "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+
+
+def live_triton(test: Any) -> Any:
+    """Marks a test that runs Triton: in the interpreter, or on a GPU."""
+    if INTERPRETED:
+        return test
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_TRITON)(test))
+
+
+def few_on_gpu(cases: Iterable[Any], every: int) -> list[Any]:
+    """The cases; outside the interpreter each `every`-th, since a GPU's Triton compiles for seconds for nearly each."""
+    found = list(cases)
+    return found if INTERPRETED else found[::every]
 
 
 def run_in_interpreter(file: str) -> None:

@@ -476,9 +476,8 @@ def test_triton_compiles_for_gpus(capability: int) -> None:
     pytest.importorskip("triton")
     module = importlib.import_module("dfqvit.kernels.patch_similarity_entropy.triton")
     kinds = {"n": "i32", "batch": "i32", "windows": "i32", "scale": "fp32", "cutoff": "fp32", "parts": "*fp64"}
+    kinds |= {"depth": "i32:16", "points": "i32"}
     constants = {
-        "depth": 64,
-        "points": 10,
         "BLOCK": module.BLOCK,
         "DEPTH": module.DEPTH,
         "OUT": module.OUT,

@@ -11,7 +11,7 @@ import torch
 from dfqvit.kernels import quant_attention, use_backend
 from dfqvit.kernels.quant_attention.op import forward
 
-from .interpreter import INTERPRETED, compile_for, live_triton, resources, run_in_interpreter
+from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
 from .test_quant_attention import oracle, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -33,7 +33,7 @@ def on_device(options):
 
 @live_triton
 @pytest.mark.parametrize(
-    ("case", "addends"), [*product(CASES, ["none", "both"]), (CASES[1], "bias"), (CASES[1], "mask")]
+    ("case", "addends"), few_on_gpu([*product(CASES, ["none", "both"]), (CASES[1], "bias"), (CASES[1], "mask")], 3)
 )
 def test_triton_float_result_matches_the_oracle(seed, case, addends):
     qkv, heads, options = sample(case, windowed=case[3] > 1 or addends != "none")

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,25 +17,15 @@ import torch.nn.functional as F
 from dfqvit.kernels import pack_weight, quant_linear, use_backend, weight_sums
 from dfqvit.kernels.quant_linear import op
 
+from .cuda_emulator import TYPES, Emulator, compiled
 from .test_quant_linear_cpu import IDENTITY, around_ties, random_call
 
 ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SHAPES = ["small", "large", "group"]  # of csrc/include/dfqvit/quant_linear_tile.h
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
-class Emulator:
+class Kernels(Emulator):
     """The kernels of csrc/include/dfqvit/quant_linear.cuh, called as csrc/cuda/quant_linear.cu does."""
-
-    def __init__(self, library):
-        self.library = ctypes.CDLL(str(library))
-
-    def __call__(self, name, *arguments):
-        """Tensors become pointers, None the null pointer; whole numbers int32."""
-        kinds = {int: ctypes.c_int, float: ctypes.c_float, torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr())}
-        values = [None if a is None else kinds[type(a)](a) if type(a) in kinds else a for a in arguments]
-        return self.library[name](*values)
 
     def rows(self, x, scale, zero, least, greatest):
         rows, columns = x.shape
@@ -50,8 +39,9 @@ class Emulator:
     def linear(
         self, x, weight, bias=None, acm=None, *, x_scale, x_zero, w_scale, a_bits, w_bits, activation=None,
         residual=None, out_scale=None, out_zero=None, out_bits=8, out_dtype=None, w_sums=None, shape="large", blocks=3,
+        unpacked=False,
     ):  # fmt: skip
-        """quant_linear of x [rows, K] and a float or packed weight."""
+        """quant_linear of x [rows, K] and a float or packed weight; with `unpacked` as for many rows."""
         rows, depth = x.shape
         outputs = weight.shape[0]
         x_scale, x_zero = torch.tensor([float(x_scale)]), torch.tensor([float(x_zero)])
@@ -63,6 +53,13 @@ class Emulator:
         if weight.dtype == torch.uint8:
             bits = w_bits
             b = F.pad(weight, (0, -weight.shape[1] % (2 * bits)), value=0xAB)  # weights beyond K may be anything
+            if unpacked and bits < 8:
+                packed, b = (
+                    b.contiguous(),
+                    torch.full((outputs, b.shape[1] // (2 * bits) * 16), 0xAB, dtype=torch.uint8),
+                )
+                self("unpack", bits, packed, ctypes.c_int64(packed.shape[1]), ctypes.c_int64(outputs), b)
+                bits = 8
         else:
             bits, half = 8, 1 << (w_bits - 1)
             b = self.rows(weight, w_scale, None, -half, half - 1)
@@ -89,14 +86,7 @@ class Emulator:
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    if COMPILER is None or not sys.platform.startswith("linux"):
-        pytest.skip("no C++ compiler, or not Linux")
-    library = tmp_path_factory.mktemp("cuda") / "quant_linear.so"
-    folder = Path(__file__).with_name("cuda_on_cpu")
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
-    folders = [f"-I{folder}", f"-I{ROOT / 'csrc/include'}"]  # in this order
-    subprocess.run([COMPILER, *flags, *folders, "-o", str(library), str(folder / "quant_linear.cpp")], check=True)
-    return Emulator(library)
+    return Kernels(compiled("quant_linear", tmp_path_factory.mktemp("cuda")))
 
 
 def emulated(emulator, *args, shape="large", blocks=3, **kwargs):
@@ -138,6 +128,18 @@ def test_depths_on_the_cpu(seed, emulator, w_bits, shape):
         p = {**IDENTITY, "w_bits": w_bits, "x_zero": 255, "w_scale": torch.rand(12) + 0.1}
         found, expected = emulated(emulator, x, weight, shape=shape, **p)
         assert torch.equal(found, expected), depth
+
+
+@pytest.mark.parametrize("w_bits", range(2, 8))
+def test_weights_unpacked_once_on_the_cpu(seed, emulator, w_bits):
+    """As for many rows: the product then reads bytes."""
+    for outputs, depth in ((1, 1), (40, 300), (9, 64)):
+        x = torch.randint(0, 256, (17, depth), dtype=torch.uint8)
+        weight = pack_weight(torch.randn(outputs, depth) * (1 << w_bits) / 3, 1.0, w_bits)
+        p = {**IDENTITY, "w_bits": w_bits, "x_zero": 255, "w_scale": torch.rand(outputs) + 0.1}
+        with use_backend("reference"):
+            expected = quant_linear(x, weight, **p)
+        assert torch.equal(emulator.linear(x, weight, shape="group", unpacked=True, **p), expected)
 
 
 @pytest.mark.parametrize("w_bits", range(2, 9))
@@ -189,6 +191,58 @@ def test_activations_on_the_cpu(seed, emulator, activation):
     found = emulator.linear(*arguments, activation=activation, **IDENTITY).double()
     expected = F.gelu(y.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
     assert float(((found - expected).abs() / (1 + expected.abs())).max()) < 2e-6
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-3, 0.03, 7.0, 1e20])
+@pytest.mark.parametrize("zero", [0, 100, 255])
+def test_bytes_near_ties_on_the_cpu(seed, emulator, size, zero):
+    """The loop for bytes, whose inverse stands for a division: values within a few units of the last place of each tie."""
+    scale = float((torch.rand(()) + 0.5) * size)
+    values = torch.cat([around_ties(scale), torch.tensor([3e38, -3e38, 1e-45, -0.0, torch.inf, -torch.inf])])
+    values = F.pad(values, (0, -len(values) % 4))
+    x = torch.zeros(1, 4, dtype=torch.uint8)
+    p = {**IDENTITY, "w_scale": torch.ones(len(values))}
+    for shape in ("small", "group"):
+        weight, requantized = torch.zeros(len(values), 4), {"out_scale": scale, "out_zero": zero}
+        found, expected = emulated(emulator, x, weight, values, shape=shape, **p, **requantized)
+        assert torch.equal(found, expected), (scale, zero)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("scale", [1e-9, 0.004, 0.031, 3.0])
+def test_gelu_to_bytes_on_the_cpu(seed, emulator, activation, scale):
+    """One apart at most, and only where y / scale lies within 6e-6 (1 + |y|) of a tie, as the operator's docstring has it."""
+    values = torch.cat([torch.linspace(-12, 12, 801), torch.randn(399) * 3, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
+    values = F.pad(values, (0, -len(values) % 4))
+    x, p = torch.zeros(1, 4, dtype=torch.uint8), {**IDENTITY, "w_scale": torch.ones(len(values))}
+    arguments = (x, torch.zeros(len(values), 4), values)
+    found = emulator.linear(*arguments, activation=activation, **p, out_scale=scale, out_zero=17, shape="small")[
+        0
+    ].double()
+    y = F.gelu(values.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
+    off = 6e-6 * (1 + y.abs()) / scale
+    least, greatest = (((y / scale + side * off).round() + 17).clamp(0, 255) for side in (-1, 1))
+    assert bool(((least <= found) & (found <= greatest)).all())
+    assert len(found.unique()) > 5 or scale == 1e-9
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("acm", [True, False])
+def test_floats_on_the_cpu(seed, emulator, residual, acm):
+    """The loop for float32, with every set of addends; the same where columns are no multiple of 4, by the general one."""
+    for rows, outputs in ((30, 36), (30, 35)):
+        x = torch.randint(0, 256, (rows, 40), dtype=torch.uint8)
+        weight, p = (
+            pack_weight(torch.randn(outputs, 40), 0.1, 4),
+            {**IDENTITY, "w_bits": 4, "w_scale": torch.rand(outputs)},
+        )
+        addends = {
+            "acm": torch.randn(10, outputs) if acm else None,
+            "residual": torch.randn(rows, outputs) if residual else None,
+        }
+        for shape in SHAPES:
+            found, expected = emulated(emulator, x, weight, torch.randn(outputs), shape=shape, **p, **addends)
+            assert torch.equal(found, expected)
 
 
 def test_shared_memory_is_read_and_written_without_bank_conflicts(emulator):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear.op import forward
 
 from ..conftest import mirrored
-from .interpreter import INTERPRETED, compile_for, live_triton, resources, run_in_interpreter
+from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -53,15 +54,20 @@ def both(**arguments):
 
 
 @live_triton
-@pytest.mark.parametrize("w_bits", range(2, 9))
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str)
-def test_triton_equals_the_reference_bit_for_bit(seed, w_bits, x_dtype):
+@pytest.mark.parametrize(
+    ("x_dtype", "w_bits"),
+    few_on_gpu(product([torch.float32, torch.bfloat16, torch.float16, torch.uint8], range(2, 9)), 4),
+    ids=str,
+)
+def test_triton_equals_the_reference_bit_for_bit(seed, x_dtype, w_bits):
     rows, outputs, depth = (int(torch.randint(1, 140, ())) for _ in range(3))
+    if not INTERPRETED:  # a constant of the kernel, as which addends there are: each would be compiled for
+        depth = 129 if w_bits % 2 else 40
     arguments = draw(rows, outputs, depth, pick(2, 5, 8), w_bits, x_dtype)
     for name in ("bias", "acm", "residual"):
-        if pick(True, False):
+        if pick(True, False) if INTERPRETED else w_bits > 5:
             arguments.pop(name)
-    if pick(True, False):
+    if pick(True, False) if INTERPRETED else w_bits % 2:
         steps = torch.rand(outputs, device=DEVICE) * 0.1 + 0.02
         arguments |= {"out_scale": steps, "out_zero": pick(0, 3, 7), "out_bits": pick(3, 8)}
     found, expected = both(**arguments)

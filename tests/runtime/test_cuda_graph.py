@@ -14,7 +14,9 @@ from dfqvit.runtime.cuda_graph import GraphedForward, Graphs, capture_graphs
 
 from .test_triton import demo
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")(test))
 
 
 def saved(tmp_path, name="demo"):
@@ -44,7 +46,7 @@ def test_the_model_stays_itself(tmp_path, name):
 class Pretended:
     """Stands for a tensor on a GPU."""
 
-    is_cuda, requires_grad, dtype = True, False, torch.float32
+    is_cuda, requires_grad, dtype, device = True, False, torch.float32, torch.device("cuda:0")
 
     def __init__(self, size):
         self.shape = torch.Size([size, 1, 28, 28])
@@ -59,7 +61,7 @@ def test_one_graph_a_shape_forgotten_with_the_weights(tmp_path, monkeypatch):
     model = dfqvit.load(path)
     capture_graphs(model)
     keys = []
-    monkeypatch.setattr(Graphs, "__init__", lambda self: None)
+    monkeypatch.setattr(Graphs, "__init__", lambda self, device: None)
     monkeypatch.setattr(Graphs, "run", lambda self, key, images, plain: keys.append((id(self), key)) or plain.__self__)
     for size in (1, 4, 1):
         assert model(Pretended(size)) is model

@@ -55,6 +55,7 @@ def test_in_the_interpreter() -> None:
     run_in_interpreter(__file__)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("name", ["demo", "demo-swin"])
 def test_auto_takes_the_chain_on_a_gpu(name):

@@ -161,6 +161,7 @@ def test_bfloat16_follows_float32(model):
     assert not torch.equal(*found)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_graph_of_the_step_gives_what_eager_steps_give(model):
     config = SynthesisConfig(samples=4, iters=12, seed=2)

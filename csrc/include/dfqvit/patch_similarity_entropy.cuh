@@ -7,10 +7,9 @@
 // has a fixed order, and there are no atomics on numbers: results are the same on every run.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <mma.h>
 
+#include "dfqvit/device_floats.cuh"
 #include "dfqvit/patch_similarity_entropy.h"
 
 namespace dfqvit {
@@ -40,24 +39,6 @@ struct Sets {
   __host__ __device__ int64_t tiles() const { return (n + kTile - 1) / kTile; }
 };
 
-__device__ __forceinline__ float to_float(float v) {
-  return v;
-}
-__device__ __forceinline__ float to_float(__half v) {
-  return __half2float(v);
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-__device__ __forceinline__ void from_float(float v, float* out) {
-  *out = v;
-}
-__device__ __forceinline__ void from_float(float v, __half* out) {
-  *out = __float2half_rn(v);
-}
-__device__ __forceinline__ void from_float(float v, __nv_bfloat16* out) {
-  *out = __float2bfloat16_rn(v);
-}
 __device__ __forceinline__ float warp_sum(float v) {
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
   return v;
@@ -233,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) range_kernel(Sets<T> s
   extern __shared__ __align__(128) float shared[];
   float* operands = shared;
   float* s = shared + kTileFloats;
-  __shared__ float warp_low[kWarps], warp_high[kWarps];
+  DFQVIT_BLOCK_SHARED float warp_low[kWarps], warp_high[kWarps];
   const int64_t tiles = sets.tiles(), set = blockIdx.x / tiles, panel = blockIdx.x % tiles;
   float low = kNoPair, high = -kNoPair;
   for (int64_t tile = panel; tile < tiles; ++tile) {
@@ -334,8 +315,8 @@ __global__ void __launch_bounds__(kThreads)
                           const float* __restrict__ value_range, int64_t n, int64_t tiles, int64_t windows,
                           int64_t images_per_layer, int points, float bandwidth, float* __restrict__ density,
                           T* __restrict__ entropy) {
-  __shared__ double terms[kMaxPoints];
-  __shared__ int others;
+  DFQVIT_BLOCK_SHARED double terms[kMaxPoints];
+  DFQVIT_BLOCK_SHARED int others;
   const int64_t image = blockIdx.x, layer = image / images_per_layer, rows = windows * n;
   const Places places{value_range[2 * layer], value_range[2 * layer + 1], points, bandwidth};
   const float* own_diagonal = diagonal + image * rows;

@@ -87,6 +87,18 @@ static __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
+// Packed weights [outputs, row_bytes] to bytes [outputs, stride], a chunk of 16 a thread; row_bytes is a multiple of
+// 2 * kBits, stride 16 times the chunks of a row. What lies beyond the weights is unpacked too: it meets zeros.
+template <int kBits>
+__global__ void __launch_bounds__(kRowThreads)
+    unpack_kernel(const uint8_t* __restrict__ weight, int64_t row_bytes, int64_t chunks, uint8_t* __restrict__ out) {
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (chunk >= chunks) return;
+  const int64_t across = row_bytes / (2 * kBits);
+  const uint8_t* from = weight + chunk / across * row_bytes + chunk % across * (2 * kBits);
+  *reinterpret_cast<Unpacked*>(out + chunk * kChunk) = unpack<kBits>(load_packed<kBits>(from));
+}
+
 // a [rows, depth] in rows of a_bytes, with zeros beyond depth; b [outputs, depth] packed, in rows of b_bytes. Whole
 // chunks only: a_bytes is a multiple of 16, b_bytes of 2 * bits, and both start at multiples of 16. Weights beyond
 // depth may be anything: they meet zeros.

@@ -1,37 +1,18 @@
-// The epilogue of the CUDA kernel of quant_linear: from a warp's sums in registers to the result in memory.
+// The epilogue of the CUDA kernel of quant_linear: from a warp's sums in registers to the result in memory. What models
+// do (`Kind`) has a loop of its own, with few instructions; everything else takes the general one.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "dfqvit/device_floats.cuh"
+#include "dfqvit/quant_linear_ptx.cuh"
 #include "dfqvit/quant_linear_tile.h"
 
 namespace dfqvit {
 namespace quant {
 namespace tile {
 
-__device__ __forceinline__ float to_float(float v) {
-  return v;
-}
-__device__ __forceinline__ float to_float(__half v) {
-  return __half2float(v);
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-
-__device__ __forceinline__ void from_float(float v, float* out) {
-  *out = v;
-}
-__device__ __forceinline__ void from_float(float v, __half* out) {
-  *out = __float2half_rn(v);
-}
-__device__ __forceinline__ void from_float(float v, __nv_bfloat16* out) {
-  *out = __float2bfloat16_rn(v);
-}
-__device__ __forceinline__ void from_float(float v, uint8_t* out) {
-  *out = static_cast<uint8_t>(static_cast<int>(v));
-}
+// Which loop: the general one; to bytes of 8 bits; to the same after GELU; to float32, with a float32 residual or none
+// and acm or none.
+enum class Kind : int { general, bytes, gelu_bytes, floats };
 
 struct Epilogue {
   const float* scale;
@@ -48,7 +29,20 @@ struct Epilogue {
   void* out;  // [rows, outputs]
   Type type;
   bool whole;  // outputs is a multiple of 4, and acm, residual and out start at multiples of 16
+  Kind kind;   // this and the next by `prepare`
+  float gelu[5];
 };
+
+// Sets what follows from the rest. On the host.
+inline void prepare(Epilogue& e) {
+  const bool bytes = e.whole && e.type == Type::u8 && e.out_greatest == 255.0f && !e.acm && !e.residual;
+  const bool floats = e.whole && e.type == Type::f32 && e.activation == Activation::none &&
+                      (!e.residual || e.residual_type == Type::f32);
+  e.kind = bytes    ? (e.activation == Activation::none ? Kind::bytes : Kind::gelu_bytes)
+           : floats ? Kind::floats
+                    : Kind::general;
+  for (int i = 0; i < 5; ++i) e.gelu[i] = (e.activation == Activation::gelu_tanh ? kGeluTanh : kGelu)[i];
+}
 
 // Four neighbouring values at `index`, of which `count` are there.
 template <typename T>
@@ -145,16 +139,181 @@ __device__ __forceinline__ void finish(const int32_t (&sum)[4], const Columns& c
   }
 }
 
-// The sums of a warp, to the result, 16 rows after the other. They are destroyed: the rows move up through the
-// registers, so that the code of the epilogue stands here once and not once for each of their places.
+// What belongs to four neighbouring outputs where the result is bytes. Integers come from floats by adding kRounder,
+// which leaves no room for a fraction, so the sum is rounded half to even, and its bits count up by one from those of
+// kRounder: `start` is the zero point less those.
+struct ByteColumns {
+  float scale[4], bias[4], inverse[4];
+  int32_t offset[4], start[4];
+
+  __device__ __forceinline__ ByteColumns(const Epilogue& e, int n, int outputs) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool there = n + i < outputs;
+      scale[i] = there ? e.scale[n + i] : 0.0f;
+      offset[i] = there ? e.offset[n + i] : 0;
+      bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
+      const float step = there ? e.out_scale[n + i] : 1.0f;
+      inverse[i] = 1.0f / step;
+      start[i] = (there ? static_cast<int32_t>(e.out_zero[n + i]) : 0) - kRounderBits;
+    }
+  }
+};
+
+// Whether one of four scales is so small or so large that only a division is exact.
+__device__ __forceinline__ bool only_divisible(const Epilogue& e, int n, int outputs) {
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float step = n + i < outputs ? e.out_scale[n + i] : 1.0f;
+    found |= !(step >= kLeastStep && step <= kGreatestStep);
+  }
+  return found;
+}
+
+// See kGelu. For results that are rounded to bytes.
+__device__ __forceinline__ float gelu_by_sigmoid(float y, const float (&c)[5]) {
+  const float square = fminf(y * y, kGeluLimit);
+  float p = c[4];
+#pragma unroll
+  for (int i = 3; i >= 0; --i) p = fmaf(p, square, c[i]);
+  return y * fast_reciprocal(1.0f + fast_exp2(y * p));
+}
+
+// Four sums to four bytes. False where a quotient is so near the middle of two integers that its product with the
+// inverse may be rounded otherwise (as simd_convert.h has it for the CPU): they differ by less than 2^-13 where they
+// are below 512, and beyond both are clamped. After GELU there is no such check: what a product is off by is far less
+// than what GELU may be off by. `y` is what is to be rounded.
+template <bool kGelu>
+__device__ __forceinline__ bool to_bytes(const int32_t (&sum)[4], const ByteColumns& c, const Epilogue& e,
+                                         float (&y)[4], uint32_t& bytes) {
+  int32_t q[4];
+  float far = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float whole = static_cast<float>(sum[i] - c.offset[i]);
+    if constexpr (kGelu) {
+      y[i] = gelu_by_sigmoid(fmaf(c.scale[i], whole, c.bias[i]), e.gelu);
+      q[i] = float_bits(fmaf(y[i], c.inverse[i], kRounder)) + c.start[i];
+    } else {
+      y[i] = c.scale[i] * whole + c.bias[i];
+      const float ratio = fmaxf(y[i] * c.inverse[i], -kFarBelow);
+      const float rounded = ratio + kRounder;
+      far = fmaxf(far, fabsf(ratio - (rounded - kRounder)));
+      q[i] = float_bits(rounded) + c.start[i];
+    }
+  }
+  bytes = pack_bytes(q);
+  return far <= 0.5f - 0x1p-12f;
+}
+
+// The rows of a panel that a lane has, to bytes.
+template <typename S, bool kGelu>
+struct ToBytes {
+  const Epilogue& e;
+  ByteColumns columns;
+  int n, outputs;
+  uint8_t* to;
+
+  __device__ __forceinline__ ToBytes(const Epilogue& e, int row, int n, int outputs)
+      : e(e),
+        columns(e, n, outputs),
+        n(n),
+        outputs(outputs),
+        to(static_cast<uint8_t*>(e.out) + static_cast<int64_t>(row) * outputs + n) {}
+
+  // Rows that are not there are computed too, from whatever the sums hold, and not written: a branch would cost more.
+  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int, bool there) const {
+    float y[4];
+    uint32_t bytes;
+    const bool sure = to_bytes<kGelu>(sum, columns, e, y, bytes);
+    if (!kGelu && !sure && there) {
+      int32_t q[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // seldom
+        q[i] = static_cast<int32_t>(quantized(y[i], e.out_scale[n + i], e.out_zero[n + i], 0.0f, 255.0f));
+      }
+      bytes = pack_bytes(q);
+    }
+    if (there) *reinterpret_cast<uint32_t*>(to) = bytes;
+  }
+  __device__ __forceinline__ void next() { to += S::kRowsTogether * static_cast<int64_t>(outputs); }
+};
+
+// The same, to float32.
 template <typename S>
-__device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
-                                       const Epilogue& e, Place origin, int32_t* panels) {
+struct ToFloats {
+  const Epilogue& e;
+  float scale[4], bias[4];
+  int32_t offset[4];
+  int outputs, token;
+  int64_t index;
+  const float* acm;  // of the columns, at token 0
+
+  __device__ __forceinline__ ToFloats(const Epilogue& e, int row, int n, int outputs)
+      : e(e),
+        outputs(outputs),
+        token(e.acm ? row % e.tokens : 0),
+        index(static_cast<int64_t>(row) * outputs + n),
+        acm(e.acm + n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool there = n + i < outputs;
+      scale[i] = there ? e.scale[n + i] : 0.0f;
+      offset[i] = there ? e.offset[n + i] : 0;
+      bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int, bool there) const {
+    if (!there) return;
+    Four<float> y, addend{{bias[0], bias[1], bias[2], bias[3]}};
+    if (e.acm) {
+      const auto more = *reinterpret_cast<const Four<float>*>(acm + static_cast<int64_t>(token) * outputs);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) addend.value[i] += more.value[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y.value[i] = dequantized(sum[i], offset[i], scale[i]) + addend.value[i];
+    if (e.residual) {
+      const auto more = *reinterpret_cast<const Four<float>*>(static_cast<const float*>(e.residual) + index);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y.value[i] += more.value[i];
+    }
+    *reinterpret_cast<Four<float>*>(static_cast<float*>(e.out) + index) = y;
+  }
+  __device__ __forceinline__ void next() {
+    index += S::kRowsTogether * static_cast<int64_t>(outputs);
+    token = token_below(token, S::kRowsTogether, e.tokens);
+  }
+};
+
+// The general one.
+template <typename S>
+struct ToAnything {
+  const Epilogue& e;
+  Columns columns;
+  int outputs, token;
+
+  __device__ __forceinline__ ToAnything(const Epilogue& e, int row, int n, int outputs)
+      : e(e), columns(e, n, outputs), outputs(outputs), token(e.acm ? row % e.tokens : 0) {}
+  __device__ __forceinline__ void operator()(const int32_t (&sum)[4], int row, bool there) const {
+    if (there) finish(sum, columns, e, token, row, outputs);
+  }
+  __device__ __forceinline__ void next() { token = token_below(token, S::kRowsTogether, e.tokens); }
+};
+
+// The sums of a warp, to the result, 16 rows after the other.
+// They are destroyed: the rows move up through the registers, so that the code of the epilogue stands here once and not
+// once for each of their places.
+template <typename S, typename To>
+__device__ __forceinline__ void finish_by(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
+                                          const Epilogue& e, Place origin, int32_t* panels) {
   const int lane = threadIdx.x % 32, warp_index = threadIdx.x / 32;
   const Place warp = warp_origin<S>(warp_index), mine = finished<S>(lane);
   int32_t* panel = panels + warp_index * (S::kPanelBytes / 4);
-  const Columns columns(e, origin.column + warp.column + mine.column, outputs);
-  int row = origin.row + warp.row + mine.row, token = e.acm ? row % e.tokens : 0;
+  const int n = origin.column + warp.column + mine.column;
+  int row = origin.row + warp.row + mine.row;
+  To to(e, row, n, outputs);
 #pragma unroll 1
   for (int i = 0; i < S::kCountM; ++i) {
 #pragma unroll
@@ -167,13 +326,13 @@ __device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4]
       }
     }
     __syncwarp();
-#pragma unroll 1
+#pragma unroll 2
     for (int below = 0; below < kMmaM; below += S::kRowsTogether) {
       const int4 four = *reinterpret_cast<const int4*>(panel + (mine.row + below) * S::kPanelPitch + mine.column);
       const int32_t sums[4] = {four.x, four.y, four.z, four.w};
-      if (row < rows && columns.count > 0) finish(sums, columns, e, token, row, outputs);
+      to(sums, row, row < rows && n < outputs);
       row += S::kRowsTogether;
-      token = token_below(token, S::kRowsTogether, e.tokens);
+      to.next();
     }
     __syncwarp();
 #pragma unroll
@@ -184,6 +343,25 @@ __device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4]
         for (int l = 0; l < 4; ++l) sum[k][j][l] = sum[k + 1][j][l];
       }
     }
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ void finish(int32_t (&sum)[S::kCountM][S::kCountN][4], int rows, int outputs,
+                                       const Epilogue& e, Place origin, int32_t* panels) {
+  Kind kind = e.kind;
+  if (kind == Kind::bytes || kind == Kind::gelu_bytes) {
+    const int first = origin.column + warp_origin<S>(threadIdx.x / 32).column + finished<S>(threadIdx.x % 32).column;
+    if (__any_sync(0xffffffffu, only_divisible(e, first, outputs))) kind = Kind::general;
+  }
+  if (kind == Kind::bytes) {
+    finish_by<S, ToBytes<S, false>>(sum, rows, outputs, e, origin, panels);
+  } else if (kind == Kind::gelu_bytes) {
+    finish_by<S, ToBytes<S, true>>(sum, rows, outputs, e, origin, panels);
+  } else if (kind == Kind::floats) {
+    finish_by<S, ToFloats<S>>(sum, rows, outputs, e, origin, panels);
+  } else {
+    finish_by<S, ToAnything<S>>(sum, rows, outputs, e, origin, panels);
   }
 }
 

@@ -33,6 +33,28 @@ __device__ __forceinline__ void store_chunk(uint32_t shared, const uint32_t (&wo
                : "memory");
 }
 
+__device__ __forceinline__ int32_t float_bits(float v) {
+  return __float_as_int(v);
+}
+// 2^x within 2^-22, and 1 / x within a unit of the last place; small results are 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Each clamped to [0, 255], the first in the lowest byte.
+__device__ __forceinline__ uint32_t pack_bytes(const int32_t (&q)[4]) {
+  uint32_t high, all;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(q[3]), "r"(q[2]));
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(q[1]), "r"(q[0]), "r"(high));
+  return all;
+}
+
 // Four matrices of 8 rows of 16 bytes; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -123,7 +123,7 @@ inline int64_t tile_count(int64_t rows, int64_t outputs) {
 struct Packed {
   uint64_t low, high;
 };
-struct Unpacked {
+struct alignas(16) Unpacked {
   uint32_t word[4];
 };
 
@@ -180,6 +180,22 @@ DFQVIT_HOST_DEVICE float quantized(float value, float scale, float zero, float l
 DFQVIT_HOST_DEVICE float dequantized(int32_t sum, int32_t offset, float scale) {
   return scale * static_cast<float>(sum - offset);
 }
+
+// 1.5 * 2^23: a float of at most 2^22 in size plus this is rounded half to even to a whole number. Its bits.
+constexpr float kRounder = 12582912.0f;
+constexpr int32_t kRounderBits = 0x4B400000;
+constexpr float kFarBelow = 4096.0f;  // minus this is below every grid
+// Scales whose inverse stands for a division wherever a quotient matters; GELU, at least -0.17, over the least of them
+// is well within what kRounder rounds.
+constexpr float kLeastStep = 0x1p-20f, kGreatestStep = 0x1p100f;
+
+// GELU as y / (1 + 2^(y P(y^2))): the logarithm of a normal distribution's odds is y times an even function. P fitted
+// so that the greatest error over 1 + |GELU| is least (reweighted least squares): 2.9e-6; and GELU's tanh form, which
+// is of this form itself.
+constexpr float kGelu[5] = {-0x1.26a8fcp+1f, -0x1.af1a36p-4f, 0x1.841d8ep-12f, 0x1.6c174cp-14f, -0x1.a8e85cp-19f};
+constexpr float kGeluTanh[5] = {-0x1.26aec2p+1f, -0x1.a5a7d0p-4f, 0.0f, 0.0f, 0.0f};
+constexpr float kGeluLimit = 28.0f;  // of y^2: beyond, the odds are as good as 0 or infinite
+
 DFQVIT_HOST_DEVICE float activated(float y, Activation activation) {
   if (activation == Activation::gelu) return y * 0.5f * (1.0f + erff(y * 0.70710678f));
   if (activation == Activation::gelu_tanh) {

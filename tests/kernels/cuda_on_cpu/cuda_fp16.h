@@ -15,6 +15,7 @@ inline float __half2float(__half v) {
 }
 
 inline __half __float2half_rn(float v) {
+  if (std::isnan(v)) return {0x7FFF};
   const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
   v = std::fabs(v);
   if (v == 0.0f) return {sign};

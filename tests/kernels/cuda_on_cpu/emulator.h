@@ -18,6 +18,7 @@
 #include <vector>
 
 #define __global__
+#define __host__
 #define __device__
 #define __shared__
 #define __forceinline__ inline
@@ -36,9 +37,14 @@ struct int2 {
 struct alignas(16) int4 {
   int x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline int2 make_int2(int x, int y) {
   return {x, y};
 }
+
+using std::isfinite;
 
 inline Index threadIdx, blockIdx, gridDim;
 
@@ -171,10 +177,20 @@ inline void __syncthreads() {
 inline void __syncwarp() {
   emulator::wait(emulator::my_warp().barrier);
 }
-inline int __shfl_xor_sync(unsigned, int value, int distance) {
-  int result = 0;
-  emulator::exchange<1>({static_cast<uint32_t>(value)}, [&](const uint32_t (&words)[32][6]) {
-    result = static_cast<int>(words[threadIdx.x % 32 ^ distance][0]);
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  uint32_t mine[sizeof(T) / 4];
+  std::memcpy(mine, &value, sizeof(T));
+  emulator::exchange(mine, [&](const uint32_t (&words)[32][6]) {
+    std::memcpy(&value, words[threadIdx.x % 32 ^ distance], sizeof(T));
   });
-  return result;
+  return value;
+}
+
+inline bool __any_sync(unsigned, bool value) {
+  bool any = false;
+  emulator::exchange<1>({value ? 1u : 0u}, [&](const uint32_t (&words)[32][6]) {
+    for (const auto& lane : words) any |= lane[0] != 0;
+  });
+  return any;
 }

@@ -65,26 +65,49 @@ void columns(const uint8_t* weight, int64_t row_bytes, int bits, int outputs, in
   });
 }
 
+void unpack(int bits, const uint8_t* weight, int64_t row_bytes, int64_t rows, uint8_t* out) {
+  const int64_t chunks = rows * (row_bytes / (2 * bits));
+  const auto run = [&](auto kernel) {
+    emulator::launch((chunks + kRowThreads - 1) / kRowThreads, kRowThreads,
+                     [&] { kernel(weight, row_bytes, chunks, out); });
+  };
+  switch (bits) {
+    case 2:
+      return run(unpack_kernel<2>);
+    case 3:
+      return run(unpack_kernel<3>);
+    case 4:
+      return run(unpack_kernel<4>);
+    case 5:
+      return run(unpack_kernel<5>);
+    case 6:
+      return run(unpack_kernel<6>);
+    default:
+      return run(unpack_kernel<7>);
+  }
+}
+
 // shape: 0 Small, 1 Large, 2 Group.
 void product(int shape, int blocks, int bits, const uint8_t* a, int a_bytes, const uint8_t* b, int b_bytes, int rows,
              int outputs, int depth, const float* scale, const int32_t* offset, const float* bias, const float* acm,
              int tokens, int activation, const void* residual, int residual_type, const float* out_scale,
              const float* out_zero, float out_greatest, void* out, int type, int whole) {
   const Operands p{a, a_bytes, b, b_bytes, rows, outputs, depth};
-  const Epilogue e{scale,
-                   offset,
-                   bias,
-                   acm,
-                   tokens,
-                   static_cast<Activation>(activation),
-                   residual,
-                   static_cast<Type>(residual_type),
-                   out_scale,
-                   out_zero,
-                   out_greatest,
-                   out,
-                   static_cast<Type>(type),
-                   whole != 0};
+  Epilogue e{scale,
+             offset,
+             bias,
+             acm,
+             tokens,
+             static_cast<Activation>(activation),
+             residual,
+             static_cast<Type>(residual_type),
+             out_scale,
+             out_zero,
+             out_greatest,
+             out,
+             static_cast<Type>(type),
+             whole != 0};
+  prepare(e);
   switch (shape) {
     case 0:
       return multiply<Small>(bits, blocks, p, e);

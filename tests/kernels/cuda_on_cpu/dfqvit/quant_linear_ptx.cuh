@@ -54,6 +54,31 @@ inline void store_chunk(uint32_t shared, const uint32_t (&word)[4]) {
   written(shared_pointer(shared));
 }
 
+inline int32_t float_bits(float v) {
+  int32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+// Off by as much as the manual allows, up or down.
+inline float off_by(float v, float share) {
+  static std::mt19937 random(2468);
+  return v * (1.0f + (random() % 2 ? share : -share));
+}
+inline float fast_exp2(float x) {
+  const float y = off_by(exp2f(x), 0x1p-22f);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+inline float fast_reciprocal(float x) {
+  const float y = off_by(1.0f / x, 0x1p-23f);
+  return std::fabs(y) < 0x1p-126f ? 0.0f : y;
+}
+// cvt.pack.sat.u8.s32.b32 d, a, b, c: b in byte 0, a in byte 1, the lower half of c above.
+inline uint32_t pack_bytes(const int32_t (&q)[4]) {
+  uint32_t all = 0;
+  for (int i = 3; i >= 0; --i) all = all << 8 | static_cast<uint32_t>(std::clamp(q[i], 0, 255));
+  return all;
+}
+
 // ldmatrix.x4.b16: lane i gives the address of row i % 8 of matrix i / 8; of each matrix lane i then holds the two
 // 16-bit values 2 * (i % 4) and on of row i / 4.
 inline void load_matrices(uint32_t (&m)[4], uint32_t shared) {
