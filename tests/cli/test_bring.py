@@ -68,6 +68,16 @@ def test_a_backend_that_cannot_serve_is_one_line(tmp_path, backend):
     assert re.search(r"backend (was )?'\w*'", said(done.stderr)[0])
 
 
+def test_a_cpu_path_that_there_is_not_is_one_line():
+    done = program("info", DFQVIT_CPU_ISA="avx9")
+    if "not built" in done.stdout:
+        pytest.skip("dfqvit._C is not built")
+    assert done.returncode == 2
+    assert said(done.stderr) == [
+        "dfqvit: DFQVIT_CPU_ISA: isa was 'avx9'; it may be 'portable', 'avx2', 'avx512' or 'amx'"
+    ]
+
+
 def test_an_error_that_nobody_foresaw_is_one_line_and_a_log(run, tmp_path, monkeypatch):  # noqa: F811
     def broken(*_, **__):
         raise TypeError("first line\nsecond line")

@@ -169,3 +169,23 @@ def test_a_block_refuses_what_it_was_not_made_for(model):
     if not hasattr(block, "input_resolution"):
         with pytest.raises(ValueError, match="acm was made for"):
             block(torch.randn(2, 4, channels))
+
+
+def test_paths_of_the_processor_give_the_same_bits(model):
+    """All but `portable`, whose exponentials are the C library's."""
+    module, reason = extension.load()
+    if module is None:
+        pytest.skip(reason)
+    qmodel, images = quantized(model, 4, acm="sequential")
+    accelerate(qmodel)
+    before, found = module.active_isa(), {}
+    for path in ("portable", "avx2", "avx512", "amx"):
+        try:
+            module.set_isa(path)
+        except ValueError:
+            continue
+        found[path] = qmodel(images)
+    module.set_isa(before)
+    fast = [logits for path, logits in found.items() if path != "portable"]
+    assert all(torch.equal(logits, fast[0]) for logits in fast)
+    assert all(close(found["portable"], logits) for logits in fast)
