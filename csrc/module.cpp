@@ -57,7 +57,8 @@ bool plain(const at::Tensor& x) {
   using c10::DispatchKey;
   static const c10::DispatchKeySet usual(
       {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU});
-  return (x.key_set() - usual).empty() && x.scalar_type() == at::kFloat && x.dim() == 3;
+  const bool strange = (x.key_set() - usual).highestFunctionalityKey() != DispatchKey::Undefined;
+  return !strange && x.device().is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 3;
 }
 
 // dfqvit::quant_block with constants that were prepared once. It answers only while it knows that the answer is the
