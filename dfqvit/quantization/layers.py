@@ -20,7 +20,8 @@ class QuantLinear(nn.Module):
 
     Until `freeze()` it computes in float and its input quantizer observes; afterwards it holds `weight_packed` (uint8, see
     `pack_weight`) and `weight_scale` ([out_features]) in place of `weight`. `acm`, where set, is [tokens, out_features] and
-    is added in the epilogue.
+    is added in the epilogue. `factor`, where set, is [in_features], powers of two: the layer takes `x / factor`, and its
+    weight's columns were multiplied by it (see `calibration.equalize`).
     """
 
     weight: torch.Tensor | None
@@ -28,6 +29,7 @@ class QuantLinear(nn.Module):
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     acm: torch.Tensor | None
+    factor: torch.Tensor | None
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, w_bits: int, a_bits: int, quantizer: str
@@ -40,6 +42,7 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.input = ActivationQuantizer(a_bits, quantizer).to(weight.device)
         self.register_buffer("acm", None)
+        self.register_buffer("factor", None)
         self._moment: SecondMoment | None = None
         self._decided: tuple[torch.Tensor, torch.Tensor] | None = None
         self._blocked: tuple[tuple[int, int], torch.Tensor] | None = None
@@ -108,6 +111,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
+        if self.factor is not None:
+            x = x / self.factor
         if self.weight is not None:
             y = F.linear(self.input(x), self.weight, self.bias)
             if self._moment is not None and y.requires_grad:

@@ -127,7 +127,7 @@ class Chain:
         self.attention = Attention(attention, **windows)
         self.proj = Linear(attention.proj)
         self.norm2 = Norm(block.norm2, mlp.fc1.input)
-        self.fc1 = Linear(mlp.fc1, [grid(mlp.fc2.input)], activation_of(mlp.act) or "none")
+        self.fc1 = Linear(mlp.fc1, [input_grid(mlp.fc2)], activation_of(mlp.act) or "none")
         self.fc2 = Linear(mlp.fc2)
         self.acm = mlp.fc2.acm
         self.whole = self._in_one_call()
@@ -172,6 +172,12 @@ def chain_of(block: Any, make: Callable[[], Chain], geometry: Any = None) -> Cha
 def grid(site: ActivationQuantizer) -> Grid:
     """Scale, zero point and bits of a quantizer, as the operators take them."""
     return site.scale, site.zero_point, site.bits
+
+
+def input_grid(layer: QuantLinear) -> Grid:
+    """Of a layer's input as what comes before it rounds it: a scale for each channel where the layer has factors."""
+    scale, zero_point, bits = grid(layer.input)
+    return (scale if layer.factor is None else scale * layer.factor), zero_point, bits
 
 
 def bound(operator: Operator) -> Callable[..., torch.Tensor]:

@@ -25,6 +25,7 @@ from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
 from ..models import FAMILIES
 from ..models.adapters import find_adapter
+from ..quantization.layers import QuantLinear
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
 from ..version import __version__
@@ -113,6 +114,8 @@ def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> 
     for name, module in model.named_modules():
         if isinstance(module._buffers.get("acm"), torch.Tensor):
             module.acm = torch.zeros_like(tensors[f"{name}.acm"])
+        if isinstance(module, QuantLinear) and f"{name}.factor" in tensors:
+            module.factor = torch.ones(module.in_features)
     model.load_state_dict(tensors)
     model.dfqvit_record = record  # type: ignore[assignment]
     model.dfqvit_spec = record.spec  # type: ignore[assignment]

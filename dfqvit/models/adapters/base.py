@@ -84,11 +84,12 @@ class Adapter(abc.ABC):
         heads = heads if isinstance(heads, tuple) else (heads,)
         for name, module in list(self.model.named_modules()):
             if type(module) is nn.Linear:
-                w_bits = recipe.bits_of(name, any(module is head for head in heads))
-                self._replace(name, QuantLinear.from_float(module, w_bits, recipe.a_bits, recipe.quantizer))
-        first, w_bits = "patch_embed.proj", recipe.bits_of("patch_embed.proj", True)
-        conv = self.model.get_submodule(first)
-        self._replace(first, QuantPatchProjection.from_conv(conv, w_bits, recipe.a_bits, recipe.quantizer))
+                edge = any(module is head for head in heads)
+                bits = recipe.bits_of(name, edge), recipe.input_bits(edge)
+                self._replace(name, QuantLinear.from_float(module, *bits, recipe.quantizer))
+        first = "patch_embed.proj"
+        conv, bits = self.model.get_submodule(first), (recipe.bits_of(first, True), recipe.input_bits(True))
+        self._replace(first, QuantPatchProjection.from_conv(conv, *bits, recipe.quantizer))
         for name in recipe.layer_bits or {}:
             if not isinstance(dict(self.model.named_modules()).get(name), QuantLinear):
                 raise UsageError(f"layer_bits named '{name}'; the model has no such linear layer")
