@@ -21,6 +21,7 @@ from .patching.fusable import is_patched
 from .quantization.recipe import Recipe
 from .runtime import check_runtime, set_runtime
 from .synthesis import Progress, synthesize
+from .synthesis.procedural import procedural_images
 
 LAST_BLOCK = (-1,)
 
@@ -32,7 +33,7 @@ class QuantizationRecord:
     spec: ModelSpec
     preprocessing: Preprocessing
     recipe: Recipe
-    calibration: str  # "synthetic", "noise" or "images"
+    calibration: str  # "synthetic", "procedural", "noise" or "images"
     samples: int
     acm: str = "none"
     acm_blocks: list[int] = field(default_factory=list)
@@ -72,6 +73,8 @@ def quantize(
     quantizer: str = "mse",
     rounding: str | None = None,
     edge_bits: int | None = None,
+    softmax_bits: int = 8,
+    scaling: str | None = None,
     layer_bits: dict[str, int] | None = None,
     size_budget: float | None = None,
     reconstruct: int = 0,
@@ -94,18 +97,23 @@ def quantize(
         model: a float timm ViT, DeiT or Swin; left as it was.
         w_bits: bits of the weights, 2 to 8.
         a_bits: bits of the activations, 2 to 8.
-        samples: synthetic (or noise) images for calibration.
+        samples: synthetic, procedural or noise images for calibration.
         iters: steps of synthesis.
         gamma: with `acm_blocks=None`, every gamma-th block is corrected, counted back from the last.
         seed: of the synthesis or of the noise.
-        calib: "synthetic", "noise" (the lower bound), or images [n, C, H, W], normalised as the model expects.
+        calib: "synthetic", "procedural" (dead leaves, which no model made: seconds instead of minutes), "noise" (the lower
+            bound), or images [n, C, H, W], normalised as the model expects.
         placement: "gemm" quantizes the inputs and weights of every linear layer; "psaq" also quantizes their outputs, the
             attention scores, both residual sums and the embeddings, exactly where PSAQ-ViT does.
+        scaling: "channels" makes ranges of channels alike where that is free, see `calibration.equalize`; "none" does not;
+            default "channels" with "gemm" and "mse", else "none".
         quantizer: the rule for scales: "mse" searches those of the weights for the least squared error, "minmax" is the
             baseline of the literature.
         rounding: "nearest" or "second-order", which picks the integers that keep the layers' outputs on the calibration
             images; default second-order with "gemm" and "mse", else nearest.
-        edge_bits: bits of the first and last layers' weights; default 8 with "gemm", w_bits with "psaq".
+        edge_bits: bits of the first and last layers' weights; default 8 with "gemm", w_bits with "psaq". Their inputs have
+            a_bits or edge_bits, whichever is more, with "gemm", and a_bits with "psaq".
+        softmax_bits: bits of attention's probabilities, 2 to 8; fewer than 8 are simulated, not run in integers.
         layer_bits: {timm's name of a linear layer: bits of its weights}, in place of w_bits and edge_bits.
         size_budget: megabytes (10^6 bytes) of the saved model; the bits of every layer are then chosen so that it fits and
             the network loses least, see `allocation`.
@@ -135,7 +143,17 @@ def quantize(
 
     Source: DFQ-ViT, arXiv 2507.14481.
     """
-    recipe = Recipe(w_bits, a_bits, placement, quantizer, rounding, edge_bits, layer_bits)
+    recipe = Recipe(
+        w_bits,
+        a_bits,
+        placement,
+        quantizer,
+        rounding,
+        edge_bits,
+        layer_bits,
+        scaling=scaling,
+        softmax_bits=softmax_bits,
+    )
     if size_budget is not None and layer_bits is not None:
         raise UsageError("size_budget and layer_bits were both given; give one of them")
     if is_patched(model):
@@ -205,7 +223,7 @@ def calibration_images(
     report: Callable[[Progress], None] | None = None,
     **synthesis: Any,
 ) -> tuple[torch.Tensor, str]:
-    """(images on the model's device, "synthetic" | "noise" | "images"); see `quantize` for the arguments."""
+    """(images on the model's device, "synthetic" | "procedural" | "noise" | "images"); see `quantize` for the arguments."""
     device = next(model.parameters()).device
     if isinstance(calib, torch.Tensor):
         if calib.dim() != 4 or tuple(calib.shape[1:]) != preprocessing.input_size or not len(calib):
@@ -218,7 +236,9 @@ def calibration_images(
     if calib == "noise":
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(samples, *preprocessing.input_size, generator=generator).to(device), "noise"
+    if calib == "procedural":
+        return procedural_images(samples, seed, preprocessing).to(device), "procedural"
     if calib == "synthetic":
         made = synthesize(model, samples, iters, seed, preprocessing=preprocessing, report=report, **synthesis)
         return made, "synthetic"
-    raise UsageError(f"calib was '{calib}'; it may be 'synthetic', 'noise' or a tensor of images")
+    raise UsageError(f"calib was '{calib}'; it may be 'synthetic', 'procedural', 'noise' or a tensor of images")

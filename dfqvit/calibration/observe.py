@@ -13,8 +13,9 @@ from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.recipe import Recipe
 from ..quantization.rounding import sensitivity
-from .equalize import BATCH, equalize
 from ..synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
+from .equalize import equalize
+from .fisher import BATCH
 
 VIEWS = 192  # random crops of the images, in all, for second-order rounding
 MOST_VIEWS = 12  # of one image; the least is one

@@ -21,7 +21,7 @@ from ..evaluation.data import open_images, spread_images
 from ..evaluation.energy import Energy
 from ..models import Preprocessing
 from ..models.adapters import find_adapter
-from ..quantization.recipe import Recipe
+from ..quantization.recipe import SCALINGS, Recipe
 from ..report.pictures import save_grid
 from ..storage import save
 from ..storage.atomic import refuse_existing
@@ -31,6 +31,8 @@ from .report import CURRICULUM, SAMPLES, make_report
 from .synthesize import run_synthesis
 
 FILE = "model.safetensors"
+MADE = ("synthetic", "procedural", "noise")  # images that need no data
+FAST_SAMPLES = 32
 
 
 @click.command("quantize")
@@ -46,6 +48,19 @@ FILE = "model.safetensors"
 )
 @click.option("--edge-bits", type=int, help="Bits of the first and last layer; default 8 (gemm) or as --w-bits (psaq).")
 @click.option(
+    "--softmax-bits", type=int, default=8, show_default=True, help="Bits of attention's probabilities, 2 to 8."
+)
+@click.option(
+    "--scaling",
+    type=click.Choice(SCALINGS),
+    help="channels: make ranges of channels alike where that is free; default channels (with gemm and mse), else none.",
+)
+@click.option(
+    "--fast",
+    is_flag=True,
+    help=f"No synthesis: {FAST_SAMPLES} procedural images, as --calib procedural --samples {FAST_SAMPLES}.",
+)
+@click.option(
     "--size-budget",
     type=float,
     help="Megabytes of the saved model: chooses the bits of every layer by what it loses, in place of --w-bits.",
@@ -54,7 +69,7 @@ FILE = "model.safetensors"
     "--calib",
     default="synthetic",
     show_default=True,
-    help="synthetic, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder of classes.",
+    help="synthetic, procedural, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder of classes.",
 )
 @synthesis_options
 @click.option(
@@ -81,18 +96,23 @@ def command(**options: Any) -> None:
     """Quantize MODEL without data and save it as DIR/model.safetensors, with DIR/report.html and pictures of its images."""
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
-    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits")}
+    names = ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits", "softmax_bits", "scaling")
+    bits = {key: options.pop(key) for key in names}
     recipe, budget = Recipe(**bits), options.pop("size_budget")
     correction = {key: options.pop(key) for key in ("acm_shape", "acm_shrink")} | _correction(options)
     steps = options.pop("reconstruct")
     if steps and recipe.placement != "gemm":
         raise UsageError(f"--reconstruct was {steps} and --placement {recipe.placement}; it is for gemm")
+    if options.pop("fast"):
+        if options["calib"] not in ("synthetic", "procedural"):
+            raise UsageError(f"--fast and --calib {options['calib']} were both given; give one of them")
+        options |= {"calib": "procedural", "samples": FAST_SAMPLES}
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     # All that `quantize` would refuse is refused before the synthesis, which takes long.
     if budget is not None:
         check_budget(model, recipe, budget)
-    if calib in ("synthetic", "noise") and correction["acm"] != "auto":
+    if calib in MADE and correction["acm"] != "auto":
         check_correction(correction["acm"], correction["acm_shape"], config.samples)
     chosen = correction.get("gamma", 1), correction.get("acm_blocks"), correction["acm_top"]
     choose_blocks(len(find_adapter(model).blocks()), *chosen)
@@ -109,7 +129,7 @@ def command(**options: Any) -> None:
             model,
             samples=config.samples,
             seed=config.seed,
-            calib="noise" if calib == "noise" else images,
+            calib=calib if calib in ("noise", "procedural") else images,
             preprocessing=preprocessing,
             size_budget=budget,
             report_layers=partial(_show, bar),
@@ -123,7 +143,7 @@ def command(**options: Any) -> None:
         settings = config.to_dict() | ({"reconstruct": steps} if steps else {})
         qmodel.dfqvit_record = quantization.made_from("synthetic", settings)  # type: ignore[assignment]
     path = save(qmodel, out / FILE)
-    source = calib if calib in ("synthetic", "noise") else "given images"
+    source = calib if calib in MADE else "given images"
     page = make_report(
         out,
         options["model"],
@@ -166,11 +186,15 @@ def _calibration(
     """The images of --calib, and the names of the pictures of them that were written."""
     if calib == "synthetic":
         return run_synthesis(model, preprocessing, config, out, resume), [SAMPLES, CURRICULUM]
-    if calib == "noise":
+    if calib in MADE:
         made, _ = calibration_images(
-            model, "noise", samples=config.samples, iters=0, seed=config.seed, preprocessing=preprocessing
+            model, calib, samples=config.samples, iters=0, seed=config.seed, preprocessing=preprocessing
         )
-        return made, []
+        if calib == "noise":
+            return made, []
+        if rank() == 0:
+            save_grid(made[:64], out / SAMPLES, preprocessing)
+        return made, [SAMPLES]
     images = _read_images(Path(calib), preprocessing, config.samples)
     if rank() == 0:
         save_grid(images[:64], out / SAMPLES, preprocessing)
@@ -207,6 +231,6 @@ def _read_images(path: Path, preprocessing: Preprocessing, count: int) -> torch.
             raise DfqvitError(f"--calib '{path}' is not a samples file of `dfqvit synthesize`: {error}") from error
     if not path.exists():
         raise UsageError(
-            f"--calib was '{path}'; it may be 'synthetic', 'noise', or an existing file or folder of images"
+            f"--calib was '{path}'; it may be 'synthetic', 'procedural', 'noise', or an existing file or folder of images"
         )
     return spread_images(open_images(path, preprocessing), count)

@@ -31,6 +31,7 @@ class Recipe:
             "gemm", and a_bits with "psaq".
         scaling: "channels" makes ranges of channels alike where that is free (see `calibration.equalize`), "none" leaves them.
             By default "channels" with "gemm" and "mse", else none, which is the literature's baseline.
+        softmax_bits: bits of attention's probabilities; with "psaq", which leaves them alone, 8.
 
     Raises:
         UsageError: names the setting which does not fit.
@@ -45,6 +46,7 @@ class Recipe:
     layer_bits: dict[str, int] | None = None
     edge_a_bits: int | None = None
     scaling: str | None = None
+    softmax_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -71,13 +73,17 @@ class Recipe:
             )
         if self.edge_bits is None:
             object.__setattr__(self, "edge_bits", 8 if gemm else self.w_bits)
-        named = {name: getattr(self, name) for name in ("w_bits", "a_bits", "edge_bits")}
+        named = {name: getattr(self, name) for name in ("w_bits", "a_bits", "edge_bits", "softmax_bits")}
         if self.edge_a_bits is not None:
             named["edge_a_bits"] = self.edge_a_bits
         named |= {f"layer_bits['{name}']": bits for name, bits in (self.layer_bits or {}).items()}
         for name, bits in named.items():
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
                 raise UsageError(f"{name} was {bits!r}; it may be a whole number from 2 to 8")
+        if not gemm and self.softmax_bits != 8:
+            raise UsageError(
+                f"softmax_bits was {self.softmax_bits} and placement 'psaq', which rounds no probabilities; it is for 'gemm'"
+            )
         if self.edge_a_bits is None:
             object.__setattr__(self, "edge_a_bits", max(self.a_bits, self.edge_bits or 0) if gemm else self.a_bits)
 

@@ -30,6 +30,8 @@ def why_not(block: Any) -> str:
     """Why this block cannot run as a chain, or "": what the blocks of all families have in common."""
     if not isinstance(getattr(block.attn, "operands", None), AttentionOperands):
         return "its attention is not quantized (placement 'psaq', or an attention of another kind)"
+    if block.attn.operands.steps != 255:
+        return "its attention's probabilities have fewer than 8 bits"
     linears = (block.attn.qkv, block.attn.proj, getattr(block.mlp, "fc1", None), getattr(block.mlp, "fc2", None))
     if not all(type(layer) is QuantLinear and layer.frozen for layer in linears):
         return "its linear layers are not all quantized"

@@ -114,8 +114,8 @@ def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> 
     for name, module in model.named_modules():
         if isinstance(module._buffers.get("acm"), torch.Tensor):
             module.acm = torch.zeros_like(tensors[f"{name}.acm"])
-        if isinstance(module, QuantLinear) and f"{name}.factor" in tensors:
-            module.factor = torch.ones(module.in_features)
+        if isinstance(module, QuantLinear) and f"{name}.exponents" in tensors:
+            module.exponents = torch.zeros(module.in_features, dtype=torch.int8)
     model.load_state_dict(tensors)
     model.dfqvit_record = record  # type: ignore[assignment]
     model.dfqvit_spec = record.spec  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from torch import nn
 from ..api import QuantizationRecord
 from ..calibration.correction import STORED, block_outputs, divergence
 from ..models.adapters import Adapter, find_adapter
+from ..models.adapters.scalings import scalings
 from ..quantization.layers import QuantLinear
 from ..synthesis.curriculum import crop_ratio
 
@@ -177,17 +178,42 @@ def _divergence(measured: dict[str, Any]) -> Iterator[Finding]:
 
 @torch.no_grad()
 def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    """{timm's name: divergence of the layer's own output}, every quantized layer fed the float model's inputs."""
+    """{timm's name: divergence of the layer's own output}, every quantized layer fed the float model's inputs.
+
+    Where channels were scaled (see `calibration.equalize`), inputs come from the quantized model's own norms, and the scales and
+    shifts of queries, keys and values are taken back as straight lines through the outputs of both.
+    """
     found: dict[str, float] = {}
+    scaled = qmodel.dfqvit_record.recipe.scaling == "channels"  # type: ignore[union-attr]
+    places = scalings(model)
+    norm_of = {layer: norm for norm, layer in places.norms}
+    qkv_of = {proj: qkv for qkv, proj in places.values}
+    normed: dict[str, torch.Tensor] = {}
+    lines: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = []
+    for reader, norm in norm_of.items():
+        ours = qmodel.get_submodule(norm)
+
+        def norm_too(_: nn.Module, inputs: Any, output: torch.Tensor, reader: str = reader, ours: Any = ours) -> None:
+            normed[reader] = ours(inputs[0])
+
+        handles.append(model.get_submodule(norm).register_forward_hook(norm_too))
     for name, twin in qmodel.named_modules():
         if isinstance(twin, QuantLinear):
             layer = model.get_submodule(name)
 
             def compare(_: nn.Module, inputs: Any, output: torch.Tensor, name: str = name, twin: Any = twin) -> None:
+                x = normed.pop(name, inputs[0])
+                if name in qkv_of and qkv_of[name] in lines:
+                    slope, offset = (line.chunk(3)[2] for line in lines.pop(qkv_of[name]))
+                    x = slope * x + offset
                 acm, twin.acm = twin.acm, None  # a correction is not the layer's own
-                found[name] = round(divergence(output, twin(inputs[0])), 5)
+                result = twin(x)
                 twin.acm = acm
+                if scaled and (name in places.scores or name in qkv_of.values()):
+                    slope, offset = lines[name] = _line(output, result)
+                    result = (result - offset) / slope
+                found[name] = round(divergence(output, result), 5)
 
             handles.append(layer.register_forward_hook(compare))
     try:
@@ -196,6 +222,15 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
         for handle in handles:
             handle.remove()
     return found
+
+
+def _line(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slope, offset), [C] each: of the least squares line through (x, y) [..., C] in every channel."""
+    x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+    spread = x - x.mean(dim=0)
+    slope = (spread * y).sum(dim=0) / spread.square().sum(dim=0).clamp_min(1e-12)
+    slope = torch.where(slope.abs() < 1e-6, torch.ones_like(slope), slope)
+    return slope.float(), (y.mean(dim=0) - slope * x.mean(dim=0)).float()
 
 
 @torch.no_grad()

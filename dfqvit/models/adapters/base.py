@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...errors import UsageError
-from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
+from ...quantization.layers import AttentionOperands, QuantLinear, QuantPatchProjection, correct_output, quantize_output
 from ...quantization.recipe import Recipe
 
 
@@ -95,6 +95,9 @@ class Adapter(abc.ABC):
                 raise UsageError(f"layer_bits named '{name}'; the model has no such linear layer")
         sites = self.add_psaq_sites if recipe.placement == "psaq" else self.add_gemm_sites
         sites(recipe.a_bits, recipe.quantizer)
+        for module in self.model.modules():
+            if isinstance(module, AttentionOperands):
+                module.steps = (1 << recipe.softmax_bits) - 1
 
     def set_acm(self, index: int, acm: torch.Tensor | None) -> None:
         """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.
