@@ -129,7 +129,7 @@ def command(**options: Any) -> None:
             model,
             samples=config.samples,
             seed=config.seed,
-            calib=calib if calib in ("noise", "procedural") else images,
+            calib="noise" if calib == "noise" else images,
             preprocessing=preprocessing,
             size_budget=budget,
             report_layers=partial(_show, bar),
@@ -139,9 +139,10 @@ def command(**options: Any) -> None:
             **correction,
         )
     quantization: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
-    if calib == "synthetic":
-        settings = config.to_dict() | ({"reconstruct": steps} if steps else {})
-        qmodel.dfqvit_record = quantization.made_from("synthetic", settings)  # type: ignore[assignment]
+    if calib in ("synthetic", "procedural"):
+        made_by = config.to_dict() if calib == "synthetic" else {"seed": config.seed}
+        settings = made_by | ({"reconstruct": steps} if steps else {})
+        qmodel.dfqvit_record = quantization.made_from(calib, settings)  # type: ignore[assignment]
     path = save(qmodel, out / FILE)
     source = calib if calib in MADE else "given images"
     page = make_report(
