@@ -23,6 +23,7 @@ import runner
 import torch
 
 import dfqvit
+from dfqvit.api import with_companions
 from dfqvit.cli.options import adjusted
 from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
@@ -35,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "unscaled": {"scaling": "none"},
     "paper": {"placement": "psaq", "quantizer": "minmax", "acm": "none"},
     "reconstructed": {"reconstruct": 100},
+    "companions": {"companions": 48},
 }
 FEW = {"synthetic": 16, "procedural": 32, "noise": 32, "real": 32}
 DRAWS = 2000  # of the bootstrap
@@ -103,6 +105,8 @@ def runs(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
                 iters = options.iters if source == "synthetic" else 0
                 precision = options.precision if source == "synthetic" else ""
                 for recipe in options.recipes:
+                    if recipe == "companions" and source != "synthetic":
+                        continue
                     yield {
                         "model": name,
                         "recipe": recipe,
@@ -157,6 +161,9 @@ class Bench:
         elif calib == "synthetic":
             wanted = {name: run[name] for name in ("samples", "iters", "seed", "precision")}
             calib, _ = self.gallery.images(SynthesisConfig(**wanted))
+        settings = dict(RECIPES[run["recipe"]])
+        if companions := settings.pop("companions", 0):
+            calib = with_companions(calib, companions, run["seed"], self.preprocessing)
         qmodel = dfqvit.quantize(
             self.model,
             run["w_bits"],
@@ -165,7 +172,7 @@ class Bench:
             samples=run["samples"],
             seed=run["seed"],
             preprocessing=self.preprocessing,
-            **RECIPES[run["recipe"]],
+            **settings,
         )
         for place, (images, labels, wanted) in self.sets.items():
             found = logits_of(qmodel, images)

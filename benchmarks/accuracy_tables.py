@@ -28,6 +28,7 @@ SUFFIXES = {
     "unscaled": ", `--scaling none`",
     "paper": ", the paper's quantizer",
     "reconstructed": ", `--reconstruct 100`",
+    "companions": ", `--companions 48`",
 }
 
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from ..api import QuantizationRecord, calibration_images, quantize
+from ..api import QuantizationRecord, calibration_images, check_companions, quantize, with_companions
 from ..calibration.allocation import check_budget
 from ..calibration.correction import SHAPES, check_correction, choose_blocks
 from ..distributed import rank
@@ -71,6 +71,13 @@ FAST_SAMPLES = 32
     show_default=True,
     help="synthetic, procedural, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder of classes.",
 )
+@click.option(
+    "--companions",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Procedural images beside the synthetic ones.",
+)
 @synthesis_options
 @click.option(
     "--reconstruct",
@@ -103,10 +110,12 @@ def command(**options: Any) -> None:
     steps = options.pop("reconstruct")
     if steps and recipe.placement != "gemm":
         raise UsageError(f"--reconstruct was {steps} and --placement {recipe.placement}; it is for gemm")
+    companions = options.pop("companions")
     if options.pop("fast"):
         if options["calib"] not in ("synthetic", "procedural"):
             raise UsageError(f"--fast and --calib {options['calib']} were both given; give one of them")
         options |= {"calib": "procedural", "samples": FAST_SAMPLES}
+    check_companions(companions, options["calib"])
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     # All that `quantize` would refuse is refused before the synthesis, which takes long.
@@ -125,6 +134,7 @@ def command(**options: Any) -> None:
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
         if rank() != 0:
             return  # the long part is done; the first process calibrates, writes and prints
+        images = with_companions(images, companions, config.seed, preprocessing)
         qmodel = quantize(
             model,
             samples=config.samples,
@@ -141,6 +151,7 @@ def command(**options: Any) -> None:
     quantization: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
     if calib in ("synthetic", "procedural"):
         made_by = config.to_dict() if calib == "synthetic" else {"seed": config.seed}
+        made_by |= {"companions": companions} if companions else {}
         settings = made_by | ({"reconstruct": steps} if steps else {})
         qmodel.dfqvit_record = quantization.made_from(calib, settings)  # type: ignore[assignment]
     path = save(qmodel, out / FILE)

@@ -60,6 +60,22 @@ def test_quantize_takes_them(seed: int) -> None:
     assert torch.equal(qmodel(images), other(images))
 
 
+def test_companions_stand_beside_the_synthetic_images(seed: int) -> None:
+    model = small_vit()
+    settings = {"seed": 3, "rounding": "nearest", "model_kwargs": KWARGS}
+    qmodel = dfqvit.quantize(model, 8, 8, samples=2, iters=2, companions=3, **settings)  # type: ignore[arg-type]
+    record = qmodel.dfqvit_record
+    assert (record.samples, record.calibration, record.settings["companions"]) == (5, "synthetic", 3)  # type: ignore[union-attr]
+    made = dfqvit.synthesize(model, 2, 2, 3)
+    images = torch.cat([made, procedural_images(3, 3, Preprocessing.of(model))])
+    other = dfqvit.quantize(model, 8, 8, calib=images, **settings)  # type: ignore[arg-type]
+    assert torch.equal(qmodel(images), other(images))
+    with pytest.raises(UsageError, match="companions was 3; only synthetic images have companions"):
+        dfqvit.quantize(model, 8, 8, calib=images, companions=3, **settings)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="companions was -1"):
+        dfqvit.quantize(model, 8, 8, companions=-1, **settings)  # type: ignore[arg-type]
+
+
 def test_at_least_one(seed: int) -> None:
     with pytest.raises(UsageError, match="samples was 0; it must be at least 1"):
         procedural_images(0, 0, preprocessing(3, 32, 32))
