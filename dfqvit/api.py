@@ -52,7 +52,10 @@ class QuantizationRecord:
     def from_dict(cls, values: dict[str, Any]) -> QuantizationRecord:
         """The inverse of `to_dict`, also after a trip through JSON."""
         values = dict(values)
-        of_old = {"edge_a_bits": values["recipe"]["a_bits"], "scaling": "none"}  # files from before these settings
+        of_old = {
+            "edge_a_bits": values["recipe"].get("a_bits", 8),
+            "scaling": "none",
+        }  # files from before these settings
         spec, recipe = ModelSpec(**values.pop("spec")), Recipe(**{**of_old, **values.pop("recipe")})
         return cls(
             spec=spec, preprocessing=Preprocessing.from_dict(values.pop("preprocessing")), recipe=recipe, **values

@@ -114,6 +114,13 @@ def test_tables_of_accuracy_are_the_rows(tmp_path):
     assert subprocess.run([*command, "--check"], check=False).returncode == 0
 
 
+def test_the_page_of_accuracy_is_up_to_date():
+    rows = BENCHMARKS / "results" / "xeon-avx512-2-cores" / "accuracy.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "accuracy_tables.py"), str(rows), "--check"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_paired_interval_holds_the_difference():
     sys.path.insert(0, str(BENCHMARKS))
     try:

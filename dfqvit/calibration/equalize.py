@@ -69,7 +69,7 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
     changed = {}
     for norm, name in places.norms:
         if name in found:
-            changed[norm] = _scale_norm(qmodel.get_submodule(norm), found[name])
+            changed[norm] = _scale_norm(qmodel.get_submodule(norm), found[name], norm not in places.padded)
     for qkv, proj in places.values:
         if qkv in found and proj in found:
             changed[f"{qkv} values"] = _scale_values(
@@ -104,11 +104,11 @@ def _shifts(side: Side) -> list[torch.Tensor]:
     return [none] if side.bits > 6 else [none, (side.least + side.greatest) / 2]
 
 
-def _scale_norm(norm: Any, seen: Statistics) -> float:
+def _scale_norm(norm: Any, seen: Statistics, shifting: bool) -> float:
     layer, side = seen.layer, _input_side(seen)
 
     def trials() -> Iterator[tuple[Any, float]]:
-        for shift in _shifts(side):
+        for shift in _shifts(side)[: 2 if shifting else 1]:
             for factor in candidates(side.least - shift, side.greatest - shift):
                 loss = side.scaled(factor, shift).loss() + weight_loss(
                     float_weight(layer), seen.fisher, factor, layer.w_bits

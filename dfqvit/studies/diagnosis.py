@@ -188,22 +188,17 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
     places = scalings(model)
     norm_of = {layer: norm for norm, layer in places.norms}
     qkv_of = {proj: qkv for qkv, proj in places.values}
-    normed: dict[str, torch.Tensor] = {}
     lines: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = []
-    for reader, norm in norm_of.items():
-        ours = qmodel.get_submodule(norm)
-
-        def norm_too(_: nn.Module, inputs: Any, output: torch.Tensor, reader: str = reader, ours: Any = ours) -> None:
-            normed[reader] = ours(inputs[0])
-
-        handles.append(model.get_submodule(norm).register_forward_hook(norm_too))
     for name, twin in qmodel.named_modules():
         if isinstance(twin, QuantLinear):
             layer = model.get_submodule(name)
 
             def compare(_: nn.Module, inputs: Any, output: torch.Tensor, name: str = name, twin: Any = twin) -> None:
-                x = normed.pop(name, inputs[0])
+                x = inputs[0]
+                if name in norm_of:
+                    slope, offset = _norms_line(model.get_submodule(norm_of[name]), qmodel.get_submodule(norm_of[name]))
+                    x = slope * x + offset
                 if name in qkv_of and qkv_of[name] in lines:
                     slope, offset = (line.chunk(3)[2] for line in lines.pop(qkv_of[name]))
                     x = slope * x + offset
@@ -222,6 +217,12 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
         for handle in handles:
             handle.remove()
     return found
+
+
+def _norms_line(norm: Any, twin: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slope, offset), [C] each: from the output of a LayerNorm to that of its scaled and shifted twin."""
+    slope = torch.where(norm.weight == 0, torch.zeros_like(norm.weight), twin.weight / norm.weight)
+    return slope, twin.bias - slope * norm.bias
 
 
 def _line(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

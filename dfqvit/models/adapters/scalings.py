@@ -27,6 +27,7 @@ class Scalings:
 
     Args:
         norms: (LayerNorm, the linear layer that alone reads it): its output may be scaled and shifted for each channel.
+        padded: those of these norms between which and their reader zeros may come in (Swin's windows): scaled, never shifted.
         values: (qkv, proj): values likewise, since the rows of attention's probabilities sum to 1.
         scores: qkv: queries against keys; keys may also be shifted, which moves all scores of a row alike.
         hidden: the second layers of MLPs: their inputs come straight from an activation, which lets no scale through, but
@@ -34,6 +35,7 @@ class Scalings:
     """
 
     norms: tuple[tuple[str, str], ...]
+    padded: frozenset[str]
     values: tuple[tuple[str, str], ...]
     scores: tuple[str, ...]
     hidden: tuple[str, ...]
@@ -41,7 +43,7 @@ class Scalings:
 
 def scalings(model: nn.Module) -> Scalings:
     """Of a timm model, converted or not."""
-    norms, values, scores, hidden = [], [], [], []
+    norms, padded, values, scores, hidden = [], [], [], [], []
     for name, block in model.named_modules():
         if type(block) is PatchMerging and _affine(block.norm):
             norms.append((f"{name}.norm", f"{name}.reduction"))
@@ -52,6 +54,8 @@ def scalings(model: nn.Module) -> Scalings:
         if type(attention) in _ATTENTIONS and getattr(attention, "gate", None) is None:
             if _affine(block.norm1):
                 norms.append((f"{name}.norm1", qkv))
+                if type(block) is SwinTransformerBlock:
+                    padded.append(f"{name}.norm1")
             if _absent(attention, "norm"):
                 values.append((qkv, f"{name}.attn.proj"))
             if _absent(attention, "q_norm") and _absent(attention, "k_norm"):
@@ -62,7 +66,7 @@ def scalings(model: nn.Module) -> Scalings:
                 norms.append((f"{name}.norm2", f"{name}.mlp.fc1"))
             if _absent(mlp, "norm"):
                 hidden.append(f"{name}.mlp.fc2")
-    return Scalings(tuple(norms), tuple(values), tuple(scores), tuple(hidden))
+    return Scalings(tuple(norms), frozenset(padded), tuple(values), tuple(scores), tuple(hidden))
 
 
 def _affine(norm: Any) -> bool:
