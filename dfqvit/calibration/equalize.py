@@ -85,7 +85,7 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
 
 
 def _input_side(seen: Statistics) -> Side:
-    return Side(seen.x, seen.cost, seen.least, seen.greatest, seen.layer.input.bits, seen.share)
+    return Side.of(seen.x, seen.cost, seen.least, seen.greatest, seen.layer.input.bits, seen.share)
 
 
 def _best(trials: Iterator[tuple[Any, float]]) -> tuple[Any, float]:
@@ -145,7 +145,7 @@ def _scale_rows(layer: QuantLinear, rows: slice, factor: torch.Tensor, shift: to
 
 
 def _output_side(seen: Statistics, rows: slice, bits: int) -> Side:
-    return Side(seen.y[:, rows], seen.y_cost[:, rows], seen.y_least[rows], seen.y_greatest[rows], bits, seen.share)
+    return Side.of(seen.y[:, rows], seen.y_cost[:, rows], seen.y_least[rows], seen.y_greatest[rows], bits, seen.share)
 
 
 def _scale_values(attention: Any, qkv: Statistics, proj: Statistics) -> float:

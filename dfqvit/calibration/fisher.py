@@ -20,9 +20,8 @@ from ..quantization.rounding import sensitivity
 BATCH = 16  # images in one forward pass of calibration; ranges do not depend on it
 TOKENS = 768  # of a layer that are kept, at random
 ROUNDING_SHARE = 0.5  # of the squared error of nearest rounding that second-order rounding leaves, about
-MOST_CLIPPED = (
-    6  # bits of activations whose ranges are searched; with more, the least and greatest value seen are the ends
-)
+MOST_CLIPPED = 6  # bits of activations whose ranges are searched; with more, the ends are the least and greatest seen
+SHARED = 0.1  # of a channel's mean cost that every token is given beside its own, where ranges are searched
 _CLIPS = (1.0, 0.7, 0.5, 0.35, 0.2, 0.1)  # shares of both ends that are tried where only the loss is asked for
 _FINE_CLIPS = tuple(0.87**k for k in range(26))  # of either end, where the range is
 
@@ -115,6 +114,24 @@ class Side:
     greatest: torch.Tensor
     bits: int
     share: float
+
+    @classmethod
+    def of(
+        cls,
+        values: torch.Tensor,
+        cost: torch.Tensor,
+        least: torch.Tensor,
+        greatest: torch.Tensor,
+        bits: int,
+        share: float,
+    ) -> Side:
+        """A tensor as it was seen.
+
+        A cost holds for small errors. Where clipping makes large ones, of a massive token above all, none is taken to be free.
+        """
+        if bits <= MOST_CLIPPED:
+            cost = cost + SHARED * cost.mean(dim=0)
+        return cls(values, cost, least, greatest, bits, share)
 
     def scaled(self, factor: torch.Tensor, shift: torch.Tensor | float = 0.0) -> Side:
         """Of `(values - shift) / factor`."""
