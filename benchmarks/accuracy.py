@@ -1,17 +1,21 @@
-"""Top-1 after quantization, by where the calibration images come from: the table of docs/accuracy.md.
+"""Accuracy after quantization over models, image sets, calibrations, bits and seeds: the rows of docs/accuracy.md.
 
-Sources: "real" (of the evaluation images, evenly spread), "noise", "free" (synthetic images as they were optimised) and
-"natural" (the same, finished with a photograph's spectrum: the default). Recipes: "default", and "paper", PSAQ-ViT's placement
-and min-max ranges, without ACM, with ACM on the last block, and with ACM on every block, checked and shrunk. Noise and real
-images are measured for the first seed only.
+Every row compares a quantized model with its float model on the same images: top-1 of both, their difference with a paired
+95 % interval (bootstrap over the images), the share of images of one first class, and the KL divergence of the probabilities.
+A row that is in --out is not made again, so that a long run can be taken up; synthetic images are made once and kept in --cache.
+Calibrations, 16 images but for what is said: "synthetic" (the default of the software), "procedural" (32 dead-leaves images:
+`--fast`), "noise" (32) and "real" (32 of the first set, evenly spread, which favours its own rows a little).
 
-python benchmarks/accuracy.py deit_tiny_patch16_224 --checkpoint FILE --data FOLDER --wnids FILE --out FILE.jsonl
+python benchmarks/accuracy.py --data FOLDER --out FILE.jsonl     FOLDER as in shared/data
+python benchmarks/accuracy_tables.py FILE.jsonl                  writes the tables into docs/accuracy.md
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,86 +23,185 @@ import runner
 import torch
 
 import dfqvit
+from dfqvit.api import with_companions
 from dfqvit.cli.options import adjusted
-from dfqvit.evaluation import evaluate
-from dfqvit.evaluation.data import batches, open_images, spread_images
+from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
-from dfqvit.studies.ablation import Gallery, weights_digest
+from dfqvit.studies.ablation import Gallery, score, weights_digest
 from dfqvit.synthesis import SynthesisConfig
 
+CIFAR = ("0.4914,0.4822,0.4465", "0.2470,0.2435,0.2616")  # mean and std
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
+    "unscaled": {"scaling": "none"},
     "paper": {"placement": "psaq", "quantizer": "minmax", "acm": "none"},
-    "paper + ACM": {"placement": "psaq", "quantizer": "minmax", "acm": "sequential", "acm_blocks": [-1]},
-    "paper + checked ACM": {
-        "placement": "psaq",
-        "quantizer": "minmax",
-        "acm": "checked",
-        "acm_blocks": None,
-        "acm_shrink": True,
-    },  # what "auto" is at 3 bits
+    "reconstructed": {"reconstruct": 100},
+    "companions": {"companions": 48},
 }
-REAL = 32
+FEW = {"synthetic": 16, "procedural": 32, "noise": 32, "real": 32}
+DRAWS = 2000  # of the bootstrap
+BATCH = 25
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of --data and the sets it is measured on."""
+
+    architecture: str
+    checkpoint: str
+    sets: tuple[str, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    normalised: tuple[str | None, str | None] = (None, None)
+
+
+IMAGENET = ("imagenet500", "nips17_500")
+SUBJECTS = {
+    "DeiT-T": Subject("deit_tiny_patch16_224", "deit_tiny_patch16_224.in1k.safetensors", IMAGENET),
+    "ViT-Ti": Subject("vit_tiny_patch16_224", "vit_tiny_patch16_224.in1k.safetensors", IMAGENET),
+    "DeiT-T CIFAR-10": Subject(
+        "deit_tiny_patch16_224",
+        "deit_tiny_patch16_224.cifar10.safetensors",
+        ("cifar10_test_517.npz", "cifar10_test_500.npz"),
+        {"num_classes": 10},
+        CIFAR,
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--num-classes", type=int)
-    parser.add_argument("--mean")
-    parser.add_argument("--std")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--wnids", type=Path)
-    parser.add_argument("--limit", type=int, default=10_000, help="evaluation images, evenly spread")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=["default"])
+    parser.add_argument("--sources", nargs="+", choices=list(FEW), default=list(FEW))
+    parser.add_argument("--bits", nargs="+", default=["8/8", "6/6", "4/8", "3/8", "4/4"], help="weights/activations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="real images have one only")
     parser.add_argument("--iters", type=int, default=500)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--sources", nargs="+", default=["real", "noise", "free", "natural"])
-    parser.add_argument("--cache", type=Path, default=Path("out/accuracy"), help="where optimised images are kept")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--precision", default="float32", help="of the synthesis")
+    parser.add_argument("--limit", type=int, default=10_000, help="evaluation images of a set, evenly spread")
+    parser.add_argument("--cache", type=Path, default=Path("out/accuracy"))
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    model = load_model(options.model, options.checkpoint, num_classes=options.num_classes)
-    preprocessing = adjusted(Preprocessing.of(model), options.mean, options.std)
-    test = open_images(options.data, preprocessing, options.wnids)
-    chosen = range(0, len(test), max(1, len(test) // options.limit))
-    held = list(batches(torch.utils.data.Subset(test, chosen), 50))
-    writer = runner.Writer("accuracy", "cpu", options.out)
-    common = {"model": options.model, "data": options.data.name, "samples": options.samples, "iters": options.iters}
-    floating = evaluate(model, held)
-    writer.add(**common, recipe="float", images=floating.images, top1=floating.top1, top5=floating.top5)
-    gallery = Gallery(model, preprocessing, options.cache, weights_digest(model, preprocessing))
-    for seed in options.seeds:
-        config = SynthesisConfig(samples=options.samples, iters=options.iters, seed=seed)
-        images: dict[str, str | torch.Tensor] = {"noise": "noise"}
-        if "real" in options.sources and seed == options.seeds[0]:
-            images["real"] = spread_images(test, REAL)
-        if {"free", "natural"} & set(options.sources):
-            for spectrum in ("free", "natural"):
-                images[spectrum], _ = gallery.images(replace(config, spectrum=spectrum))
-        for source in options.sources:
-            if source not in images or (source == "noise" and seed != options.seeds[0]):
+    there = {key_of(row) for row in read(options.out)}
+    for name in options.models:
+        bench = None
+        for run in runs(options, name):
+            if key_of(run) in there:
                 continue
-            for recipe in options.recipes:
-                for bits in options.bits:
-                    count = REAL if source in ("real", "noise") else options.samples
-                    qmodel = dfqvit.quantize(
-                        model,
-                        bits,
-                        calib=images[source],
-                        samples=count,
-                        seed=seed,
-                        preprocessing=preprocessing,
-                        **RECIPES[recipe],
-                    )
-                    found = evaluate(qmodel, held)
-                    row = {"recipe": recipe, "calibration": source, "w_bits": bits, "seed": seed}
-                    writer.add(**common, **row, images=found.images, top1=found.top1, top5=found.top5)
-                    print(f"{recipe:12} {source:8} W{bits}/A8 seed {seed}: {found.top1:.1f}", flush=True)
-    print(writer.table(["recipe", "calibration", "w_bits", "seed", "top1", "top5", "images"]))
+            bench = bench or Bench(options, name)
+            writer = runner.Writer("accuracy", "cpu", options.out)
+            bench.add_rows(run, writer)
+
+
+def runs(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
+    """What tells the rows of one model apart, but for the set."""
+    for seed in options.seeds:
+        for bits in options.bits:
+            w_bits, a_bits = (int(text) for text in bits.split("/"))
+            for source in options.sources:
+                if source == "real" and seed != options.seeds[0]:
+                    continue
+                iters = options.iters if source == "synthetic" else 0
+                precision = options.precision if source == "synthetic" else ""
+                for recipe in options.recipes:
+                    if recipe == "companions" and source != "synthetic":
+                        continue
+                    yield {
+                        "model": name,
+                        "recipe": recipe,
+                        "calibration": source,
+                        "samples": FEW[source],
+                        "iters": iters,
+                        "precision": precision,
+                        "w_bits": w_bits,
+                        "a_bits": a_bits,
+                        "seed": seed,
+                    }
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("model", "recipe", "calibration", "samples", "iters", "precision", "w_bits", "a_bits", "seed")
+    return tuple(row.get(name) for name in names)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Bench:
+    """One model with its sets in memory and what the float model makes of them."""
+
+    def __init__(self, options: argparse.Namespace, name: str) -> None:
+        subject = SUBJECTS[name]
+        self.options = options
+        self.model = load_model(subject.architecture, options.data / subject.checkpoint, **subject.arguments)
+        self.preprocessing = adjusted(Preprocessing.of(self.model), *subject.normalised)
+        self.sets: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        for place in subject.sets:
+            images = open_images(options.data / place, self.preprocessing, self._classes(place))
+            if place == subject.sets[0]:
+                self.real = spread_images(images, FEW["real"])
+            chosen = range(0, len(images), max(1, -(-len(images) // options.limit)))
+            items = [images[index] for index in chosen]
+            pixels, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+            self.sets[Path(place).stem] = pixels, labels, logits_of(self.model, pixels)
+        self.gallery = Gallery(
+            self.model, self.preprocessing, options.cache, weights_digest(self.model, self.preprocessing)
+        )
+
+    def _classes(self, place: str) -> Path | None:
+        return self.options.data / "imagenet_wnids.txt" if place in IMAGENET else None
+
+    def add_rows(self, run: dict[str, Any], writer: runner.Writer) -> None:
+        """Quantizes once and adds a row for every set."""
+        calib: str | torch.Tensor = run["calibration"]
+        if calib == "real":
+            calib = self.real
+        elif calib == "synthetic":
+            wanted = {name: run[name] for name in ("samples", "iters", "seed", "precision")}
+            calib, _ = self.gallery.images(SynthesisConfig(**wanted))
+        settings = dict(RECIPES[run["recipe"]])
+        if companions := settings.pop("companions", 0):
+            calib = with_companions(calib, companions, run["seed"], self.preprocessing)
+        qmodel = dfqvit.quantize(
+            self.model,
+            run["w_bits"],
+            run["a_bits"],
+            calib=calib,
+            samples=run["samples"],
+            seed=run["seed"],
+            preprocessing=self.preprocessing,
+            **settings,
+        )
+        for place, (images, labels, wanted) in self.sets.items():
+            found = logits_of(qmodel, images)
+            top1, top5, agreement, kl = score(found, wanted, labels)
+            float_top1 = score(wanted, wanted, labels)[0]
+            low, high = paired_interval(found.argmax(1) == labels, wanted.argmax(1) == labels)
+            figures = {"float_top1": float_top1, "top1": top1, "top5": top5, "low": low, "high": high}
+            figures = {key: round(value, 3) for key, value in figures.items()}
+            writer.add(**run, data=place, images=len(labels), **figures, agreement=round(agreement, 2), kl=round(kl, 5))
+            print(
+                f"{run['model']}, {run['recipe']}, {run['calibration']}, W{run['w_bits']}/A{run['a_bits']}, seed "
+                f"{run['seed']}, {place}: {top1:.1f} ({top1 - float_top1:+.1f}, {low:+.1f} to {high:+.1f}), KL {kl:.4f}",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(part).float() for part in images.split(BATCH)])
+
+
+def paired_interval(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+    """The 95 % interval, in points, of the difference of two accuracies [n] on the same images: bootstrap, percentiles."""
+    difference = ours.double() - theirs.double()
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(difference), (DRAWS, len(difference)), generator=generator)
+    means = 100 * difference[draws].mean(dim=1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 if __name__ == "__main__":

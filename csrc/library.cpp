@@ -48,7 +48,7 @@ const Definition kDefinitions[] = {
     {"quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "
      "int[] "
      "w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
-     "Tensor? mask, Tensor? index, Tensor? acm, str activation) -> Tensor",
+     "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation) -> Tensor",
      true, false},
     {"roll_resize(Tensor images, Tensor rows, Tensor columns, Tensor shift) -> Tensor", true, false},
     {"roll_resize_backward(Tensor grad, Tensor rows, Tensor columns, Tensor shift, int height, int width) -> Tensor",

@@ -38,7 +38,8 @@ BlockArguments arguments_of(const py::tuple& a) {
           a[12].cast<OptionalTensor>(),
           a[13].cast<OptionalTensor>(),
           a[14].cast<OptionalTensor>(),
-          a[15].cast<std::string>()};
+          a[15].cast<OptionalTensor>(),
+          a[16].cast<std::string>()};
 }
 
 // Whether anything would see the call if it went through torch's dispatcher: a trace, a mode, a transform, a profiler.

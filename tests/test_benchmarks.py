@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -80,3 +81,57 @@ def test_the_cost_of_acm_is_measured_in_pairs_beside_a_copy_without_any(tmp_path
         low, high = row["interval_percent"]
         assert low <= row["cost_percent"] <= high
         assert row["pairs"] >= 15
+
+
+def accuracy_row(**values):
+    row = {
+        "model": "M",
+        "recipe": "default",
+        "calibration": "synthetic",
+        "samples": 16,
+        "w_bits": 4,
+        "a_bits": 8,
+        "seed": 0,
+    }
+    figures = {"float_top1": 80.0, "top1": 79.0, "low": -2.0, "high": 0.5, "kl": 0.1, "agreement": 90.0, "images": 500}
+    return {**row, **figures, "data": "set", **values}
+
+
+def test_tables_of_accuracy_are_the_rows(tmp_path):
+    page, rows = tmp_path / "page.md", tmp_path / "rows.jsonl"
+    page.write_text("before\n<!-- rows: M -->\nold\n<!-- end -->\nafter\n")
+    lines = [accuracy_row(), accuracy_row(seed=1, top1=78.0), accuracy_row(calibration="noise", w_bits=8, top1=12.3)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"model": "M", "top1": 1.0}]))
+    command = [sys.executable, str(BENCHMARKS / "accuracy_tables.py"), str(rows), "--page", str(page)]
+    assert subprocess.run([*command, "--check"], check=False, capture_output=True).returncode == 1
+    subprocess.run(command, check=True)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- rows: M -->\n\nset, float 80.0, 500 images:\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "| calibration | W8/A8 | W4/A8 |" in text
+    assert "| **16 synthetic** (the default) |  | 78.5 (-1.5; -2.0 to +0.5), KL 0.100, 2 seeds |" in text
+    assert "| 32 of noise | 12.3 (-67.7; -2.0 to +0.5), KL 0.100 |  |" in text
+    assert subprocess.run([*command, "--check"], check=False).returncode == 0
+
+
+def test_the_page_of_accuracy_is_up_to_date():
+    rows = BENCHMARKS / "results" / "xeon-avx512-2-cores" / "accuracy.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "accuracy_tables.py"), str(rows), "--check"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_paired_interval_holds_the_difference():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import accuracy
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    theirs = torch.rand(500) < 0.8
+    flipped = torch.rand(500) < 0.1
+    low, high = accuracy.paired_interval(theirs ^ flipped, theirs)
+    change = 100 * float((theirs ^ flipped).double().mean() - theirs.double().mean())
+    assert low < change < high
+    error = 100 * (flipped.double().mean() / 500) ** 0.5  # of the mean of +1, 0 and -1
+    assert 2.5 * error < high - low < 5.5 * error
+    assert accuracy.paired_interval(theirs, theirs) == (0.0, 0.0)

@@ -39,6 +39,7 @@ LEFT_OUT = {
     "dfqvit sweep": "many runs in processes of their own; tests/test_sweep.py reads this file and makes smaller ones",
     "torchrun": "tests/test_distributed.py runs these with gloo",
     "python benchmarks/accuracy.py": "needs real weights and images; tests/test_accuracy.py runs it where they are",
+    "python benchmarks/accuracy_tables.py": "writes a page of docs; tests/test_benchmarks.py checks that it would change nothing",
 }
 
 

@@ -142,6 +142,8 @@ const BlockArguments& checked(const BlockArguments& a) {
     TORCH_CHECK_VALUE(a.weight_scales[i].numel() == outs[i], "weight_scales[", i, "] had ", a.weight_scales[i].numel(),
                       " values; it must have ", outs[i]);
   }
+  TORCH_CHECK_VALUE(!a.hidden_scale || a.hidden_scale->numel() == outs[2], "hidden_scale had ",
+                    a.hidden_scale ? a.hidden_scale->numel() : 0, " values; it must have ", outs[2]);
   TORCH_CHECK_VALUE(a.heads > 0 && ins[1] > 0 && ins[1] % a.heads == 0, "heads was ", a.heads, "; the ", ins[1],
                     " channels of q must be a multiple of it");
   return a;
@@ -172,7 +174,8 @@ Block::Block(const BlockArguments& a, bool gather)
       norm2_(a.norms[2], a.norms[3], a.eps[1], a.scales[5], a.zeros[5], a.a_bits[5]),
       qkv_(linear_of(a, 0, a.norms[0].numel(), 0, {}, "none", three(a.scales), three(a.zeros), a.a_bits[1])),
       proj_(linear_of(a, 1, a.weight_scales[0].numel() / 3, 4, {}, "none", {}, {}, 8)),
-      fc1_(linear_of(a, 2, a.norms[0].numel(), 5, {}, a.activation.c_str(), a.scales[6], a.zeros[6], a.a_bits[6])),
+      fc1_(linear_of(a, 2, a.norms[0].numel(), 5, {}, a.activation.c_str(),
+                     a.hidden_scale ? *a.hidden_scale : a.scales[6], a.zeros[6], a.a_bits[6])),
       fc2_(linear_of(a, 3, a.weight_scales[2].numel(), 6, a.acm, "none", {}, {}, 8)),
       attention_(a.heads, three(a.scales), three(a.zeros), a.attention_scale, a.position_bias, a.mask, a.index,
                  a.scales[4], a.zeros[4], a.a_bits[4]) {
@@ -247,23 +250,11 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
                        at::TensorList biases, at::TensorList weight_scales, at::IntArrayRef w_bits,
                        at::TensorList scales, at::TensorList zeros, at::IntArrayRef a_bits, int64_t heads,
                        double attention_scale, const OptionalTensor& position_bias, const OptionalTensor& mask,
-                       const OptionalTensor& index, const OptionalTensor& acm, c10::string_view activation) {
-  const BlockArguments a{norms.vec(),
-                         eps.vec(),
-                         weights.vec(),
-                         biases.vec(),
-                         weight_scales.vec(),
-                         w_bits.vec(),
-                         scales.vec(),
-                         zeros.vec(),
-                         a_bits.vec(),
-                         heads,
-                         attention_scale,
-                         position_bias,
-                         mask,
-                         index,
-                         acm,
-                         std::string(activation)};
+                       const OptionalTensor& index, const OptionalTensor& acm, const OptionalTensor& hidden_scale,
+                       c10::string_view activation) {
+  const BlockArguments a{norms.vec(),  eps.vec(),   weights.vec(), biases.vec(), weight_scales.vec(),    w_bits.vec(),
+                         scales.vec(), zeros.vec(), a_bits.vec(),  heads,        attention_scale,        position_bias,
+                         mask,         index,       acm,           hidden_scale, std::string(activation)};
   return Block(a, false).run(x);
 }
 

@@ -13,6 +13,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..kernels.pack_weight import packed_row_bytes
+from ..models.adapters.scalings import scalings
 from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
 from .observation import BATCH, convert, freeze, observe
@@ -57,7 +59,7 @@ def allocate_bits(
     """
     check_budget(model, recipe, size_budget)
     qmodel = _widest(model, recipe)
-    observe(qmodel, images, recipe)
+    observe(qmodel, images, replace(recipe, scaling="none"))  # single layers are put into the float model as it is
     layers = _layers(qmodel)
     divergences = measure_divergence(model, images, layers, report)
     costs = {name: LayerCost(_sizes(layer), divergences[name]) for name, layer in layers.items()}
@@ -129,7 +131,12 @@ def _sizes(layer: QuantLinear) -> dict[int, int]:
 
 
 def _widest(model: nn.Module, recipe: Recipe) -> nn.Module:
-    return convert(model, replace(recipe, layer_bits=None, w_bits=WIDTHS[0], edge_bits=WIDTHS[0]))
+    qmodel = convert(model, replace(recipe, layer_bits=None, w_bits=WIDTHS[0], edge_bits=WIDTHS[0]))
+    if recipe.scaling == "channels":
+        for name in scalings(qmodel).hidden:
+            layer: Any = qmodel.get_submodule(name)
+            layer.exponents = torch.zeros(layer.in_features, dtype=torch.int8)
+    return qmodel
 
 
 def _layers(qmodel: nn.Module) -> dict[str, QuantLinear]:

@@ -16,8 +16,9 @@ from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.recipe import Recipe
 from ..quantization.rounding import sensitivity
 from ..synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
+from .equalize import equalize
+from .fisher import BATCH
 
-BATCH = 16  # images in one forward pass of calibration; ranges do not depend on it
 VIEWS = 192  # random crops of the images, in all, for second-order rounding
 MOST_VIEWS = 12  # of one image; the least is one
 LEAST_CROP = 0.08  # of the area
@@ -49,9 +50,13 @@ def calibrate(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
 def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
     """Lets the quantizers of a converted model see the images, and gathers what the recipe's rounding needs.
 
+    Channels are scaled first, where the recipe says so (see `equalize`).
+
     Second-order rounding also sees crops of the images, since its statistics need more variety than a few images have, and
     the gradients of each layer's outputs.
     """
+    if recipe.scaling == "channels":
+        equalize(qmodel, images)
     if recipe.rounding != "second-order":
         for batch in images.split(BATCH):
             qmodel(batch)

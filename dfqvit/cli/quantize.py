@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from ..api import QuantizationRecord, calibration_images, quantize
+from ..api import QuantizationRecord, calibration_images, check_companions, quantize, with_companions
 from ..calibration.allocation import check_budget
 from ..calibration.correction import SHAPES, check_correction, choose_blocks
 from ..distributed import rank
@@ -21,7 +21,7 @@ from ..evaluation.data import open_images, spread_images
 from ..evaluation.energy import Energy
 from ..models import Preprocessing
 from ..models.adapters import find_adapter
-from ..quantization.recipe import Recipe
+from ..quantization.recipe import SCALINGS, Recipe
 from ..report.pictures import save_grid
 from ..storage import save
 from ..storage.atomic import refuse_existing
@@ -31,6 +31,8 @@ from .report import CURRICULUM, SAMPLES, make_report
 from .synthesize import run_synthesis
 
 FILE = "model.safetensors"
+MADE = ("synthetic", "procedural", "noise")  # images that need no data
+FAST_SAMPLES = 32
 
 
 @click.command("quantize")
@@ -46,6 +48,19 @@ FILE = "model.safetensors"
 )
 @click.option("--edge-bits", type=int, help="Bits of the first and last layer; default 8 (gemm) or as --w-bits (psaq).")
 @click.option(
+    "--softmax-bits", type=int, default=8, show_default=True, help="Bits of attention's probabilities, 2 to 8."
+)
+@click.option(
+    "--scaling",
+    type=click.Choice(SCALINGS),
+    help="channels: make ranges of channels alike where that is free; default channels (with gemm and mse), else none.",
+)
+@click.option(
+    "--fast",
+    is_flag=True,
+    help=f"No synthesis: {FAST_SAMPLES} procedural images, as --calib procedural --samples {FAST_SAMPLES}.",
+)
+@click.option(
     "--size-budget",
     type=float,
     help="Megabytes of the saved model: chooses the bits of every layer by what it loses, in place of --w-bits.",
@@ -54,7 +69,14 @@ FILE = "model.safetensors"
     "--calib",
     default="synthetic",
     show_default=True,
-    help="synthetic, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder.",
+    help="synthetic, procedural, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder.",
+)
+@click.option(
+    "--companions",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Procedural images beside the synthetic ones.",
 )
 @synthesis_options
 @click.option(
@@ -81,18 +103,25 @@ def command(**options: Any) -> None:
     """Quantize MODEL without data and save it as DIR/model.safetensors, with DIR/report.html and pictures of its images."""
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
-    bits = {key: options.pop(key) for key in ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits")}
+    names = ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits", "softmax_bits", "scaling")
+    bits = {key: options.pop(key) for key in names}
     recipe, budget = Recipe(**bits), options.pop("size_budget")
     correction = {key: options.pop(key) for key in ("acm_shape", "acm_shrink")} | _correction(options)
     steps = options.pop("reconstruct")
     if steps and recipe.placement != "gemm":
         raise UsageError(f"--reconstruct was {steps} and --placement {recipe.placement}; it is for gemm")
+    companions = options.pop("companions")
+    if options.pop("fast"):
+        if options["calib"] not in ("synthetic", "procedural"):
+            raise UsageError(f"--fast and --calib {options['calib']} were both given; give one of them")
+        options |= {"calib": "procedural", "samples": FAST_SAMPLES}
+    check_companions(companions, options["calib"])
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     # All that `quantize` would refuse is refused before the synthesis, which takes long.
     if budget is not None:
         check_budget(model, recipe, budget)
-    if calib in ("synthetic", "noise") and correction["acm"] != "auto":
+    if calib in MADE and correction["acm"] != "auto":
         check_correction(correction["acm"], correction["acm_shape"], config.samples)
     chosen = correction.get("gamma", 1), correction.get("acm_blocks"), correction["acm_top"]
     choose_blocks(len(find_adapter(model).blocks()), *chosen)
@@ -105,6 +134,7 @@ def command(**options: Any) -> None:
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
         if rank() != 0:
             return  # the long part is done; the first process calibrates, writes and prints
+        images = with_companions(images, companions, config.seed, preprocessing)
         qmodel = quantize(
             model,
             samples=config.samples,
@@ -119,11 +149,13 @@ def command(**options: Any) -> None:
             **correction,
         )
     quantization: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
-    if calib == "synthetic":
-        settings = config.to_dict() | ({"reconstruct": steps} if steps else {})
-        qmodel.dfqvit_record = quantization.made_from("synthetic", settings)  # type: ignore[assignment]
+    if calib in ("synthetic", "procedural"):
+        made_by = config.to_dict() if calib == "synthetic" else {"seed": config.seed}
+        made_by |= {"companions": companions} if companions else {}
+        settings = made_by | ({"reconstruct": steps} if steps else {})
+        qmodel.dfqvit_record = quantization.made_from(calib, settings)  # type: ignore[assignment]
     path = save(qmodel, out / FILE)
-    source = calib if calib in ("synthetic", "noise") else "given images"
+    source = calib if calib in MADE else "given images"
     page = make_report(
         out,
         options["model"],
@@ -166,11 +198,15 @@ def _calibration(
     """The images of --calib, and the names of the pictures of them that were written."""
     if calib == "synthetic":
         return run_synthesis(model, preprocessing, config, out, resume), [SAMPLES, CURRICULUM]
-    if calib == "noise":
+    if calib in MADE:
         made, _ = calibration_images(
-            model, "noise", samples=config.samples, iters=0, seed=config.seed, preprocessing=preprocessing
+            model, calib, samples=config.samples, iters=0, seed=config.seed, preprocessing=preprocessing
         )
-        return made, []
+        if calib == "noise":
+            return made, []
+        if rank() == 0:
+            save_grid(made[:64], out / SAMPLES, preprocessing)
+        return made, [SAMPLES]
     images = _read_images(Path(calib), preprocessing, config.samples)
     if rank() == 0:
         save_grid(images[:64], out / SAMPLES, preprocessing)
@@ -207,6 +243,6 @@ def _read_images(path: Path, preprocessing: Preprocessing, count: int) -> torch.
             raise DfqvitError(f"--calib '{path}' is not a samples file of `dfqvit synthesize`: {error}") from error
     if not path.exists():
         raise UsageError(
-            f"--calib was '{path}'; it may be 'synthetic', 'noise', or an existing file or folder of images"
+            f"--calib was '{path}'; it may be 'synthetic', 'procedural', 'noise', or an existing file or folder of images"
         )
     return spread_images(open_images(path, preprocessing, labelled=False), count)

@@ -23,7 +23,8 @@ class QuantLinear(KeepsPrecision):
 
     Until `freeze()` it computes in float and its input quantizer observes; afterwards it holds `weight_packed` (uint8, see
     `pack_weight`) and `weight_scale` ([out_features]) in place of `weight`. `acm`, where set, is [tokens, out_features] and
-    is added in the epilogue.
+    is added in the epilogue. `exponents`, where set, is int8 [in_features]: the layer takes `x / 2^exponents`, and its weight's
+    columns were multiplied by as much (see `calibration.equalize`).
 
     What the kernels of its device want beside these it prepares as buffers that are in no state_dict: `weight_blocked` on
     CPUs, `weight_sums` and `acm_float` elsewhere. They are made anew when the layer is moved, loaded into, unpickled, or
@@ -38,6 +39,7 @@ class QuantLinear(KeepsPrecision):
     weight_blocked: torch.Tensor | None
     weight_sums: torch.Tensor | None
     acm_float: torch.Tensor | None
+    exponents: torch.Tensor | None
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, w_bits: int, a_bits: int, quantizer: str
@@ -52,6 +54,7 @@ class QuantLinear(KeepsPrecision):
         self.register_buffer("acm", None)
         for name in PREPARED:
             self.register_buffer(name, None, persistent=False)
+        self.register_buffer("exponents", None)
         self._moment: SecondMoment | None = None
         self._decided: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -64,6 +67,13 @@ class QuantLinear(KeepsPrecision):
     def frozen(self) -> bool:
         """Whether the weights are packed."""
         return self.weight is None
+
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """[in_features], what every channel of the input is divided by: powers of two, exactly; None where there are none."""
+        if self.exponents is None:
+            return None
+        return ((self.exponents.to(torch.int32) + 127) << 23).view(torch.float32)
 
     def allocate(self) -> None:
         """Replaces the float weight by empty packed buffers of the right shape, to be filled by load_state_dict."""
@@ -156,6 +166,8 @@ class QuantLinear(KeepsPrecision):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
+        if self.factor is not None:
+            x = x / self.factor
         if self.weight is not None:
             y = F.linear(self.input(x), self.weight, self.bias)
             if self._moment is not None and y.requires_grad:
@@ -207,11 +219,13 @@ class AttentionOperands(nn.Module):
     """The products of attention, `softmax(scale Q K^T + bias) V`, with quantized operands.
 
     Q, K and V are quantized like any activation. The exponentials are rounded to whole steps of 1/255 of each row's
-    greatest, and divided by the sum of what was rounded: their range needs no calibration, and rows still sum to 1.
+    greatest, and divided by the sum of what was rounded: their range needs no calibration, and rows still sum to 1. `steps`
+    is 255, or what the recipe's `softmax_bits` make of it.
     """
 
     def __init__(self, bits: int, quantizer: str) -> None:
         super().__init__()
+        self.steps = 255
         self.q, self.k, self.v = (ActivationQuantizer(bits, quantizer) for _ in range(3))
 
     def forward(
@@ -224,7 +238,7 @@ class AttentionOperands(nn.Module):
             scores = scores + bias
         if not self.q.frozen:
             return scores.softmax(dim=-1) @ v
-        shares = 255 * (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        shares = self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp()
         steps = shares.round()
         if shares.requires_grad:  # straight through, for `reconstruction`
             steps = shares + (steps - shares).detach()

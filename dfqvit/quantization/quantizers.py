@@ -81,7 +81,7 @@ class ActivationQuantizer(KeepsPrecision):
 
     def __init__(self, bits: int, quantizer: str = "minmax") -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.quantizer = bits, quantizer
         self.range = RANGE_RULES[quantizer](bits)
         self.frozen = False
         self.register_buffer("scale", torch.zeros(()))

@@ -49,6 +49,25 @@ class MinMaxRange:
         return self.least, self.greatest
 
 
+class FixedRange(MinMaxRange):
+    """A range that was chosen elsewhere; what is observed is only checked.
+
+    Args:
+        bits: of the quantizer.
+        low: scalar, at most 0.
+        high: scalar, at least 0.
+    """
+
+    def __init__(self, bits: int, low: torch.Tensor, high: torch.Tensor) -> None:
+        super().__init__(bits)
+        self.low, self.high = low, high
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was chosen; errors as of `MinMaxRange.ends`."""
+        super().ends()
+        return self.low, self.high
+
+
 class MseRange(MinMaxRange):
     """The range of least squared error: each end is one of 39 shares, 0.05 to 1, of that of min-max.
 

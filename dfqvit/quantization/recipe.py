@@ -9,6 +9,7 @@ from .quantizers import check_rule
 
 PLACEMENTS = ("gemm", "psaq")
 ROUNDINGS = ("nearest", "second-order")
+SCALINGS = ("none", "channels")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Recipe:
             bits most of the loss), and w_bits with "psaq".
         layer_bits: {name: bits} of the weights of single layers, by timm's names, in place of w_bits and edge_bits;
             `allocation` makes it from a size.
+        edge_a_bits: bits of the inputs of the first and the last layer. By default a_bits or edge_bits, whichever is more, with
+            "gemm", and a_bits with "psaq".
+        scaling: "channels" makes ranges of channels alike where that is free (see `calibration.equalize`), "none" leaves them.
+            By default "channels" with "gemm" and "mse", else none, which is the literature's baseline.
+        softmax_bits: bits of attention's probabilities; with "psaq", which leaves them alone, 8.
 
     Raises:
         UsageError: names the setting which does not fit.
@@ -38,6 +44,9 @@ class Recipe:
     rounding: str | None = None
     edge_bits: int | None = None
     layer_bits: dict[str, int] | None = None
+    edge_a_bits: int | None = None
+    scaling: str | None = None
+    softmax_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -53,13 +62,35 @@ class Recipe:
                 f"rounding was 'second-order' and quantizer '{self.quantizer}'; second-order rounding searches its own "
                 "scales, so quantizer must be 'mse'"
             )
+        if self.scaling is None:
+            object.__setattr__(self, "scaling", SCALINGS[gemm and self.quantizer == "mse"])
+        if self.scaling not in SCALINGS:
+            raise UsageError(f"scaling was '{self.scaling}'; it may be {', '.join(map(repr, SCALINGS))}")
+        if self.scaling == "channels" and not (gemm and self.quantizer == "mse"):
+            raise UsageError(
+                f"scaling was 'channels', placement '{self.placement}' and quantizer '{self.quantizer}'; it is for 'gemm' "
+                "and 'mse'"
+            )
         if self.edge_bits is None:
             object.__setattr__(self, "edge_bits", 8 if gemm else self.w_bits)
-        named = {name: getattr(self, name) for name in ("w_bits", "a_bits", "edge_bits")}
+        named = {name: getattr(self, name) for name in ("w_bits", "a_bits", "edge_bits", "softmax_bits")}
+        if self.edge_a_bits is not None:
+            named["edge_a_bits"] = self.edge_a_bits
         named |= {f"layer_bits['{name}']": bits for name, bits in (self.layer_bits or {}).items()}
         for name, bits in named.items():
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
                 raise UsageError(f"{name} was {bits!r}; it may be a whole number from 2 to 8")
+        if not gemm and self.softmax_bits != 8:
+            raise UsageError(
+                f"softmax_bits was {self.softmax_bits} and placement 'psaq', which rounds no probabilities; it is for 'gemm'"
+            )
+        if self.edge_a_bits is None:
+            object.__setattr__(self, "edge_a_bits", max(self.a_bits, self.edge_bits or 0) if gemm else self.a_bits)
+
+    def input_bits(self, edge: bool) -> int:
+        """Of the inputs of a layer, which is the first or the last if `edge`."""
+        assert self.edge_a_bits is not None
+        return self.edge_a_bits if edge else self.a_bits
 
     def bits_of(self, name: str, edge: bool) -> int:
         """Of the weights of layer `name`, which is the first or the last if `edge`."""

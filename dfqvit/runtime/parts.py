@@ -54,15 +54,25 @@ class Parts:
             mask,
             index,
             operands[-1][1],
+            self.hidden_scale(),
             self.activation,
         )
+
+    def hidden_scale(self) -> torch.Tensor | None:
+        """[H], what fc1 rounds its result by where fc2 has factors of its own for the channels."""
+        fc2 = self.linears[-1]
+        return None if fc2.factor is None else fc2.input.scale * fc2.factor
 
     def values(self) -> Iterator[torch.Tensor]:
         """The small tensors among the arguments: all but the packed weights."""
         for norm in self.norms:
             yield from (norm.weight, norm.bias)
         for linear in self.linears:
-            yield from (tensor for tensor in (linear.bias, linear.weight_scale, linear.acm) if tensor is not None)
+            yield from (
+                tensor
+                for tensor in (linear.bias, linear.weight_scale, linear.acm, linear.exponents)
+                if tensor is not None
+            )
         for site in self.sites:
             yield from (site.scale, site.zero_point)
 
@@ -82,6 +92,10 @@ def parts_of(block: Any) -> Parts | str:
         return "its linear layers are not all quantized"
     if linears[0].acm is not None or linears[1].acm is not None or linears[2].acm is not None:
         return "a layer before the last has a correction"
+    if any(layer.exponents is not None for layer in linears[:3]):
+        return "a layer before the last has factors for its channels"
+    if attention.operands.steps != 255:
+        return "its attention's probabilities have fewer than 8 bits"
     norms = (block.norm1, block.norm2)
     for norm in norms:
         if type(norm) not in NORMS or norm.weight is None or norm.bias is None:

@@ -117,6 +117,8 @@ class _QdqLinear(QuantLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_tokens(self.acm, x)
+        if self.factor is not None:
+            x = x / self.factor
         weight = torch.onnx.ops.symbolic(
             "DequantizeLinear",
             (self.weight_integers, self.weight_scale),
@@ -150,7 +152,9 @@ class _QdqAttentionOperands(AttentionOperands):
         scores = (q @ k) * scale
         if bias is not None:
             scores = scores + bias
-        steps = _quantize_dequantize(255 * (scores - scores.amax(dim=-1, keepdim=True)).exp(), self.one, self.none)
+        steps = _quantize_dequantize(
+            self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp(), self.one, self.none
+        )
         return (steps @ v) / steps.sum(dim=-1, keepdim=True)
 
 

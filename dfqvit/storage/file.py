@@ -28,6 +28,7 @@ from ..models.adapters import find_adapter
 from ..models.frame import undisturbed
 from ..models.preprocessing import image_size
 from ..models.spec import settings
+from ..quantization.layers import QuantLinear
 from ..quantization.model import quantized
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
@@ -131,6 +132,8 @@ def _structure(
     for name, module in model.named_modules():
         if isinstance(module._buffers.get("acm"), torch.Tensor):
             module.acm = torch.zeros_like(tensors[f"{name}.acm"])
+        if isinstance(module, QuantLinear) and f"{name}.exponents" in tensors:
+            module.exponents = torch.zeros_like(tensors[f"{name}.exponents"])
     return quantized(model)
 
 

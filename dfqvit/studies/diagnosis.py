@@ -16,6 +16,7 @@ from ..api import QuantizationRecord
 from ..calibration.correction import STORED, block_outputs, divergence
 from ..calibration.given import MOST_OUTSIDE, judge
 from ..models.adapters import Adapter, find_adapter
+from ..models.adapters.scalings import scalings
 from ..quantization.layers import QuantLinear
 from ..synthesis.curriculum import crop_ratio
 
@@ -203,17 +204,37 @@ def _divergence(measured: dict[str, Any]) -> Iterator[Finding]:
 
 @torch.no_grad()
 def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    """{timm's name: divergence of the layer's own output}, every quantized layer fed the float model's inputs."""
+    """{timm's name: divergence of the layer's own output}, every quantized layer fed the float model's inputs.
+
+    Where channels were scaled (see `calibration.equalize`), inputs come from the quantized model's own norms, and the scales and
+    shifts of queries, keys and values are taken back as straight lines through the outputs of both.
+    """
     found: dict[str, float] = {}
+    scaled = qmodel.dfqvit_record.recipe.scaling == "channels"  # type: ignore[union-attr]
+    places = scalings(model)
+    norm_of = {layer: norm for norm, layer in places.norms}
+    qkv_of = {proj: qkv for qkv, proj in places.values}
+    lines: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = []
     for name, twin in qmodel.named_modules():
         if isinstance(twin, QuantLinear):
             layer = model.get_submodule(name)
 
             def compare(_: nn.Module, inputs: Any, output: torch.Tensor, name: str = name, twin: Any = twin) -> None:
+                x = inputs[0]
+                if name in norm_of:
+                    slope, offset = _norms_line(model.get_submodule(norm_of[name]), qmodel.get_submodule(norm_of[name]))
+                    x = slope * x + offset
+                if name in qkv_of and qkv_of[name] in lines:
+                    slope, offset = (line.chunk(3)[2] for line in lines.pop(qkv_of[name]))
+                    x = slope * x + offset
                 acm, twin.acm = twin.acm, None  # a correction is not the layer's own
-                found[name] = round(divergence(output, twin(inputs[0])), 5)
+                result = twin(x)
                 twin.acm = acm
+                if scaled and (name in places.scores or name in qkv_of.values()):
+                    slope, offset = lines[name] = _line(output, result)
+                    result = (result - offset) / slope
+                found[name] = round(divergence(output, result), 5)
 
             handles.append(layer.register_forward_hook(compare))
     try:
@@ -222,6 +243,21 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
         for handle in handles:
             handle.remove()
     return found
+
+
+def _norms_line(norm: Any, twin: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slope, offset), [C] each: from the output of a LayerNorm to that of its scaled and shifted twin."""
+    slope = torch.where(norm.weight == 0, torch.zeros_like(norm.weight), twin.weight / norm.weight)
+    return slope, twin.bias - slope * norm.bias
+
+
+def _line(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slope, offset), [C] each: of the least squares line through (x, y) [..., C] in every channel."""
+    x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+    spread = x - x.mean(dim=0)
+    slope = (spread * y).sum(dim=0) / spread.square().sum(dim=0).clamp_min(1e-12)
+    slope = torch.where(slope.abs() < 1e-6, torch.ones_like(slope), slope)
+    return slope.float(), (y.mean(dim=0) - slope * x.mean(dim=0)).float()
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ def quant_block(
     mask: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
     acm: torch.Tensor | None = None,
+    hidden_scale: torch.Tensor | None = None,
     activation: str | None = "gelu",
 ) -> torch.Tensor:
     """A pre-norm transformer block with 8-bit integers between its operators; no gradient.
@@ -62,6 +63,8 @@ def quant_block(
         mask: as there.
         index: as there.
         acm: [T, C] or None, float: the correction of fc2's result.
+        hidden_scale: [H], float32, or None: the scales that fc1's result is rounded by, where its channels have scales of their
+            own; by default that of fc2's input for all.
         activation: None, "gelu" or "gelu_tanh".
 
     Returns:
@@ -96,6 +99,10 @@ def quant_block(
                                  f"it must be one float32 value on {x.device}")  # fmt: skip
     if acm is not None and acm.shape != x.shape[1:]:
         raise ValueError(f"acm had shape {tuple(acm.shape)}; it must be {list(x.shape[1:])}, [tokens, channels]")
+    if hidden_scale is not None and hidden_scale.shape != weight_scales[2].shape:
+        raise ValueError(
+            f"hidden_scale had shape {tuple(hidden_scale.shape)}; it must be {list(weight_scales[2].shape)}"
+        )
     if activation not in (None, "gelu", "gelu_tanh"):
         raise ValueError(f"activation was {activation!r}; it may be None, 'gelu' or 'gelu_tanh'")
     given = [x.new_empty(0) if bias is None else bias for bias in biases]  # the operator's form
@@ -104,7 +111,7 @@ def quant_block(
         raise ValueError("a gradient is wanted of quant_block, which has none: use torch.no_grad()")
     return forward(
         x, list(norms), list(eps), list(weights), given, list(weight_scales), list(w_bits), list(scales), list(zeros),
-        list(a_bits), heads, float(attention_scale), position_bias, mask, index, acm, activation or "none",
+        list(a_bits), heads, float(attention_scale), position_bias, mask, index, acm, hidden_scale, activation or "none",
     )  # fmt: skip
 
 
@@ -153,7 +160,7 @@ def _supports_triton(*args: Any) -> Verdict:
 forward = Operator(
     "quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "
     "int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
-    "Tensor? mask, Tensor? index, Tensor? acm, str activation) -> Tensor",
+    "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     backends=[
         Backend("triton", reference.quant_block, _supports_triton),

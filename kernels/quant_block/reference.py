@@ -29,6 +29,7 @@ def quant_block(
     mask: torch.Tensor | None,
     index: torch.Tensor | None,
     acm: torch.Tensor | None,
+    hidden_scale: torch.Tensor | None,
     activation: str,
 ) -> torch.Tensor:
     """The formula of `op.quant_block`; a bias of no values is none."""
@@ -46,15 +47,11 @@ def quant_block(
         acm: torch.Tensor | None = None,
         activation: str = "none",
     ) -> torch.Tensor:
-        share = weight_scales[place].numel() // (1 if out is None else out[0].numel())
         tail: tuple[Any, ...] = (None, None, 8, "float32")
         if out is not None:
-            tail = (
-                out[0].reshape(-1).repeat_interleave(share),
-                out[1].reshape(-1).repeat_interleave(share),
-                out[2],
-                "uint8",
-            )
+            outputs = weight_scales[place].numel()
+            spread = [value.reshape(-1).repeat_interleave(outputs // value.numel()) for value in out[:2]]
+            tail = (*spread, out[2], "uint8")
         head = (
             x,
             weights[place],
@@ -72,5 +69,6 @@ def quant_block(
         qkv, heads, in_scale, in_zero, attention_scale, position_bias, mask, index, scales[4], zeros[4], a_bits[4]
     )
     x = linear(1, 4, attended, residual=x)
-    hidden = linear(2, 5, norm(1, 5, x), (scales[6], zeros[6], a_bits[6]), activation=activation)
+    rounded = (scales[6] if hidden_scale is None else hidden_scale, zeros[6], a_bits[6])
+    hidden = linear(2, 5, norm(1, 5, x), rounded, activation=activation)
     return linear(3, 6, hidden, residual=x, acm=acm)

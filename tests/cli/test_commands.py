@@ -110,6 +110,33 @@ def test_one_call_equals_two(run, tmp_path):
     assert one.dfqvit_record.settings["iters"] == 2
 
 
+def test_fast_takes_procedural_images(run, tmp_path):
+    status, stdout, err = run(
+        "quantize", "demo", "--fast", "--seed", 5, "--rounding", "nearest", "--out", tmp_path / "f", "--json"
+    )
+    assert status == 0, err
+    record = json.loads(stdout)["record"]
+    assert (record["calibration"], record["samples"], record["settings"]) == ("procedural", 32, {"seed": 5})
+    assert (tmp_path / "f" / "samples.png").exists()
+    arguments = ("quantize", "demo", "--calib", "procedural", "--samples", 32, "--seed", 5, "--rounding", "nearest")
+    assert run(*arguments, "--out", tmp_path / "same")[0] == 0
+    x = torch.randn(2, 1, 28, 28)
+    fast, same = (dfqvit.load(tmp_path / name / "model.safetensors") for name in ("f", "same"))
+    assert torch.equal(fast(x), same(x))
+    status, _, err = run("quantize", "demo", "--fast", "--calib", "noise", "--out", tmp_path / "n")
+    assert (status, said(err)) == (2, ["dfqvit: --fast and --calib noise were both given; give one of them"])
+
+
+def test_bits_of_probabilities_and_scaling(run, tmp_path):
+    arguments = ("quantize", "demo", "--calib", "noise", "--samples", 4, "--softmax-bits", 4, "--scaling", "none")
+    status, stdout, _ = run(*arguments, "--out", tmp_path, "--json")
+    assert status == 0
+    recipe = json.loads(stdout)["record"]["recipe"]
+    assert (recipe["softmax_bits"], recipe["scaling"]) == (4, "none")
+    status, _, err = run("quantize", "demo", "--calib", "noise", "--softmax-bits", 1, "--out", tmp_path / "other")
+    assert (status, said(err)) == (2, ["dfqvit: softmax_bits was 1; it may be a whole number from 2 to 8"])
+
+
 def test_results_are_not_replaced_without_force(run, tmp_path):
     arguments = ("quantize", "demo", "--calib", "noise", "--out", tmp_path)
     assert run(*arguments)[0] == 0

@@ -25,6 +25,7 @@ struct BlockArguments {
   int64_t heads;
   double attention_scale;
   OptionalTensor position_bias, mask, index, acm;
+  OptionalTensor hidden_scale;  // of each channel of what fc2 takes, as fc1 rounds it; scales[6] for all without it
   std::string activation;
 };
 

@@ -13,7 +13,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from ...errors import UsageError
-from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
+from ...quantization.layers import AttentionOperands, QuantLinear, QuantPatchProjection, correct_output, quantize_output
 from ...quantization.recipe import Recipe
 
 
@@ -85,16 +85,20 @@ class Adapter(abc.ABC):
         heads = heads if isinstance(heads, tuple) else (heads,)
         for name, module in list(self.model.named_modules()):
             if type(module) is nn.Linear:
-                w_bits = recipe.bits_of(name, any(module is head for head in heads))
-                self._replace(name, QuantLinear.from_float(module, w_bits, recipe.a_bits, recipe.quantizer))
-        first, w_bits = "patch_embed.proj", recipe.bits_of("patch_embed.proj", True)
-        conv = self.model.get_submodule(first)
-        self._replace(first, QuantPatchProjection.from_conv(conv, w_bits, recipe.a_bits, recipe.quantizer))
+                edge = any(module is head for head in heads)
+                bits = recipe.bits_of(name, edge), recipe.input_bits(edge)
+                self._replace(name, QuantLinear.from_float(module, *bits, recipe.quantizer))
+        first = "patch_embed.proj"
+        conv, bits = self.model.get_submodule(first), (recipe.bits_of(first, True), recipe.input_bits(True))
+        self._replace(first, QuantPatchProjection.from_conv(conv, *bits, recipe.quantizer))
         for name in recipe.layer_bits or {}:
             if not isinstance(dict(self.model.named_modules()).get(name), QuantLinear):
                 raise UsageError(f"layer_bits named '{name}'; the model has no such linear layer")
         sites = self.add_psaq_sites if recipe.placement == "psaq" else self.add_gemm_sites
         sites(recipe.a_bits, recipe.quantizer)
+        for module in self.model.modules():
+            if isinstance(module, AttentionOperands):
+                module.steps = (1 << recipe.softmax_bits) - 1
 
     def set_acm(self, index: int, acm: torch.Tensor | None) -> None:
         """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.
