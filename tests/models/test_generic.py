@@ -13,10 +13,12 @@ from torch import nn
 
 import dfqvit
 from dfqvit.calibration import convert
+from dfqvit.cli.info import describe_file
 from dfqvit.errors import UsageError
-from dfqvit.models import Preprocessing
+from dfqvit.models import ModelSpec, Preprocessing
 from dfqvit.models.adapters import find_adapter
 from dfqvit.models.adapters.generic import GenericAdapter
+from dfqvit.models.arithmetic import OTHER, multiply_adds
 from dfqvit.quantization.layers import QuantLinear, QuantPatchProjection
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.synthesis import synthesize
@@ -275,3 +277,24 @@ def test_the_mlps_of_parallel_blocks_can_be_patched(seed):
     with dfqvit.patch(model) as handle:
         assert {name.rpartition(".")[2] for name in handle.patched} == {"fc1", "fc2"}
         assert len(handle.patched) == 8
+
+
+def test_multiply_adds_of_a_vit_by_hand():
+    """Per token: 3 DD + DD + 8 DD of the layers, 2 N D of attention's products."""
+    shares = multiply_adds(ModelSpec("vit_tiny_patch16_224", SMALL_VIT))
+    tokens, width = 17, 48
+    block = tokens * (12 * width**2 + 2 * tokens * width)
+    whole = 2 * block + 16 * 192 * width + 7 * width
+    assert shares["blocks.1.mlp.fc2"] == pytest.approx(tokens * 4 * width**2 / whole)
+    assert shares[OTHER] == pytest.approx(2 * 2 * tokens**2 * width / whole)
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_info_says_what_stays_float(seed, tmp_path):
+    model = small("convnext_atto")
+    path = dfqvit.save(
+        dfqvit.quantize(model, 8, calib="noise", samples=2, rounding="nearest"), tmp_path / "m.safetensors"
+    )
+    found = describe_file(path, torch.device("cpu"), 0)["float"]
+    assert set(found) == {f"stages.{stage}.blocks.{k}.conv_dw" for stage, k in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))}
+    assert 0 < sum(found.values()) < 0.5
