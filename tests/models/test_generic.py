@@ -279,6 +279,14 @@ def test_the_mlps_of_parallel_blocks_can_be_patched(seed):
         assert len(handle.patched) == 8
 
 
+def test_a_structure_that_only_a_tag_has_is_found():
+    """timm gives the tag another aligner than the plain name."""
+    name = "deepseek_vit_412m_enc.deepseek_v4_flash_vision_exp"
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert ModelSpec.of(model).architecture == name
+
+
 def test_multiply_adds_of_a_vit_by_hand():
     """Per token: 3 DD + DD + 8 DD of the layers, 2 N D of attention's products."""
     shares = multiply_adds(ModelSpec("vit_tiny_patch16_224", SMALL_VIT))
