@@ -11,7 +11,7 @@ from torch import nn
 
 from .calibration import calibrate, convert, freeze, in_fixed_order, observe
 from .calibration.allocation import allocate_bits, check_budget
-from .calibration.correction import LEAST_CHECKED, add_corrections, check_correction, choose_blocks
+from .calibration.correction import LEAST_CHECKED, add_corrections, check_correction, check_family, choose_blocks
 from .calibration.given import given_images
 from .calibration.health import measure
 from .calibration.reconstruction import reconstruct_blocks
@@ -20,6 +20,7 @@ from .models import ModelSpec, Preprocessing
 from .models.adapters import find_adapter
 from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
+from .models.spec import class_count
 from .patching.fusable import is_patched
 from .quantization.recipe import Recipe
 from .runtime import check_runtime, set_runtime
@@ -176,6 +177,9 @@ def quantize(
         raise UsageError(f"reconstruct was {reconstruct!r}; it may be a number of steps, or 0")
     if reconstruct and placement != "gemm":
         raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
+    adapter = find_adapter(model)
+    if reconstruct and not adapter.whole_blocks:
+        raise UsageError(f"reconstruct was {reconstruct}; in a {type(model).__name__} it may be 0")
     spec = ModelSpec.of(model, model_kwargs)
     tell_hooks(model)
     own = Preprocessing.of(model)
@@ -187,11 +191,19 @@ def quantize(
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
     if acm == "auto":
         chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
-        if w_bits <= 3 and recipe.rounding == "nearest" and count >= LEAST_CHECKED and not chosen:
+        low = w_bits <= 3 and recipe.rounding == "nearest"
+        if low and count >= LEAST_CHECKED and not chosen and class_count(model) and adapter.blocks():
             acm, acm_blocks, acm_shrink = "checked", None, True
         else:
             acm = "sequential" if chosen else "none"
     check_correction(acm, acm_shape, count)
+    check_family(adapter, acm, acm_shape)
+    if acm == "checked" and not class_count(model):
+        raise UsageError(
+            "acm was 'checked'; it compares logits, and the model has no classifier: it may be 'sequential'"
+        )
+    if size_budget is not None and not class_count(model):
+        raise UsageError(f"size_budget was {size_budget:g}; it compares logits, and the model has no classifier")
     if acm_top is not None:
         acm_blocks = None
     qmodel = convert(model, recipe)

@@ -33,6 +33,8 @@ def choose_blocks(
     Raises:
         UsageError: gamma or top below 1, an index out of range, or both blocks and top given.
     """
+    if depth == 0:  # `check_family` refuses corrections then
+        return []
     if gamma < 1:
         raise UsageError(f"gamma was {gamma}; it must be at least 1")
     if blocks is not None and top is not None:
@@ -57,6 +59,15 @@ def check_correction(mode: str, shape: str, images: int) -> None:
         raise UsageError(f"acm_shape was '{shape}'; it may be {', '.join(map(repr, SHAPES))}")
     if mode == "checked" and images < LEAST_CHECKED:
         raise UsageError(f"acm was 'checked' with {images} images; cross-validation needs {LEAST_CHECKED} at least")
+
+
+def check_family(adapter: Adapter, mode: str, shape: str) -> None:
+    """UsageError unless the model's blocks can be corrected so."""
+    kind = type(adapter.model).__name__
+    if mode != "none" and not adapter.blocks():
+        raise UsageError(f"acm was '{mode}'; no blocks are known in this {kind}: it may be 'none'")
+    if mode != "none" and shape != "element" and adapter.element_acm_only:
+        raise UsageError(f"acm_shape was '{shape}'; in this {kind} it may be 'element'")
 
 
 @torch.no_grad()
@@ -97,6 +108,7 @@ def add_corrections(
     """
     check_correction(mode, shape, len(images))
     ours, theirs = find_adapter(model), find_adapter(qmodel)
+    check_family(ours, mode, shape)
     depth = len(theirs.blocks())
     chosen = choose_blocks(depth, gamma, blocks, top)
     for index in range(depth):

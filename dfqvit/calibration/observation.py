@@ -8,13 +8,17 @@ import hashlib
 import torch
 from torch import nn
 
+from ..errors import UsageError
 from ..models import check_finite
 from ..models.adapters import find_adapter
+from ..models.adapters.generic import GenericAdapter
+from ..models.preprocessing import image_shape
+from ..models.spec import class_count
 from ..quantization.layers import QuantLinear
 from ..quantization.model import quantized
 from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.recipe import Recipe
-from ..quantization.rounding import sensitivity
+from ..quantization.rounding import feature_sensitivity, sensitivity
 from ..synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
 from .equalize import equalize
 from .fisher import BATCH
@@ -33,8 +37,31 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
     """
     check_finite(model)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
-    find_adapter(qmodel).convert(recipe)
-    return quantized(qmodel).to(next(model.parameters()).device)
+    adapter = find_adapter(qmodel)
+    adapter.convert(recipe)
+    qmodel = quantized(qmodel).to(next(model.parameters()).device)
+    if isinstance(adapter, GenericAdapter):
+        _expect_equal(model, qmodel)
+    return qmodel
+
+
+@torch.no_grad()
+def _expect_equal(model: nn.Module, qmodel: nn.Module) -> None:
+    """UsageError unless the converted model computes what the float one does: its structure was found, not known."""
+    parameter = next(model.parameters())
+    if parameter.is_meta:
+        return
+    image = torch.randn(1, *image_shape(model), generator=torch.Generator().manual_seed(0)).to(parameter)
+    wanted, found = model(image), copy.deepcopy(qmodel)(image)  # a copy, which alone observes this image
+    if not isinstance(wanted, torch.Tensor):
+        raise UsageError(
+            f"model was a {type(model).__name__}, which gives a {type(wanted).__name__}; it must give a tensor"
+        )
+    if not float((found - wanted).norm()) <= 1e-3 * float(wanted.norm()) + 1e-6:
+        raise UsageError(
+            f"model was a {type(model).__name__}, which computes something else once its layers are replaced; it may be a model "
+            "that calls its layers as modules"
+        )
 
 
 @torch.no_grad()
@@ -65,9 +92,10 @@ def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
         if isinstance(module, QuantLinear):
             module.observe_inputs()
     generator = torch.Generator().manual_seed(0)
+    matters = sensitivity if class_count(qmodel) else feature_sensitivity
     for batch in torch.cat([images, crops(images)]).split(BATCH):
         with torch.enable_grad():
-            sensitivity(qmodel(batch.detach().requires_grad_()), generator).backward()
+            matters(qmodel(batch.detach().requires_grad_()), generator).backward()
 
 
 def in_fixed_order(images: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 from ..api import QuantizationRecord
 from ..errors import UsageError
 from ..kernels.tuning import table as measured_choices
+from ..models.arithmetic import OTHER, multiply_adds
+from ..quantization.layers import AttentionOperands, QuantLinear
 from ..quantization.recipe import Recipe
 from ..storage import environment, load, sizes
 from .options import common, emit, pick_device
@@ -48,8 +50,27 @@ def describe_file(path: Path, device: torch.device, seed: int) -> dict[str, Any]
         "bytes": path.stat().st_size,
         "bytes_by_kind": sizes(model),
         "finite_logits": finite,
+        "float": _float_parts(model, record),
         **record.to_dict(),
     }
+
+
+def _float_parts(model: torch.nn.Module, record: QuantizationRecord) -> dict[str, float]:
+    """{what computes in float: its share of the multiply-adds}, greatest first; layers by name."""
+    shares = multiply_adds(record.spec)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if any(isinstance(module, AttentionOperands) for module in model.modules()):
+        quantized.add(OTHER)
+    found = {name: round(share, 5) for name, share in shares.items() if name not in quantized and share >= 5e-6}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _float_text(parts: dict[str, float]) -> str:
+    if not parts:
+        return "nothing of the multiply-adds"
+    first = ", ".join(f"{name} {100 * share:.2g} %" for name, share in list(parts.items())[:3])
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return f"{100 * sum(parts.values()):.2g} % of the multiply-adds: {first}{more}"
 
 
 def _as_text(described: dict[str, Any]) -> str:
@@ -63,6 +84,7 @@ def _as_text(described: dict[str, Any]) -> str:
             f"placement {recipe['placement']}, quantizer {recipe['quantizer']}, rounding {recipe['rounding']}",
             f"calibration    {described['samples']} images, {described['calibration']} {described['settings'] or ''}",
             f"correction     {described['acm']}, blocks {described['acm_blocks']}",
+            f"float          {_float_text(described['float'])}",
             f"input          {preprocessing['input_size']}, mean {preprocessing['mean']}, std {preprocessing['std']}, "
             f"{preprocessing['interpolation']}, crop {preprocessing['crop_pct']}",
             f"size           {described['bytes'] / 1e6:.3f} MB: {kinds}",

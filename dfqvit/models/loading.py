@@ -145,4 +145,4 @@ def _suggestions(name: str) -> str:
     known = [model for model in timm.list_models() if model.startswith(FAMILIES)]
     near = difflib.get_close_matches(name, [*known, *demo.ALIASES], n=4, cutoff=0.5)
     hint = f"the nearest are {', '.join(near)}" if near else "for instance deit_tiny_patch16_224 or demo"
-    return f"it may be a timm name of the ViT, DeiT or Swin families; {hint}"
+    return f"it may be a timm name of the ViT, DeiT or Swin families, or of another of linear layers; {hint}"

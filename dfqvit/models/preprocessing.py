@@ -38,7 +38,7 @@ class Preprocessing:
     def of(cls, model: Any) -> Preprocessing:
         """The model's own, as timm's pretrained configuration gives it, for the model's actual input size."""
         config = timm.data.resolve_data_config({}, pretrained_cfg=getattr(model, "pretrained_cfg", {}), model=model)
-        channels = int(model.in_chans)
+        channels = image_shape(model)[0]
         mean, std = tuple(config["mean"]), tuple(config["std"])
         if len(mean) != channels:  # timm's figures are for RGB: a model of other channels gets their average
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
@@ -91,6 +91,18 @@ class Preprocessing:
 
 
 def image_size(model: Any) -> tuple[int, int]:
-    """(height, width) of the images that `model` takes, pixels."""
-    height, width = model.patch_embed.img_size
+    """(height, width) of the images that `model` takes, pixels: its own, or that of timm's configuration where it takes any."""
+    found = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "img_size", None)
+    if found is None:
+        found = (getattr(model, "pretrained_cfg", None) or {})["input_size"][1:]
+    height, width = found if isinstance(found, (tuple, list)) else (found, found)
     return int(height), int(width)
+
+
+def image_shape(model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that `model` takes."""
+    channels = getattr(model, "in_chans", None)
+    if channels is None:
+        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        channels = 3 if first is None else first.in_channels
+    return int(channels), *image_size(model)

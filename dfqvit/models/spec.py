@@ -96,8 +96,10 @@ class ModelSpec:
 def _candidates(cls: type[ModelSpec], model: nn.Module, kwargs: Mapping[str, Any] | None) -> Iterator[ModelSpec]:
     known = getattr(model, "dfqvit_spec", None)
     known = known if isinstance(known, ModelSpec) else None
-    own = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
-    names = [name for name in (known.architecture if known else "", own) if name and timm.is_model(name)]
+    config = getattr(model, "pretrained_cfg", None) or {}
+    own = str(config.get("architecture") or "")
+    tagged = f"{own}.{config.get('tag')}" if own and config.get("tag") else ""  # some structures are a tag's
+    names = [name for name in (known.architecture if known else "", own, tagged) if name and timm.is_model(name)]
     names += [name for name in _registered_elsewhere() if name not in names]
     recorded = getattr(model, "_model_args", None)  # timm's create_model leaves it
     if kwargs is not None:

@@ -55,6 +55,14 @@ def sensitivity(logits: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     return ((draws - p * draws.sum(dim=1, keepdim=True)) * logits).sum()
 
 
+def feature_sensitivity(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As `sensitivity`, for a model without a classifier: of features [B, ...] as a whole, g with `E[g g^T]` = `J^T J`.
+
+    That is what a small change does to the features' squared distance.
+    """
+    return (torch.randn(features.shape, generator=generator).to(features.device) * features).sum()
+
+
 def round_second_order(weight: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(integers int8 [N, K], scale [N]) for weight [N, K] and the damped second moment [K, K] of its inputs.
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, Mlp
+from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, LayerScale, Mlp
 from torch import nn
 
 from ..quantization.layers import AttentionOperands, QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 
+_LEAST = 1e-20
 NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # the same arithmetic on float32
 
 
@@ -26,6 +27,7 @@ class Parts:
     heads: int
     scale: float
     activation: str
+    gains: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # LayerScale, of the results of proj and fc2
 
     @property
     def sites(self) -> tuple[ActivationQuantizer, ...]:
@@ -38,12 +40,16 @@ class Parts:
     ) -> tuple[Any, ...]:
         """The arguments of the operator `quant_block` after x, as its schema orders them."""
         operands = [linear.operands() for linear in self.linears]
+        gains = (None, self.gains[0], None, self.gains[1])
         return (
             [tensor for norm in self.norms for tensor in (norm.weight, norm.bias)],
             [norm.eps for norm in self.norms],
             [weight for weight, _, _ in operands],
-            [linear.weight_scale.new_empty(0) if linear.bias is None else linear.bias for linear in self.linears],
-            [linear.weight_scale for linear in self.linears],
+            [
+                linear.weight_scale.new_empty(0) if linear.bias is None else _scaled(linear.bias, gain)
+                for linear, gain in zip(self.linears, gains, strict=True)
+            ],
+            [_scaled(linear.weight_scale, gain) for linear, gain in zip(self.linears, gains, strict=True)],
             [linear.w_bits for linear in self.linears],
             [site.scale for site in self.sites],
             [site.zero_point for site in self.sites],
@@ -75,6 +81,15 @@ class Parts:
             )
         for site in self.sites:
             yield from (site.scale, site.zero_point)
+        yield from (gain for gain in self.gains if gain is not None)
+
+
+def _scaled(tensor: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    """LayerScale multiplies a layer's result, which is its scale times whole numbers plus its bias: so it multiplies these.
+
+    Scales must not be 0: a gain of nothing is one of _LEAST, which no residual sum feels.
+    """
+    return tensor if gain is None else tensor * torch.where(gain.abs() < _LEAST, _LEAST, gain)
 
 
 def parts_of(block: Any) -> Parts | str:
@@ -105,9 +120,17 @@ def parts_of(block: Any) -> Parts | str:
     for parent, name in ((attention, "q_norm"), (attention, "k_norm"), (attention, "norm"), (mlp, "norm")):
         if type(getattr(parent, name, _NOTHING)) is not nn.Identity:
             return f"it has a {name}"
-    for name in ("ls1", "ls2"):
-        if type(getattr(block, name, _NOTHING)) is not nn.Identity:
-            return f"it has a {name}"
+    gains: list[torch.Tensor | None] = []
+    for name, linear in (("ls1", attention.proj), ("ls2", mlp.fc2)):
+        scale: Any = getattr(block, name, _NOTHING)
+        gain = scale.gamma if type(scale) is LayerScale else None
+        if gain is None and type(scale) is not nn.Identity:
+            return f"it has a {name} of class {type(scale).__name__}"
+        if gain is not None and gain.dtype != torch.float32:
+            return f"its {name} holds {gain.dtype}, not float32"
+        if gain is not None and linear.acm is not None:
+            return f"a correction lies before its {name}"
+        gains.append(gain)
     if getattr(attention, "gate", None) is not None:
         return "its attention has a gate"
     activation = activation_of(mlp.act)
@@ -116,7 +139,15 @@ def parts_of(block: Any) -> Parts | str:
     for module in block.modules():
         if module is not block and "forward" in vars(module):
             return f"the forward of a {type(module).__name__} was replaced"
-    return Parts(norms, linears, attention.operands, attention.num_heads, float(attention.scale), activation)
+    return Parts(
+        norms,
+        linears,
+        attention.operands,
+        attention.num_heads,
+        float(attention.scale),
+        activation,
+        (gains[0], gains[1]),
+    )
 
 
 _NOTHING = nn.Identity()

@@ -37,6 +37,7 @@ from .atomic import atomic
 
 # What values that make no sense raise, here and in timm.
 _UNFIT = (LookupError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError)
+_PACKED = ".weight_packed"
 FORMAT_VERSION = 2  # 1: a checksum over the tensors alone
 
 
@@ -57,7 +58,7 @@ def save(qmodel: nn.Module, path: str | Path) -> Path:
     record = getattr(qmodel, "dfqvit_record", None)
     if not isinstance(record, QuantizationRecord):
         raise UsageError("qmodel has no quantization record; save takes what dfqvit.quantize or dfqvit.load returned")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in qmodel.state_dict().items()}
+    tensors = _apart({key: value.detach().cpu().contiguous() for key, value in qmodel.state_dict().items()})
     record = as_it_is(qmodel, record, tensors)
     header = {
         "format_version": FORMAT_VERSION,
@@ -68,6 +69,17 @@ def save(qmodel: nn.Module, path: str | Path) -> Path:
     with atomic(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {"dfqvit": json.dumps(header, sort_keys=True)})
     return Path(path)
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, each with memory of its own, which safetensors asks for: some models hold one parameter at two places."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def load(
@@ -125,7 +137,7 @@ def _structure(
     """What `rebuild` loads the tensors into."""
     model = record.spec.build(device)
     adapter = find_adapter(model)
-    adapter.convert(record.recipe)
+    adapter.convert(record.recipe, [key.removesuffix(_PACKED) for key in tensors if key.endswith(_PACKED)])
     freeze(model, allocate_only=True)
     for index in record.acm_blocks:
         adapter.set_acm(index, torch.zeros((), dtype=STORED))

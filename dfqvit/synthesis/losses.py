@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..errors import UsageError
 from ..kernels import patch_similarity_entropy, similarity_range, total_variation
 from ..models.adapters import Features
 
@@ -23,6 +24,8 @@ def entropy_loss(
 
     `ranges`, one for each stack of features, are the ends of the similarities when these features are part of a batch.
     """
+    if not features.tensors:
+        raise UsageError("model has neither attention nor stages whose patches synthesis could take; give calib=images")
     layers = []
     for index, (tensor, windows) in enumerate(features.stacked()):
         ends = None if ranges is None else ranges[index]

@@ -12,6 +12,7 @@ from .. import distributed
 from ..errors import UsageError
 from ..models import Preprocessing
 from ..models.adapters import Features, find_adapter
+from ..models.spec import class_count
 from .config import SynthesisConfig
 from .curriculum import DRAWS, crop_ratio, crop_shift_flip
 from .interruption import uninterrupted
@@ -46,10 +47,8 @@ class Step:
                 f"batch_size was {config.batch_size}; {config.samples} samples are one part of work for each "
                 f"{config.batch_size} images, fewer than the {distributed.world()} processes: it may be at most {least}"
             )
-        classes = int(getattr(model, "num_classes", 0))
-        if classes < 1:
-            raise UsageError("model has no classifier (num_classes is 0); synthesis needs its logits")
-        order = torch.randperm(classes, generator=torch.Generator().manual_seed(config.seed))
+        classes = class_count(model) or 0  # none: nothing says which class, and the term is left out
+        order = torch.randperm(max(classes, 1), generator=torch.Generator().manual_seed(config.seed))
         images, draws, targets, tones = [], [], [], []
         for index in range(config.samples):
             generator = torch.Generator().manual_seed((config.seed << 20) + index)
@@ -58,7 +57,8 @@ class Step:
             targets.append(torch.rand((), generator=generator))
             tones.append(draw_tones(generator))
         self.images = torch.stack(images).to(self.device)
-        self.labels = order[torch.arange(config.samples) % classes].to(self.device)
+        labels = order[torch.arange(config.samples) % len(order)].to(self.device)
+        self.labels = labels if classes else None
         self.crop_ratios = [
             crop_ratio(config.schedule, step, config.iters, config.crop_lower, config.crop_upper)
             for step in range(config.iters)
@@ -162,11 +162,14 @@ class Step:
         for part in own:
             images = self.images[part].detach().requires_grad_(True)
             features, logits = self._forward(images, draws[part], ratio)
+            tv = config.tv_weight * tv_loss(images, self._tv_target[part])
             losses = torch.stack(
                 [
                     config.entropy_weight * entropy_loss(features, config.points, config.bandwidth, ranges),
-                    config.onehot_weight * onehot_loss(logits, self.labels[part]),
-                    config.tv_weight * tv_loss(images, self._tv_target[part]),
+                    tv.new_zeros(())
+                    if self.labels is None
+                    else config.onehot_weight * onehot_loss(logits, self.labels[part]),
+                    tv,
                 ]
             ) * (len(images) / config.samples)
             self.images.grad[part] = torch.autograd.grad(losses.sum(), images)[0]  # type: ignore[index]

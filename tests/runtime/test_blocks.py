@@ -78,7 +78,6 @@ def test_state_dict_and_input_stay_as_they_were(model):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: small_vit(init_values=0.1), "ls1"),
         (lambda: small_vit(qk_norm=True), "q_norm"),
         (lambda: small_vit(act_layer="relu"), "ReLU"),
         (lambda: small_swin(img_size=28), "padded"),
@@ -192,3 +191,37 @@ def test_paths_of_the_processor_give_the_same_bits(model):
     fast = [logits for path, logits in found.items() if path != "portable"]
     assert all(torch.equal(logits, fast[0]) for logits in fast)
     assert all(close(found["portable"], logits) for logits in fast)
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_layer_scale_rides_in_the_scales_of_the_layers(seed, w_bits):
+    """Gains of both signs, of every size, and of nothing at all; a change of one is taken up."""
+    model = small_vit(init_values=0.5)
+    with torch.no_grad():
+        for block in model.blocks:
+            for scale in (block.ls1, block.ls2):
+                scale.gamma.copy_(torch.randn_like(scale.gamma))
+                scale.gamma[:3] = torch.tensor([0.0, 1e-30, -1e-5])
+    qmodel, images = quantized(model, w_bits, acm="sequential")
+    expected = qmodel(images)
+    assert accelerate(qmodel) == {}
+    assert close(qmodel(images), expected)
+    before = qmodel(images)
+    with torch.no_grad():
+        qmodel.blocks[-1].ls2.gamma.mul_(-1)
+    assert not torch.equal(qmodel(images), before)
+    simulated = copy.deepcopy(qmodel)
+    for block in simulated.blocks:
+        block.__class__ = type(block).family
+    assert close(qmodel(images), simulated(images))
+
+
+def test_a_gain_of_nothing_leaves_the_residual_as_it_is(seed):
+    model = small_vit(init_values=0.5, depth=1)
+    with torch.no_grad():
+        model.blocks[0].ls1.gamma.zero_()
+        model.blocks[0].ls2.gamma.zero_()
+    qmodel, _ = quantized(model)
+    accelerate(qmodel)
+    x = torch.randn(2, 17, 48)
+    assert torch.equal(qmodel.blocks[0](x), x)

@@ -326,5 +326,11 @@ def test_bad_models(seed):
     model.norm.weight.data[0] = float("nan")
     with pytest.raises(DfqvitError, match=r"'norm.weight' holds NaN or Inf"):
         synthesize(model)
-    with pytest.raises(UsageError, match="model has no classifier"):
-        synthesize(small_vit(num_classes=0))
+
+
+def test_without_a_classifier_the_class_term_is_left_out(seed):
+    model, terms = small_vit(num_classes=0), []
+    images = synthesize(model, samples=3, iters=4, report=lambda progress: terms.append(progress))
+    assert torch.isfinite(images).all()
+    assert all(progress.onehot == 0 and progress.entropy != 0 for progress in terms)
+    assert not torch.equal(images[0], images[1])

@@ -1,7 +1,8 @@
 """What dfqvit knows about timm's model families. Nothing outside this folder depends on timm's internals.
 
 An adapter answers, for one model: which are its blocks, what are the features of an attention layer, where does a placement
-put quantizers. `find_adapter(model)` picks it. To support another family, add a file and name its class here.
+put quantizers. `find_adapter(model)` picks it. To know another family
+better than `generic` does, add a file and name its class here.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from torch import nn
 
 from ...errors import UsageError
 from .base import Adapter, Features, LayerNames
+from .generic import GenericAdapter
 from .swin import SwinAdapter
 from .vit import VitAdapter
 
-ADAPTERS: tuple[type[Adapter], ...] = (VitAdapter, SwinAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (VitAdapter, SwinAdapter, GenericAdapter)
 
 
 def find_adapter(model: nn.Module, compat: str = "") -> Adapter:
-    """The adapter for `model`; UsageError when its class is of no supported family."""
+    """The adapter for `model`; the generic one where no family has its own; UsageError when nothing in it can be quantized."""
     for adapter in ADAPTERS:
         if adapter.supports(model):
             return adapter(model, compat)
     raise UsageError(
-        f"model was a {type(model).__name__}; it may be a timm VisionTransformer, VisionTransformerDistilled or SwinTransformer"
+        f"model was a {type(model).__name__}; it may be a timm model that takes images alone and multiplies in linear layers, "
+        "1x1 or patch convolutions beside its classifier, such as ViT, Swin, EVA or ConvNeXt"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -46,6 +46,8 @@ class Adapter(abc.ABC):
     """
 
     patchable: ClassVar[LayerNames]  # where `dfqvit.patch` takes linear layers over, beside MLPs
+    element_acm_only: ClassVar[bool] = False  # whether blocks' outputs may be other than [B, ..., channels]
+    whole_blocks: ClassVar[bool] = True  # whether a block's output depends on its one input alone
 
     def __init__(self, model: nn.Module, compat: str = "") -> None:
         self.model: Any = model
@@ -76,21 +78,44 @@ class Adapter(abc.ABC):
     def feature_of(self, attention: Any, output: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(features [B * windows, N, D], windows) from an attention layer's `softmax(QK^T)V` of shape [B', N', heads * D]."""
 
-    def convert(self, recipe: Recipe) -> None:
-        """Replaces every linear layer and the patch projection by quantized ones, in place, and adds the placement's sites.
+    def heads(self) -> tuple[Any, ...]:
+        """The classifier's layers."""
+        get = getattr(self.model, "get_classifier", None)
+        found = get() if callable(get) else None
+        return tuple(found) if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
 
-        The patch projection and the classifier are the recipe's edges. UsageError when `layer_bits` names another layer.
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers that `convert` replaces, by name: every linear layer, and the patch projection where it is one."""
+        found: dict[str, nn.Module] = {n: m for n, m in self.model.named_modules() if type(m) is nn.Linear}
+        first = self.model.get_submodule("patch_embed.proj")
+        return {**found, "patch_embed.proj": first} if is_patch_convolution(first) else found
+
+    def prepare(self) -> None:  # noqa: B027 (most families change nothing)
+        """What a family changes in the float model before its layers are looked for; the output stays."""
+
+    def convert(self, recipe: Recipe, names: Collection[str] | None = None) -> None:
+        """Replaces the model's `layers` by quantized ones, in place, and adds the placement's sites.
+
+        The convolution over the image and the classifier are the recipe's edges.
+
+        Args:
+            recipe: bits and rules.
+            names: the layers to replace, as `load` knows them from the file; default `layers()`.
+
+        Raises:
+            UsageError: `layer_bits` names a layer that stays float, or the model does not fit.
         """
-        heads = self.model.get_classifier()
-        heads = heads if isinstance(heads, tuple) else (heads,)
-        for name, module in list(self.model.named_modules()):
-            if type(module) is nn.Linear:
-                edge = any(module is head for head in heads)
-                bits = recipe.bits_of(name, edge), recipe.input_bits(edge)
-                self._replace(name, QuantLinear.from_float(module, *bits, recipe.quantizer))
-        first = "patch_embed.proj"
-        conv, bits = self.model.get_submodule(first), (recipe.bits_of(first, True), recipe.input_bits(True))
-        self._replace(first, QuantPatchProjection.from_conv(conv, *bits, recipe.quantizer))
+        self.prepare()
+        layers = self.layers() if names is None else {name: self.model.get_submodule(name) for name in names}
+        heads = self.heads()
+        for name, module in layers.items():
+            edge = any(module is head for head in heads) or _takes_images(name, module)
+            bits = recipe.bits_of(name, edge), recipe.input_bits(edge)
+            if isinstance(module, nn.Conv2d):
+                made: QuantLinear = QuantPatchProjection.from_conv(module, *bits, recipe.quantizer)
+            else:
+                made = QuantLinear.from_float(module, *bits, recipe.quantizer)  # type: ignore[arg-type]
+            self._replace(name, made)
         for name in recipe.layer_bits or {}:
             if not isinstance(dict(self.model.named_modules()).get(name), QuantLinear):
                 raise UsageError(f"layer_bits named '{name}'; the model has no such linear layer")
@@ -149,6 +174,21 @@ class Adapter(abc.ABC):
         parent, _, child = name.rpartition(".")
         module.train(self.model.training)
         setattr(self.model.get_submodule(parent), child, module)
+
+
+def is_patch_convolution(module: Any) -> bool:
+    """Whether the module is an `nn.Conv2d` that multiplies each patch of its input once: a 1x1 convolution is one."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == module.stride
+        and module.groups == 1
+        and module.padding in ((0, 0), 0, "valid")
+        and module.dilation == (1, 1)
+    )
+
+
+def _takes_images(name: str, module: nn.Module) -> bool:
+    return name == "patch_embed.proj" or (isinstance(module, nn.Conv2d) and module.in_channels <= 3)
 
 
 def last_of_mlp(mlp: nn.Module) -> nn.Module | None:

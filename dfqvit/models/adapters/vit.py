@@ -24,8 +24,10 @@ class VitAdapter(Adapter):
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
-        """Whether `model` is a VisionTransformer."""
-        return isinstance(model, VisionTransformer)
+        """Whether `model` is a VisionTransformer whose blocks all have timm's Attention and one MLP."""
+        if not isinstance(model, VisionTransformer) or not hasattr(model.patch_embed, "proj"):
+            return False
+        return all(isinstance(getattr(b, "attn", None), Attention) and hasattr(b, "mlp") for b in model.blocks)
 
     def blocks(self) -> list[Any]:
         """`model.blocks`."""
@@ -33,10 +35,6 @@ class VitAdapter(Adapter):
 
     def feature_of(self, attention: Any, output: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The patch tokens' features; class, distillation and register tokens are dropped."""
-        if not isinstance(attention, Attention):
-            raise UsageError(
-                f"model has attention of class {type(attention).__name__}; synthesis needs timm's Attention"
-            )
         return heads_mean(output, attention.num_heads, self.model.num_prefix_tokens), 1
 
     def last_linear(self, block: Any) -> nn.Module | None:

@@ -1,0 +1,244 @@
+"""Any other timm model whose products lie in linear layers, 1x1 and patch convolutions: structure found, not known by name."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import UsageError
+from ...quantization.layers import QuantLinear
+from ..preprocessing import image_shape
+from .base import Adapter, Features, heads_mean, is_patch_convolution
+
+_LEAST_PATCHES = 4  # a set of fewer vectors says nothing of an image's structure
+_MOST_PATCHES = 1024  # of a stage's output; a larger one is averaged down to it
+_PROJECTIONS = ("proj", "out_proj", "attn_out_proj")  # attention's last layer: its input is softmax(QK^T)V
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
+
+
+class GenericAdapter(Adapter):
+    """A timm model of a family that dfqvit has no adapter for.
+
+    Quantized are the layers of exact class `nn.Linear` and the `nn.Conv2d` whose patches do not overlap (1x1 among them), as
+    far as the model calls them: one whose weight the model reads itself stays float, found by a pass over one image. All else
+    stays float too: other convolutions, attention's own products.
+    """
+
+    patchable: ClassVar = {}
+    element_acm_only: ClassVar = True
+    whole_blocks: ClassVar = False
+
+    @classmethod
+    def supports(cls, model: nn.Module) -> bool:
+        """Whether timm made `model`, it takes images alone, and a layer beside the classifier can be quantized."""
+        if not isinstance(getattr(model, "pretrained_cfg", None), dict) or _required(model.forward) != 1:
+            return False
+        if any(isinstance(module, QuantLinear) for module in model.modules()):
+            return True  # converted already
+        adapter = cls(model)
+        heads = adapter.heads()
+        return any(not any(layer is head for head in heads) for layer in adapter.candidates().values())
+
+    def candidates(self) -> dict[str, nn.Module]:
+        """The layers that could be quantized, by name; one that stands at two places is none."""
+        names: dict[nn.Module, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            if type(module) is nn.Linear or is_patch_convolution(module):
+                names.setdefault(module, []).append(name)
+        owners: dict[int, int] = {}
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        return {
+            places[0]: module
+            for module, places in names.items()
+            if len(places) == 1 and owners[id(module.weight)] == 1 and places[0]
+        }
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The candidates that the model calls, and of which it reads nothing itself; found by a pass over one image."""
+        probes = {name: _Probe(layer) for name, layer in self.candidates().items()}
+        try:
+            for name, probe in probes.items():
+                self._replace(name, probe)
+            self._pass()
+        finally:
+            for name, probe in probes.items():
+                self._replace(name, probe._modules["layer"])  # type: ignore[arg-type]
+        found = {name: probe.layer for name, probe in probes.items() if probe.called and not probe.read}
+        if not found:
+            raise UsageError(f"model was a {type(self.model).__name__}, which calls no layer that could be quantized")
+        return found
+
+    def prepare(self) -> None:
+        """Lets timm's attentions with biases of their own for Q and V call `qkv`, and add these, rather than read its weight."""
+        for module in self.model.modules():
+            if getattr(module, "qkv_bias_separate", None) is False:
+                module.qkv_bias_separate = True
+
+    def _pass(self) -> None:
+        parameter = next(self.model.parameters())
+        image = torch.zeros(1, *image_shape(self.model), device=parameter.device, dtype=parameter.dtype)
+        try:
+            with torch.no_grad():
+                self.model(image)
+        except Exception as error:  # whatever the model raises
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"model was a {type(self.model).__name__}, which one image {list(image.shape)} cannot be run through ({said})"
+            ) from error
+
+    def blocks(self) -> list[Any]:
+        """The children of every list named `blocks` that take one tensor and give one; none where there are no such lists."""
+        found: list[Any] = []
+        chosen: list[str] = []
+        for name, module in self.model.named_modules():
+            inside = any(name.startswith(f"{prefix}.") for prefix in chosen)
+            if (
+                name.rpartition(".")[2] == "blocks"
+                and isinstance(module, (nn.Sequential, nn.ModuleList))
+                and not inside
+            ):
+                blocks = list(module)
+                if all(_is_block(block) for block in blocks):
+                    found += blocks
+                    chosen.append(name)
+        return found
+
+    def last_linear(self, block: Any) -> nn.Module | None:
+        """None: corrections are added to a block's output."""
+        return None
+
+    def add_psaq_sites(self, bits: int, quantizer: str) -> None:
+        """UsageError: it is made for plain ViT, DeiT and Swin."""
+        raise UsageError(
+            f"placement was 'psaq' and the model a {type(self.model).__name__}; it may be 'gemm' for this model"
+        )
+
+    def add_gemm_sites(self, bits: int, quantizer: str) -> None:
+        """None: attention's own products stay float."""
+
+    def quantize_constants(self, bits: int) -> None:
+        """None."""
+
+    def feature_of(self, attention: Any, output: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """As the base's, of one image or window each."""
+        heads = attention.num_heads if output.shape[-1] % attention.num_heads == 0 else 1
+        return heads_mean(output, heads), 1
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Features]:
+        """Collects, during the `with` block, what each attention's last layer takes; without attentions, the stages' outputs.
+
+        The features are there once the block has ended.
+        """
+        features, attended, staged = Features(), Features(), Features()
+        batch: list[int] = []
+        handles = [self.model.register_forward_pre_hook(lambda _, inputs: batch.append(len(inputs[0])))]
+
+        def attend(_: nn.Module, inputs: tuple[torch.Tensor, ...], attention: Any) -> None:
+            values = inputs[0]
+            if values.dim() == 4:  # [B, H, W, C]
+                values = values.flatten(1, 2)
+            if values.dim() != 3 or len(values) % batch[-1]:
+                return
+            windows = len(values) // batch[-1]
+            prefix = int(getattr(self.model, "num_prefix_tokens", 0) or 0) if windows == 1 else 0
+            values = values[:, prefix:]
+            if values.shape[1] >= _LEAST_PATCHES:
+                attended.tensors.append(self.feature_of(attention, values.contiguous())[0])
+                attended.windows.append(windows)
+
+        def stage(_: nn.Module, __: Any, output: Any) -> None:
+            patches = self._patches(output)
+            if patches is not None:
+                staged.tensors.append(patches)
+                staged.windows.append(1)
+
+        for attention, projection in self._attentions():
+            handles.append(
+                projection.register_forward_pre_hook(
+                    lambda m, inputs, attention=attention: attend(m, inputs, attention)
+                )
+            )
+        handles += [part.register_forward_hook(stage) for part in self._stages()]
+        try:
+            yield features
+        finally:
+            for handle in handles:
+                handle.remove()
+            chosen = attended if attended.tensors else staged
+            features.tensors, features.windows = chosen.tensors, chosen.windows
+
+    def _attentions(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        for module in self.model.modules():
+            if not isinstance(getattr(module, "num_heads", None), int) or "Pool" in type(module).__name__:
+                continue
+            for name in _PROJECTIONS:
+                layer = module._modules.get(name)
+                if isinstance(layer, (nn.Linear, QuantLinear)):
+                    yield module, layer
+                    break
+
+    def _stages(self) -> list[nn.Module]:
+        for name in ("stages", "layers"):
+            stages = self.model._modules.get(name)
+            if isinstance(stages, (nn.Sequential, nn.ModuleList)):
+                return list(stages)
+        return self.blocks()
+
+    def _patches(self, output: Any) -> torch.Tensor | None:
+        """[B, N, C] of a stage's output, which is [B, N, C] or, as the model's `output_fmt` says, [B, C, H, W] or [B, H, W, C]."""
+        if not isinstance(output, torch.Tensor) or output.dim() not in (3, 4):
+            return None
+        if output.dim() == 4:
+            planes = output.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else output
+            step = 1
+            while (planes.shape[2] // step) * (planes.shape[3] // step) > _MOST_PATCHES:
+                step += 1
+            output = F.avg_pool2d(planes, step).flatten(2).mT.contiguous()
+        return output if output.shape[1] >= _LEAST_PATCHES else None
+
+
+class _Probe(nn.Module):
+    """Stands in for a layer during one pass: computes as it, and notes how it was used."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.called = self.read = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.called = True
+        if isinstance(self.layer, nn.Conv2d) and x.dim() != 4:
+            self.read = True
+        return self.layer(x)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = getattr(self._modules["layer"], name)
+            if name not in ("in_features", "out_features"):  # a quantized layer has those
+                object.__setattr__(self, "read", True)
+            return found
+
+
+def _required(function: Any) -> int:
+    """How many arguments must be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return sum(each.kind in kinds and each.default is inspect.Parameter.empty for each in parameters)
+
+
+def _is_block(block: nn.Module) -> bool:
+    if isinstance(block, _CONTAINERS) or _required(block.forward) != 1:
+        return False
+    given = inspect.signature(block.forward).return_annotation
+    return given in (inspect.Signature.empty, torch.Tensor, "torch.Tensor", "Tensor")
