@@ -37,6 +37,9 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
     """
     check_finite(model)
     qmodel = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in qmodel.modules():
+        if getattr(module, "grad_checkpointing", False):  # layers would be called twice, and seen twice
+            module.grad_checkpointing = False  # type: ignore[assignment]
     adapter = find_adapter(qmodel)
     adapter.convert(recipe)
     qmodel = quantized(qmodel).to(next(model.parameters()).device)

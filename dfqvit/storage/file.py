@@ -146,6 +146,9 @@ def _structure(
             module.acm = torch.zeros_like(tensors[f"{name}.acm"])
         if isinstance(module, QuantLinear) and f"{name}.exponents" in tensors:
             module.exponents = torch.zeros_like(tensors[f"{name}.exponents"])
+        if isinstance(module, QuantLinear) and module.bias is None and f"{name}.bias" in tensors:
+            like = tensors[f"{name}.bias"]  # a layer without one takes what is shifted out of the norm before it
+            module.bias = nn.Parameter(torch.zeros_like(like, device=device or "cpu"), requires_grad=False)
     return quantized(model)
 
 

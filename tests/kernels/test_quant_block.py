@@ -47,6 +47,7 @@ def sample(rng, batch, tokens, heads, depth, hidden, *, w_bits=4, a_bits=8, wind
         "mask": mask,
         "index": index,
         "acm": torch.randn(tokens, channels).half() if acm else None,
+        "hidden_scale": 0.02 + torch.rand(hidden) * 0.05 if rng.random() < 0.5 else None,
         "activation": rng.choice([None, "gelu", "gelu_tanh"]),
     }
     return torch.randn(batch, tokens, channels), named
