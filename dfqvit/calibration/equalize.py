@@ -70,13 +70,16 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
     for norm, name in places.norms:
         if name in found:
             changed[norm] = _scale_norm(qmodel.get_submodule(norm), found[name], norm not in places.padded)
+    quantized = {
+        name for name, module in qmodel.named_modules() if hasattr(module, "operands")
+    }  # attentions' own products
     for qkv, proj in places.values:
-        if qkv in found and proj in found:
+        if qkv in found and proj in found and qkv.rpartition(".")[0] in quantized:
             changed[f"{qkv} values"] = _scale_values(
                 qmodel.get_submodule(qkv.rpartition(".")[0]), found[qkv], found[proj]
             )
     for qkv in places.scores:
-        if qkv in found:
+        if qkv in found and qkv.rpartition(".")[0] in quantized:
             changed[f"{qkv} scores"] = _scale_scores(qmodel.get_submodule(qkv.rpartition(".")[0]), found[qkv])
     for name in places.hidden:
         if name in found:
