@@ -166,8 +166,9 @@ class QuantLinear(KeepsPrecision):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        if self.factor is not None:
-            x = x / self.factor
+        factor = self.factor
+        if factor is not None:
+            x = x / factor
         if self.weight is not None:
             y = F.linear(self.input(x), self.weight, self.bias)
             if self._moment is not None and y.requires_grad:
