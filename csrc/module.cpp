@@ -70,7 +70,7 @@ class QuantBlock {
  public:
   QuantBlock(const py::tuple& arguments, const std::vector<at::Tensor>& values, const py::list& places,
              const py::list& empty, int64_t channels)
-      : block_(arguments_of(arguments), true), channels_(channels) {
+      : QuantBlock(arguments_of(arguments), channels) {
     for (const at::Tensor& value : values) {
       live_.push_back(value);
       held_.push_back(value.detach().clone(at::MemoryFormat::Contiguous));
@@ -106,6 +106,18 @@ class QuantBlock {
     PyTypeObject* type;
   };
 
+  QuantBlock(const BlockArguments& a, int64_t channels) : block_(a, true), channels_(channels) {
+    for (const auto* tensors : {&a.norms, &a.weights, &a.biases, &a.weight_scales, &a.scales, &a.zeros}) {
+      for (const at::Tensor& tensor : *tensors) hold(tensor);
+    }
+    for (const auto* tensor : {&a.position_bias, &a.mask, &a.index, &a.acm, &a.hidden_scale}) {
+      if (*tensor) hold(**tensor);
+    }
+  }
+
+  // The block reads this tensor's memory, which torch may move: to share it with a process, for one.
+  void hold(const at::Tensor& tensor) { memory_.emplace_back(tensor, tensor.const_data_ptr()); }
+
   bool unchanged() const {
     for (const Place& place : places_) {
       if (PyDict_GetItemWithError(place.owner.ptr(), place.key.ptr()) != place.value.ptr() ||
@@ -115,6 +127,9 @@ class QuantBlock {
     }
     for (const py::dict& dict : empty_) {
       if (PyDict_Size(dict.ptr()) != 0) return false;
+    }
+    for (const auto& [tensor, address] : memory_) {
+      if (tensor.const_data_ptr() != address) return false;
     }
     for (size_t i = 0; i < live_.size(); ++i) {
       const at::Tensor &live = live_[i], &held = held_[i];
@@ -139,6 +154,7 @@ class QuantBlock {
 
   Block block_;
   int64_t channels_;
+  std::vector<std::pair<at::Tensor, const void*>> memory_;
   std::vector<at::Tensor> live_, held_;
   std::vector<Place> places_;
   std::vector<py::dict> empty_;

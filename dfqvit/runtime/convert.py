@@ -65,6 +65,9 @@ def integer_report(model: nn.Module) -> dict[str, str]:
     Args:
         model: from `dfqvit.quantize` or `dfqvit.load`.
 
+    Returns:
+        {timm's name of a block: "" or the reason in a sentence}.
+
     Raises:
         UsageError: the model was not quantized by dfqvit.
     """

@@ -67,9 +67,9 @@ def quant_linear(
         out_scale: [N] or scalar, positive; None (default) for a float result.
         out_zero: [N] or scalar, whole numbers in [0, 2^out_bits - 1]; given if out_scale is.
         out_bits: 2 to 8.
+        out_dtype: of a float result; by default that of x, of residual if x is uint8, or else float32.
         w_sums: int32 [N] or None: the sums of the integers of each row of a packed weight, from `weight_sums`, so that GPUs
             need not add them up in every call.
-        out_dtype: of a float result; by default that of x, of residual if x is uint8, or else float32.
 
     Returns:
         [..., N] in out_dtype, or uint8 with out_scale.
