@@ -53,6 +53,9 @@ class Process:
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, bufsize=1, env=environment
         )
+
+    def started(self) -> None:
+        """Waits until it is; Failed when it does not."""
         self._answer()
 
     def ask(self, **order: Any) -> dict[str, Any]:
@@ -101,15 +104,22 @@ class Match:
             "device": args.device,
             "threads": args.threads,
         }
-        for name in args.contenders:
-            reason = CONTENDERS[name].why_not(args.device)
-            try:
+        at_once = len(args.contenders) if args.device == "cuda" else 1  # on a CPU they would share its cores and memory
+        for start in range(0, len(args.contenders), at_once):
+            names = args.contenders[start : start + at_once]
+            say(f"{model}: {', '.join(names)}")
+            for name in names:
+                reason = CONTENDERS[name].why_not(args.device)
                 if reason:
-                    raise Failed(reason)
-                say(f"{model}: {name}")
-                self.processes[name] = Process(name, arguments, args.limit)
-            except Failed as failure:
-                self.skip(name, None, failure)
+                    self.skip(name, None, Failed(reason))
+                else:
+                    self.processes[name] = Process(name, arguments, args.limit)
+            for name in names:
+                try:
+                    if name in self.processes:
+                        self.processes[name].started()
+                except Failed as failure:
+                    self.skip(name, None, failure)
 
     def skip(self, name: str, batch: int | None, why: Failed) -> None:
         say(f"{self.model}: {name} left out: {why}")

@@ -4,7 +4,9 @@ What matters most comes first: DeiT-B at batch 256, synthesis, the entropy; then
 the tests of quant_linear run with both products, mma.sync and wgmma, and its benchmark has rows for both. Uses the Python that
 runs it (torch with CUDA, triton, timm, pytest, pybind11 and ninja must be there), and builds for this card only.
 
-Every step is timed and bounded, and so is the whole, by TOTAL: what comes later is cut short or not begun (status 124). A step
+`--steps build tests deit_base` runs some of them, in that order; `--seconds` is the time for everything, TOTAL by default.
+
+Every step is timed and bounded, and so is the whole: what comes later is cut short or not begun (status 124). A step
 out of time is first interrupted, so that it can say where it was, and GRACE seconds later ended; a failed test is in the log at
 once. A failed step is reported and the next one runs all the same. Exit status 1 when any failed.
 """
@@ -12,6 +14,7 @@ once. A failed step is reported and the next one runs all the same. Exit status 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -68,6 +71,8 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
         "-p",
         "no:cacheprovider",
     ]
+    if importlib.util.find_spec("xdist"):  # most of their time is Triton's compiler, on one core each
+        tests += ["-n", str(min(8, os.cpu_count() or 1))]
 
     def benchmarks(rows: list[Step]) -> list[tuple[str, list[str], int]]:
         def command(name: str, script: str, options: list[str]) -> list[str]:
@@ -117,11 +122,19 @@ def run(command: list[str], log: Path, seconds: float, variables: dict[str, str]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the logs and JSON lines")
-    out = parser.parse_args().out.resolve()
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for everything")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="these alone, in this order")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    every = {name: (command, limit) for name, command, limit in steps(out)}
+    unknown = [name for name in args.steps or [] if name not in every]
+    if unknown:
+        parser.error(f"--steps held '{unknown[0]}'; it may be {', '.join(every)}")
     out.mkdir(parents=True, exist_ok=True)
     variables = environment()
-    summary, failed, end = [], False, time.perf_counter() + TOTAL
-    for name, command, limit in steps(out):
+    summary, failed, end = [], False, time.perf_counter() + args.seconds
+    for name in args.steps or every:
+        command, limit = every[name]
         started = time.perf_counter()
         begun = started < end
         log = out / f"{name}.log"

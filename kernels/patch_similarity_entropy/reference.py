@@ -60,7 +60,7 @@ def patch_similarity_entropy_backward(
         similarity = unit @ unit.mT
         places, step = _places(value_range[index], points, work.dtype)
         weights = torch.full_like(places, 1.0)
-        weights[0] = weights[-1] = 0.5
+        weights[:: points - 1].fill_(0.5)  # not by assignment: that copies from the host, which no CUDA graph can hold
         # d entropy / d p_j = -weight_j step (log p_j + 1);  d p_j / d s = Gaussian (x_j - s) / h^2 / number of pairs
         per_place = -weights * step * (density[index].log() + 1.0) * grad[index].to(work.dtype).unsqueeze(1)
         per_place = per_place.repeat_interleave(windows, dim=0) * (peak / (bandwidth**2 * n * n * windows))
