@@ -50,6 +50,7 @@ OPERATORS = "dfqvit_ops"  # the shared library's name to a linker
 CUDA_SOURCES = [
     "csrc/cuda/fake_quantize.cu",
     "csrc/cuda/patch_similarity_entropy.cu",
+    "csrc/cuda/quant_attention.cu",
     "csrc/cuda/quant_linear.cu",
 ]
 

@@ -38,7 +38,7 @@ const Definition kDefinitions[] = {
      true, true},
     {"quant_attention(Tensor qkv, int heads, Tensor in_scale, Tensor in_zero, float scale, Tensor? bias, Tensor? mask, "
      "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits) -> Tensor",
-     true, false},
+     true, true},
     {"quant_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? acm, Tensor x_scale, Tensor x_zero, Tensor w_scale, "
      "int "
      "a_bits, int w_bits, str activation, Tensor? residual, Tensor? out_scale, Tensor? out_zero, int out_bits, "

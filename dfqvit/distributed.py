@@ -62,9 +62,13 @@ def reduce_(tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
 
 
 def wait_for_all() -> None:
-    """Returns once every process is here."""
+    """Returns once every process is here.
+
+    By a barrier, which takes no tensor of Python's: gloo's threads give theirs back a moment after a reduction has returned, need
+    Python's lock for it, and abort the process where Python has ended meanwhile (pytorch 179291).
+    """
     if dist.is_initialized():
-        _call(dist.all_reduce, torch.zeros(1))
+        _call(dist.barrier)
 
 
 def _call(function: Any, *arguments: Any) -> None:

@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def steps(out: Path) -> list[tuple[str, list[str], int]]:
 def environment() -> dict[str, str]:
     """The tree itself, for nothing is installed on that machine; failures of tests at once; code for this card alone."""
     found = {**os.environ, "PYTHONPATH": str(ROOT), "DFQVIT_TEST_AT_ONCE": "1"}
+    found.setdefault("DFQVIT_TEST_SEED", str(secrets.randbelow(10**6)))  # xdist wants the same tests in every process
     import torch
 
     if torch.cuda.is_available():
@@ -105,7 +107,13 @@ def run(command: list[str], log: Path, seconds: float, variables: dict[str, str]
     """The command's exit status, its output in `log`; 124 where it took longer."""
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
         try:
             return process.wait(seconds)

@@ -198,9 +198,9 @@ class _Pretended(TorchFunctionMode):
         args, kwargs = tree_map(self._place, (args, kwargs or {}))
         if getattr(function, "__name__", "") in FROM_HOST and self.gpu.linting and self._on_gpu(args, kwargs):
             raise CaptureError(f"{function.__name__} copies between host and device")
-        if function is torch.Tensor.__setitem__ and self.gpu.linting and args[0].is_meta:
-            if not isinstance(args[2], torch.Tensor) and not args[0][args[1]].dim():  # more than one: torch fills
-                raise CaptureError("a number assigned to one element copies between host and device")
+        assigned = function is torch.Tensor.__setitem__ and self.gpu.linting and args[0].is_meta
+        if assigned and not isinstance(args[2], torch.Tensor) and not args[0][args[1]].dim():  # of more, torch fills
+            raise CaptureError("a number assigned to one element copies between host and device")
         return function(*args, **kwargs)
 
     def _place(self, value: Any) -> Any:

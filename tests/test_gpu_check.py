@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -85,8 +86,9 @@ def test_the_whole_is_bounded(script, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "c.log").exists()
 
 
-def test_a_step_out_of_time_says_what_had_failed_and_where_it_was(script, tmp_path, monkeypatch):
-    """Interrupted before it is ended; what hangs outside Python has at least said at once what failed."""
+@pytest.mark.parametrize("background", [False, True])
+def test_a_step_out_of_time_says_what_had_failed_and_where_it_was(script, tmp_path, monkeypatch, background):
+    """Interrupted before it is ended, also where a shell's background job was told to ignore that."""
     (tmp_path / "test_slow.py").write_text(
         "import time\n"
         "def test_wrong():\n    assert 1 + 1 == 3\n"
@@ -110,7 +112,11 @@ def test_a_step_out_of_time_says_what_had_failed_and_where_it_was(script, tmp_pa
 
     monkeypatch.setattr(script.subprocess, "Popen", Impatient)
     monkeypatch.setattr(script, "GRACE", 120)
-    assert script.run(command, log, 600, {**script.os.environ}) == 124
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.default_int_handler)
+    try:
+        assert script.run(command, log, 600, {**script.os.environ}) == 124
+    finally:
+        signal.signal(signal.SIGINT, before)
     text = log.read_text()
     assert "assert (1 + 1) == 3" in text
     assert "KeyboardInterrupt" in text

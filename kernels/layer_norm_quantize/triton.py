@@ -36,7 +36,7 @@ def launch_of(channels: int) -> Launch:
 
 
 @triton.jit
-def _kernel(
+def _layer_norm_kernel(
     x, weight, bias, out, scale, zero, eps, rows, channels,
     greatest: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def layer_norm_quantize(
     if not out.numel():
         return out
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        _kernel[(triton.cdiv(rows, launch.rows),)](
+        _layer_norm_kernel[(triton.cdiv(rows, launch.rows),)](
             x, weight.contiguous(), bias.contiguous(), out, scale, zero_point, eps, rows,
             channels=channels, greatest=float((1 << bits) - 1), ROWS=launch.rows, WIDTH=launch.width,
             num_warps=launch.warps, enable_fp_fusion=False,

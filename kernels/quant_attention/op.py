@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -110,6 +111,25 @@ def _supports(qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, *_: Any) ->
     return (in_scale.dtype != torch.float64, "float64 runs on the reference")
 
 
+def _supports_cuda(
+    qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, in_zero: torch.Tensor, scale: float,
+    bias: torch.Tensor | None, mask: torch.Tensor | None, index: torch.Tensor | None, *_: Any,
+) -> Verdict:  # fmt: skip
+    tokens, depth = (qkv if index is None else index).shape[1], qkv.shape[2] // 3 // heads
+    if depth % _CHUNK or depth > _DEEPEST_CUDA:
+        return False, f"a head had {depth} channels; the CUDA kernel takes multiples of {_CHUNK} up to {_DEEPEST_CUDA}"
+    width, keys = -(-depth // 32) * 32, -(-tokens // 32) * 32
+    needed, there = keys * (2 * width + 20) + 16 * width, _shared_memory(qkv.device)
+    if needed > there:
+        return (
+            False,
+            f"a window had {tokens} tokens; their keys and values take {needed} bytes of shared memory of {there}",
+        )
+    if not scale > 0:
+        return False, f"scale was {scale:g}; the CUDA kernel looks for the greatest sum, which needs a positive one"
+    return _supports(qkv, heads, in_scale)
+
+
 def _supports_triton(
     qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, in_zero: torch.Tensor, scale: float,
     bias: torch.Tensor | None, mask: torch.Tensor | None, index: torch.Tensor | None, *_: Any,
@@ -124,6 +144,16 @@ def _supports_triton(
 
 _MOST_TOKENS = ((1 << 31) - 1) // (255 * 255)
 _DEEPEST = 256
+_CHUNK = 16
+_DEEPEST_CUDA = 128
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def _fake(qkv: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -137,6 +167,7 @@ forward = Operator(
     "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits) -> Tensor",
     fake=_fake,
     backends=[
+        compiled("quant_attention", "cuda", _supports_cuda),
         in_triton("quant_attention", __package__, _supports_triton),
         compiled("quant_attention", "cpu", _supports),
         Backend("reference", reference.quant_attention, anything),

@@ -83,7 +83,7 @@ def _scores(
 
 
 @triton.jit
-def _kernel(
+def _attention_kernel(
     qkv, in_scale, in_zero, scale, bias, mask, index, out_scale, out_zero, out, windows,
     heads: tl.constexpr, tokens: tl.constexpr, depth: tl.constexpr, greatest: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
@@ -167,7 +167,7 @@ def quant_attention(
     tile = tile_of(tokens, depth, bias is not None or mask is not None)
     programs = triton.cdiv(tokens, tile.queries) * heads * windows * batch
     with torch.cuda.device(qkv.device) if qkv.is_cuda else contextlib.nullcontext():
-        _kernel[(programs,)](
+        _attention_kernel[(programs,)](
             qkv.contiguous(), in_scale, in_zero, scale, *(None if t is None else t.contiguous() for t in (bias, mask, index)),
             out_scale, out_zero, out, windows,
             heads=heads, tokens=tokens, depth=depth, greatest=float((1 << out_bits) - 1),

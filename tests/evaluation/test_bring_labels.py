@@ -193,7 +193,7 @@ def test_another_order_of_classes_is_said(seed):
     truth = torch.randint(0, 10, (400,))
     guesses = torch.where(torch.rand(400) < 0.8, truth, torch.randint(0, 10, (400,)))
     order = torch.tensor([3, 9, 0, 6, 5, 1, 8, 2, 7, 4])
-    with pytest.warns(UserWarning, match="the order of the classes looks wrong: 8"):
+    with pytest.warns(UserWarning, match=r"the order of the classes looks wrong: [78]\d% of"):
         measured(guesses, order[truth], 10)
 
 

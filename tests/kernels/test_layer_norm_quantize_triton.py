@@ -87,6 +87,6 @@ def test_compiles_for_gpus(capability) -> None:
         launch = module.launch_of(channels)
         constants = {"greatest": 255.0, "ROWS": launch.rows, "WIDTH": launch.width}
         options = {"num_warps": launch.warps, "enable_fp_fusion": False}
-        made = compile_for(module._kernel, capability, kinds, constants, **options)
+        made = compile_for(module._layer_norm_kernel, capability, kinds, constants, **options)
         assert made.metadata.shared <= 48 * 1024
         assert resources(made, capability)[1] == 0

@@ -114,7 +114,7 @@ def test_compiles_for_gpus(capability, instruction) -> None:
             constants["windows"] = 1  # which Triton makes a constant of
         constants |= {"QUERIES": tile.queries, "KEYS": tile.keys, "DEPTH": tile.depth}
         made = compile_for(
-            module._kernel,
+            module._attention_kernel,
             capability,
             kinds,
             constants,

@@ -46,7 +46,7 @@ inline int2 make_int2(int x, int y) {
 
 using std::isfinite;
 
-inline Index threadIdx, blockIdx, gridDim;
+inline Index threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
 
@@ -130,7 +130,7 @@ void exchange(const uint32_t (&mine)[kWords], Read read) {
 
 inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& body) {
   kernel = &body;
-  gridDim.x = blocks;
+  gridDim.x = blocks, blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     block = {static_cast<int>(threads)};
     warps.assign(threads / 32, Warp{{32}, {}, {}});
@@ -193,4 +193,16 @@ inline bool __any_sync(unsigned, bool value) {
     for (const auto& lane : words) any |= lane[0] != 0;
   });
   return any;
+}
+// Byte i of the result is byte `selector >> 4 i & 7` of the eight of b and a.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+// sum plus the products of the signed bytes of a and b.
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return sum;
 }
