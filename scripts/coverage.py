@@ -59,6 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "vit_small_patch14_dinov2": {"depth": 2, "img_size": 56},
     "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 56},
     "vit_base_patch16_clip_224": _VIT,
+    "vit_base_patch32_clip_quickgelu_224": _VIT,
     "vit_base_patch16_siglip_224": _VIT,
     "vit_pwee_patch16_reg1_gap_256": _VIT,
     "vit_small_patch16_18x2_224": _VIT,

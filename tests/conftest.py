@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dfqvit.kernels import extension
@@ -20,6 +21,12 @@ from dfqvit.kernels import extension
 DATA = Path(os.environ.get("DFQVIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# What quant_linear's activations are, in the dtype of y: QuickGELU as a fraction, not as its backends write it.
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "quick_gelu": lambda y: y / (1 + torch.exp(-1.702 * y)),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -95,6 +102,12 @@ def small_vit(**kwargs: Any) -> nn.Module:
     """A ViT of 3 blocks on 32 x 32 images, with random weights large enough to matter."""
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, **kwargs}
     return _lively(timm.create_model("vit_tiny_patch16_224", **options))
+
+
+def small_clip(**kwargs: Any) -> nn.Module:
+    """The image tower of OpenAI's CLIP at that size: QuickGELU, and a norm before the blocks."""
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, **kwargs}
+    return _lively(timm.create_model("vit_base_patch32_clip_quickgelu_224", **options))
 
 
 def small_distilled(**kwargs: Any) -> nn.Module:

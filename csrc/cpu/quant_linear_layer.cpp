@@ -184,11 +184,12 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
   epilogue = Epilogue{};
   epilogue.columns = columns.data();
   epilogue.out_features = epilogue.out_stride = out_features;
-  TORCH_CHECK_VALUE(activation == "none" || activation == "gelu" || activation == "gelu_tanh", "activation was '",
-                    std::string(activation), "'; it may be 'none', 'gelu' or 'gelu_tanh'");
-  epilogue.activation = activation == "gelu"        ? Activation::gelu
-                        : activation == "gelu_tanh" ? Activation::gelu_tanh
-                                                    : Activation::none;
+  epilogue.activation = activation == "gelu"         ? Activation::gelu
+                        : activation == "gelu_tanh"  ? Activation::gelu_tanh
+                        : activation == "quick_gelu" ? Activation::quick_gelu
+                                                     : Activation::none;
+  TORCH_CHECK_VALUE(epilogue.activation != Activation::none || activation == "none", "activation was '",
+                    std::string(activation), "'; it may be 'none', 'gelu', 'gelu_tanh' or 'quick_gelu'");
   if (acm) {
     TORCH_CHECK_VALUE(acm->dim() == 2 && acm->size(1) == out_features && acm->size(0) > 0, "acm had shape ",
                       acm->sizes(), "; it must be [tokens, ", out_features, "]");

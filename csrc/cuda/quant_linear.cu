@@ -207,9 +207,10 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   e.bias = floats(biases);
   e.acm = floats(corrections);
   e.tokens = acm ? static_cast<int>(acm->size(0)) : 1;
-  e.activation = activation == "gelu"        ? Activation::gelu
-                 : activation == "gelu_tanh" ? Activation::gelu_tanh
-                                             : Activation::none;
+  e.activation = activation == "gelu"         ? Activation::gelu
+                 : activation == "gelu_tanh"  ? Activation::gelu_tanh
+                 : activation == "quick_gelu" ? Activation::quick_gelu
+                                              : Activation::none;
   e.residual = residual ? addend.const_data_ptr() : nullptr;
   e.residual_type = residual ? type_of(addend.scalar_type()) : Type::f32;
   e.out_scale = floats(out_scales);

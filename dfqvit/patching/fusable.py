@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from timm.layers import GELU, GELUTanh, GluMlp, Mlp, SwiGLU
+from timm.layers import GELU, GELUTanh, GluMlp, Mlp, QuickGELU, SwiGLU
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -47,7 +47,7 @@ def _why_not(layer: nn.Module, parent: nn.Module, child: str, known: LayerNames)
 
 
 class FusedMlp(Mlp):
-    """timm's Mlp with GELU in fc1's epilogue; takes the class of a timm instance, keeps its state.
+    """timm's Mlp with GELU or QuickGELU in fc1's epilogue; takes the class of a timm instance, keeps its state.
 
     Where a hook watches fc1 or the activation it computes as timm does, so that the hook sees what it saw before.
     """
@@ -85,7 +85,7 @@ def _epilogue(activation: nn.Module) -> str | None:
     """What `quant_linear` calls this activation module, if it has it."""
     if type(activation) is nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    return {GELU: "gelu", GELUTanh: "gelu_tanh"}.get(type(activation))
+    return {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}.get(type(activation))
 
 
 def _hooked(module: nn.Module) -> bool:

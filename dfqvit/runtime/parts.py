@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, LayerScale, Mlp
+from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, LayerScale, Mlp, QuickGELU
 from torch import nn
 
 from ..quantization.layers import AttentionOperands, QuantLinear
@@ -157,4 +157,4 @@ def activation_of(module: nn.Module) -> str | None:
     """The name of an activation for `quant_linear`, or None."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return {GELU: "gelu", GELUTanh: "gelu_tanh", nn.Identity: "none"}.get(type(module))
+    return {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.Identity: "none"}.get(type(module))

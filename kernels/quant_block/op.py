@@ -65,7 +65,7 @@ def quant_block(
         acm: [T, C] or None, float: the correction of fc2's result.
         hidden_scale: [H], float32, or None: the scales that fc1's result is rounded by, where its channels have scales of their
             own; by default that of fc2's input for all.
-        activation: None, "gelu" or "gelu_tanh".
+        activation: None, "gelu", "gelu_tanh" or "quick_gelu" (y * sigmoid(1.702 y), of OpenAI's CLIP).
 
     Returns:
         float32 [B, T, C].
@@ -103,8 +103,8 @@ def quant_block(
         raise ValueError(
             f"hidden_scale had shape {tuple(hidden_scale.shape)}; it must be {list(weight_scales[2].shape)}"
         )
-    if activation not in (None, "gelu", "gelu_tanh"):
-        raise ValueError(f"activation was {activation!r}; it may be None, 'gelu' or 'gelu_tanh'")
+    if activation not in (None, "gelu", "gelu_tanh", "quick_gelu"):
+        raise ValueError(f"activation was {activation!r}; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'")
     given = [x.new_empty(0) if bias is None else bias for bias in biases]  # the operator's form
     tensors = (x, *norms, *biases, acm, position_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -44,10 +44,10 @@ def quant_linear(
         result = y, or with out_scale: clamp(round(y / out_scale[n]) + out_zero[n], 0, 2^out_bits - 1)
 
     Rounding is half to even, the integer sums are exact, the rest is float32 in this order. Integer results are the same on
-    every backend; only after GELU, which a backend may approximate to 6e-6 (1 + |y|) if the result is rounded, may they be
-    one apart, where y / out_scale lies within that difference of a tie. The backward is straight-through: the gradient of x
-    and of a float weight is zero where they were clamped; x_scale and w_scale get theirs in the LSQ form (arXiv 1902.08153)
-    if they require one, x_zero gets none.
+    every backend; only after an activation, which a backend may approximate to 6e-6 (1 + |y|) if the result is rounded,
+    may they be one apart, where y / out_scale lies within that difference of a tie. The backward is straight-through: the
+    gradient of x and of a float weight is zero where they were clamped; x_scale and w_scale get theirs in the LSQ form
+    (arXiv 1902.08153) if they require one, x_zero gets none.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; or uint8, the integers qx themselves (not checked on GPUs). The
@@ -62,7 +62,7 @@ def quant_linear(
             one step further above 0 than below.
         a_bits: 2 to 8.
         w_bits: 2 to 8.
-        activation: None, "gelu" or "gelu_tanh".
+        activation: None, "gelu", "gelu_tanh" or "quick_gelu" (y * sigmoid(1.702 y), of OpenAI's CLIP).
         residual: [..., N] or None, float.
         out_scale: [N] or scalar, positive; None (default) for a float result.
         out_zero: [N] or scalar, whole numbers in [0, 2^out_bits - 1]; given if out_scale is.
@@ -97,7 +97,7 @@ def quant_linear(
         raise ValueError(f"w_scale had {w_scale.numel()} values; it must have 1 or {out_features}, one for each row")
     _check_addends(x, bias, acm, residual, out_features)
     if activation is not None and activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation was {activation!r}; it may be None, 'gelu' or 'gelu_tanh'")
+        raise ValueError(f"activation was {activation!r}; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'")
     if (out_scale is None) != (out_zero is None):
         raise ValueError(f"out_zero was {out_zero!r}; it must be given if out_scale is, and only then")
     if out_scale is not None and out_zero is not None:

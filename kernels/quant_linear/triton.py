@@ -92,6 +92,8 @@ def _activate(y, ACTIVATION: tl.constexpr):
         y = y * 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACTIVATION == "quick_gelu":
+        y = y * tl.sigmoid(1.702 * y)
     return y
 
 

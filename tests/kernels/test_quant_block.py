@@ -10,6 +10,8 @@ import torch
 from dfqvit.kernels import block_weight, extension, pack_weight, quant_block, use_backend
 from dfqvit.kernels.quant_block.op import forward
 
+from ..conftest import ACTIVATIONS
+
 
 def parameter(low, high):
     return torch.tensor(random.uniform(low, high))
@@ -48,7 +50,7 @@ def sample(rng, batch, tokens, heads, depth, hidden, *, w_bits=4, a_bits=8, wind
         "index": index,
         "acm": torch.randn(tokens, channels).half() if acm else None,
         "hidden_scale": 0.02 + torch.rand(hidden) * 0.05 if rng.random() < 0.5 else None,
-        "activation": rng.choice([None, "gelu", "gelu_tanh"]),
+        "activation": rng.choice([None, *ACTIVATIONS]),
     }
     return torch.randn(batch, tokens, channels), named
 
@@ -74,9 +76,11 @@ def test_one_call_gives_the_bits_of_seven(seed, isa, w_bits):
 
 
 @compiled
-def test_close_to_the_float_reference(seed):
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_close_to_the_float_reference(seed, activation):
     rng = random.Random(seed)
     x, named = sample(rng, 3, 24, 2, 16, 64, w_bits=8, windows=2, acm=True)
+    named["activation"] = activation
     with use_backend("reference"):
         expected = quant_block(x, **named)
     assert float((quant_block(x, **named) - expected).abs().mean()) < 0.01 * float(expected.std())
@@ -114,7 +118,7 @@ def test_empty_batch_and_strided_input(seed):
         ({"w_bits": [4, 4, 4, 9]}, "bits was 9; it may be a whole number from 2 to 8"),
         ({"heads": 3}, "heads was 3; the 8 channels of q must be a multiple of it"),
         ({"acm": torch.zeros(5, 8)}, r"acm had shape \(5, 8\); it must be \[6, 8\]"),
-        ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu' or 'gelu_tanh'"),
+        ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'"),
         ({"biases": [torch.zeros(7), None, None, None]}, r"bias of qkv had shape \(7,\); it must be \[24\]"),
         ({"scales": [torch.ones(2)] * 7}, "scales of qkv input was"),
         ({"x": torch.zeros(2, 6, 8, requires_grad=True)}, "a gradient is wanted of quant_block"),

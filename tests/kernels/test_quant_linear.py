@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dfqvit.kernels import block_weight, extension, pack_weight, quant_linear, unpack_weight, use_backend
 from dfqvit.kernels.quant_linear import reference
 from dfqvit.kernels.quant_linear.blocked import stored_bits, unblock_weight
 
-from ..conftest import mirrored
+from ..conftest import ACTIVATIONS, mirrored
 
 SHAPES = [((1,), 1), ((3, 5), 7), ((2, 9, 41), 13), ((0, 6), 4), ((2, 3, 4, 17), 5)]
 
@@ -113,7 +112,7 @@ def test_integers_as_input_give_the_same_bits(seed):
     assert quant_linear(qx, weight, residual=residual, out_dtype=torch.float16, **p).dtype == torch.float16
 
 
-@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_residual_is_added_after_the_activation(seed, activation):
     x, weight, p = sample((2, 5, 43), 11)
     residual = torch.randn(2, 5, 11)
@@ -137,13 +136,17 @@ def test_requantized_result(seed, out_bits, per_output):
     assert np.array_equal(found.numpy(), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "function"), [("gelu", F.gelu), ("gelu_tanh", lambda y: F.gelu(y, approximate="tanh"))]
-)
-def test_activation(seed, name, function):
-    x, weight, p = sample((4, 9), 6)
-    found = quant_linear(x, weight, activation=name, **p)
-    assert torch.allclose(found, function(quant_linear(x, weight, **p)), rtol=1e-5, atol=2e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation(seed, activation, dtype):
+    """Against the two-step formula in float64, of both dtypes that the oracle has."""
+    x, weight, p = sample((4, 9), 6, dtype=dtype)
+    if dtype == torch.float64:
+        p |= {name: p[name].double() for name in ("x_scale", "x_zero", "w_scale")}
+    found = quant_linear(x, weight, activation=activation, **p)
+    assert found.dtype == dtype
+    expected = ACTIVATIONS[activation](two_step(x, weight, None, None, p))
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -199,7 +202,7 @@ def test_gradients_are_straight_through(seed):
 
 
 @pytest.mark.parametrize("form", ["float", "packed", "blocked", "integers"])
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_gradients_equal_autograd_through_the_reference(seed, activation, form):
     """Of everything that has one, the scales in the LSQ form among them."""
     x, weight, p = sample((2, 3, 9), 5, w_bits=3)
@@ -249,11 +252,12 @@ def test_non_contiguous_input(seed):
     )
 
 
-def test_opcheck(seed, device):
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_opcheck(seed, device, activation):
     x, weight, p = sample((2, 3, 8), 5)
     tensors = [t.to(device) for t in (x, weight, torch.randn(5), torch.randn(3, 5))]
     scales = [t.to(device) for t in (p["x_scale"], p["x_zero"], p["w_scale"])]
-    arguments = (*tensors, *scales, 8, 4, "gelu")
+    arguments = (*tensors, *scales, 8, 4, activation)
     residual = torch.randn(2, 3, 5, device=device)
     for rest in (
         (None, None, None, 8, "float32"),
@@ -264,12 +268,13 @@ def test_opcheck(seed, device):
     torch.library.opcheck(torch.ops.dfqvit.quant_linear_backward, backward)
 
 
-def test_compiles_without_graph_breaks(seed):
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_compiles_without_graph_breaks(seed, activation):
     x, weight, p = sample((2, 8), 5)
     x.requires_grad_()
 
     def step(x):
-        return quant_linear(x, weight, activation="gelu", **p).square().sum()
+        return quant_linear(x, weight, activation=activation, **p).square().sum()
 
     (expected,) = torch.autograd.grad(step(x), x)
     (found,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(x), x)
@@ -326,7 +331,7 @@ BASE = {
         ({"x_scale": 0.0}, "x_scale held 0"),
         ({"x_scale": torch.ones(2)}, "x_scale had 2 values; it must be a scalar"),
         ({"w_scale": torch.ones(4)}, "w_scale had 4 values; it must have 1 or 5"),
-        ({"activation": "relu6"}, "activation was 'relu6'; it may be None, 'gelu' or 'gelu_tanh'"),
+        ({"activation": "relu6"}, "activation was 'relu6'; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'"),
         ({"weight": torch.zeros(5, 8, device="meta")}, "weight was on meta; it must be on cpu, like x"),
     ],
 )
@@ -337,10 +342,11 @@ def test_bad_input(change, message):
 
 
 def test_reference_knows_every_activation_that_the_checks_accept():
-    assert set(reference.ACTIVATIONS) == {"none", "gelu", "gelu_tanh"}
+    assert set(reference.ACTIVATIONS) == {"none", *ACTIVATIONS}
 
 
-def test_gradcheck_in_float64(seed):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_in_float64(seed, activation):
     """Of what enters smoothly, in its oracle's dtype."""
     x, weight, p = sample((2, 3, 9), 5, dtype=torch.float64)
     p["w_scale"] = p["w_scale"].double()
@@ -348,6 +354,6 @@ def test_gradcheck_in_float64(seed):
     addends = [t.double().requires_grad_() for t in addends]
 
     def run(bias, acm, residual):
-        return quant_linear(x, weight, bias, acm, residual=residual, activation="gelu", **p)
+        return quant_linear(x, weight, bias, acm, residual=residual, activation=activation, **p)
 
     assert torch.autograd.gradcheck(run, addends)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dfqvit.kernels import (
     BackendError,
@@ -19,7 +18,7 @@ from dfqvit.kernels import (
     use_backend,
 )
 
-from ..conftest import mirrored, threads
+from ..conftest import ACTIVATIONS, mirrored, threads
 
 pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=extension.load()[1])
 
@@ -202,14 +201,14 @@ def test_huge_values_saturate(isa):
     assert found.flatten().tolist() == [255, 0, 7, 7]
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(seed, isa, activation):
     y = torch.cat([torch.linspace(-12, 12, 20001), torch.randn(5000) * 3, torch.tensor([-1e30, 1e30, -0.0])])
     arguments = (torch.zeros(len(y), 1), torch.ones(1, 1), None, y.view(-1, 1))
     with use_backend("cpu"):
         found = quant_linear(*arguments, activation=activation, **IDENTITY).flatten().double()
         integers = quant_linear(*arguments, activation=activation, **IDENTITY, out_scale=0.04, out_zero=10).flatten()
-    expected = F.gelu(y.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
+    expected = ACTIVATIONS[activation](y.double())
     error = (found - expected).abs() / (1 + expected.abs())
     assert float(error.max()) < 2e-6
     exact = ((expected / 0.04).round() + 10).clamp(0, 255)
@@ -217,6 +216,59 @@ def test_activations(seed, isa, activation):
     tie = ((expected / 0.04) - (expected / 0.04).floor() - 0.5).abs()
     assert int((integers - exact).abs().max()) <= 1
     assert float(tie[differs].max() if differs.any() else 0.0) < 1e-3
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_what_is_not_finite(isa, activation):
+    """NaN stays NaN, and infinity is not turned into a number; minus infinity is as good as 0."""
+    y = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(7)
+    arguments = (torch.zeros(len(y), 1), torch.ones(1, 1), None, y.view(-1, 1))
+    with use_backend("cpu"):
+        found = quant_linear(*arguments, activation=activation, **IDENTITY).view(7, 3)
+    assert bool(found[:, 0].isnan().all())
+    assert bool((found[:, 1] == float("inf")).all())
+    assert bool((found[:, 2] == 0).all())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_activations_with_every_addend_in_every_dtype(seed, isa, activation, dtype):
+    """Whole groups of rows and vectors, and what is left over of both, after a product and before a residual."""
+    rows, outputs = 35, 41
+    x, weight, bias = torch.randn(rows, 70) * 2, torch.randn(outputs, 70), torch.randn(outputs)
+    p = IDENTITY | {"x_scale": 0.03, "x_zero": 120, "w_bits": 4, "w_scale": mirrored(torch.rand(outputs) * 0.1 + 0.2)}
+    acm, residual = torch.randn(5, outputs), torch.randn(rows, outputs)
+    with use_backend("reference"):
+        y = quant_linear(x, weight, bias, acm, **p).double()
+    expected = ACTIVATIONS[activation](y) + residual
+    options = {"out_scale": 0.11, "out_zero": 30} if dtype == torch.uint8 else {"out_dtype": dtype}
+    with use_backend("cpu"):
+        found = quant_linear(x, weight, bias, acm, activation=activation, residual=residual, **p, **options)
+    assert found.dtype == dtype
+    if dtype == torch.uint8:
+        off = 6e-6 * (1 + expected.abs()) / 0.11
+        least, greatest = (((expected / 0.11 + side * off).round() + 30).clamp(0, 255) for side in (-1, 1))
+        assert bool(((least <= found) & (found <= greatest)).all())
+    else:
+        off = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        assert float(((found - expected).abs() / (1 + expected.abs())).max()) <= off
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_paths_that_fuse_give_the_same_bytes(seed, activation):
+    """Models on different processors agree to the bit; `portable` rounds multiply-adds twice."""
+    module, y, found = extension.load()[0], torch.randn(4000, 33) * 4, []
+    before = module.active_isa()
+    for path in ("avx2", "avx512", "amx"):
+        try:
+            module.set_isa(path)
+        except ValueError:
+            continue
+        p = {**IDENTITY, "w_scale": torch.ones(33), "out_scale": 1e-3, "out_zero": 200, "activation": activation}
+        with use_backend("cpu"):
+            found.append(quant_linear(torch.zeros(4000, 1), torch.ones(33, 1), None, y, **p))
+    module.set_isa(before)
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -267,10 +319,11 @@ def test_strided_arguments(seed, isa):
     assert torch.equal(found, expected)
 
 
-def test_operator_contract_on_this_backend(seed):
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_operator_contract_on_this_backend(seed, activation):
     x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
     scales = (torch.tensor(0.03), torch.tensor(128.0), torch.rand(5) + 0.1)
-    arguments = (x, weight, torch.randn(5), torch.randn(3, 5), *scales, 8, 4, "gelu")
+    arguments = (x, weight, torch.randn(5), torch.randn(3, 5), *scales, 8, 4, activation)
     requantized = (torch.randn(2, 3, 5), torch.full((5,), 0.1), torch.full((5,), 3.0), 6, "uint8")
     with use_backend("cpu", "quant_linear"):
         for rest in ((None, None, None, 8, "bfloat16"), requantized):
@@ -279,6 +332,29 @@ def test_operator_contract_on_this_backend(seed):
                 (*arguments, *rest),
                 test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
             )
+
+
+def test_the_operator_names_the_activations_it_has():
+    """As a C++ program calls it, without the checks in Python."""
+    scales = (torch.tensor(0.03), torch.tensor(128.0), torch.ones(5))
+    arguments = (
+        torch.randn(2, 8),
+        torch.randn(5, 8),
+        None,
+        None,
+        *scales,
+        8,
+        4,
+        "relu",
+        None,
+        None,
+        None,
+        8,
+        "float32",
+    )
+    message = "activation was 'relu'; it may be 'none', 'gelu', 'gelu_tanh' or 'quick_gelu'"
+    with use_backend("cpu"), pytest.raises(ValueError, match=message):
+        torch.ops.dfqvit.quant_linear(*arguments)
 
 
 def test_compiles_without_graph_breaks_and_gives_the_same_bits(seed):

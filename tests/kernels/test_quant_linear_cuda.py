@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from dfqvit.kernels import pack_weight, quant_linear, use_backend, weight_sums
 from dfqvit.kernels.quant_linear import op
 
+from ..conftest import ACTIVATIONS
 from .cuda_emulator import TYPES, Emulator, compiled
 from .test_quant_linear_cpu import IDENTITY, around_ties, random_call
 
@@ -76,7 +77,7 @@ class Kernels(Emulator):
         out.view(torch.uint8).fill_(0xAB)
         residual = None if residual is None else residual.contiguous()
         epilogue = (scale, offset, bias, acm, 1 if acm is None else len(acm))
-        kinds = {None: 0, "gelu": 1, "gelu_tanh": 2}[activation], residual
+        kinds = {None: 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}[activation], residual
         kinds = (*kinds, 0 if residual is None else TYPES[residual.dtype])
         results = (out_scale, out_zero, float((1 << out_bits) - 1), out, TYPES[out_dtype], int(outputs % 4 == 0))
         sizes = (a, a.shape[1], b, b.shape[1], rows, outputs, depth)
@@ -184,12 +185,12 @@ def test_quotients_near_ties_on_the_cpu(seed, emulator, size):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_on_the_cpu(seed, emulator, activation):
     y = torch.cat([torch.linspace(-12, 12, 3001), torch.randn(500) * 3, torch.tensor([-1e30, 1e30, -0.0])]).view(-1, 8)
     arguments = (torch.zeros(len(y), 1, dtype=torch.uint8), torch.ones(8, 1), None, y)
     found = emulator.linear(*arguments, activation=activation, **IDENTITY).double()
-    expected = F.gelu(y.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
+    expected = ACTIVATIONS[activation](y.double())
     assert float(((found - expected).abs() / (1 + expected.abs())).max()) < 2e-6
 
 
@@ -208,9 +209,9 @@ def test_bytes_near_ties_on_the_cpu(seed, emulator, size, zero):
         assert torch.equal(found, expected), (scale, zero)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("scale", [1e-9, 0.004, 0.031, 3.0])
-def test_gelu_to_bytes_on_the_cpu(seed, emulator, activation, scale):
+def test_activations_to_bytes_on_the_cpu(seed, emulator, activation, scale):
     """One apart at most, and only where y / scale lies within 6e-6 (1 + |y|) of a tie, as the operator's docstring has it."""
     values = torch.cat([torch.linspace(-12, 12, 801), torch.randn(399) * 3, torch.tensor([-1e30, 1e30, -0.0, 0.0])])
     values = F.pad(values, (0, -len(values) % 4))
@@ -219,7 +220,7 @@ def test_gelu_to_bytes_on_the_cpu(seed, emulator, activation, scale):
     found = emulator.linear(*arguments, activation=activation, **p, out_scale=scale, out_zero=17, shape="small")[
         0
     ].double()
-    y = F.gelu(values.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
+    y = ACTIVATIONS[activation](values.double())
     off = 6e-6 * (1 + y.abs()) / scale
     least, greatest = (((y / scale + side * off).round() + 17).clamp(0, 255) for side in (-1, 1))
     assert bool(((least <= found) & (found <= greatest)).all())
@@ -424,7 +425,7 @@ class TestOnTheGpu:
         assert torch.equal(found, expected)
         assert abs(float(found[0, 0])) > 0.99 * 2**31
 
-    @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_activations(self, seed, activation):
         y = torch.cat([torch.linspace(-12, 12, 20001), torch.randn(5000) * 3]).view(-1, 1)
         arguments = (torch.zeros(len(y), 1), torch.ones(1, 1), None, y)

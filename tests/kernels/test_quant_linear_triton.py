@@ -1,6 +1,6 @@
 """quant_linear in Triton: on a GPU where there is one, in the interpreter, and compiled for GPUs that are not here.
 
-The integers must be the reference's bit for bit. GELU's last bits may differ, and then one step of a requantized result.
+The integers must be the reference's bit for bit. An activation's last bits may differ, and then one step of a requantized result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear.op import forward
 
-from ..conftest import mirrored
+from ..conftest import ACTIVATIONS, mirrored
 from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -78,11 +78,14 @@ def test_triton_equals_the_reference_bit_for_bit(seed, x_dtype, w_bits):
 
 
 @live_triton
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_triton_activations(seed, activation):
     arguments = draw(37, 45, 70, 8, 4, torch.float32)
     found, expected = both(activation=activation, **arguments)
     assert torch.allclose(found, expected, rtol=1e-5, atol=2e-6)
+    addend, y = arguments["residual"], both(**arguments | {"residual": None, "out_dtype": torch.float32})[1]
+    exact = ACTIVATIONS[activation](y.double()) + addend
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=2e-6)
     found, expected = both(activation=activation, out_scale=0.05, out_zero=9, **arguments)
     assert (found.int() - expected.int()).abs().max() <= 1
 

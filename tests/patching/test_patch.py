@@ -185,6 +185,7 @@ def calls(monkeypatch):
         ("gelu", "gelu"),
         ("gelu_tanh", "gelu_tanh"),
         (functools.partial(nn.GELU, approximate="tanh"), "gelu_tanh"),
+        ("quick_gelu", "quick_gelu"),
         (nn.ReLU, None),
     ],
 )

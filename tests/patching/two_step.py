@@ -25,7 +25,7 @@ SWIN = {
 MODELS = {
     "vit_tiny_patch16_224": {**VIT, "qk_norm": True, "scale_attn_norm": True},
     "vit_small_patch14_reg4_dinov2": {**VIT, "init_values": 0.5},  # register tokens, LayerScale
-    "vit_base_patch32_clip_quickgelu_224": VIT,  # an activation that is not fused
+    "vit_base_patch32_clip_quickgelu_224": VIT,  # QuickGELU
     "vit_base_patch16_siglip_224": VIT,  # attention pooling, gelu_tanh in some
     "vit_giant_patch14_dinov2": {**VIT, "init_values": 0.5},  # gated MLPs
     "deit_tiny_patch16_224": {**VIT, "drop_path_rate": 0.4, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2},

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import QuickGELU
 
+import dfqvit
 from dfqvit.calibration import calibrate, convert
 from dfqvit.calibration.correction import add_corrections
 from dfqvit.kernels import extension, use_backend
@@ -16,7 +18,7 @@ from dfqvit.models.adapters import find_adapter
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 
-from ..conftest import small_swin, small_vit
+from ..conftest import small_clip, small_swin, small_vit
 from ..conftest import threads as set_threads
 
 
@@ -214,6 +216,58 @@ def test_layer_scale_rides_in_the_scales_of_the_layers(seed, w_bits):
     for block in simulated.blocks:
         block.__class__ = type(block).family
     assert close(qmodel(images), simulated(images))
+
+
+class Slower(QuickGELU):
+    """A user's own, which may compute anything."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize("w_bits", [8, 4, 3])
+def test_clip_with_quick_gelu_runs_in_integers(seed, isa, w_bits):
+    model = small_clip()
+    assert type(model.blocks[0].mlp.act) is QuickGELU
+    qmodel, images = quantized(model, w_bits, acm="sequential")
+    expected = qmodel(images)
+    assert accelerate(qmodel) == {}
+    found = qmodel(images)
+    assert close(found, expected)
+    if w_bits == 8:
+        wanted = model(images).detach()
+        assert float((found - wanted).norm() / wanted.norm()) < 0.1
+    x = torch.randn(3, 17, 48)
+    with use_backend("reference", "quant_block"):
+        one_by_one = qmodel.blocks[0](x)
+    assert torch.equal(qmodel.blocks[0](x), one_by_one)
+    for block in qmodel.blocks:
+        block.mlp.act = torch.nn.GELU()
+    assert not torch.equal(qmodel(images), found)  # the activation is not taken for another
+
+
+def test_clip_with_quick_gelu_is_saved_exported_and_differentiated(seed, tmp_path):
+    model = small_clip()
+    images = torch.randn(8, 3, 32, 32)
+    qmodel = dfqvit.quantize(model, 4, calib=images, rounding="nearest")
+    assert set(dfqvit.integer_report(qmodel).values()) == {""}
+    expected = qmodel(images)
+    loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "clip.safetensors"))
+    assert torch.equal(loaded(images), expected)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(qmodel, (images,), dynamic_shapes=({0: batch},))
+    assert torch.equal(program.module()(images[:3]), qmodel(images[:3]))
+    wanted = images.clone().requires_grad_()
+    qmodel(wanted).square().mean().backward()
+    assert float(wanted.grad.abs().sum()) > 0
+
+
+def test_an_activation_derived_from_quick_gelu_is_not_taken_for_it(seed):
+    model = small_clip(act_layer=Slower)
+    qmodel, images = quantized(model)
+    expected = qmodel(images)
+    assert set(accelerate(qmodel).values()) == {"its activation is Slower"}
+    assert torch.equal(qmodel(images), expected)
 
 
 def test_a_gain_of_nothing_leaves_the_residual_as_it_is(seed):

@@ -28,7 +28,7 @@ inline int64_t chunks_of(int64_t depth) {
 }
 
 enum class Type : int { f32, bf16, f16, u8 };
-enum class Activation : int { none, gelu, gelu_tanh };
+enum class Activation : int { none, gelu, gelu_tanh, quick_gelu };
 
 // A blocked weight: rows of int32, each with 16 sums over k and then the values.
 struct Weight {

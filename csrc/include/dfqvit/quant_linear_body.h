@@ -245,6 +245,7 @@ struct Standard {
     if constexpr (kActivation == Activation::gelu_tanh && kBytes) gelu<n>(y, kCoarseGeluTanh);
     if constexpr (kActivation == Activation::gelu && !kBytes) gelu<n>(y, kGelu);
     if constexpr (kActivation == Activation::gelu_tanh && !kBytes) gelu<n>(y, kGeluTanh);
+    if constexpr (kActivation == Activation::quick_gelu) quick_gelu<n>(y);
     if constexpr (kResidual) add_rows<n>(y, residual, e.residual_type, stride);
     if constexpr (sizeof(T) == 1) {
       const vec greatest = simd::broadcast(e.out_greatest);
@@ -365,6 +366,8 @@ DFQVIT_TARGET inline void linear(const uint8_t* a, int64_t stride, int64_t rows,
     linear_with<Activation::gelu>(a, stride, rows, weight, begin, end, scratch, e);
   } else if (e.activation == Activation::gelu_tanh) {
     linear_with<Activation::gelu_tanh>(a, stride, rows, weight, begin, end, scratch, e);
+  } else if (e.activation == Activation::quick_gelu) {
+    linear_with<Activation::quick_gelu>(a, stride, rows, weight, begin, end, scratch, e);
   } else {
     linear_with<Activation::none>(a, stride, rows, weight, begin, end, scratch, e);
   }

@@ -41,7 +41,10 @@ inline void prepare(Epilogue& e) {
   e.kind = bytes    ? (e.activation == Activation::none ? Kind::bytes : Kind::gelu_bytes)
            : floats ? Kind::floats
                     : Kind::general;
-  for (int i = 0; i < 5; ++i) e.gelu[i] = (e.activation == Activation::gelu_tanh ? kGeluTanh : kGelu)[i];
+  const auto& coefficients = e.activation == Activation::gelu_tanh    ? kGeluTanh
+                             : e.activation == Activation::quick_gelu ? kQuickGelu
+                                                                      : kGelu;
+  for (int i = 0; i < 5; ++i) e.gelu[i] = coefficients[i];
 }
 
 // Four neighbouring values at `index`, of which `count` are there.
