@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 525  # seconds for everything: a machine that is lent for ten minutes is left in time
 GRACE = 10  # seconds from the interruption of a step to its end by force
 CONTENDERS = ["eager-float32", "compile-bf16", "dfqvit-w8a8", "dfqvit-w8a8-graph", "dfqvit-w4a8-graph"]
-INFERENCE = ["--contenders", *CONTENDERS, "--rounds", "5", "--slice", "0.2", "--limit", "60"]
+INFERENCE = ["--contenders", *CONTENDERS, "--rounds", "5", "--slice", "0.2", "--limit", "120"]
 Step = tuple[str, str, list[str], int]  # its name, the benchmark or "", options that bound it, seconds at most
 KEY: list[Step] = [
-    ("deit_base", "inference", ["--models", "deit_base", "--batches", "256", *INFERENCE, "--seconds", "70"], 90),
+    ("deit_base", "inference", ["--models", "deit_base", "--batches", "256", *INFERENCE, "--seconds", "130"], 160),
     ("synthesis", "synthesis", ["--seconds", "10"], 60),
     ("patch_similarity_entropy", "patch_similarity_entropy", ["--seconds", "2"], 60),
 ]
