@@ -103,7 +103,7 @@ def test_wide_channels_cost_nothing(seed: int) -> None:
     fresh = torch.randn(16, 3, 32, 32)
     lost = [divergence(*pair, fresh) for pair in ((plain, base), (model, before), (model, after))]
     assert lost[2] < 0.1 * lost[1]
-    assert lost[2] < 2 * lost[0]
+    assert lost[2] < 3 * lost[0]
 
 
 def test_a_scaled_model_runs_in_integers_and_comes_back_from_its_file(seed: int, tmp_path: Path) -> None:
