@@ -11,12 +11,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from timm.layers import GELU, GELUTanh, GluMlp, Mlp, QuickGELU, SwiGLU
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..models.adapters import LayerNames
 from ..quantization.layers import QuantLinear
+from ..runtime.parts import activation_of
 from .live import LiveQuantLinear
 
 MLP_LAYERS: LayerNames = {Mlp: ("fc1", "fc2"), GluMlp: ("fc1", "fc2"), SwiGLU: ("fc1_g", "fc1_x", "fc2")}
@@ -83,9 +84,8 @@ def is_patched(model: nn.Module) -> bool:
 
 def _epilogue(activation: nn.Module) -> str | None:
     """What `quant_linear` calls this activation module, if it has it."""
-    if type(activation) is nn.GELU:
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    return {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}.get(type(activation))
+    name = activation_of(activation)
+    return None if name == "none" else name  # nothing to fuse
 
 
 def _hooked(module: nn.Module) -> bool:
