@@ -36,7 +36,7 @@ struct Heads {
   int heads, tokens, depth, windows;
 };
 
-inline int padded_keys(int tokens) {
+DFQVIT_HOST_DEVICE int padded_keys(int tokens) {
   return (tokens + kKeys - 1) / kKeys * kKeys;
 }
 // Bytes of shared memory: keys, transposed values, and where the sums of each key begin.
@@ -68,7 +68,7 @@ struct Shared {
   int padded, value_pitch;
 
   __device__ __forceinline__ Shared(uint8_t* memory, int tokens)
-      : keys(memory), padded((tokens + kKeys - 1) / kKeys * kKeys), value_pitch(padded + kPad) {
+      : keys(memory), padded(padded_keys(tokens)), value_pitch(padded + kPad) {
     values = keys + padded * kKeyPitch;
     starts = reinterpret_cast<int32_t*>(values + kDepth * value_pitch);
   }
