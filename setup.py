@@ -43,6 +43,7 @@ CPU_SOURCES = [
     "csrc/cpu/quant_block.cpp",
     "csrc/cpu/quant_linear.cpp",
     "csrc/cpu/quant_linear_layer.cpp",
+    "csrc/cpu/quantize_heads.cpp",
     "csrc/cpu/roll_resize.cpp",
     "csrc/cpu/total_variation.cpp",
 ]

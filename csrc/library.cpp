@@ -37,7 +37,7 @@ const Definition kDefinitions[] = {
      "int windows) -> Tensor",
      true, true},
     {"quant_attention(Tensor qkv, int heads, Tensor in_scale, Tensor in_zero, float scale, Tensor? bias, Tensor? mask, "
-     "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits) -> Tensor",
+     "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits, Tensor? head_scale=None) -> Tensor",
      true, true},
     {"quant_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? acm, Tensor x_scale, Tensor x_zero, Tensor w_scale, "
      "int "
@@ -49,6 +49,9 @@ const Definition kDefinitions[] = {
      "int[] "
      "w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
      "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation) -> Tensor",
+     true, false},
+    {"quantize_heads(Tensor q, Tensor k, Tensor v, Tensor in_scale, Tensor in_zero, int bits, Tensor? rope, bool half) "
+     "-> Tensor",
      true, false},
     {"roll_resize(Tensor images, Tensor rows, Tensor columns, Tensor shift) -> Tensor", true, false},
     {"roll_resize_backward(Tensor grad, Tensor rows, Tensor columns, Tensor shift, int height, int width) -> Tensor",

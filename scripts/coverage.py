@@ -86,11 +86,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "cait_xxs24_224": {"depth": 2},
     "crossvit_tiny_240": {},
     "coat_lite_tiny": {},
-    "convit_tiny": {"depth": 2},
+    "convit_tiny": {},
     "edgenext_xx_small": {},
     "efficientformer_l1": {},
     "fastvit_t8": {},
-    "mixer_s16_224": {"num_blocks": 2},
+    "mixer_s16_224": {},
     "repvit_m0_9": {},
     "tnt_s_legacy_patch16_224": {"depth": 2},
     "twins_svt_small": {},
@@ -190,6 +190,8 @@ def run(architecture: str, kwargs: dict[str, Any], scratch: Path) -> dict[str, A
         qmodel = dfqvit.quantize(model, 8, calib=x, rounding="nearest", runtime="simulated")
         simulated = qmodel(x)
         found["w8"] = apart(simulated, expected)
+        noise = 1e-4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+        found["noise"] = float((qmodel(x + noise) - simulated).abs().mean() / simulated.std())
         found["simulated"] = sorted(set(accelerate(qmodel).values()))
         integer = qmodel(x)
         found["integer"] = float((integer - simulated).abs().mean() / simulated.std())
@@ -201,7 +203,10 @@ def run(architecture: str, kwargs: dict[str, Any], scratch: Path) -> dict[str, A
         return {**found, "wrong": [say(error)], "seconds": round(time.process_time() - started, 1)}
     wrong += [f"converted it is {found['converted']:.2g} from float"] if not found["converted"] < 1e-3 else []
     wrong += [f"W8/A8 is {found['w8']:.2f} from float"] if not found["w8"] < 0.1 else []
-    wrong += [f"integer is {found['integer']:.3f} from simulated"] if not found["integer"] < 0.02 else []
+    far = not found["integer"] < max(
+        0.02, found["noise"]
+    )  # some models blow up any difference, random weights above all
+    wrong += [f"integer is {found['integer']:.3f} from simulated"] if far else []
     wrong += [] if found["same bits"] else ["the loaded model gives other bits"]
     wrong += [] if found["images"] else ["synthesis gives no images"]
     return {**found, "wrong": wrong, "seconds": round(time.process_time() - started, 1)}

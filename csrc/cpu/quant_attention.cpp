@@ -25,17 +25,21 @@ at::Tensor contiguous(const char* name, const OptionalTensor& tensor, at::Scalar
 
 AttentionLayer::AttentionLayer(int64_t heads, const at::Tensor& in_scale, const at::Tensor& in_zero, double scale,
                                const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& index,
-                               const OptionalTensor& out_scale, const OptionalTensor& out_zero, int64_t out_bits)
+                               const OptionalTensor& out_scale, const OptionalTensor& out_zero, int64_t out_bits,
+                               const OptionalTensor& head_scale)
     : heads(heads),
       windows(index ? index->size(0) : 1),
       biases(contiguous("bias", bias, at::kFloat)),
       masks(contiguous("mask", mask, at::kFloat)),
       places(contiguous("index", index, at::kInt)),
+      factors(contiguous("head_scale", head_scale, at::kFloat)),
       constants{},
       integers(out_scale.has_value()),
       ordinary(true) {
   TORCH_CHECK_VALUE(in_scale.numel() == 3 && in_zero.numel() == 3, "in_scale and in_zero had ", in_scale.numel(),
                     " and ", in_zero.numel(), " values; they must have 3, for q, k and v");
+  TORCH_CHECK_VALUE(!factors.defined() || factors.numel() == heads, "head_scale had ",
+                    factors.defined() ? factors.numel() : 0, " values; there are ", heads, " heads");
   if (places.defined()) {
     const int32_t* place = places.const_data_ptr<int32_t>();
     int wrong = 0;
@@ -98,7 +102,9 @@ void AttentionLayer::run(const AttentionKernels& kernels, const Heads& all, cons
     packed.out_floats = static_cast<float*>(result) + column;
   }
   kernels.pack(source, all, packed.packed);
-  kernels.attend(packed, all, begin, end, work.strip);
+  Heads own = all;
+  if (factors.defined()) own.factor *= factors.const_data_ptr<float>()[head];
+  kernels.attend(packed, own, begin, end, work.strip);
 }
 
 namespace {
@@ -106,12 +112,13 @@ namespace {
 at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tensor& in_scale, const at::Tensor& in_zero,
                            double scale, const OptionalTensor& bias, const OptionalTensor& mask,
                            const OptionalTensor& index, const OptionalTensor& out_scale, const OptionalTensor& out_zero,
-                           int64_t out_bits) {
+                           int64_t out_bits, const OptionalTensor& head_scale) {
   const at::Tensor input = qkv.contiguous();
   const int64_t batch = input.size(0), image = input.size(1), channels = input.size(2) / 3;
   at::Tensor result = at::empty({batch, image, channels}, input.options().dtype(out_scale ? at::kByte : at::kFloat));
   if (result.numel() == 0) return result;
-  const AttentionLayer layer(heads, in_scale, in_zero, scale, bias, mask, index, out_scale, out_zero, out_bits);
+  const AttentionLayer layer(heads, in_scale, in_zero, scale, bias, mask, index, out_scale, out_zero, out_bits,
+                             head_scale);
   const AttentionKernels kernels = attention_kernels_for(layer.ordinary ? active_isa() : Isa::portable);
   layer.check_tokens(image);
   const Heads all = layer.heads_of(image, channels);

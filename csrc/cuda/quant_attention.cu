@@ -39,7 +39,8 @@ void launch(const Heads& p, int64_t blocks, cudaStream_t stream) {
 
 at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tensor& in_scale, const at::Tensor& in_zero,
                            double scale, const Optional& bias, const Optional& mask, const Optional& index,
-                           const Optional& out_scale, const Optional& out_zero, int64_t out_bits) {
+                           const Optional& out_scale, const Optional& out_zero, int64_t out_bits,
+                           const Optional& head_scale) {
   const c10::cuda::CUDAGuard guard(qkv.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const int64_t batch = qkv.size(0), image = qkv.size(1), width = qkv.size(2);
@@ -52,7 +53,7 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
   const auto contiguous = [](const Optional& t) { return t ? t->contiguous() : at::Tensor(); };
   const auto floats = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
   const at::Tensor biases = contiguous(bias), masks = contiguous(mask), places = contiguous(index),
-                   scales = in_scale.contiguous(), zeros = in_zero.contiguous();
+                   scales = in_scale.contiguous(), zeros = in_zero.contiguous(), factors = contiguous(head_scale);
   Heads p{};
   p.qkv = x.const_data_ptr<uint8_t>();
   p.index = places.defined() ? places.const_data_ptr<int32_t>() : nullptr;
@@ -69,6 +70,7 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
   p.tokens = static_cast<int>(tokens);
   p.depth = static_cast<int>(width / 3 / heads);
   p.windows = static_cast<int>(windows);
+  p.head_scale = floats(factors);
   const int64_t blocks = batch * windows * heads;
   TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "quant_attention: qkv had ", blocks,
               " heads of all images; CUDA takes 2^31 - 1");

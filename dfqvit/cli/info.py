@@ -13,7 +13,8 @@ from ..api import QuantizationRecord
 from ..errors import UsageError
 from ..kernels.tuning import table as measured_choices
 from ..models.arithmetic import OTHER, multiply_adds
-from ..quantization.layers import AttentionOperands, QuantLinear
+from ..quantization.attention import AttentionOperands
+from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
 from ..storage import environment, load, sizes
 from .options import common, emit, pick_device

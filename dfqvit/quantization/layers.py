@@ -1,4 +1,4 @@
-"""Quantized stand-ins for the layers of a timm model, and the hooks that quantize or correct a module's output."""
+"""Quantized stand-ins for the linear layers of a timm model, and the hooks that quantize or correct a module's output."""
 
 from __future__ import annotations
 
@@ -214,36 +214,6 @@ class QuantPatchProjection(QuantLinear):
         patches = x.reshape(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
         tokens = super().forward(patches.reshape(batch, rows * columns, self.in_features))
         return tokens.transpose(1, 2).reshape(batch, self.out_features, rows, columns)
-
-
-class AttentionOperands(nn.Module):
-    """The products of attention, `softmax(scale Q K^T + bias) V`, with quantized operands.
-
-    Q, K and V are quantized like any activation. The exponentials are rounded to whole steps of 1/255 of each row's
-    greatest, and divided by the sum of what was rounded: their range needs no calibration, and rows still sum to 1. `steps`
-    is 255, or what the recipe's `softmax_bits` make of it.
-    """
-
-    def __init__(self, bits: int, quantizer: str) -> None:
-        super().__init__()
-        self.steps = 255
-        self.q, self.k, self.v = (ActivationQuantizer(bits, quantizer) for _ in range(3))
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[B, heads, N, D] each, bias to be added to [B, heads, N, N]; returns [B, heads, N, D]."""
-        q, k, v = self.q(q), self.k(k), self.v(v)
-        scores = (q @ k.mT) * scale
-        if bias is not None:
-            scores = scores + bias
-        if not self.q.frozen:
-            return scores.softmax(dim=-1) @ v
-        shares = self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp()
-        steps = shares.round()
-        if shares.requires_grad:  # straight through, for `reconstruction`
-            steps = shares + (steps - shares).detach()
-        return (steps @ v) / steps.sum(dim=-1, keepdim=True)
 
 
 def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:

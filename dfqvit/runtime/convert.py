@@ -1,7 +1,9 @@
-"""The integer runtime: a frozen quantized model whose blocks run in integers, each as one operator (see `block`).
+"""The integer runtime: a frozen quantized model whose blocks run in integers.
 
-The blocks take another class; everything else of the timm model stays as it is: its forward, `forward_features` and
-`forward_intermediates`, its state_dict.
+A block of a family that is known runs as one operator (see `block`). In every other block the parts run in integers: the
+linear layers as they are, the products of attention (see `attention`) and the MLPs (see `mlp`). What is taken gets another
+class; everything else of the timm model stays as it is: its forward, `forward_features` and `forward_intermediates`, its
+state_dict.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from timm.layers import Mlp
 from torch import nn
 
 from ..errors import UsageError
@@ -16,8 +19,13 @@ from ..kernels.layer_norm_quantize.op import forward as norm_operator
 from ..kernels.quant_attention.op import forward as attention_operator
 from ..kernels.quant_linear.op import forward as linear_operator
 from ..models.adapters import find_adapter
+from ..models.adapters.attentions import CONSTANT
+from ..quantization.attention import AttentionOperands
+from ..quantization.layers import QuantLinear
 from ..quantization.model import QuantizedModel
+from .attention import IntegerOperands
 from .block import IntegerBlock
+from .mlp import IntegerMlp
 from .swin import IntegerSwinBlock
 from .vit import IntegerVitBlock
 
@@ -44,18 +52,26 @@ def set_runtime(model: nn.Module, runtime: str) -> None:
 
 
 def accelerate(model: nn.Module) -> dict[str, str]:
-    """Lets every block of a frozen quantized model that the runtime knows run in integers, in place.
+    """Lets a frozen quantized model run in integers as far as the runtime knows its parts, in place.
 
     Returns:
-        The blocks that stay simulated, by name, each with the reason; empty when all were taken.
+        The blocks of which something stays simulated or float, by name, each with the reason; empty when there is none.
     """
     skipped = {}
     for name, block in _blocks(model):
-        reason = _why_not(block)
-        if reason:
+        if _whole(block):
+            if not isinstance(block, IntegerBlock):
+                FAMILIES[type(block)].take(block)
+        elif reason := parts_not_integer(block):
             skipped[name] = reason
-        elif not isinstance(block, IntegerBlock):
-            FAMILIES[type(block)].take(block)
+    inside = {module for _, block in _blocks(model) if isinstance(block, IntegerBlock) for module in block.modules()}
+    for module in model.modules():
+        if module in inside:
+            continue
+        if type(module) is AttentionOperands and not IntegerOperands.why_not(module):
+            IntegerOperands.take(module)
+        elif type(module) is Mlp and not IntegerMlp.why_not(module):
+            IntegerMlp.take(module)
     return skipped
 
 
@@ -76,10 +92,7 @@ def integer_report(model: nn.Module) -> dict[str, str]:
             f"model was a {type(model).__name__} that dfqvit did not quantize; it may be what quantize or load gave"
         )
     simulated = "the model's runtime is simulated; dfqvit.load(path, runtime='integer') runs it in integers"
-    return {
-        name: _why_not(block) or ("" if isinstance(block, IntegerBlock) else simulated)
-        for name, block in _blocks(model)
-    }
+    return {name: _reason(block, simulated) for name, block in _blocks(model)}
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -87,6 +100,52 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((names[block], block) for block in find_adapter(model).blocks())
 
 
-def _why_not(block: Any) -> str:
+def _whole(block: Any) -> bool:
+    """Whether the block can run as one operator."""
     kind = type(block) if isinstance(block, IntegerBlock) else FAMILIES.get(type(block))
-    return f"it is a {type(block).__name__}" if kind is None else kind.why_not(block)
+    return kind is not None and not kind.why_not(block)
+
+
+def _reason(block: Any, simulated: str) -> str:
+    if isinstance(block, IntegerBlock):
+        return type(block).why_not(block)
+    reason = parts_not_integer(block)
+    if reason:
+        return reason
+    products = [module for module in block.modules() if isinstance(module, AttentionOperands)]
+    taken = all(isinstance(each, IntegerOperands) for each in products)
+    return "" if taken and not (_whole(block) and products) else simulated
+
+
+def parts_not_integer(block: nn.Module) -> str:
+    """Why a block, taken part by part, does not compute all its products on integers, or ""."""
+    layers = 0
+    for name, module in block.named_modules():
+        where = f"its {name}" if name else "it"
+        if isinstance(module, QuantLinear):
+            layers += 1
+            if not module.frozen:
+                return f"{where} is not quantized yet"
+        elif type(module) in (nn.Linear, nn.Conv2d) and not _is_depthwise(module):
+            if set(name.split(".")) & set(CONSTANT):
+                continue
+            return f"{where} stays float"
+        elif isinstance(module, AttentionOperands):
+            reason = IntegerOperands.why_not(module)
+            if reason:
+                return reason
+        elif _attends(module) and not isinstance(getattr(module, "operands", None), AttentionOperands):
+            return f"{where} is a {type(module).__name__}, whose own products stay float"
+    return "" if layers else "nothing of it is quantized"
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a module multiplies queries and keys itself, as far as its attributes tell: it has heads, and a scale of scores."""
+    names = vars(module)
+    heads = any(isinstance(names.get(name), int) for name in ("num_heads", "heads", "n_heads"))
+    parts = ("fused_attn", "scale", "attn_drop", "qkv", "logit_scale", "temperature")
+    return heads and any(name in names or name in module._modules or name in module._parameters for name in parts)

@@ -10,7 +10,8 @@ import torch
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, LayerScale, Mlp, QuickGELU
 from torch import nn
 
-from ..quantization.layers import AttentionOperands, QuantLinear
+from ..quantization.attention import AttentionOperands
+from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 
 _LEAST = 1e-20

@@ -20,7 +20,9 @@ from torch import nn
 from ..api import QuantizationRecord
 from ..errors import DfqvitError, UsageError
 from ..kernels.pack_weight import unpack_weight
-from ..quantization.layers import AttentionOperands, QuantLinear, QuantPatchProjection, check_tokens
+from ..kernels.quantize_heads.reference import rotate
+from ..quantization.attention import AttentionOperands
+from ..quantization.layers import QuantLinear, QuantPatchProjection, check_tokens
 from ..quantization.quantizers import ActivationQuantizer
 from ..version import __version__
 from .atomic import atomic
@@ -142,16 +144,28 @@ class _QdqAttentionOperands(AttentionOperands):
     none: torch.Tensor
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | torch.Tensor,
+        bias: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        rope: torch.Tensor | None = None,
+        half: bool = False,
     ) -> torch.Tensor:
+        if rope is not None:
+            q, k = rotate(q, rope, half), rotate(k, rope, half)
         q, k, v = (
             self.q(q),
             self.k(k.mT),
             self.v(v),
         )  # runtimes fuse a product whose operands come from QDQ nodes directly
-        scores = (q @ k) * scale
+        scores = (q @ k) * (scale.view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale)
         if bias is not None:
             scores = scores + bias
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
         steps = _quantize_dequantize(
             self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp(), self.one, self.none
         )

@@ -25,10 +25,11 @@ def quant_attention(
     out_scale: torch.Tensor | float | None = None,
     out_zero: torch.Tensor | float | None = None,
     out_bits: int = 8,
+    head_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multi-head self-attention on integers, for whole images or windows; no gradient.
 
-        s_ij  = scale * q_scale * k_scale * sum_d (q_id - q_zero) * (k_jd - k_zero) + bias_ij + mask_ij
+        s_ij  = scale * head_scale * q_scale * k_scale * sum_d (q_id - q_zero) * (k_jd - k_zero) + bias_ij + mask_ij
         p_ij  = round(255 * exp(s_ij - max_j s_ij))
         y_i   = v_scale * (sum_j p_ij * (v_j - v_zero)) / sum_j p_ij
         result = y, or with out_scale: clamp(round(y / out_scale) + out_zero, 0, 2^out_bits - 1)
@@ -49,6 +50,7 @@ def quant_attention(
         out_scale: scalar, positive; None (default) for a float32 result.
         out_zero: scalar, a whole number in [0, 2^out_bits - 1]; given if out_scale is.
         out_bits: 2 to 8.
+        head_scale: float [heads], positive, or None: a factor of each head's scores, as cosine attention learns it.
 
     Returns:
         [B, T, heads * D], float32 or with out_scale uint8.
@@ -62,7 +64,7 @@ def quant_attention(
     if qkv.dtype != torch.uint8:
         raise TypeError(f"qkv had dtype {qkv.dtype}; it must be uint8")
     checks.bits("out_bits", out_bits)
-    checks.same_device(qkv=qkv, bias=bias, mask=mask, index=index)
+    checks.same_device(qkv=qkv, bias=bias, mask=mask, index=index, head_scale=head_scale)
     if heads < 1 or qkv.dim() != 3 or qkv.shape[2] % (3 * max(heads, 1)) or qkv.shape[2] == 0:
         raise ValueError(f"qkv had shape {tuple(qkv.shape)}; with {heads} heads it must be [B, T, 3 * {heads} * D]")
     windows, tokens = 1, qkv.shape[1]
@@ -96,7 +98,12 @@ def quant_attention(
         checks.whole("out_zero", zero_out, (1 << out_bits) - 1)
         outs = [scale_out.reshape(()), zero_out.reshape(())]
     floats = [None if tensor is None else tensor.detach().float() for tensor in (bias, mask)]
-    return forward(qkv, heads, *parameters, float(scale), *floats, index, *outs, out_bits)
+    if head_scale is not None:
+        if head_scale.shape != (heads,):
+            raise ValueError(f"head_scale had shape {tuple(head_scale.shape)}; it must be [{heads}]")
+        head_scale = checks.parameter("head_scale", head_scale.detach(), qkv)
+        checks.positive("head_scale", head_scale)
+    return forward(qkv, heads, *parameters, float(scale), *floats, index, *outs, out_bits, head_scale)
 
 
 def _check_permutation(index: torch.Tensor) -> None:
@@ -164,7 +171,7 @@ def _fake(qkv: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 forward = Operator(
     "quant_attention(Tensor qkv, int heads, Tensor in_scale, Tensor in_zero, float scale, Tensor? bias, Tensor? mask, "
-    "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits) -> Tensor",
+    "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits, Tensor? head_scale=None) -> Tensor",
     fake=_fake,
     backends=[
         compiled("quant_attention", "cuda", _supports_cuda),

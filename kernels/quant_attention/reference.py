@@ -17,6 +17,7 @@ def quant_attention(
     out_scale: torch.Tensor | None,
     out_zero: torch.Tensor | None,
     out_bits: int,
+    head_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula of `op.quant_attention`, in the dtype of in_scale; the integers are summed in float64, exactly."""
     batch, image, channels = *qkv.shape[:2], qkv.shape[2] // 3
@@ -25,7 +26,10 @@ def quant_attention(
     whole = qkv.unflatten(2, (3, heads, channels // heads)).double() - in_zero.double().view(3, 1, 1)
     whole = whole[:, places].reshape(batch * windows, tokens, 3, heads, channels // heads)
     q, k, v = whole.permute(2, 0, 3, 1, 4).unbind(0)
-    scores = (q @ k.mT).to(in_scale.dtype) * (scale * in_scale[0] * in_scale[1])
+    factor = scale * in_scale[0] * in_scale[1]
+    if head_scale is not None:
+        factor = (factor * head_scale).view(heads, 1, 1)
+    scores = (q @ k.mT).to(in_scale.dtype) * factor
     if bias is not None:
         scores = scores + bias
     if mask is not None:

@@ -84,11 +84,11 @@ def _scores(
 
 @triton.jit
 def _attention_kernel(
-    qkv, in_scale, in_zero, scale, bias, mask, index, out_scale, out_zero, out, windows,
+    qkv, in_scale, in_zero, scale, bias, mask, index, out_scale, out_zero, head_scale, out, windows,
     heads: tl.constexpr, tokens: tl.constexpr, depth: tl.constexpr, greatest: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries; neighbours share their head's keys and values. bias, mask, index and out_scale may be None."""
+    """One block of queries; neighbours share their head's keys and values. What is not there is None."""
     blocks: tl.constexpr = (tokens + QUERIES - 1) // QUERIES
     program = tl.program_id(0)
     block, head, place = program % blocks, program // blocks % heads, program // (blocks * heads)
@@ -105,6 +105,8 @@ def _attention_kernel(
     k_shift = 128 - tl.load(in_zero + 1).to(tl.int32)
     v_shift = 128 - tl.load(in_zero + 2).to(tl.int32)
     factor = scale * tl.load(in_scale) * tl.load(in_scale + 1)
+    if head_scale is not None:
+        factor *= tl.load(head_scale + head)
 
     rows = block * QUERIES + tl.arange(0, QUERIES)
     inside = rows < tokens
@@ -156,6 +158,7 @@ def quant_attention(
     out_scale: torch.Tensor | None,
     out_zero: torch.Tensor | None,
     out_bits: int,
+    head_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.quant_attention`."""
     batch, image, width = qkv.shape
@@ -169,7 +172,7 @@ def quant_attention(
     with torch.cuda.device(qkv.device) if qkv.is_cuda else contextlib.nullcontext():
         _attention_kernel[(programs,)](
             qkv.contiguous(), in_scale, in_zero, scale, *(None if t is None else t.contiguous() for t in (bias, mask, index)),
-            out_scale, out_zero, out, windows,
+            out_scale, out_zero, head_scale, out, windows,
             heads=heads, tokens=tokens, depth=depth, greatest=float((1 << out_bits) - 1),
             QUERIES=tile.queries, KEYS=tile.keys, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,

@@ -13,7 +13,8 @@ from dfqvit.calibration.reconstruction import reconstruct_blocks
 from dfqvit.errors import UsageError
 from dfqvit.models import load_model
 from dfqvit.models.adapters import find_adapter
-from dfqvit.quantization.layers import AttentionOperands, QuantLinear
+from dfqvit.quantization.attention import AttentionOperands
+from dfqvit.quantization.layers import QuantLinear
 from dfqvit.quantization.recipe import Recipe
 
 from ..cli.test_commands import run  # noqa: F401 (a fixture)

@@ -54,10 +54,11 @@ def sample(case, windowed=True):
         options["bias"] = torch.randn(heads, tokens, tokens)
         hidden = (torch.rand(windows, tokens, tokens) < 0.3) & ~torch.eye(tokens, dtype=torch.bool)
         options["mask"] = torch.zeros(windows, tokens, tokens).masked_fill(hidden, -float("inf"))
+        options["head_scale"] = torch.rand(heads) * 2 + 0.2
     return torch.randint(0, 256, (batch, total, 3 * heads * depth), dtype=torch.uint8), heads, options
 
 
-def oracle(qkv, heads, in_scale, in_zero, scale, bias=None, mask=None, index=None):
+def oracle(qkv, heads, in_scale, in_zero, scale, bias=None, mask=None, index=None, head_scale=None):
     """(y, how near the nearest 255 e of each query lies to the middle between two integers)."""
     batch, total, width = qkv.shape
     depth = width // 3 // heads
@@ -70,7 +71,7 @@ def oracle(qkv, heads, in_scale, in_zero, scale, bias=None, mask=None, index=Non
         for w, where in enumerate(places):
             for h in range(heads):
                 q, k, v = (values[b, where, i, h] for i in range(3))
-                s = factor * (q @ k.T)
+                s = factor * (1.0 if head_scale is None else head_scale[h].item()) * (q @ k.T)
                 s = s if bias is None else s + bias[h].double().numpy()
                 s = s if mask is None else s + mask[w].double().numpy()
                 e = 255 * np.exp(s - s.max(-1, keepdims=True))
@@ -143,6 +144,8 @@ def test_bad_input():
         ({"index": options["index"] * 0}, ValueError, r"index must hold every token from 0 to 5 exactly once"),
         ({"bias": options["bias"][:1]}, ValueError, r"bias had shape \(1, 3, 3\); it must be \[2, 3, 3\]"),
         ({"mask": options["mask"][..., :2]}, ValueError, r"mask had shape \(2, 3, 2\)"),
+        ({"head_scale": torch.ones(7)}, ValueError, r"head_scale had shape \(7,\); it must be \["),
+        ({"head_scale": -torch.ones(2)}, ValueError, r"head_scale held -1; every scale must be greater than 0"),
         ({"in_scale": torch.ones(2)}, ValueError, r"in_scale had shape \(2,\); it must be \[3\], for q, k and v"),
         ({"in_scale": -torch.ones(3)}, ValueError, r"in_scale held -1; every scale must be greater than 0"),
         ({"out_scale": 0.1}, ValueError, r"out_zero was None; it must be given if out_scale is"),

@@ -28,7 +28,7 @@ def emulator(tmp_path_factory):
 
 def emulated(
     emulator, qkv, heads, in_scale, in_zero, scale, bias=None, mask=None, index=None, out_scale=None, out_zero=None,
-    out_bits=8,
+    out_bits=8, head_scale=None,
 ):  # fmt: skip
     batch, image, width = qkv.shape
     windows, tokens = (1, image) if index is None else index.shape
@@ -37,7 +37,7 @@ def emulated(
     outs = [None if t is None else torch.as_tensor(t, dtype=torch.float32) for t in (out_scale, out_zero)]
     emulator(
         "attention", qkv, index, bias, mask, in_scale, in_zero, float(scale), *outs, float((1 << out_bits) - 1), out,
-        heads, tokens, width // 3 // heads, windows, batch,
+        heads, tokens, width // 3 // heads, windows, batch, head_scale,
     )  # fmt: skip
     return out
 

@@ -83,7 +83,7 @@ def test_quantized_saved_and_loaded_with_the_same_bits(family, tmp_path):
     assert not torch.equal(found, wanted)
     loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "model.safetensors"))
     assert torch.equal(loaded(x), found)
-    assert all(why.startswith("it is a") for why in dfqvit.integer_report(loaded).values())
+    assert set(dfqvit.integer_report(loaded).values()) <= {""}
     assert all(torch.equal(before[key], value) for key, value in family.state_dict().items())
 
 

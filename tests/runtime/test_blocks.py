@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.layers import QuickGELU
+from timm.layers import Attention, Mlp, QuickGELU
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfqvit
 from dfqvit.calibration import calibrate, convert
@@ -17,6 +18,8 @@ from dfqvit.kernels import extension, use_backend
 from dfqvit.models.adapters import find_adapter
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
+from dfqvit.runtime.attention import IntegerOperands
+from dfqvit.runtime.block import IntegerBlock
 
 from ..conftest import small_clip, small_swin, small_vit
 from ..conftest import threads as set_threads
@@ -78,19 +81,45 @@ def test_state_dict_and_input_stay_as_they_were(model):
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    "make",
     [
-        (lambda: small_vit(qk_norm=True), "q_norm"),
-        (lambda: small_vit(act_layer="relu"), "ReLU"),
-        (lambda: small_swin(img_size=28), "padded"),
+        lambda: small_vit(qk_norm=True),
+        lambda: small_vit(act_layer="relu"),
+        lambda: small_swin(img_size=28),  # its windows are padded
     ],
 )
-def test_what_it_does_not_know_stays_simulated(seed, make, reason):
+def test_a_block_that_is_not_known_as_a_whole_runs_part_by_part(seed, make):
     qmodel, images = quantized(make())
     expected = qmodel(images)
-    skipped = accelerate(qmodel)
-    assert skipped
-    assert all(reason in why for why in skipped.values())
+    assert accelerate(qmodel) == {}
+    assert not any(isinstance(module, IntegerBlock) for module in qmodel.modules())
+    assert any(isinstance(module, IntegerOperands) for module in qmodel.modules())
+    with Operators() as operators:
+        assert close(qmodel(images), expected)
+    assert {"dfqvit::quantize_heads", "dfqvit::quant_attention", "dfqvit::quant_linear"} <= operators.called
+
+
+class Operators(TorchDispatchMode):
+    """Which operators are called during the `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_that_are_not_known_stay_float_and_are_reported(seed):
+    class Attend(Attention):
+        pass
+
+    model = small_vit()
+    model.blocks[1].attn.__class__ = Attend
+    qmodel, images = quantized(model)
+    expected = qmodel(images)
+    assert accelerate(qmodel) == {"blocks.1": "its attn is a Attend, whose own products stay float"}
     assert close(qmodel(images), expected)
 
 
@@ -266,8 +295,9 @@ def test_an_activation_derived_from_quick_gelu_is_not_taken_for_it(seed):
     model = small_clip(act_layer=Slower)
     qmodel, images = quantized(model)
     expected = qmodel(images)
-    assert set(accelerate(qmodel).values()) == {"its activation is Slower"}
-    assert torch.equal(qmodel(images), expected)
+    assert accelerate(qmodel) == {}  # the activation is computed in float, between two layers in integers
+    assert all(type(block.mlp) is Mlp for block in qmodel.blocks)
+    assert close(qmodel(images), expected)
 
 
 def test_a_gain_of_nothing_leaves_the_residual_as_it_is(seed):

@@ -64,7 +64,8 @@ struct NormLayer {
 struct AttentionLayer {
   AttentionLayer(int64_t heads, const at::Tensor& in_scale, const at::Tensor& in_zero, double scale,
                  const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& index,
-                 const OptionalTensor& out_scale, const OptionalTensor& out_zero, int64_t out_bits);
+                 const OptionalTensor& out_scale, const OptionalTensor& out_zero, int64_t out_bits,
+                 const OptionalTensor& head_scale = {});
 
   // What depends on the image: tokens of it, and channels of its result.
   Heads heads_of(int64_t image, int64_t channels) const;
@@ -78,6 +79,7 @@ struct AttentionLayer {
 
   int64_t heads, windows;
   at::Tensor biases, masks, places;  // undefined where there are none
+  at::Tensor factors;                // float [heads] of the scores, or undefined
   Heads constants;
   bool integers, ordinary;
 };

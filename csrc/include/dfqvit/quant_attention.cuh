@@ -34,6 +34,7 @@ struct Heads {
   float out_greatest;
   void* out;
   int heads, tokens, depth, windows;
+  const float* head_scale;  // [heads], or null
 };
 
 DFQVIT_HOST_DEVICE int padded_keys(int tokens) {
@@ -243,7 +244,8 @@ __device__ __forceinline__ void attend(const Heads& p, uint8_t* memory) {
   const int32_t* index = p.index ? p.index + window * p.tokens : nullptr;
   const int32_t q_zero = static_cast<int32_t>(p.in_zero[0]), k_zero = static_cast<int32_t>(p.in_zero[1]);
   const int32_t v_shift = 128 - static_cast<int32_t>(p.in_zero[2]);
-  const float factor = p.scale * p.in_scale[0] * p.in_scale[1];
+  const float unscaled = p.scale * p.in_scale[0] * p.in_scale[1];
+  const float factor = p.head_scale ? unscaled * p.head_scale[head] : unscaled;
   const int64_t square = static_cast<int64_t>(p.tokens) * p.tokens;
   const Addends addends{p.bias ? p.bias + head * square : nullptr, p.mask ? p.mask + window * square : nullptr,
                         p.tokens};

@@ -13,8 +13,10 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from ...errors import UsageError
-from ...quantization.layers import AttentionOperands, QuantLinear, QuantPatchProjection, correct_output, quantize_output
+from ...quantization.attention import AttentionOperands
+from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
 from ...quantization.recipe import Recipe
+from .attentions import quantize_products
 
 
 @dataclass
@@ -66,9 +68,9 @@ class Adapter(abc.ABC):
     def add_psaq_sites(self, bits: int, quantizer: str) -> None:
         """Quantizes the activations that PSAQ-ViT quantizes beside the inputs of linear layers; see `placement="psaq"`."""
 
-    @abc.abstractmethod
     def add_gemm_sites(self, bits: int, quantizer: str) -> None:
-        """Quantizes the operands of the matrix products that are no layers: attention's."""
+        """Quantizes the operands of the matrix products that are no layers: attention's, as far as it is known."""
+        quantize_products(self.model, bits, quantizer)
 
     @abc.abstractmethod
     def quantize_constants(self, bits: int) -> None:

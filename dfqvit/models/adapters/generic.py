@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import nn
 
 from ...errors import UsageError
@@ -19,6 +22,7 @@ from .base import Adapter, Features, heads_mean, is_patch_convolution
 _LEAST_PATCHES = 4  # a set of fewer vectors says nothing of an image's structure
 _MOST_PATCHES = 1024  # of a stage's output; a larger one is averaged down to it
 _PROJECTIONS = ("proj", "out_proj", "attn_out_proj")  # attention's last layer: its input is softmax(QK^T)V
+_SEPARATE = (EvaAttention, BeitAttention, WindowAttentionV2)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
 
 
@@ -26,8 +30,8 @@ class GenericAdapter(Adapter):
     """A timm model of a family that dfqvit has no adapter for.
 
     Quantized are the layers of exact class `nn.Linear` and the `nn.Conv2d` whose patches do not overlap (1x1 among them), as
-    far as the model calls them: one whose weight the model reads itself stays float, found by a pass over one image. All else
-    stays float too: other convolutions, attention's own products.
+    far as the model calls them: one whose weight the model reads itself stays float, found by a pass over one image. The
+    products of the attentions that `attentions` knows are quantized too; all else stays float.
     """
 
     patchable: ClassVar = {}
@@ -62,7 +66,10 @@ class GenericAdapter(Adapter):
         }
 
     def layers(self) -> dict[str, nn.Module]:
-        """The candidates that the model calls, and of which it reads nothing itself; found by a pass over one image."""
+        """The candidates that the model calls with what depends on the image, and of which it reads nothing itself.
+
+        Found by a pass over one image.
+        """
         probes = {name: _Probe(layer) for name, layer in self.candidates().items()}
         try:
             for name, probe in probes.items():
@@ -71,28 +78,36 @@ class GenericAdapter(Adapter):
         finally:
             for name, probe in probes.items():
                 self._replace(name, probe._modules["layer"])  # type: ignore[arg-type]
-        found = {name: probe.layer for name, probe in probes.items() if probe.called and not probe.read}
+        found = {name: probe.layer for name, probe in probes.items() if probe.depends and not probe.read}
         if not found:
             raise UsageError(f"model was a {type(self.model).__name__}, which calls no layer that could be quantized")
         return found
 
     def prepare(self) -> None:
-        """Lets timm's attentions with biases of their own for Q and V call `qkv`, and add these, rather than read its weight."""
+        """Gives `qkv` the biases that some of timm's attentions keep for Q and V alone, so that they call it as it is."""
         for module in self.model.modules():
-            if getattr(module, "qkv_bias_separate", None) is False:
-                module.qkv_bias_separate = True
+            if type(module) in _SEPARATE and module.qkv is not None and module.q_bias is not None:
+                bias = torch.cat((module.q_bias, torch.zeros_like(module.q_bias), module.v_bias))
+                module.qkv.bias = nn.Parameter(bias.detach(), requires_grad=module.q_bias.requires_grad)
+                module.q_bias = module.k_bias = module.v_bias = None
 
     def _pass(self) -> None:
+        """One image through the model, so that what depends on it requires a gradient, and nothing else does."""
         parameter = next(self.model.parameters())
         image = torch.zeros(1, *image_shape(self.model), device=parameter.device, dtype=parameter.dtype)
+        trained = [each for each in self.model.parameters() if each.requires_grad]
         try:
-            with torch.no_grad():
-                self.model(image)
+            with torch.inference_mode(False), torch.enable_grad():
+                self.model.requires_grad_(False)
+                self.model(image.clone().requires_grad_() * 1)
         except Exception as error:  # whatever the model raises
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
                 f"model was a {type(self.model).__name__}, which one image {list(image.shape)} cannot be run through ({said})"
             ) from error
+        finally:
+            for each in trained:
+                each.requires_grad_(True)
 
     def blocks(self) -> list[Any]:
         """The children of every list named `blocks` that take one tensor and give one; none where there are no such lists."""
@@ -120,9 +135,6 @@ class GenericAdapter(Adapter):
         raise UsageError(
             f"placement was 'psaq' and the model a {type(self.model).__name__}; it may be 'gemm' for this model"
         )
-
-    def add_gemm_sites(self, bits: int, quantizer: str) -> None:
-        """None: attention's own products stay float."""
 
     def quantize_constants(self, bits: int) -> None:
         """None."""
@@ -212,10 +224,10 @@ class _Probe(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.called = self.read = False
+        self.depends = self.read = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.called = True
+        self.depends |= x.requires_grad
         if isinstance(self.layer, nn.Conv2d) and x.dim() != 4:
             self.read = True
         return self.layer(x)

@@ -14,8 +14,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, Win
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .swin import QuantWindowAttention
-from .vit import QuantAttention
+from .attentions import QuantAttention, QuantWindowAttention
 
 _BLOCKS = (Block, SwinTransformerBlock)
 _ATTENTIONS = (Attention, WindowAttention, QuantAttention, QuantWindowAttention)

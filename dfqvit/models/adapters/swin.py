@@ -15,7 +15,7 @@ from timm.models.swin_transformer import (
 from torch import nn
 
 from ...errors import UsageError
-from ...quantization.layers import AttentionOperands, quantize_output
+from ...quantization.layers import quantize_output
 from ...quantization.quantizers import ActivationQuantizer
 from .base import Adapter, add_block_sites, heads_mean, last_of_mlp
 from .constants import quantize_constant_
@@ -71,13 +71,6 @@ class SwinAdapter(Adapter):
         if not isinstance(model.head.fc, nn.Identity):
             quantize_output(model.head.fc, "output_quantizer", bits, quantizer)
 
-    def add_gemm_sites(self, bits: int, quantizer: str) -> None:
-        """The operands of the window attention's own products."""
-        for block in self.blocks():
-            if type(block.attn) is WindowAttention:
-                block.attn.operands = AttentionOperands(bits, quantizer)
-                block.attn.__class__ = QuantWindowAttention
-
     def quantize_constants(self, bits: int) -> None:
         """The relative position bias tables, each on its own grid."""
         for block in self.blocks():
@@ -90,23 +83,6 @@ def _windows_of(block: Any) -> int:
     counts = (-(-size // window) for size, window in zip(block.input_resolution, block.window_size, strict=True))
     rows, columns = counts
     return rows * columns
-
-
-class QuantWindowAttention(WindowAttention):
-    """timm's WindowAttention with both of its products quantized."""
-
-    operands: AttentionOperands
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = self._get_rel_pos_bias()
-        if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).repeat(
-                x.shape[0] // mask.shape[0], 1, 1, 1
-            )  # len() would fix the batch in an export
-        y = self.operands(q, k, v, self.scale, bias)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 
 class PsaqWindowAttention(WindowAttention):

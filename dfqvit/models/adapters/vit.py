@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention
-from timm.layers.attention import resolve_self_attn_mask
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from ...errors import UsageError
-from ...quantization.layers import AttentionOperands, quantize_output
+from ...quantization.layers import quantize_output
 from ...quantization.quantizers import ActivationQuantizer
 from .base import Adapter, add_block_sites, heads_mean, last_of_mlp
 from .constants import quantize_constant_
@@ -71,33 +70,9 @@ class VitAdapter(Adapter):
         if self.model.pos_embed is not None:
             quantize_constant_(self.model.pos_embed, bits)
 
-    def add_gemm_sites(self, bits: int, quantizer: str) -> None:
-        """The operands of attention's own products, where the attention is timm's plain one."""
-        for block in self.model.blocks:
-            if type(block.attn) is Attention:
-                block.attn.operands = AttentionOperands(bits, quantizer)
-                block.attn.__class__ = QuantAttention
-
     def _prefix_tokens(self) -> list[nn.Parameter]:
         names = ("cls_token", "dist_token", "reg_token")
         return [token for token in (getattr(self.model, name, None) for name in names) if token is not None]
-
-
-class QuantAttention(Attention):
-    """timm's Attention with both of its products quantized; takes the class of a timm instance, keeps its state."""
-
-    operands: AttentionOperands
-
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """[B, N, C] to [B, N, C]; attn_mask is boolean or added to the scores."""
-        gate = getattr(self, "gate", None)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
-        y = self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias)
-        y = getattr(self, "norm", nn.Identity())(y.transpose(1, 2).flatten(2))
-        if gate is not None:
-            y = y * gate(x).sigmoid()
-        return self.proj_drop(self.proj(y))
 
 
 class PsaqAttention(Attention):

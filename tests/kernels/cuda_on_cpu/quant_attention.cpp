@@ -23,9 +23,9 @@ void run(const Heads& p, unsigned blocks) {
 extern "C" void attention(const uint8_t* qkv, const int32_t* index, const float* bias, const float* mask,
                           const float* in_scale, const float* in_zero, float scale, const float* out_scale,
                           const float* out_zero, float greatest, void* out, int heads, int tokens, int depth,
-                          int windows, int batch) {
+                          int windows, int batch, const float* head_scale) {
   const Heads p{qkv,      index,    bias, mask,  in_scale, in_zero, scale,  out_scale,
-                out_zero, greatest, out,  heads, tokens,   depth,   windows};
+                out_zero, greatest, out,  heads, tokens,   depth,   windows, head_scale};
   const unsigned blocks = batch * windows * heads;
   depth <= 32   ? run<32>(p, blocks)
   : depth <= 64 ? run<64>(p, blocks)

@@ -1,0 +1,215 @@
+"""timm's attentions with both of their products quantized: each takes the class of a timm instance and keeps its state.
+
+Every class computes as timm's own, with `self.operands` where that multiplies queries, keys and values. To teach dfqvit
+another attention, add its class here and to `QUANTIZED`; what is not named there keeps its products in float.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope
+from timm.layers.attention import resolve_self_attn_mask
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.vision_transformer_relpos import RelPosAttention
+from timm.models.vision_transformer_sam import Attention as SamAttention
+from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
+from torch import nn
+
+from ...quantization.attention import AttentionOperands
+
+CONSTANT = ("cpb_mlp", "rel_pos")  # networks that make a table of positions: they see no image
+_MOST_SCALE = math.log(100.0)  # Swin v2's bound of the logarithm of its learnt scales
+
+
+def quantize_products(model: nn.Module, bits: int, quantizer: str) -> None:
+    """Quantizes, in place, the products of every attention that is known here."""
+    for module in model.modules():
+        kind = QUANTIZED.get(type(module))
+        if kind is not None:
+            module.operands = AttentionOperands(bits, quantizer).train(module.training)
+            module.__class__ = kind
+
+
+def _apart(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+    """[B, N, 3 * heads * D] to q, k and v [B, heads, N, D]."""
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _together(y: torch.Tensor) -> torch.Tensor:
+    """[B, heads, N, D] to [B, N, heads * D]."""
+    return y.transpose(1, 2).flatten(2)
+
+
+def _projected(attention: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What timm's plain attentions do with the mixed values y: a norm, a gate by the input x, the projection."""
+    y = attention.norm(_together(y)) if hasattr(attention, "norm") else _together(y)
+    if getattr(attention, "gate", None) is not None:
+        y = y * attention.gate(x).sigmoid()
+    return attention.proj_drop(attention.proj(y))
+
+
+class QuantAttention(Attention):
+    """Of ViT, DeiT and most others."""
+
+    operands: AttentionOperands
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]; attn_mask is boolean or added to the scores."""
+        q, k, v = _apart(self.qkv(x), self.num_heads)
+        bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
+        y = self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias)
+        return _projected(self, x, y)
+
+
+class _RotaryAttention:
+    """The forward of both attentions with rotary embeddings: one projection or three, fewer heads of K and V or as many."""
+
+    operands: AttentionOperands
+
+    def forward(
+        self: Any,
+        x: torch.Tensor,
+        rope: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]; rope [..., N - prefix, 2 * D] holds sines, then cosines."""
+        if self.qkv is not None:
+            q, k, v = _apart(self.qkv(x), self.num_heads)
+        else:
+            q, k, v = (
+                layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for layer in (self.q_proj, self.k_proj, self.v_proj)
+            )
+        q, k = self.q_norm(q), self.k_norm(k)
+        groups = self.num_heads // k.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
+        half = getattr(self, "rotate_half", False)
+        return _projected(self, x, self.operands(q, k, v, self.scale, bias, rope=rope, half=half))
+
+
+class QuantAttentionRope(_RotaryAttention, AttentionRope):
+    """Of DINOv3's and the Perception Encoder's kin."""
+
+
+class QuantEvaAttention(_RotaryAttention, EvaAttention):
+    """Of EVA."""
+
+
+class QuantBeitAttention(BeitAttention):
+    """Of BEiT: a table of relative positions."""
+
+    operands: AttentionOperands
+
+    def forward(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]."""
+        q, k, v = _apart(self.qkv(x), self.num_heads)
+        bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+        if shared_rel_pos_bias is not None:
+            bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
+        return _projected(self, x, self.operands(q, k, v, self.scale, bias))
+
+
+class QuantRelPosAttention(RelPosAttention):
+    """Of the ViTs with relative positions: a table, or a network that makes one."""
+
+    operands: AttentionOperands
+
+    def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]."""
+        q, k, v = _apart(self.qkv(x), self.num_heads)
+        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        return _projected(self, x, self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+
+
+class QuantSamAttention(SamAttention):
+    """Of SAM's encoder: relative positions that depend on the queries."""
+
+    operands: AttentionOperands
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, C] to the same."""
+        size = (x.shape[1], x.shape[2])
+        q, k, v = _apart(self.qkv(x.flatten(1, 2)), self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        bias = rope = None
+        if self.use_rel_pos:
+            bias = get_decomposed_rel_pos_bias(q.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, size, size)
+            bias = bias.unflatten(0, (-1, self.num_heads))
+        elif self.rope is not None:
+            rope = self.rope.get_embed()
+        y = self.operands(q, k, v, self.scale, bias, rope=rope)
+        return self.proj_drop(self.proj(_together(y))).view(*x.shape[:3], -1)
+
+
+class QuantWindowAttention(WindowAttention):
+    """Of Swin."""
+
+    operands: AttentionOperands
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
+        q, k, v = _apart(self.qkv(x), self.num_heads)
+        return _projected(self, x, self.operands(q, k, v, self.scale, self._get_rel_pos_bias(), mask))
+
+
+class QuantWindowAttentionV2(WindowAttentionV2):
+    """Of Swin v2: scores are cosines times a learnt scale of each head; a network makes the bias."""
+
+    operands: AttentionOperands
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
+        q, k, v = _apart(self.qkv(x), self.num_heads)
+        scale = self.logit_scale.clamp(max=_MOST_SCALE).exp().flatten()
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return _projected(self, x, self.operands(q, k, v, scale, self.position_bias(), mask))
+
+    def position_bias(self) -> torch.Tensor:
+        """[heads, N, N], of the window as it is now."""
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        area = self.window_size[0] * self.window_size[1]
+        bias = table[self.relative_position_index.view(-1)].view(area, area, -1)
+        return 16 * torch.sigmoid(bias.permute(2, 0, 1).contiguous())
+
+
+class QuantParallelScalingBlock(ParallelScalingBlock):
+    """A block whose attention and MLP share their layers, and is its own attention."""
+
+    operands: AttentionOperands
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]; attn_mask is boolean or added to the scores."""
+        hidden, *qkv = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)
+        bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
+        y = _together(self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+        hidden = self.mlp_drop(self.mlp_act(hidden if self.mlp_bias is None else hidden + self.mlp_bias))
+        if self.out_proj is not None:
+            joined = self.out_proj(torch.cat((y, hidden), dim=-1))
+        else:
+            joined = self.attn_out_proj(y) + self.mlp_out_proj(hidden)
+        return x + self.drop_path(self.ls(joined))
+
+
+QUANTIZED: dict[type, type] = {
+    Attention: QuantAttention,
+    AttentionRope: QuantAttentionRope,
+    EvaAttention: QuantEvaAttention,
+    BeitAttention: QuantBeitAttention,
+    RelPosAttention: QuantRelPosAttention,
+    SamAttention: QuantSamAttention,
+    WindowAttention: QuantWindowAttention,
+    WindowAttentionV2: QuantWindowAttentionV2,
+    ParallelScalingBlock: QuantParallelScalingBlock,
+}

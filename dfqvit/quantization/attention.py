@@ -1,0 +1,65 @@
+"""The products of attention with quantized operands, as simulated; `runtime.attention` computes the same on integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..kernels.quantize_heads.reference import rotate
+from .quantizers import ActivationQuantizer
+
+
+class AttentionOperands(nn.Module):
+    """The products of attention, `softmax(scale Q K^T + bias) V`, with quantized operands.
+
+    Q, K and V are quantized like any activation. The exponentials are rounded to whole steps of 1/255 of each row's
+    greatest, and divided by the sum of what was rounded: their range needs no calibration, and rows still sum to 1. `steps`
+    is 255, or what the recipe's `softmax_bits` make of it.
+    """
+
+    def __init__(self, bits: int, quantizer: str) -> None:
+        super().__init__()
+        self.steps = 255
+        self.q, self.k, self.v = (ActivationQuantizer(bits, quantizer) for _ in range(3))
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | torch.Tensor,
+        bias: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        rope: torch.Tensor | None = None,
+        half: bool = False,
+    ) -> torch.Tensor:
+        """The mixed values of every token.
+
+        Args:
+            q: [B, heads, N, D].
+            k: [B, heads, M, D].
+            v: likewise.
+            scale: of the scores; or [heads].
+            bias: added to the scores, of a shape that goes with [B, heads, N, M].
+            mask: [W, N, M] or None, added in window w, for batches of windows, those of an image one after the other.
+            rope: sines and cosines that turn the last tokens of q and k, see `kernels.quantize_heads`.
+            half: as there.
+
+        Returns:
+            [B, heads, N, D].
+        """
+        if rope is not None:
+            q, k = rotate(q, rope, half), rotate(k, rope, half)
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        scores = (q @ k.mT) * (scale.view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale)
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
+        if not self.q.frozen:
+            return scores.softmax(dim=-1) @ v
+        shares = self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        steps = shares.round()
+        if shares.requires_grad:  # straight through, for `reconstruction`
+            steps = shares + (steps - shares).detach()
+        return (steps @ v) / steps.sum(dim=-1, keepdim=True)

@@ -1,0 +1,73 @@
+"""The products of any attention in integers: quantized, rotated and laid out by one operator, multiplied by another."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels.quant_attention.op import forward as quant_attention
+from ..kernels.quantize_heads.op import forward as quantize_heads
+from ..quantization.attention import AttentionOperands
+
+_STEPS = 255  # of the probabilities, as `quant_attention` has them
+
+
+class IntegerOperands(AttentionOperands):
+    """AttentionOperands that computes by `quantize_heads` and `quant_attention`; takes the class of an instance.
+
+    As simulated where a gradient is wanted, where queries and keys differ in number, and where every image has a bias of
+    its own, since the operator has none of these.
+    """
+
+    @classmethod
+    def take(cls, operands: AttentionOperands) -> None:
+        """Turns operands into these, in place."""
+        operands.__class__ = cls
+
+    @classmethod
+    def why_not(cls, operands: AttentionOperands) -> str:
+        """Why these products do not run in integers, or ""."""
+        if type(operands) not in (AttentionOperands, cls):
+            return f"its products are those of a {type(operands).__name__}"
+        if operands.steps != _STEPS:
+            return "its attention's probabilities have fewer than 8 bits"
+        sites = (operands.q, operands.k, operands.v)
+        if not all(site.frozen for site in sites) or len({site.bits for site in sites}) > 1:
+            return "its attention's operands are not quantized alike"
+        return ""
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | torch.Tensor,
+        bias: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        rope: torch.Tensor | None = None,
+        half: bool = False,
+    ) -> torch.Tensor:
+        """As AttentionOperands, float32 [B, heads, N, D]."""
+        heads, tokens = q.shape[1], q.shape[2]
+        common = bias is None or (bias.dim() == 3 or (bias.dim() == 4 and bias.shape[0] == 1))
+        turned = rope is None or rope.dim() in (2, 3)
+        if not common or not turned or k.shape != q.shape or _differentiated(q, k, v, bias):
+            return super().forward(q, k, v, scale, bias, mask, rope, half)
+        in_scale = torch.stack((self.q.scale, self.k.scale, self.v.scale))
+        in_zero = torch.stack((self.q.zero_point, self.k.zero_point, self.v.zero_point))
+        qkv = quantize_heads(q, k, v, in_scale, in_zero, self.q.bits, None if rope is None else rope.float(), half)
+        index = None
+        if mask is not None:  # the windows of an image are its tokens, one window after the other
+            windows = mask.shape[0]
+            qkv = qkv.view(-1, windows * tokens, qkv.shape[2])
+            index = torch.arange(windows * tokens, dtype=torch.int32, device=qkv.device).view(windows, tokens)
+            mask = mask.float()
+        if bias is not None:
+            bias = bias.view(-1, *bias.shape[-2:]).expand(heads, tokens, tokens).float().contiguous()
+        each = scale.float() if isinstance(scale, torch.Tensor) else None
+        once = 1.0 if isinstance(scale, torch.Tensor) else float(scale)
+        y = quant_attention(qkv, heads, in_scale, in_zero, once, bias, mask, index, None, None, 8, each)
+        return y.view(-1, tokens, heads, q.shape[3]).transpose(1, 2)
+
+
+def _differentiated(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

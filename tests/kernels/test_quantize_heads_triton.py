@@ -1,0 +1,67 @@
+"""quantize_heads in Triton: on a GPU where there is one, in the interpreter, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import product
+
+import pytest
+import torch
+
+from dfqvit.kernels import quantize_heads, use_backend
+from dfqvit.kernels.quantize_heads.op import forward
+
+from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
+from .test_quantize_heads import CASES, check, sample
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@live_triton
+@pytest.mark.parametrize(("case", "half", "packed"), few_on_gpu(product(CASES[:-1], [False, True], [True, False]), 7))
+def test_triton_matches_timm_and_numpy_but_for_ties(seed, case, half, packed):
+    q, k, v, options = sample(case, torch.bfloat16 if packed and half else torch.float32, packed)
+    with use_backend("triton"):
+        call = [part.to(DEVICE) for part in (q, k, v)]
+        found = quantize_heads(*call, **{n: t.to(DEVICE) for n, t in options.items()}, half=half).cpu()
+    check(found, q, k, v, options, half, 8)
+
+
+@live_triton
+def test_triton_on_wide_heads(seed):
+    """More channels than a program has cells."""
+    q, k, v, options = sample((1, 18, 3, 64, 2, 18))
+    with use_backend("triton"):
+        call = [part.to(DEVICE) for part in (q, k, v)]
+        found = quantize_heads(*call, **{n: t.to(DEVICE) for n, t in options.items()}).cpu()
+    check(found, q, k, v, options, False, 8)
+
+
+@live_triton
+def test_triton_declines_float64():
+    part, three = torch.ones(1, 1, 1, 2, device=DEVICE).double(), torch.ones(3, device=DEVICE)
+    verdict = forward.backends["triton"].supports(part, part, part, three, three, 8, None, False)
+    assert verdict == (False, "float64 runs on the reference")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
+def test_in_the_interpreter() -> None:
+    """The tests above, in a process whose Triton interprets."""
+    run_in_interpreter(__file__)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_for_gpus(capability) -> None:
+    pytest.importorskip("triton")
+    module = importlib.import_module("dfqvit.kernels.quantize_heads.triton")
+    whole = ["heads", "depth", "tokens", "turned", "rope_head"]
+    whole += [f"{part}_{along}" for part in "qkv" for along in ("batch", "head", "token", "channel")]
+    kinds = {**dict.fromkeys(whole, "i32"), "out": "*u8"}
+    constants = {"greatest": 255.0, "HALF": False, "CELLS": module.CELLS}
+    made = compile_for(module._heads_kernel, capability, kinds, constants, num_warps=4, enable_fp_fusion=False)
+    registers, spilled = resources(made, capability)
+    assert registers <= 128
+    assert spilled == 0

@@ -1,0 +1,149 @@
+"""Every attention that dfqvit knows: in float as timm's own, quantized near it, in integers as simulated."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.layers import Attention, AttentionRope, LayerNorm, RelPosBias, RmsNorm
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.vision_transformer_relpos import RelPosAttention
+from timm.models.vision_transformer_sam import Attention as SamAttention
+from torch import nn
+
+from dfqvit.models.adapters.attentions import QUANTIZED, quantize_products
+from dfqvit.models.adapters.generic import GenericAdapter
+from dfqvit.quantization.attention import AttentionOperands
+from dfqvit.runtime.attention import IntegerOperands
+
+CHANNELS = 48
+
+
+def turns(tokens, *heads):
+    angles = torch.rand(*heads, tokens, CHANNELS // 3) * 6
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def window_mask(windows, tokens):
+    return torch.where(torch.rand(windows, tokens, tokens) < 0.3, -100.0, 0.0)
+
+
+def attentions():
+    """{name: (attention, x, further arguments)}; three heads of 16 channels."""
+    tokens = torch.randn(2, 13, CHANNELS)
+    windows = torch.randn(8, 12, CHANNELS)
+    small = {"dim": CHANNELS, "num_heads": 3}
+    relative = {"rel_pos_cls": lambda num_heads, **_: RelPosBias((3, 4), num_heads=num_heads)}
+    return {
+        "plain": (Attention(**small, qkv_bias=True), tokens, {}),
+        "norms": (Attention(**small, qk_norm=True, scale_norm=True, norm_layer=LayerNorm), tokens, {}),
+        "gated, masked": (Attention(**small, gated=True), tokens, {"attn_mask": torch.rand(13, 13) < 0.8}),
+        "a mask for each image": (Attention(**small), tokens, {"attn_mask": torch.randn(2, 1, 13, 13)}),
+        "rope": (AttentionRope(**small), tokens, {"rope": turns(12)}),
+        "rope, halves": (AttentionRope(**small, rotate_half=True), tokens, {"rope": turns(12)}),
+        "rope, grouped": (
+            AttentionRope(**small, qkv_fused=False, num_kv_heads=1, qk_norm=True, norm_layer=RmsNorm),
+            tokens,
+            {"rope": turns(12)},
+        ),
+        "rope, of each head": (AttentionRope(**small, qkv_fused=False), tokens, {"rope": turns(12, 3)}),
+        "parallel": (ParallelScalingBlock(**small), tokens, {}),
+        "parallel, apart": (ParallelScalingBlock(**small, qkv_bias=True, fuse_out_proj=True), tokens, {}),
+        "eva": (EvaAttention(**small, scale_norm=False), tokens, {"rope": turns(12)}),
+        "eva, apart": (EvaAttention(**small, qkv_fused=False, norm_layer=LayerNorm), tokens, {"rope": turns(12)}),
+        "eva, none": (EvaAttention(**small, scale_norm=False), tokens, {}),
+        "beit": (BeitAttention(**small, qkv_bias=True, window_size=(3, 4)), tokens, {}),
+        "beit, shared": (
+            BeitAttention(**small, qkv_bias=True),
+            tokens,
+            {"shared_rel_pos_bias": torch.randn(1, 3, 13, 13)},
+        ),
+        "relative": (RelPosAttention(**small, **relative), windows, {}),
+        "sam": (SamAttention(**small, use_rel_pos=True, input_size=(3, 4)), windows.view(8, 3, 4, CHANNELS), {}),
+        "swin": (WindowAttention(**small, window_size=(3, 4)), windows, {"mask": window_mask(4, 12)}),
+        "swin, whole": (WindowAttention(**small, window_size=(3, 4)), windows, {}),
+        "swin v2": (WindowAttentionV2(**small, window_size=(3, 4)), windows, {"mask": window_mask(4, 12)}),
+        "swin v2, whole": (WindowAttentionV2(**small, window_size=(3, 4)), windows, {}),
+    }
+
+
+NAMES = [
+    "parallel", "parallel, apart", "rope, of each head",
+    "plain", "norms", "gated, masked", "a mask for each image", "rope", "rope, halves", "rope, grouped", "eva",
+    "eva, apart", "eva, none", "beit", "beit, shared", "relative", "sam", "swin", "swin, whole", "swin v2", "swin v2, whole",
+]  # fmt: skip
+OWN_BIAS = ("sam", "a mask for each image")  # which no integer operator has
+
+
+@pytest.fixture(params=NAMES)
+def case(request, seed):
+    """(name, timm's attention with values that matter, its quantized twin, x, further arguments)."""
+    made = attentions()
+    assert sorted(made) == sorted(NAMES)
+    attention, x, options = made[request.param]
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.5))
+    model = nn.Sequential(copy.deepcopy(attention))
+    GenericAdapter(model).prepare()
+    quantize_products(model, 8, "minmax")
+    return request.param, attention.eval(), model.eval()[0], x, options
+
+
+@torch.no_grad()
+def test_in_float_they_are_timms_own(case):
+    _, attention, twin, x, options = case
+    assert type(twin) is QUANTIZED[type(attention)]
+    torch.testing.assert_close(twin(x, **options), attention(x, **options), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_quantized_near_float_and_in_integers_as_simulated(case, isa):
+    name, attention, twin, x, options = case
+    wanted = attention(x, **options)
+    twin(x, **options)
+    for site in (twin.operands.q, twin.operands.k, twin.operands.v):
+        site.freeze()
+    simulated = twin(x, **options)
+    assert 0 < float((simulated - wanted).norm() / wanted.norm()) < 0.05
+    assert IntegerOperands.why_not(twin.operands) == ""
+    IntegerOperands.take(twin.operands)
+    found = twin(x, **options)
+    assert found.dtype == torch.float32
+    assert float((found - simulated).norm() / simulated.norm()) < (1e-12 if name in OWN_BIAS else 5e-3)
+
+
+def test_a_gradient_comes_by_the_simulated_way(case):
+    _, _, twin, x, options = case
+    with torch.no_grad():
+        twin(x, **options)
+    for site in (twin.operands.q, twin.operands.k, twin.operands.v):
+        site.freeze()
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    twin(theirs, **options).square().sum().backward()
+    IntegerOperands.take(twin.operands)
+    twin(ours, **options).square().sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert float(ours.grad.abs().sum()) > 0
+
+
+def test_every_class_is_tried(seed):
+    assert {type(attention) for attention, _, _ in attentions().values()} == set(QUANTIZED)
+
+
+def test_what_does_not_run_in_integers_says_why(seed):
+    operands = AttentionOperands(8, "minmax")
+    assert IntegerOperands.why_not(operands) == "its attention's operands are not quantized alike"
+    for site in (operands.q, operands.k, operands.v):
+        site.frozen = True
+    operands.steps = 15
+    assert IntegerOperands.why_not(operands) == "its attention's probabilities have fewer than 8 bits"
+    operands.steps, operands.k.bits = 255, 4
+    assert IntegerOperands.why_not(operands) == "its attention's operands are not quantized alike"
+    operands.__class__ = type("Other", (AttentionOperands,), {})
+    assert IntegerOperands.why_not(operands) == "its products are those of a Other"
