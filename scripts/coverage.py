@@ -3,7 +3,7 @@
     python scripts/coverage.py [--only TEXT] [--part I/N] [--out FILE.json]      static: every tag, without weights
     python scripts/coverage.py --short                                           static: a few dozen architectures
     python scripts/coverage.py --run [--only TEXT]                               a few dozen architectures, small, computed
-    python scripts/coverage.py --merge FILE.json ...                             the tables of several parts
+    python scripts/coverage.py --merge FILE.json ... [--markdown FILE.md]        the tables of several parts; as docs/models.md
 
 Static: the model of every tag on the meta device, through the steps of `dfqvit.quantize` and `dfqvit.load` that need no values:
 accepted (converted), integer (and every block known to the runtime), loads (what a file says builds the same structure).
@@ -227,6 +227,34 @@ def table(states: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, last])
 
 
+def markdown(states: dict[str, dict[str, Any]]) -> str:
+    """docs/models.md: by timm's files, with an example of each and what does not run in integers."""
+    rows: dict[str, list[tuple[str, dict[str, Any]]]] = collections.defaultdict(list)
+    for tag, state in states.items():
+        rows[state["module"]].append((tag, state))
+    last = table(states).splitlines()[-1]
+    lines = [
+        "# Models",
+        "",
+        "What of timm's pretrained transformers, ConvNeXt and their kin dfqvit takes, by timm's files. Made by",
+        f"`python scripts/coverage.py` with timm {timm.__version__}: {last}.",
+        "",
+        "*Accepted*: quantized, saved and loaded. *Integer*: every product of every block runs on integers, so what `dfqvit.integer_report`",
+        "says is empty; elsewhere the linear layers do, and the rest is named. Whether the weights of a tag survive few bits is another",
+        "question: see [accuracy](accuracy.md) for those that were measured.",
+        "",
+        "| timm file | for example | tags | accepted | integer | what else stays float |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for module in sorted(rows):
+        found = [state for _, state in rows[module]]
+        reasons = collections.Counter(each["why"].split("; ")[0] for each in found if not each["integer"])
+        counts = [len(found), *(sum(each[key] for each in found) for key in ("accepted", "integer"))]
+        why = reasons.most_common(1)[0][0] if reasons else ""
+        lines.append(f"| {module} | `{min(tag for tag, _ in rows[module])}` | {' | '.join(map(str, counts))} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
 def survey(tags: list[str], out: Path | None) -> dict[str, dict[str, Any]]:
     """{tag: its state}; tags of one architecture and input size, with a classifier or without, once."""
     states: dict[str, dict[str, Any]] = {}
@@ -270,6 +298,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="static, one tag of each architecture that --run computes")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the architectures")
     parser.add_argument("--out", type=Path, help="JSON of every tag's state")
+    parser.add_argument("--markdown", type=Path, help="where to write the table of docs/models.md")
     parser.add_argument("--merge", type=Path, nargs="+", help="files of --out")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -294,6 +323,8 @@ def main() -> int:
         without_initial_values()
         states = survey([tag for tag in tags if registry.get_arch_name(tag) in chosen], args.out)
     print(table(states))
+    if args.markdown:
+        args.markdown.write_text(markdown(states))
     return 0
 
 

@@ -1,7 +1,8 @@
 """The integer runtime: a frozen quantized model whose blocks run in integers.
 
 A block of a family that is known runs as one operator (see `block`). In every other block the parts run in integers: the
-linear layers as they are, the products of attention (see `attention`) and the MLPs (see `mlp`). What is taken gets another
+linear layers as they are, the products of attention (see `attention`), the MLPs (see `mlp`), and the norms and residual sums
+where the block is one of these two (see `residual`). What is taken gets another
 class; everything else of the timm model stays as it is: its forward, `forward_features` and `forward_intermediates`, its
 state_dict.
 """
@@ -26,6 +27,7 @@ from ..quantization.model import QuantizedModel
 from .attention import IntegerOperands
 from .block import IntegerBlock
 from .mlp import IntegerMlp
+from .residual import RESIDUAL
 from .swin import IntegerSwinBlock
 from .vit import IntegerVitBlock
 
@@ -72,6 +74,10 @@ def accelerate(model: nn.Module) -> dict[str, str]:
             IntegerOperands.take(module)
         elif type(module) is Mlp and not IntegerMlp.why_not(module):
             IntegerMlp.take(module)
+    for _, block in _blocks(model):
+        kind = RESIDUAL.get(type(block))
+        if kind is not None and not kind.why_not(block):
+            kind.take(block)
     return skipped
 
 
@@ -134,6 +140,8 @@ def parts_not_integer(block: nn.Module) -> str:
             reason = IntegerOperands.why_not(module)
             if reason:
                 return reason
+        elif getattr(module, "use_rel_pos", False):
+            return f"{where} adds positions that depend on the image, which no integer operator has"
         elif _attends(module) and not isinstance(getattr(module, "operands", None), AttentionOperands):
             return f"{where} is a {type(module).__name__}, whose own products stay float"
     return "" if layers else "nothing of it is quantized"

@@ -8,9 +8,9 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from ..kernels.quant_linear.op import forward as quant_linear
-from ..quantization.layers import QuantLinear, check_tokens
-from .parts import activation_of
+from ..quantization.layers import QuantLinear
+from .linear import product
+from .parts import activation_of, watched_or_differentiated
 
 
 class IntegerMlp(Mlp):
@@ -39,28 +39,11 @@ class IntegerMlp(Mlp):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., C] to float32 [..., C']."""
-        fc1, fc2 = self.fc1, self.fc2
-        if self.training or self.why_not(self) or self._differentiated(x) or self._hooked():
+        if watched_or_differentiated(self, x) or self.why_not(self):
             return super().forward(x)
-        check_tokens(fc2.acm, x)
-        name = activation_of(self.act)
-        scale = fc2.input.scale if fc2.factor is None else fc2.input.scale * fc2.factor
-        grid = (scale.expand(fc1.out_features).contiguous(), fc2.input.zero_point.expand(fc1.out_features).contiguous())
-        weight, _, sums = fc1.operands()
-        hidden = quant_linear(
-            x.float(), weight, fc1.bias, None, fc1.input.scale, fc1.input.zero_point, fc1.weight_scale,
-            fc1.input.bits, fc1.w_bits, name, None, *grid, fc2.input.bits, "uint8", sums,
-        )  # fmt: skip
-        weight, acm, sums = fc2.operands()
-        return quant_linear(
-            hidden, weight, fc2.bias, acm, fc2.input.scale, fc2.input.zero_point, fc2.weight_scale,
-            fc2.input.bits, fc2.w_bits, "none", None, None, None, 8, "float32", sums,
-        )  # fmt: skip
+        return product(self.fc2, hidden_bytes(self, x))
 
-    def _differentiated(self, x: torch.Tensor) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return x.requires_grad or any(each.requires_grad for each in self.parameters())
 
-    def _hooked(self) -> bool:
-        return any(child._forward_hooks or child._forward_pre_hooks for child in self.modules() if child is not self)
+def hidden_bytes(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., H], what the second layer of an IntegerMlp takes; x [..., C] float, or bytes on the first one's grid."""
+    return product(mlp.fc1, x, activation=activation_of(mlp.act) or "none", reader=mlp.fc2)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, LayerScale, Mlp, QuickGELU
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
@@ -47,10 +48,10 @@ class Parts:
             [norm.eps for norm in self.norms],
             [weight for weight, _, _ in operands],
             [
-                linear.weight_scale.new_empty(0) if linear.bias is None else _scaled(linear.bias, gain)
+                linear.weight_scale.new_empty(0) if linear.bias is None else scaled(linear.bias, gain)
                 for linear, gain in zip(self.linears, gains, strict=True)
             ],
-            [_scaled(linear.weight_scale, gain) for linear, gain in zip(self.linears, gains, strict=True)],
+            [scaled(linear.weight_scale, gain) for linear, gain in zip(self.linears, gains, strict=True)],
             [linear.w_bits for linear in self.linears],
             [site.scale for site in self.sites],
             [site.zero_point for site in self.sites],
@@ -85,7 +86,7 @@ class Parts:
         yield from (gain for gain in self.gains if gain is not None)
 
 
-def _scaled(tensor: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+def scaled(tensor: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     """LayerScale multiplies a layer's result, which is its scale times whole numbers plus its bias: so it multiplies these.
 
     Scales must not be 0: a gain of nothing is one of _LEAST, which no residual sum feels.
@@ -152,6 +153,18 @@ def parts_of(block: Any) -> Parts | str:
 
 
 _NOTHING = nn.Identity()
+
+
+def watched_or_differentiated(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a module must compute as simulated: in training, with a gradient wanted, or with a hook on a module inside."""
+    if module.training:
+        return True
+    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in module.parameters())):
+        return True
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    inside = (child for child in module.modules() if child is not module)
+    return any(child._forward_hooks or child._forward_pre_hooks for child in inside)
 
 
 def activation_of(module: nn.Module) -> str | None:

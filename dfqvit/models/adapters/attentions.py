@@ -48,33 +48,35 @@ def _together(y: torch.Tensor) -> torch.Tensor:
     return y.transpose(1, 2).flatten(2)
 
 
-def _projected(attention: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """What timm's plain attentions do with the mixed values y: a norm, a gate by the input x, the projection."""
-    y = attention.norm(_together(y)) if hasattr(attention, "norm") else _together(y)
-    if getattr(attention, "gate", None) is not None:
-        y = y * attention.gate(x).sigmoid()
-    return attention.proj_drop(attention.proj(y))
+class _Projecting:
+    """An attention in two steps: `mixed` gives the values as they are mixed, `forward` projects them."""
+
+    operands: AttentionOperands
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[B, N, C] to [B, N, C]; further arguments as those of `mixed`."""
+        return self.proj_drop(self.proj(self.mixed(x, *args, **kwargs)))
+
+    def normed(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """[B, heads, N, D] to [B, N, C], with what timm's attentions do before they project: a norm, a gate by the input x."""
+        y = self.norm(_together(y)) if hasattr(self, "norm") else _together(y)
+        return y if getattr(self, "gate", None) is None else y * self.gate(x).sigmoid()
 
 
-class QuantAttention(Attention):
+class QuantAttention(_Projecting, Attention):
     """Of ViT, DeiT and most others."""
 
-    operands: AttentionOperands
-
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+    def mixed(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """[B, N, C] to [B, N, C]; attn_mask is boolean or added to the scores."""
         q, k, v = _apart(self.qkv(x), self.num_heads)
-        bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
-        y = self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias)
-        return _projected(self, x, y)
+        bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
+        return self.normed(x, self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
 
 
-class _RotaryAttention:
-    """The forward of both attentions with rotary embeddings: one projection or three, fewer heads of K and V or as many."""
+class _RotaryAttention(_Projecting):
+    """Both attentions with rotary embeddings: one projection or three, fewer heads of K and V or as many."""
 
-    operands: AttentionOperands
-
-    def forward(
+    def mixed(
         self: Any,
         x: torch.Tensor,
         rope: torch.Tensor | None = None,
@@ -93,9 +95,9 @@ class _RotaryAttention:
         groups = self.num_heads // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
+        bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
         half = getattr(self, "rotate_half", False)
-        return _projected(self, x, self.operands(q, k, v, self.scale, bias, rope=rope, half=half))
+        return self.normed(x, self.operands(q, k, v, self.scale, bias, rope=rope, half=half))
 
 
 class QuantAttentionRope(_RotaryAttention, AttentionRope):
@@ -106,30 +108,26 @@ class QuantEvaAttention(_RotaryAttention, EvaAttention):
     """Of EVA."""
 
 
-class QuantBeitAttention(BeitAttention):
+class QuantBeitAttention(_Projecting, BeitAttention):
     """Of BEiT: a table of relative positions."""
 
-    operands: AttentionOperands
-
-    def forward(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
+    def mixed(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
         """[B, N, C] to [B, N, C]."""
         q, k, v = _apart(self.qkv(x), self.num_heads)
         bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
-        return _projected(self, x, self.operands(q, k, v, self.scale, bias))
+        return self.normed(x, self.operands(q, k, v, self.scale, bias))
 
 
-class QuantRelPosAttention(RelPosAttention):
+class QuantRelPosAttention(_Projecting, RelPosAttention):
     """Of the ViTs with relative positions: a table, or a network that makes one."""
 
-    operands: AttentionOperands
-
-    def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
+    def mixed(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
         """[B, N, C] to [B, N, C]."""
         q, k, v = _apart(self.qkv(x), self.num_heads)
         bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-        return _projected(self, x, self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+        return self.normed(x, self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
 
 
 class QuantSamAttention(SamAttention):
@@ -152,28 +150,24 @@ class QuantSamAttention(SamAttention):
         return self.proj_drop(self.proj(_together(y))).view(*x.shape[:3], -1)
 
 
-class QuantWindowAttention(WindowAttention):
+class QuantWindowAttention(_Projecting, WindowAttention):
     """Of Swin."""
 
-    operands: AttentionOperands
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def mixed(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
         q, k, v = _apart(self.qkv(x), self.num_heads)
-        return _projected(self, x, self.operands(q, k, v, self.scale, self._get_rel_pos_bias(), mask))
+        return self.normed(x, self.operands(q, k, v, self.scale, self._get_rel_pos_bias(), mask))
 
 
-class QuantWindowAttentionV2(WindowAttentionV2):
+class QuantWindowAttentionV2(_Projecting, WindowAttentionV2):
     """Of Swin v2: scores are cosines times a learnt scale of each head; a network makes the bias."""
 
-    operands: AttentionOperands
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def mixed(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
         q, k, v = _apart(self.qkv(x), self.num_heads)
         scale = self.logit_scale.clamp(max=_MOST_SCALE).exp().flatten()
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return _projected(self, x, self.operands(q, k, v, scale, self.position_bias(), mask))
+        return self.normed(x, self.operands(q, k, v, scale, self.position_bias(), mask))
 
     def position_bias(self) -> torch.Tensor:
         """[heads, N, N], of the window as it is now."""

@@ -194,8 +194,9 @@ def _takes_images(name: str, module: nn.Module) -> bool:
 
 
 def last_of_mlp(mlp: nn.Module) -> nn.Module | None:
-    """The layer whose result is that of one of timm's MLPs, in eval; None for others."""
-    return mlp.fc2 if type(mlp) in (Mlp, GluMlp, SwiGLU) else None  # type: ignore[return-value]
+    """The layer whose result is that of one of timm's MLPs, in eval; None for others. The runtime's name theirs `family`."""
+    known = getattr(type(mlp), "family", type(mlp)) in (Mlp, GluMlp, SwiGLU)
+    return mlp.fc2 if known else None  # type: ignore[return-value]
 
 
 def heads_mean(output: torch.Tensor, heads: int, skip: int = 0) -> torch.Tensor:

@@ -1,0 +1,135 @@
+"""Blocks that run part by part with norms and residual sums in the operators: EVA, BEiT, relative positions, unusual ViTs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers import GluMlp, RmsNorm, SwiGLU
+from torch import nn
+
+import dfqvit
+from dfqvit.runtime import accelerate
+from dfqvit.runtime.residual import IntegerResidual
+
+from ..conftest import small_vit
+from .test_blocks import Operators, close, quantized
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+
+
+def small(name, **options):
+    return timm.create_model(name, pretrained=False, **SMALL, **options)
+
+
+MAKE = {
+    "eva": lambda: small("eva02_tiny_patch14_224"),
+    "eva, norms inside": lambda: small("eva02_base_patch16_clip_224"),
+    "dinov3": lambda: small("vit_small_patch16_dinov3", init_values=0.4),
+    "dinov3, gated": lambda: small("vit_small_plus_patch16_dinov3", init_values=0.4),
+    "rope": lambda: small("vit_base_patch16_rope_mixed_224", init_values=0.4),
+    "beit": lambda: small("beit_base_patch16_224", init_values=0.3),
+    "relative": lambda: small("vit_relpos_small_patch16_224", init_values=0.4),
+    "norms of q and k": lambda: small_vit(qk_norm=True, init_values=0.4),
+    "gated": lambda: small_vit(mlp_layer=SwiGLU, norm_layer=RmsNorm, act_layer="silu"),
+    "packed gate": lambda: small_vit(mlp_layer=GluMlp, act_layer="silu", qk_norm=True, mlp_ratio=4),
+}
+
+
+@pytest.fixture(params=list(MAKE))
+def unusual(request, seed):
+    """A model whose every part matters."""
+    model = MAKE[request.param]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "gamma" not in name and "ls" not in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "bias_table" in name:
+                parameter.normal_()
+    return model
+
+
+def residual(qmodel):
+    return [module for module in qmodel.modules() if isinstance(module, IntegerResidual)]
+
+
+@pytest.mark.parametrize("w_bits", [8, 3])
+def test_as_simulated_and_near_float(unusual, isa, w_bits):
+    qmodel, images = quantized(unusual, w_bits)
+    expected, state = qmodel(images), {name: value.clone() for name, value in qmodel.state_dict().items()}
+    assert accelerate(qmodel) == {}
+    assert residual(qmodel) == list(qmodel.blocks)
+    with Operators() as operators:
+        found = qmodel(images)
+    assert {"dfqvit::quantize_heads", "dfqvit::quant_attention"} <= operators.called
+    assert close(found, expected)
+    if w_bits == 8:
+        wanted = unusual(images)
+        assert float((found - wanted).norm() / wanted.norm()) < 0.1
+    after = qmodel.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+def test_copies_and_reports(unusual):
+    qmodel, images = quantized(unusual, 4)
+    accelerate(qmodel)
+    expected = qmodel(images)
+    for found in (copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel))):
+        assert torch.equal(found(images), expected)
+    assert set(dfqvit.integer_report(qmodel).values()) == {""}
+
+
+def test_a_gradient_is_the_simulated_ones(unusual):
+    qmodel, images = quantized(unusual, 4)
+    theirs, ours = images.clone().requires_grad_(), images.clone().requires_grad_()
+    qmodel(theirs).square().sum().backward()
+    accelerate(qmodel)
+    qmodel(ours).square().sum().backward()
+    assert float(theirs.grad.abs().sum()) > 0
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_hooks_inside_see_what_they_would_see(unusual):
+    qmodel, images = quantized(unusual, 4)
+    accelerate(qmodel)
+    block, seen = residual(qmodel)[0], []
+    plain = qmodel(images)
+    handles = [getattr(block, name).register_forward_hook(lambda *a: seen.append(a[2])) for name in ("norm1", "mlp")]
+    watched = qmodel(images)
+    assert [value.dtype for value in seen] == [torch.float32] * 2
+    assert close(watched, plain)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(qmodel(images), plain)
+
+
+def test_a_change_of_its_parts_counts(unusual):
+    qmodel, images = quantized(unusual, 8)
+    accelerate(qmodel)
+    before = qmodel(images)
+    block = residual(qmodel)[1]
+    with torch.no_grad():
+        block.norm2.weight.mul_(1.5)
+    changed = qmodel(images)
+    assert not torch.equal(changed, before)
+    fresh = copy.deepcopy(qmodel)
+    assert torch.equal(fresh(images), changed)
+    block.mlp = nn.Identity()
+    assert not torch.equal(qmodel(images), changed)
+
+
+def test_compiled_and_exported(unusual):
+    qmodel, images = quantized(unusual, 4)
+    accelerate(qmodel)
+    expected = qmodel(images)
+    torch._dynamo.reset()  # which counts the models of all tests together
+    with torch.no_grad():
+        compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(images), expected)
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(qmodel, (images,), dynamic_shapes=({0: batch},))
+        assert torch.equal(program.module()(images[:3]), qmodel(images[:3]))
