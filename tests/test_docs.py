@@ -141,6 +141,18 @@ def test_links_lead_somewhere(page):
             assert anchor in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings], target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pictures_are_there_and_say_what_they_show(page):
+    text = page.read_text()
+    for place in re.findall(r'(?:src|srcset)="([^"]+)"', text):
+        assert (page.parent / place).is_file(), f"{page}: {place}"
+    for tag in re.findall(r"<img [^>]*>", text):
+        assert re.search(r'alt="[^"]{20,}"', tag), f"{page}: {tag}"
+    for block in re.findall(r"<picture>.*?</picture>", text, re.DOTALL):  # the dark one by the reader's theme
+        dark, light = re.search(r'srcset="([^"]+)"', block)[1], re.search(r'<img src="([^"]+)"', block)[1]
+        assert dark.replace("-dark.", "-light.") == light
+
+
 def test_every_page_is_in_an_index():
     index = (ROOT / "docs" / "README.md").read_text() + (ROOT / "docs" / "kernels" / "README.md").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
