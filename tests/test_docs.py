@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dfqvit import cli, demo
 
@@ -23,7 +24,8 @@ SMALLER = {
     "deit_tiny_patch16_224": "demo",
     "--checkpoint FILE --data FOLDER --classes FILE": "--data test.npz",
     "IMAGE_FOLDER": "test.npz",
-    "samples=16, iters=500": "samples=2, iters=2",
+    "dfqvit.quantize(model, w_bits=4, a_bits=8)": "dfqvit.quantize(model, 4, 8, samples=2, iters=2)",
+    '.convert("RGB")': '.convert("L")',
     "torch.randn(8, 3, 224, 224)": "torch.randn(8, 1, 28, 28)",
     "--batch 1,32": "--batch 1,2 --rounds 1",
     "--study method --study acm --seeds 3": "--study gamma --bits 4 --images 20",
@@ -35,6 +37,8 @@ APPENDED = dict.fromkeys(["quantize", "ablate"], "--samples 2 --iters 2")  # cli
 # The beginnings of commands that do not run here, and why.
 LEFT_OUT = {
     "make": "sets up an environment; CI does this itself",
+    "pip": "installs; tests/test_package.py and tests/test_wheel.py install from the tree and from a wheel",
+    "DFQVIT_BUILD=0 pip": "as pip",
     ". .venv/bin/activate": "the tests run in their own environment",
     "dfqvit sweep": "many runs in processes of their own; tests/test_sweep.py reads this file and makes smaller ones",
     "torchrun": "tests/test_distributed.py runs these with gloo",
@@ -81,10 +85,11 @@ def left_out(command: str) -> bool:
 
 @pytest.fixture(scope="module")
 def given_files(tmp_path_factory):
-    """What a page may take for granted: a saved model, and images to evaluate on."""
+    """What a page may take for granted: a saved model, images to evaluate on, and a photograph."""
     folder = tmp_path_factory.mktemp("given")
     with np.load(demo.TEST_IMAGES) as file:
         np.savez(folder / "test.npz", images=file["images"][:40], labels=file["labels"][:40])
+    Image.effect_noise((64, 48), 80).convert("RGB").save(folder / "photo.jpg")
     assert cli.run(["quantize", "demo", "--calib", "noise", "--samples", "2", "--out", str(folder)]) == 0
     return folder
 
@@ -99,7 +104,7 @@ def run(command: str) -> int:
 def test_page_runs(page, given_files, tmp_path, monkeypatch, capsys):
     """From first to last in one folder, the programs sharing their names, as a reader would go through it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("test.npz", "model.safetensors", "out/model/model.safetensors"):
+    for name in ("test.npz", "photo.jpg", "model.safetensors", "out/model/model.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(given_files / Path(name).name, tmp_path / name)
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ COMMANDS = {
     "demo": "quantize the embedded model and print accuracies for float, real, noise and data-free calibration",
     "diagnose": "the known failures in a saved model, with what to do; gradients of easy to hard",
     "evaluate": "top-1, top-5 and agreement with the float model, on a folder or an .npz",
-    "export": "a saved model as ONNX, for ONNX Runtime, OpenVINO or TensorRT",
+    "export": "a saved model as ONNX, for ONNX Runtime or OpenVINO",
     "info": "versions, devices and backends; with FILE, check a saved model completely and describe it",
     "quantize": "from a float model to a saved low-bit model, with no data",
     "sweep": "quantize and evaluate every combination of models and settings in a YAML file",
