@@ -36,8 +36,8 @@ ACCURACY_DATA = "imagenet500"
 WIDTHS = ((8, 8), (6, 6), (4, 8), (3, 8), (4, 4))
 
 THEMES = {  # text, text of less weight, grid, bars of others, our bars, whiskers
-    "light": ("#1c2128", "#57606a", "#d8dde3", "#9aa5b1", "#0b66c3", "#1c2128"),
-    "dark": ("#e6edf3", "#9aa5b1", "#333b44", "#6b7683", "#58a6ff", "#e6edf3"),
+    "light": ("#1c2128", "#57606a", "#d8dde3", "#b1bac4", "#54a0f0", "#1c2128"),
+    "dark": ("#e6edf3", "#9aa5b1", "#333b44", "#5b6570", "#1f6feb", "#e6edf3"),
 }
 WIDTH, LEFT, RIGHT, ROW = 560, 178, 52, 24
 

@@ -38,7 +38,6 @@ APPENDED = dict.fromkeys(["quantize", "ablate"], "--samples 2 --iters 2")  # cli
 LEFT_OUT = {
     "make": "sets up an environment; CI does this itself",
     "pip": "installs; tests/test_package.py and tests/test_wheel.py install from the tree and from a wheel",
-    "DFQVIT_BUILD=0 pip": "as pip",
     ". .venv/bin/activate": "the tests run in their own environment",
     "dfqvit sweep": "many runs in processes of their own; tests/test_sweep.py reads this file and makes smaller ones",
     "torchrun": "tests/test_distributed.py runs these with gloo",

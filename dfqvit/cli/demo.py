@@ -28,11 +28,23 @@ _REPORTED = 4  # bits of the model that the report is about
 
 
 @click.command("demo")
-@click.option("--model", type=click.Choice(list(embedded.ALIASES)), default="demo", show_default=True)
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--iters", type=click.IntRange(1), default=300, show_default=True)
+@click.option(
+    "--model",
+    type=click.Choice(list(embedded.ALIASES)),
+    default="demo",
+    show_default=True,
+    help="A small DeiT or a small Swin.",
+)
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images to make.")
+@click.option("--iters", type=click.IntRange(1), default=300, show_default=True, help="Steps of the synthesis.")
 @click.option("--images", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="Test images to use.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out/demo"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("out/demo"),
+    show_default=True,
+    help="Folder of the results.",
+)
 @common
 def command(**options: Any) -> None:
     """Quantize an embedded model to W8/A8, W4/A8 and W3/A8 and print top-1 on Fashion-MNIST's test images.
