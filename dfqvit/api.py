@@ -22,9 +22,10 @@ from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
 from .models.spec import class_count
 from .patching.fusable import is_patched
+from .progress import Progress, showing
 from .quantization.recipe import Recipe
 from .runtime import check_runtime, set_runtime
-from .synthesis import Progress, synthesize
+from .synthesis import synthesize
 from .synthesis.procedural import procedural_images
 
 LAST_BLOCK = (-1,)
@@ -95,6 +96,7 @@ def quantize(
     preprocessing: Preprocessing | None = None,
     model_kwargs: dict[str, Any] | None = None,
     runtime: str = "auto",
+    progress: bool = True,
     report: Callable[[Progress], None] | None = None,
     report_layers: Callable[[int, int], None] | None = None,
     report_blocks: Callable[[int, int], None] | None = None,
@@ -142,7 +144,8 @@ def quantize(
         preprocessing: mean, std and input size; default the model's own.
         model_kwargs: what was given to timm.create_model, where neither the model nor its structure tells.
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
-        report: called after every step of the synthesis.
+        progress: shows a bar on stderr for each stage, with the time left.
+        report: called with a `Progress` after every step of every stage: the synthesis, calibration, rounding, ...
         report_layers: with size_budget, called with (layers measured, all layers).
         report_blocks: with reconstruct, called with (blocks done, all blocks).
         synthesis: further settings of `SynthesisConfig`.
@@ -210,23 +213,23 @@ def quantize(
     if size_budget is not None:
         check_budget(model, recipe, size_budget)
     choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
-    images, how = calibration_images(
-        model, calib, samples=samples, iters=iters, seed=seed, preprocessing=preprocessing, report=report, **synthesis
-    )
-    images = with_companions(images, companions, seed, preprocessing)
-    images = in_fixed_order(images)
-    if size_budget is not None:
-        recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
-        qmodel = convert(model, recipe)
-    if reconstruct:
-        observe(qmodel, images, recipe)
-        reconstruct_blocks(model, qmodel, images, reconstruct, seed, report_blocks)
-        freeze(qmodel)
-    else:
-        calibrate(qmodel, images, recipe)
-    corrected = add_corrections(
-        model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top, shape=acm_shape, shrink=acm_shrink
-    )
+    given: dict[str, Any] = {"samples": samples, "iters": iters, "seed": seed, "preprocessing": preprocessing}
+    with showing(progress, report) as told:
+        images, how = calibration_images(model, calib, **given, report=told, **synthesis)
+        images = with_companions(images, companions, seed, preprocessing)
+        images = in_fixed_order(images)
+        if size_budget is not None:
+            recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
+            qmodel = convert(model, recipe)
+        if reconstruct:
+            observe(qmodel, images, recipe)
+            reconstruct_blocks(model, qmodel, images, reconstruct, seed, report_blocks)
+            freeze(qmodel)
+        else:
+            calibrate(qmodel, images, recipe)
+        corrected = add_corrections(
+            model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top, shape=acm_shape, shrink=acm_shrink
+        )
     settings = {"seed": seed} if how != "images" else {}
     settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
     settings |= {"companions": companions} if companions else {}

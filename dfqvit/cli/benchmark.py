@@ -94,7 +94,7 @@ def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Modul
         model = open_float(record, None, checkpoint, device, pretrained=False)
     else:
         model = load_model(options["model_or_file"], checkpoint, pretrained=False, device=device)
-        quick: dict[str, Any] = {"quantizer": "minmax", "rounding": "nearest", "acm": "none"}
+        quick: dict[str, Any] = {"quantizer": "minmax", "rounding": "nearest", "acm": "none", "progress": False}
         quantized = quantize(model, options["w_bits"], calib="noise", samples=4, runtime=options["runtime"], **quick)
         record = quantized.dfqvit_record  # type: ignore[assignment]
     return model, quantized, record.recipe

@@ -66,7 +66,10 @@ def command(**options: Any) -> None:
     sources: dict[str, str | torch.Tensor] = {"real images": real, "noise": "noise", "data-free": synthetic}
     results: dict[str, dict[str, Any]] = {}
     with tqdm(
-        total=len(loaded) * (1 + len(_BITS) * len(sources)), desc="evaluate", unit="batch", dynamic_ncols=True
+        total=len(loaded) * (1 + len(_BITS) * len(sources)),
+        desc="quantize and evaluate",
+        unit="batch",
+        dynamic_ncols=True,
     ) as bar:
 
         def measure(candidate: torch.nn.Module, against: torch.nn.Module | None) -> Evaluation:
@@ -76,9 +79,16 @@ def command(**options: Any) -> None:
         for bits in _BITS:
             row: dict[str, Any] = {"float": base.top1}
             for source, images in sources.items():
+                bar.set_postfix_str(f"W{bits}/A8, calibrated on {source}")
                 with energy.account() as one:
                     qmodel = quantize(
-                        model, bits, samples=config.samples, seed=config.seed, calib=images, preprocessing=preprocessing
+                        model,
+                        bits,
+                        samples=config.samples,
+                        seed=config.seed,
+                        calib=images,
+                        preprocessing=preprocessing,
+                        progress=False,
                     )
                 found = measure(qmodel, None)
                 row[source] = found.top1

@@ -16,7 +16,8 @@ from ..api import QuantizationRecord
 from ..distributed import local_rank, world
 from ..errors import UsageError
 from ..models import Preprocessing, demo, load_model
-from ..synthesis import Progress, SynthesisConfig
+from ..progress import Progress, postfix
+from ..synthesis import SynthesisConfig
 from ..synthesis.spectrum import SPECTRA
 
 SYNTHESIS = ("samples", "iters", "seed", "schedule", "spectrum", "crop_lower", "crop_upper", "batch_size", "precision")
@@ -199,16 +200,14 @@ class SynthesisBar:
 
     def __init__(self, steps: int, done: int = 0) -> None:
         self.bar = tqdm(total=steps, initial=done, desc="synthesis", unit="step", dynamic_ncols=True)
+        self.last = done
 
     def __call__(self, progress: Progress) -> None:
-        self.bar.set_postfix(
-            entropy=f"{progress.entropy:.3f}",
-            onehot=f"{progress.onehot:.3f}",
-            tv=f"{progress.tv:.2f}",
-            crop=f"{progress.crop_ratio:.2f}",
-            refresh=False,
-        )
-        self.bar.update()
+        self.bar.set_postfix(postfix(progress), refresh=False)
+        self.bar.update(
+            progress.step - (self.last if progress.step > self.last else 0)
+        )  # a GPU reports every tenth step
+        self.last = progress.step
 
     def __enter__(self) -> SynthesisBar:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import click
 import safetensors
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from ..api import QuantizationRecord, calibration_images, check_companions, quantize, with_companions
 from ..calibration.allocation import check_budget
@@ -146,11 +144,7 @@ def command(**options: Any) -> None:
     chosen = correction.get("gamma", 1), correction.get("acm_blocks"), correction["acm_top"]
     choose_blocks(len(find_adapter(model).blocks()), *chosen)
     energy = Energy(pick_device(options["device"]))
-    with (
-        energy.account() as cost,
-        tqdm(desc="layers", unit="layer", dynamic_ncols=True, disable=budget is None) as bar,
-        tqdm(desc="reconstruction", unit="block", dynamic_ncols=True, disable=not steps) as blocks,
-    ):
+    with energy.account() as cost:
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
         if rank() != 0:
             return  # the long part is done; the first process calibrates, writes and prints
@@ -162,9 +156,7 @@ def command(**options: Any) -> None:
             calib="noise" if calib == "noise" else images,
             preprocessing=preprocessing,
             size_budget=budget,
-            report_layers=partial(_show, bar),
             reconstruct=steps,
-            report_blocks=partial(_show, blocks),
             **bits,
             **correction,
         )
@@ -231,11 +223,6 @@ def _calibration(
     if rank() == 0:
         save_grid(images[:64], out / SAMPLES, preprocessing)
     return images.to(next(model.parameters()).device), [SAMPLES]
-
-
-def _show(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _correction(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..api import QuantizationRecord
 from ..evaluation.energy import Cost, Energy
+from ..progress import showing, tracked
 from ..report import Report, activation_ranges, divergence, similarity_density, write_report
 from ..storage import environment, sizes
 
@@ -60,6 +61,9 @@ def make_report(
     settings = {"model": name, **record.spec.kwargs, **recipe, "calibration": record.calibration}
     settings |= {"samples": record.samples, "seed": seed, **record.settings}
     settings |= {"acm": record.acm, "acm_blocks": record.acm_blocks}
+    with showing():
+        looked_at = tracked([*images.items(), ("noise", noise)], "report")
+        densities = {key: similarity_density(model, value) for key, value in looked_at}
     report = Report(
         title=f"{name}, {record.recipe.label}",
         label=record.recipe.label,
@@ -68,7 +72,7 @@ def make_report(
         cost=cost,
         energy_note=energy.note,
         pictures={_CAPTIONS[picture]: out / picture for picture in pictures},
-        densities={key: similarity_density(model, value) for key, value in {**images, "noise": noise}.items()},
+        densities=densities,
         ranges=activation_ranges(qmodel),
         divergences=divergence(model, qmodel, first),
         sizes=sizes(qmodel),

@@ -130,7 +130,7 @@ def calibration_cost(
         costs.append(cost)
     step = (costs[2] + costs[1].times(-1)).times(1 / measured)
     with energy.account() as calibration:
-        quantize(model, w_bits, calib=images, preprocessing=preprocessing, **settings)
+        quantize(model, w_bits, calib=images, preprocessing=preprocessing, progress=False, **settings)
     return {"synthesis": costs[1] + step.times(iters - 1), "calibration": calibration}
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..errors import DfqvitError, UsageError
 from ..kernels.files import atomic
 from ..models import Preprocessing, check_finite
 from ..models.frame import evaluating, on_float_reference
+from ..progress import Progress
 from .config import SynthesisConfig
 from .step import Step
 
@@ -27,17 +27,6 @@ _FRAME_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # when the pictures of the cur
 _FRAME_SAMPLES = 8
 _SNAPSHOT_SECONDS = 30.0
 _REPORT_EVERY = 10  # steps on a GPU, where numbers come back while later steps are already queued
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step reports: its number (from 1), the three weighted terms of the loss, and the crop's share of the area."""
-
-    step: int
-    entropy: float
-    onehot: float
-    tv: float
-    crop_ratio: float
 
 
 class Synthesis:
@@ -159,7 +148,8 @@ class _Reporter:
     def _emit(self, step: int, terms: torch.Tensor) -> None:
         assert self.report is not None
         entropy, onehot, tv = terms.tolist()
-        self.report(Progress(step, entropy, onehot, tv, self.steps.crop_ratios[step - 1]))
+        ratio, total = self.steps.crop_ratios[step - 1], self.steps.config.iters
+        self.report(Progress(step, entropy, onehot, tv, ratio, "synthesis", total))
 
 
 def _pinned_row() -> torch.Tensor:
