@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--iters", type=int, default=500)
-    parser.add_argument("--samples", type=int, default=8, help="images made")
+    parser.add_argument("--samples", type=int, default=ROWS, help="images made")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quality", type=int, default=80, help="of the JPEG")
     parser.add_argument("--out", type=Path, default=OUT)

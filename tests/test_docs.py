@@ -150,6 +150,8 @@ def test_pictures_are_there_and_say_what_they_show(page):
     text = page.read_text()
     for place in re.findall(r'(?:src|srcset)="([^"]+)"', text):
         assert (page.parent / place).is_file(), f"{page}: {place}"
+        assert (page.parent / place).stat().st_size < 150_000
+    assert all(len(label) > 20 for label in re.findall(r"!\[([^\]]*)\]\(", text)), page
     for tag in re.findall(r"<img [^>]*>", text):
         assert re.search(r'alt="[^"]{20,}"', tag), f"{page}: {tag}"
     for block in re.findall(r"<picture>.*?</picture>", text, re.DOTALL):  # the dark one by the reader's theme
