@@ -15,6 +15,7 @@ from ..api import quantize
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.data import batches, open_images, spread_images
 from ..evaluation.energy import Energy
+from ..evaluation.speed import Speed, race
 from ..models import Preprocessing, load_model
 from ..models import demo as embedded
 from ..storage import save
@@ -25,6 +26,9 @@ from .synthesize import run_synthesis
 
 _BITS = (8, 4, 3)
 _REPORTED = 4  # bits of the model that the report is about
+_BATCH, _ROUNDS, _SECONDS = 32, 7, 0.1  # of the comparison of speeds: the turns of each model, and how long one is
+
+SPEED = "x float32"  # the column
 
 
 @click.command("demo")
@@ -65,6 +69,7 @@ def command(**options: Any) -> None:
 
     sources: dict[str, str | torch.Tensor] = {"real images": real, "noise": "noise", "data-free": synthetic}
     results: dict[str, dict[str, Any]] = {}
+    made: dict[str, torch.nn.Module] = {}
     with tqdm(
         total=len(loaded) * (1 + len(_BITS) * len(sources)),
         desc="quantize and evaluate",
@@ -96,16 +101,29 @@ def command(**options: Any) -> None:
                     qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())  # type: ignore[operator,union-attr]
                     path = save(qmodel, out / f"w{bits}a8.safetensors")
                     row["MB"] = path.stat().st_size / 1e6
-                    row["images/s"] = found.images_per_second
+                    made[f"W{bits}/A8"] = qmodel
                     if bits == _REPORTED:
                         reported, file, cost = qmodel, path, cost + one
             results[f"W{bits}/A8"] = row
-    headers = ["top-1 %", "float", *sources, "MB", "images/s"]
+    with tqdm(total=(1 + len(made)) * _ROUNDS, desc="speed", unit="turn", dynamic_ncols=True) as bar:
+        contenders = {"float32": model, **made}
+        speeds = race(
+            contenders,
+            [_BATCH],
+            preprocessing.input_size,
+            energy,
+            rounds=_ROUNDS,
+            seconds=_SECONDS,
+            report=bar.update,
+        )
+    for speed in speeds[1:]:
+        results[speed.model][SPEED] = _ratio(speed)
+    headers = ["top-1 %", "float", *sources, "MB", SPEED]
     rows = [[name, *(row[key] for key in headers[1:])] for name, row in results.items()]
     table = tabulate(
         rows,
         headers=headers,
-        floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f", ".0f"),
+        floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f", ""),
     )
     page = make_report(
         out,
@@ -118,16 +136,21 @@ def command(**options: Any) -> None:
         file=file,
         seed=config.seed,
         pictures=[SAMPLES, CURRICULUM],
-        accuracy=(headers, [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows]),
+        accuracy=(headers, [[row[0], *(f"{value:.2f}" for value in row[1:-1]), row[-1]] for row in rows]),
     )
     floats = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
     text = (
-        f"{table}\n\n{options['model']}: {base.images} test images of Fashion-MNIST; float32: {floats:.2f} MB, "
-        f"{base.images_per_second:.0f} images/s; {config.samples} synthetic images, {config.iters} steps; "
-        f"{time.perf_counter() - started:.0f} s in all\n"
+        f"{table}\n\n{options['model']}: {base.images} test images of Fashion-MNIST; float32: {floats:.2f} MB; "
+        f"{config.samples} synthetic images, {config.iters} steps; {time.perf_counter() - started:.0f} s in all\n"
+        f"{SPEED}: times as fast as float32 beside it, batch {_BATCH}: median of {_ROUNDS} turns, least to greatest in brackets\n"
         f"models:   {out}/w8a8.safetensors, w4a8.safetensors, w3a8.safetensors\n"
         f"report:   {page}\n"
         f"pictures: {out / 'samples.png'}, {out / 'curriculum.png'}"
     )
     record = {"model": options["model"], "images": base.images, "top1": results, "out": str(out), "report": str(page)}
     emit(options["as_json"], record, text)
+
+
+def _ratio(speed: Speed) -> str:
+    low, high = speed.times_first_range
+    return f"{speed.times_first:.1f} ({low:.1f} to {high:.1f})"

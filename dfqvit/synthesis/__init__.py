@@ -2,6 +2,6 @@
 
 from ..progress import Progress
 from .config import SynthesisConfig
-from .loop import Synthesis, synthesize
+from .loop import Synthesis, frame_steps, synthesize
 
-__all__ = ["Progress", "Synthesis", "SynthesisConfig", "synthesize"]
+__all__ = ["Progress", "Synthesis", "SynthesisConfig", "frame_steps", "synthesize"]

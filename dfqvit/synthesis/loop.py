@@ -55,18 +55,17 @@ class Synthesis:
 
         `report` is called after every step; on a GPU after every tenth and the last, a little late, so that nothing waits.
         """
-        frame_steps = {round(share * self.config.iters) for share in _FRAME_SHARES}
         with evaluating(self.model):
-            return self._run(frame_steps, report)
+            return self._run(set(frame_steps(self.config.iters)), report)
 
-    def _run(self, frame_steps: set[int], report: Callable[[Progress], None] | None) -> torch.Tensor:
+    def _run(self, moments: set[int], report: Callable[[Progress], None] | None) -> torch.Tensor:
         saved = time.monotonic()
         needed_grad = [p.requires_grad for p in self.model.parameters()]
         reporter = _Reporter(self.advance, report)
         try:
             self.model.requires_grad_(False)
             while self.step < self.config.iters:
-                if self.step in frame_steps:
+                if self.step in moments:
                     self._take_frame()
                 self.advance()
                 reporter.after(self.step)
@@ -119,6 +118,11 @@ class Synthesis:
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{key}{tuple(tensor.shape)}{float(tensor.double().sum()):.12e}".encode())
         return digest.hexdigest()
+
+
+def frame_steps(iters: int) -> list[int]:
+    """The steps at which a run of `iters` steps keeps its images for the picture of the curriculum; 0 is the noise."""
+    return sorted({round(share * iters) for share in _FRAME_SHARES})
 
 
 class _Reporter:

@@ -301,6 +301,7 @@ def test_demo_on_a_few_images(run, tmp_path):
     assert status == 0
     assert set(top1) == {"W8/A8", "W4/A8", "W3/A8"}
     assert top1["W8/A8"]["real images"] > 85
+    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", top1["W8/A8"]["x float32"])  # a speed with its spread
     assert (tmp_path / "w3a8.safetensors").exists()
     assert json.loads(stdout)["report"] == str(tmp_path / "report.html")
     assert "<h2>Accuracy</h2>" in (tmp_path / "report.html").read_text()
