@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from .models.frame import on_float_reference
 from .models.spec import class_count
 from .patching.fusable import is_patched
 from .progress import Progress, showing
+from .quantization.model import quantized
 from .quantization.recipe import Recipe
-from .runtime import check_runtime, set_runtime
+from .runtime import check_runtime, integer_report, set_runtime
 from .synthesis import synthesize
 from .synthesis.procedural import procedural_images
 
@@ -65,6 +67,42 @@ class QuantizationRecord:
         return cls(
             spec=spec, preprocessing=Preprocessing.from_dict(values.pop("preprocessing")), recipe=recipe, **values
         )
+
+
+class Described:
+    """Mixed into a quantized model: a repr of a few lines. `nn.Module.__repr__(model)` shows all its modules."""
+
+    dfqvit_record: QuantizationRecord
+
+    def __repr__(self) -> str:
+        title, *rows = _described(self)
+        return "\n".join([f"{title[0]}, {title[1]}", *(f"  {name:<12} {value}" for name, value in rows)])
+
+    def _repr_html_(self) -> str:
+        (name, how), *rows = _described(self)
+        lines = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
+        return f"<table><caption>{escape(name)}, {escape(how)}</caption>{lines}</table>"
+
+
+def _described(model: Any) -> list[tuple[str, str]]:
+    """A title in two parts, and what one wants to know first about a quantized model."""
+    record: QuantizationRecord = model.dfqvit_record
+    recipe, why_not = record.recipe, integer_report(model)
+    packed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    integer = sum(not reason for reason in why_not.values())
+    edges = "" if recipe.layer_bits is not None else f", first and last layer W{recipe.edge_bits}"
+    return [
+        (f"{type(model).__name__} '{record.spec.architecture}'", "quantized by dfqvit"),
+        ("bits", f"{recipe.label}{edges}"),
+        ("size", f"{packed / 1e6:.2f} MB"),
+        ("calibration", f"{record.samples} images, {record.calibration}"),
+        (
+            "correction",
+            f"{record.acm}, blocks {', '.join(map(str, record.acm_blocks))}" if record.acm_blocks else "none",
+        ),
+        ("blocks", f"{integer} of {len(why_not)} run in integers"),
+        ("input", " x ".join(map(str, record.preprocessing.input_size))),
+    ]
 
 
 @on_float_reference
@@ -248,7 +286,7 @@ def quantize(
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
     preprocessing.write_to(qmodel)
     set_runtime(qmodel, runtime)
-    return qmodel
+    return quantized(qmodel, Described)
 
 
 def check_companions(companions: int, calib: str | torch.Tensor) -> None:
