@@ -31,7 +31,12 @@ p{margin:.5rem 0}.soft,figcaption{color:var(--soft)}
 .tiles b{display:block;font-size:1.3rem}
 .verdict{background:var(--panel);border-left:.4rem solid var(--c2);border-radius:6px;padding:.6rem 1rem;margin:1.25rem 0}
 .verdict.bad{border-color:var(--c1)}.verdict b{font-size:1.15rem}.verdict ul{margin:.4rem 0;padding-left:1.2rem}
-.wide{overflow-x:auto;border-right:1px solid var(--line)}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto;background:
+linear-gradient(90deg,var(--back) 50%,transparent) 0 0/2.5rem 100% no-repeat local,
+linear-gradient(270deg,var(--back) 50%,transparent) 100% 0/2.5rem 100% no-repeat local,
+linear-gradient(90deg,var(--soft),transparent) 0 0/.7rem 100% no-repeat scroll,
+linear-gradient(270deg,var(--soft),transparent) 100% 0/.7rem 100% no-repeat scroll}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th{font-weight:600}th,td{padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 figure{margin:1rem 0}img{max-width:100%;height:auto;image-rendering:pixelated;border-radius:6px;background:var(--panel)}
 svg{display:block;width:100%;max-width:46rem;height:auto;background:var(--panel);border-radius:6px;margin:.5rem 0}
@@ -157,9 +162,9 @@ def _sections(report: Report) -> list[tuple[str, str]]:
         ),
         ("Divergence by block", charts if report.divergences else ""),
         ("Activation ranges", range_chart(report.ranges, "value") if report.ranges else ""),
-        ("Size", table(["of", "MB"], sizes) if report.sizes else ""),
+        ("Size", table(["part", "MB"], sizes) if report.sizes else ""),
         ("Settings", table(["setting", "value"], [[key, _plain(value)] for key, value in report.settings.items()])),
-        ("Versions", table(["of", "is"], [[key, _plain(value)] for key, value in report.versions.items()])),
+        ("Versions", table(["package", "version"], [[key, _plain(value)] for key, value in report.versions.items()])),
     ]
 
 
@@ -195,7 +200,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         + "</tr>"
         for row in rows
     )
-    label = html.escape(f"table of {headers[0]}", quote=True)
+    label = html.escape(f"table: {', '.join(map(str, headers))}", quote=True)
     frame = f'<div class="wide" role="region" tabindex="0" aria-label="{label}">'
     return f"{frame}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 

@@ -91,6 +91,8 @@ def test_page_is_whole_and_loads_nothing(folder):
     torch_version = torch.__version__.split("+")[0]
     assert f'<th scope="row">torch</th><td>{torch_version}' in text
     assert all("scope" in attributes for tag, attributes in page.found if tag == "th")
+    regions = [attributes["aria-label"] for _, attributes in page.found if attributes.get("role") == "region"]
+    assert len(set(regions)) == len(regions) >= 3
     assert len(text) < 1_000_000
 
 
