@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 CLANG_FILES := $(filter %.cpp %.cu %.cuh %.h,$(NATIVE))
+STEP := sh scripts/quietly.sh $(VENV)/setup.log
 OUT ?= out
 
 # The GPU architectures of `make setup`, and so of CI: the two that the tests look into, since all of setup.py's list take three
@@ -15,15 +16,18 @@ DFQVIT_ARCHS ?= 8.0+PTX;9.0a
 
 setup: $(VENV)/.ready
 
-# The pinned packages first (a build needs torch), then dfqvit itself in editable form, compiled.
+# The pinned packages first (a build needs torch), then dfqvit itself in editable form, compiled. Times are those of two cores.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt torch torchvision setuptools wheel pybind11 ninja
-	TORCH_CUDA_ARCH_LIST='$(DFQVIT_ARCHS)' $(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev,docs,triton]'
-	touch $@
+	@echo "set-up 1 of 3: a virtual environment in $(VENV) (seconds)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(STEP) "set-up 2 of 3: torch and what builds need (2 to 4 minutes)" \
+	  $(PIP) install -c constraints.txt torch torchvision setuptools wheel pybind11 ninja
+	@$(STEP) "set-up 3 of 3: dfqvit, compiled, and what tests and docs need (2 to 4 minutes)" \
+	  env TORCH_CUDA_ARCH_LIST='$(DFQVIT_ARCHS)' $(PIP) install -c constraints.txt --no-build-isolation --editable '.[dev,docs,triton]'
+	@touch $@
 
 demo: setup
-	$(BIN)/dfqvit demo --out $(OUT)/demo
+	@$(BIN)/dfqvit demo --out $(OUT)/demo
 
 lint: setup
 	$(BIN)/ruff check .

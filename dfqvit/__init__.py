@@ -20,14 +20,20 @@ if not (_HERE / "kernels").exists() and (_HERE.parent / "kernels" / "dispatch.py
 if TYPE_CHECKING:
     from . import kernels
     from .api import quantize
+    from .errors import DfqvitError, Interrupted, UsageError
     from .kernels import set_backend
     from .models import demo
     from .patching import patch
+    from .progress import Progress
     from .runtime import integer_report
     from .storage import load, save
     from .synthesis import synthesize
 
 _HOMES = {
+    "DfqvitError": "errors",
+    "Interrupted": "errors",
+    "Progress": "progress",
+    "UsageError": "errors",
     "demo": "models",
     "integer_report": "runtime",
     "kernels": "",
@@ -40,6 +46,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "DfqvitError",
+    "Interrupted",
+    "Progress",
+    "UsageError",
     "__version__",
     "demo",
     "integer_report",

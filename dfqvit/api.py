@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
 from .models.spec import class_count
 from .patching.fusable import is_patched
+from .progress import Progress, showing
+from .quantization.model import quantized
 from .quantization.recipe import Recipe
-from .runtime import check_runtime, set_runtime
-from .synthesis import Progress, synthesize
+from .runtime import check_runtime, integer_report, set_runtime
+from .synthesis import synthesize
 from .synthesis.procedural import procedural_images
 
 LAST_BLOCK = (-1,)
@@ -66,6 +69,42 @@ class QuantizationRecord:
         )
 
 
+class Described:
+    """Mixed into a quantized model: a repr of a few lines. `nn.Module.__repr__(model)` shows all its modules."""
+
+    dfqvit_record: QuantizationRecord
+
+    def __repr__(self) -> str:
+        title, *rows = _described(self)
+        return "\n".join([f"{title[0]}, {title[1]}", *(f"  {name:<12} {value}" for name, value in rows)])
+
+    def _repr_html_(self) -> str:
+        (name, how), *rows = _described(self)
+        lines = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
+        return f"<table><caption>{escape(name)}, {escape(how)}</caption>{lines}</table>"
+
+
+def _described(model: Any) -> list[tuple[str, str]]:
+    """A title in two parts, and what one wants to know first about a quantized model."""
+    record: QuantizationRecord = model.dfqvit_record
+    recipe, why_not = record.recipe, integer_report(model)
+    packed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    integer = sum(not reason for reason in why_not.values())
+    edges = "" if recipe.layer_bits is not None else f", first and last layer W{recipe.edge_bits}"
+    return [
+        (f"{type(model).__name__} '{record.spec.architecture}'", "quantized by dfqvit"),
+        ("bits", f"{recipe.label}{edges}"),
+        ("size", f"{packed / 1e6:.2f} MB"),
+        ("calibration", f"{record.samples} images, {record.calibration}"),
+        (
+            "correction",
+            f"{record.acm}, blocks {', '.join(map(str, record.acm_blocks))}" if record.acm_blocks else "none",
+        ),
+        ("blocks", f"{integer} of {len(why_not)} run in integers"),
+        ("input", " x ".join(map(str, record.preprocessing.input_size))),
+    ]
+
+
 @on_float_reference
 def quantize(
     model: nn.Module,
@@ -95,6 +134,7 @@ def quantize(
     preprocessing: Preprocessing | None = None,
     model_kwargs: dict[str, Any] | None = None,
     runtime: str = "auto",
+    progress: bool = True,
     report: Callable[[Progress], None] | None = None,
     report_layers: Callable[[int, int], None] | None = None,
     report_blocks: Callable[[int, int], None] | None = None,
@@ -142,7 +182,8 @@ def quantize(
         preprocessing: mean, std and input size; default the model's own.
         model_kwargs: what was given to timm.create_model, where neither the model nor its structure tells.
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
-        report: called after every step of the synthesis.
+        progress: shows a bar on stderr for each stage, with the time left.
+        report: called with a `Progress` after every step of every stage: the synthesis, calibration, rounding, ...
         report_layers: with size_budget, called with (layers measured, all layers).
         report_blocks: with reconstruct, called with (blocks done, all blocks).
         synthesis: further settings of `SynthesisConfig`.
@@ -210,23 +251,23 @@ def quantize(
     if size_budget is not None:
         check_budget(model, recipe, size_budget)
     choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
-    images, how = calibration_images(
-        model, calib, samples=samples, iters=iters, seed=seed, preprocessing=preprocessing, report=report, **synthesis
-    )
-    images = with_companions(images, companions, seed, preprocessing)
-    images = in_fixed_order(images)
-    if size_budget is not None:
-        recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
-        qmodel = convert(model, recipe)
-    if reconstruct:
-        observe(qmodel, images, recipe)
-        reconstruct_blocks(model, qmodel, images, reconstruct, seed, report_blocks)
-        freeze(qmodel)
-    else:
-        calibrate(qmodel, images, recipe)
-    corrected = add_corrections(
-        model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top, shape=acm_shape, shrink=acm_shrink
-    )
+    given: dict[str, Any] = {"samples": samples, "iters": iters, "seed": seed, "preprocessing": preprocessing}
+    with showing(progress, report) as told:
+        images, how = calibration_images(model, calib, **given, report=told, **synthesis)
+        images = with_companions(images, companions, seed, preprocessing)
+        images = in_fixed_order(images)
+        if size_budget is not None:
+            recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
+            qmodel = convert(model, recipe)
+        if reconstruct:
+            observe(qmodel, images, recipe)
+            reconstruct_blocks(model, qmodel, images, reconstruct, seed, report_blocks)
+            freeze(qmodel)
+        else:
+            calibrate(qmodel, images, recipe)
+        corrected = add_corrections(
+            model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top, shape=acm_shape, shrink=acm_shrink
+        )
     settings = {"seed": seed} if how != "images" else {}
     settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
     settings |= {"companions": companions} if companions else {}
@@ -245,7 +286,7 @@ def quantize(
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
     preprocessing.write_to(qmodel)
     set_runtime(qmodel, runtime)
-    return qmodel
+    return quantized(qmodel, Described)
 
 
 def check_companions(companions: int, calib: str | torch.Tensor) -> None:

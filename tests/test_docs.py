@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dfqvit import cli, demo
 
@@ -23,7 +24,8 @@ SMALLER = {
     "deit_tiny_patch16_224": "demo",
     "--checkpoint FILE --data FOLDER --classes FILE": "--data test.npz",
     "IMAGE_FOLDER": "test.npz",
-    "samples=16, iters=500": "samples=2, iters=2",
+    "dfqvit.quantize(model, w_bits=4, a_bits=8)": "dfqvit.quantize(model, 4, 8, samples=2, iters=2)",
+    '.convert("RGB")': '.convert("L")',
     "torch.randn(8, 3, 224, 224)": "torch.randn(8, 1, 28, 28)",
     "--batch 1,32": "--batch 1,2 --rounds 1",
     "--study method --study acm --seeds 3": "--study gamma --bits 4 --images 20",
@@ -35,6 +37,7 @@ APPENDED = dict.fromkeys(["quantize", "ablate"], "--samples 2 --iters 2")  # cli
 # The beginnings of commands that do not run here, and why.
 LEFT_OUT = {
     "make": "sets up an environment; CI does this itself",
+    "pip": "installs; tests/test_package.py and tests/test_wheel.py install from the tree and from a wheel",
     ". .venv/bin/activate": "the tests run in their own environment",
     "dfqvit sweep": "many runs in processes of their own; tests/test_sweep.py reads this file and makes smaller ones",
     "torchrun": "tests/test_distributed.py runs these with gloo",
@@ -81,10 +84,11 @@ def left_out(command: str) -> bool:
 
 @pytest.fixture(scope="module")
 def given_files(tmp_path_factory):
-    """What a page may take for granted: a saved model, and images to evaluate on."""
+    """What a page may take for granted: a saved model, images to evaluate on, and a photograph."""
     folder = tmp_path_factory.mktemp("given")
     with np.load(demo.TEST_IMAGES) as file:
         np.savez(folder / "test.npz", images=file["images"][:40], labels=file["labels"][:40])
+    Image.effect_noise((64, 48), 80).convert("RGB").save(folder / "photo.jpg")
     assert cli.run(["quantize", "demo", "--calib", "noise", "--samples", "2", "--out", str(folder)]) == 0
     return folder
 
@@ -99,7 +103,7 @@ def run(command: str) -> int:
 def test_page_runs(page, given_files, tmp_path, monkeypatch, capsys):
     """From first to last in one folder, the programs sharing their names, as a reader would go through it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("test.npz", "model.safetensors", "out/model/model.safetensors"):
+    for name in ("test.npz", "photo.jpg", "model.safetensors", "out/model/model.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(given_files / Path(name).name, tmp_path / name)
     torch.manual_seed(0)
@@ -139,6 +143,20 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", goal.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings], target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pictures_are_there_and_say_what_they_show(page):
+    text = page.read_text()
+    for place in re.findall(r'(?:src|srcset)="([^"]+)"', text):
+        assert (page.parent / place).is_file(), f"{page}: {place}"
+        assert (page.parent / place).stat().st_size < 150_000
+    assert all(len(label) > 20 for label in re.findall(r"!\[([^\]]*)\]\(", text)), page
+    for tag in re.findall(r"<img [^>]*>", text):
+        assert re.search(r'alt="[^"]{20,}"', tag), f"{page}: {tag}"
+    for block in re.findall(r"<picture>.*?</picture>", text, re.DOTALL):  # the dark one by the reader's theme
+        dark, light = re.search(r'srcset="([^"]+)"', block)[1], re.search(r'<img src="([^"]+)"', block)[1]
+        assert dark.replace("-dark.", "-light.") == light
 
 
 def test_every_page_is_in_an_index():

@@ -23,12 +23,13 @@ FLOORS = (
     "synthesis",
     "models",
     "quantization",
+    "progress",
     "distributed",
     "errors",
     "version",
     "kernels",
 )
-OUTSIDE = {"__init__.py", "__main__.py", "api.py", "errors.py", "version.py", "distributed.py"}
+OUTSIDE = {"__init__.py", "__main__.py", "api.py", "errors.py", "version.py", "distributed.py", "progress.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

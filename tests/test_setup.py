@@ -1,9 +1,10 @@
-"""setup.py's choice of GPU architectures, without compiling; and what nvcc makes of it."""
+"""setup.py's choice of GPU architectures, without compiling, and what nvcc makes of it; what `make setup` shows."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,43 @@ def test_torch_adds_no_architectures_of_its_own(build):
 def test_the_makefile_builds_for_what_setup_takes(build):
     asked = re.search(r"^DFQVIT_ARCHS \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert build.cuda_archs(asked, KNOWN, (13, 0)) == (["8.0+PTX", "9.0a"], [])
+
+
+def quietly(log, *command):
+    step = ["sh", str(ROOT / "scripts" / "quietly.sh"), str(log), "a step", *command]
+    return subprocess.run(step, capture_output=True, text=True, check=False)
+
+
+def test_a_step_of_the_setup_is_one_line(tmp_path):
+    log = tmp_path / "setup.log"
+    for _ in range(2):  # steps share the log
+        done = quietly(log, "sh", "-c", "echo said; echo warned >&2")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.fullmatch(r"a step \.\.\. done in \d+ s\n", done.stdout)
+    assert log.read_text() == "said\nwarned\n" * 2
+
+
+def test_a_step_that_fails_shows_what_it_said_without_the_noise(tmp_path):
+    log = tmp_path / "setup.log"
+    log.write_text("of the step before\n")
+    noise = "WARNING: Location 'file:///somewhere/' is ignored: it is neither a file nor a directory."
+    done = quietly(log, "sh", "-c", f'echo "{noise}"; echo "ERROR: no such package" >&2; exit 3')
+    assert done.returncode == 3
+    first, rest = done.stdout.split("\n", 1)
+    assert re.fullmatch(rf"a step \.\.\. failed after \d+ s; the end of {re.escape(str(log))}:", first)
+    assert rest == "\nERROR: no such package\n"
+
+
+def test_every_install_of_the_makefile_is_quiet():
+    done = subprocess.run(
+        ["make", "--dry-run", "setup", "VENV=absent", "PYTHON=python3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    installs = [line for line in lines if "pip" in line and "install" in line]
+    assert len(installs) == 2
+    assert all(line.startswith('sh scripts/quietly.sh absent/setup.log "set-up ') for line in installs)
+    assert sum("minutes)" in line or "seconds)" in line for line in lines) == 3

@@ -22,6 +22,7 @@ from torch import nn
 from ..errors import UsageError
 from ..kernels.pack_weight import packed_row_bytes
 from ..models.adapters.scalings import scalings
+from ..progress import Stage
 from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
 from .observation import BATCH, convert, freeze, observe
@@ -87,6 +88,7 @@ def measure_divergence(
     probe = copy.deepcopy(model).eval()
     wanted = _log_probabilities(probe, images)
     found: dict[str, dict[int, float]] = {}
+    stage = Stage("choose bits", len(layers))
     for done, (name, layer) in enumerate(layers.items()):
         weight: torch.Tensor = probe.get_submodule(name).weight  # type: ignore[assignment]
         kept = weight.detach().clone()
@@ -97,6 +99,7 @@ def measure_divergence(
             probabilities = _log_probabilities(probe, images)
             found[name][bits] = float((wanted.exp() * (wanted - probabilities)).sum(dim=1).mean().clamp_min(0))
         weight.copy_(kept)
+        stage.step()
         if report is not None:
             report(done + 1, len(layers))
     return found

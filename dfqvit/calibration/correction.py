@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import DfqvitError, UsageError
 from ..models.adapters import Adapter, find_adapter
+from ..progress import tracked
 
 MODES = ("sequential", "checked", "independent", "none")
 SHAPES = ("element", "channel", "token")  # what has a value of its own: [tokens, channels], [1, channels], [tokens, 1]
@@ -124,7 +125,7 @@ def add_corrections(
     if mode != "independent":
         matrices = {}
         logits = _log_probabilities(model, images) if mode == "checked" else None
-        for index in chosen:  # each pass has the earlier corrections active
+        for index in tracked(chosen, "correct blocks"):  # each pass has the earlier corrections active
             shift = wanted[index] - block_outputs(theirs, images, stop_after=index)[index]
             if logits is None or _carries_over(theirs, index, shift, images, logits, estimate):
                 matrices[index] = estimate(shift, index)

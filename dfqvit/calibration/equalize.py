@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..models.adapters.scalings import scalings
+from ..progress import Stage
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import RANGE_RULES, ActivationQuantizer
 from .fisher import Side, Statistics, float_weight, gather, weight_loss
@@ -63,6 +64,7 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
     layers |= set(places.scores) | set(places.hidden)
     names = [n for n in layers if isinstance(qmodel.get_submodule(n), QuantLinear)]
     found = gather(qmodel, sorted(names), images)
+    stage = Stage("scale channels", sum(map(len, (places.norms, places.values, places.scores, places.hidden))))
     for module in qmodel.modules():
         if isinstance(module, ActivationQuantizer):
             module.range = RANGE_RULES[module.quantizer](module.bits)
@@ -70,6 +72,7 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
     for norm, name in places.norms:
         if name in found:
             changed[norm] = _scale_norm(qmodel.get_submodule(norm), found[name], norm not in places.padded)
+        stage.step()
     quantized = {
         name for name, module in qmodel.named_modules() if hasattr(module, "operands")
     }  # attentions' own products
@@ -78,12 +81,15 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
             changed[f"{qkv} values"] = _scale_values(
                 qmodel.get_submodule(qkv.rpartition(".")[0]), found[qkv], found[proj]
             )
+        stage.step()
     for qkv in places.scores:
         if qkv in found and qkv.rpartition(".")[0] in quantized:
             changed[f"{qkv} scores"] = _scale_scores(qmodel.get_submodule(qkv.rpartition(".")[0]), found[qkv])
+        stage.step()
     for name in places.hidden:
         if name in found:
             changed[name] = _scale_hidden(found[name])
+        stage.step()
     return {site: share for site, share in changed.items() if share < 1}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.ranges import FixedRange, affine_parameters
@@ -95,7 +96,7 @@ def gather(qmodel: nn.Module, names: list[str], images: torch.Tensor) -> dict[st
         handles.append(statistics.layer.register_forward_hook(keep))
     draws = torch.Generator().manual_seed(1)
     try:
-        for batch in images.split(BATCH):
+        for batch in tracked(images.split(BATCH), "weigh errors"):
             with torch.enable_grad():
                 sensitivity(qmodel(batch.detach().requires_grad_()), draws).backward()
     finally:

@@ -14,6 +14,7 @@ from ..models.adapters import find_adapter
 from ..models.adapters.generic import GenericAdapter
 from ..models.preprocessing import image_shape
 from ..models.spec import class_count
+from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.model import quantized
 from ..quantization.quantizers import ActivationQuantizer
@@ -88,7 +89,7 @@ def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
     if recipe.scaling == "channels":
         equalize(qmodel, images)
     if recipe.rounding != "second-order":
-        for batch in images.split(BATCH):
+        for batch in tracked(images.split(BATCH), "calibrate"):
             qmodel(batch)
         return
     for module in qmodel.modules():
@@ -96,7 +97,7 @@ def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
             module.observe_inputs()
     generator = torch.Generator().manual_seed(0)
     matters = sensitivity if class_count(qmodel) else feature_sensitivity
-    for batch in torch.cat([images, crops(images)]).split(BATCH):
+    for batch in tracked(torch.cat([images, crops(images)]).split(BATCH), "calibrate"):
         with torch.enable_grad():
             matters(qmodel(batch.detach().requires_grad_()), generator).backward()
 
@@ -125,9 +126,9 @@ def crops(images: torch.Tensor) -> torch.Tensor:
 
 def freeze(qmodel: nn.Module, allocate_only: bool = False) -> None:
     """Freezes every quantizer; with `allocate_only`, makes the frozen shapes without values, for load_state_dict."""
-    for module in list(qmodel.modules()):
-        if isinstance(module, QuantLinear):
-            module.allocate() if allocate_only else module.freeze()
+    layers = [module for module in qmodel.modules() if isinstance(module, QuantLinear)]
+    for layer in layers if allocate_only else tracked(layers, "round weights"):
+        layer.allocate() if allocate_only else layer.freeze()
     for module in qmodel.modules():
         if isinstance(module, ActivationQuantizer) and not module.frozen:
             if allocate_only:

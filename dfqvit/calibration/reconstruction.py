@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..models.adapters import find_adapter
+from ..progress import Stage
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 from .observation import crops
@@ -57,11 +58,12 @@ def reconstruct_blocks(
     floats = _decide_all(qmodel)
     generator = torch.Generator().manual_seed(seed)
     ours, theirs = find_adapter(model).blocks(), find_adapter(qmodel).blocks()
-    left = []
+    left, stage = [], Stage("reconstruct blocks", len(ours))
     for index, (block, qblock) in enumerate(zip(ours, theirs, strict=True)):
         wanted = _passing(model, block, views)[1]
         inputs = _passing(qmodel, qblock, views)[0]
         left.append(_tune(qblock, floats, inputs, wanted, held, steps, generator))
+        stage.step()
         if report is not None:
             report(index + 1, len(ours))
     return left

@@ -6,6 +6,7 @@ An error that nobody foresaw is one line too; its traceback goes to a file that 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import sys
 import tempfile
@@ -24,7 +25,7 @@ COMMANDS = {
     "demo": "quantize the embedded model and print accuracies for float, real, noise and data-free calibration",
     "diagnose": "the known failures in a saved model, with what to do; gradients of easy to hard",
     "evaluate": "top-1, top-5 and agreement with the float model, on a folder or an .npz",
-    "export": "a saved model as ONNX, for ONNX Runtime, OpenVINO or TensorRT",
+    "export": "a saved model as ONNX, for ONNX Runtime or OpenVINO",
     "info": "versions, devices and backends; with FILE, check a saved model completely and describe it",
     "quantize": "from a float model to a saved low-bit model, with no data",
     "sweep": "quantize and evaluate every combination of models and settings in a YAML file",
@@ -43,6 +44,16 @@ class _Commands(click.Group):
             return None
         module = __import__(f"{__name__}.{name}", fromlist=["command"])
         return module.command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it may be {', '.join(COMMANDS)}"
+            raise click.UsageError(f"No such command '{name}'; {hint}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

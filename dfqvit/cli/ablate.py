@@ -28,7 +28,13 @@ ROWS, TABLES = "ablations.csv", "ablations.md"
 @model_options
 @click.option("--study", "studies", type=click.Choice(list(STUDIES)), multiple=True, help="Default method; repeatable.")
 @click.option("--values", help="Comma-separated values in place of the study's own (samples, steps, gamma).")
-@click.option("--recipe", type=click.Choice(list(RECIPES)), default="paper", show_default=True)
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    default="paper",
+    show_default=True,
+    help="What is varied: PSAQ-ViT's placement with min-max ranges, or the default of `dfqvit quantize`.",
+)
 @click.option("--bits", default="8,4,3", show_default=True, help="Widths of the weights, comma-separated.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many, counted up from --seed.")
 @click.option(

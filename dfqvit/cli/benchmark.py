@@ -31,7 +31,13 @@ STEPS = 100  # of the fine-tuning that a calibration is compared with
 )
 @click.option("--w-bits", type=click.IntRange(2, 8), default=8, show_default=True, help="Bits of the weights of MODEL.")
 @click.option("--batch", default="1,32", show_default=True, help="Batch sizes, comma-separated.")
-@click.option("--runtime", type=click.Choice(RUNTIMES), default="auto", show_default=True)
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="auto",
+    show_default=True,
+    help="How the quantized model computes: in integers, or simulated in float; auto: integers where there are kernels.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Turns of each model.")
 @click.option("--energy", is_flag=True, help="Joules an image and a calibration, and those of a light fine-tuning.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images of the calibration.")
@@ -58,7 +64,7 @@ def command(**options: Any) -> None:
         "threads": torch.get_num_threads(),
         "speeds": [asdict(speed) for speed in speeds],
     }
-    text = speed_table(speeds, options["energy"])
+    text = speed_table(speeds, options["energy"]) + f"\n\n{explained(options['rounds'])}"
     if options["energy"]:
         samples, iters, w_bits = options["samples"], options["iters"], recipe.w_bits
         images = torch.randn(samples, *preprocessing.input_size, device=device)
@@ -88,21 +94,36 @@ def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Modul
         model = open_float(record, None, checkpoint, device, pretrained=False)
     else:
         model = load_model(options["model_or_file"], checkpoint, pretrained=False, device=device)
-        quick: dict[str, Any] = {"quantizer": "minmax", "rounding": "nearest", "acm": "none"}
+        quick: dict[str, Any] = {"quantizer": "minmax", "rounding": "nearest", "acm": "none", "progress": False}
         quantized = quantize(model, options["w_bits"], calib="noise", samples=4, runtime=options["runtime"], **quick)
         record = quantized.dfqvit_record  # type: ignore[assignment]
     return model, quantized, record.recipe
 
 
+def explained(rounds: int) -> str:
+    """The last column of `speed_table` in words."""
+    return (
+        f"x float32: how many times as fast as the float model beside it. Both had {rounds} turns, one after the other: the "
+        "median\nof the turns' ratios, and in brackets the least and the greatest. If these are far apart, the machine was busy."
+    )
+
+
 def speed_table(speeds: list[Speed], energy: bool) -> str:
     """For people."""
     headers = ["batch", "model", "images/s", "p50 ms", "p90 ms", "p99 ms", "x float32"]
-    rows = [[s.batch, s.model, s.images_per_second, s.p50_ms, s.p90_ms, s.p99_ms, s.times_first] for s in speeds]
+    rows: list[list[Any]] = [
+        [s.batch, s.model, s.images_per_second, s.p50_ms, s.p90_ms, s.p99_ms, _ratio(s)] for s in speeds
+    ]
     if energy and any(s.joules_per_image is not None for s in speeds):
         headers.append("J/image")
         for row, s in zip(rows, speeds, strict=True):
             row.append(s.joules_per_image)
     return tabulate(rows, headers=headers, floatfmt=".4g")
+
+
+def _ratio(speed: Speed) -> str:
+    low, high = speed.times_first_range
+    return f"{speed.times_first:.2f}" if low == high else f"{speed.times_first:.2f} ({low:.2f} to {high:.2f})"
 
 
 def cost_table(costs: dict[str, Cost], samples: int, iters: int) -> str:

@@ -15,6 +15,7 @@ from ..api import quantize
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.data import batches, open_images, spread_images
 from ..evaluation.energy import Energy
+from ..evaluation.speed import Speed, race
 from ..models import Preprocessing, load_model
 from ..models import demo as embedded
 from ..storage import save
@@ -25,14 +26,29 @@ from .synthesize import run_synthesis
 
 _BITS = (8, 4, 3)
 _REPORTED = 4  # bits of the model that the report is about
+_BATCH, _ROUNDS, _SECONDS = 32, 7, 0.1  # of the comparison of speeds: the turns of each model, and how long one is
+
+SPEED = "x float32"  # the column
 
 
 @click.command("demo")
-@click.option("--model", type=click.Choice(list(embedded.ALIASES)), default="demo", show_default=True)
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--iters", type=click.IntRange(1), default=300, show_default=True)
+@click.option(
+    "--model",
+    type=click.Choice(list(embedded.ALIASES)),
+    default="demo",
+    show_default=True,
+    help="A small DeiT or a small Swin.",
+)
+@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images to make.")
+@click.option("--iters", type=click.IntRange(1), default=300, show_default=True, help="Steps of the synthesis.")
 @click.option("--images", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="Test images to use.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out/demo"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("out/demo"),
+    show_default=True,
+    help="Folder of the results.",
+)
 @common
 def command(**options: Any) -> None:
     """Quantize an embedded model to W8/A8, W4/A8 and W3/A8 and print top-1 on Fashion-MNIST's test images.
@@ -53,8 +69,12 @@ def command(**options: Any) -> None:
 
     sources: dict[str, str | torch.Tensor] = {"real images": real, "noise": "noise", "data-free": synthetic}
     results: dict[str, dict[str, Any]] = {}
+    made: dict[str, torch.nn.Module] = {}
     with tqdm(
-        total=len(loaded) * (1 + len(_BITS) * len(sources)), desc="evaluate", unit="batch", dynamic_ncols=True
+        total=len(loaded) * (1 + len(_BITS) * len(sources)),
+        desc="quantize and evaluate",
+        unit="batch",
+        dynamic_ncols=True,
     ) as bar:
 
         def measure(candidate: torch.nn.Module, against: torch.nn.Module | None) -> Evaluation:
@@ -64,9 +84,16 @@ def command(**options: Any) -> None:
         for bits in _BITS:
             row: dict[str, Any] = {"float": base.top1}
             for source, images in sources.items():
+                bar.set_postfix_str(f"W{bits}/A8, calibrated on {source}")
                 with energy.account() as one:
                     qmodel = quantize(
-                        model, bits, samples=config.samples, seed=config.seed, calib=images, preprocessing=preprocessing
+                        model,
+                        bits,
+                        samples=config.samples,
+                        seed=config.seed,
+                        calib=images,
+                        preprocessing=preprocessing,
+                        progress=False,
                     )
                 found = measure(qmodel, None)
                 row[source] = found.top1
@@ -74,16 +101,29 @@ def command(**options: Any) -> None:
                     qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())  # type: ignore[operator,union-attr]
                     path = save(qmodel, out / f"w{bits}a8.safetensors")
                     row["MB"] = path.stat().st_size / 1e6
-                    row["images/s"] = found.images_per_second
+                    made[f"W{bits}/A8"] = qmodel
                     if bits == _REPORTED:
                         reported, file, cost = qmodel, path, cost + one
             results[f"W{bits}/A8"] = row
-    headers = ["top-1 %", "float", *sources, "MB", "images/s"]
+    with tqdm(total=(1 + len(made)) * _ROUNDS, desc="speed", unit="turn", dynamic_ncols=True) as bar:
+        contenders = {"float32": model, **made}
+        speeds = race(
+            contenders,
+            [_BATCH],
+            preprocessing.input_size,
+            energy,
+            rounds=_ROUNDS,
+            seconds=_SECONDS,
+            report=bar.update,
+        )
+    for speed in speeds[1:]:
+        results[speed.model][SPEED] = _ratio(speed)
+    headers = ["top-1 %", "float", *sources, "MB", SPEED]
     rows = [[name, *(row[key] for key in headers[1:])] for name, row in results.items()]
     table = tabulate(
         rows,
         headers=headers,
-        floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f", ".0f"),
+        floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f", ""),
     )
     page = make_report(
         out,
@@ -96,16 +136,21 @@ def command(**options: Any) -> None:
         file=file,
         seed=config.seed,
         pictures=[SAMPLES, CURRICULUM],
-        accuracy=(headers, [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows]),
+        accuracy=(headers, [[row[0], *(f"{value:.2f}" for value in row[1:-1]), row[-1]] for row in rows]),
     )
     floats = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
     text = (
-        f"{table}\n\n{options['model']}: {base.images} test images of Fashion-MNIST; float32: {floats:.2f} MB, "
-        f"{base.images_per_second:.0f} images/s; {config.samples} synthetic images, {config.iters} steps; "
-        f"{time.perf_counter() - started:.0f} s in all\n"
+        f"{table}\n\n{options['model']}: {base.images} test images of Fashion-MNIST; float32: {floats:.2f} MB; "
+        f"{config.samples} synthetic images, {config.iters} steps; {time.perf_counter() - started:.0f} s in all\n"
+        f"{SPEED}: times as fast as float32 beside it, batch {_BATCH}: median of {_ROUNDS} turns, least to greatest in brackets\n"
         f"models:   {out}/w8a8.safetensors, w4a8.safetensors, w3a8.safetensors\n"
         f"report:   {page}\n"
         f"pictures: {out / 'samples.png'}, {out / 'curriculum.png'}"
     )
     record = {"model": options["model"], "images": base.images, "top1": results, "out": str(out), "report": str(page)}
     emit(options["as_json"], record, text)
+
+
+def _ratio(speed: Speed) -> str:
+    low, high = speed.times_first_range
+    return f"{speed.times_first:.1f} ({low:.1f} to {high:.1f})"

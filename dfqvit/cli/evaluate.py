@@ -32,8 +32,14 @@ from .options import adjusted, common, emit, open_float, pick_device, plain_name
 @click.option("--mean", help="Comma-separated; default the file's.")
 @click.option("--std", help="Comma-separated; default the file's.")
 @click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic"]), help="Default the file's.")
-@click.option("--unreadable", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--unreadable",
+    type=click.Choice(["refuse", "skip"]),
+    default="refuse",
+    show_default=True,
+    help="What to do about a file that is no image: end, or leave it out with a warning.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images in one forward pass.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images; default by data and device.")
 @common
 def command(**options: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import torch
+from tabulate import tabulate
 
 from ..api import QuantizationRecord
 from ..errors import UsageError
@@ -18,6 +19,8 @@ from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
 from ..storage import environment, load, sizes
 from .options import common, emit, pick_device
+
+_VALUE_WIDTH = 90  # characters; longer values go on below
 
 
 @click.command("info")
@@ -75,26 +78,58 @@ def _float_text(parts: dict[str, float]) -> str:
 
 
 def _as_text(described: dict[str, Any]) -> str:
-    spec, preprocessing, recipe = described["spec"], described["preprocessing"], described["recipe"]
-    kinds = ", ".join(f"{kind} {size / 1e6:.3f} MB" for kind, size in described["bytes_by_kind"].items())
-    return "\n".join(
-        [
-            f"{described['file']}: whole, checksum holds, logits {'finite' if described['finite_logits'] else 'NOT finite'}",
-            f"model          {spec['architecture']} {spec['kwargs'] or ''}",
-            f"bits           {_bits(Recipe(**recipe))}, "
-            f"placement {recipe['placement']}, quantizer {recipe['quantizer']}, rounding {recipe['rounding']}",
-            f"calibration    {described['samples']} images, {described['calibration']} {described['settings'] or ''}",
-            f"correction     {described['acm']}, blocks {described['acm_blocks']}",
-            f"float          {_float_text(described['float'])}",
-            f"input          {preprocessing['input_size']}, mean {preprocessing['mean']}, std {preprocessing['std']}, "
-            f"{preprocessing['interpolation']}, crop {preprocessing['crop_pct']}",
-            f"size           {described['bytes'] / 1e6:.3f} MB: {kinds}",
-        ]
+    spec, preprocessing, recipe = described["spec"], described["preprocessing"], Recipe(**described["recipe"])
+    kinds = ", ".join(f"{kind} {size / 1e6:.3f}" for kind, size in described["bytes_by_kind"].items() if size)
+    corrected = f"{described['acm']}, blocks {_list(described['acm_blocks'])}" if described["acm_blocks"] else "none"
+    rows = [
+        ("model", f"{spec['architecture']} {_settings(spec['kwargs'])}".strip()),
+        ("bits", _bits(recipe)),
+        ("size", f"{described['bytes'] / 1e6:.3f} MB: {kinds}"),
+        ("calibrated on", f"{described['samples']} images: {_source(described['calibration'])}"),
+        ("settings", _settings(described["settings"])),
+        (
+            "rounding",
+            f"{recipe.rounding}; scales {recipe.quantizer}, placement {recipe.placement}, scaling {recipe.scaling}",
+        ),
+        ("correction", corrected),
+        ("stays float", _float_text(described["float"])),
+        ("input", f"{' x '.join(map(str, preprocessing['input_size']))} (channels, height, width)"),
+        ("mean", _list(preprocessing["mean"])),
+        ("std", _list(preprocessing["std"])),
+        (
+            "resize",
+            f"{preprocessing['interpolation']}, crop {preprocessing['crop_pct']:g} ({preprocessing['crop_mode']})",
+        ),
+    ]
+    finite = "finite" if described["finite_logits"] else "NOT finite"
+    table = tabulate(
+        [row for row in rows if row[1]], tablefmt="plain", disable_numparse=True, maxcolwidths=[None, _VALUE_WIDTH]
+    )
+    return f"{described['file']}: whole, checksum holds, logits {finite}\n\n{table}"
+
+
+def _source(calibration: str) -> str:
+    """Where the images came from, in words."""
+    return {
+        "synthetic": "synthetic, made from the model alone",
+        "procedural": "procedural (dead leaves), which no model made",
+        "noise": "noise",
+        "images": "given ones",
+    }.get(calibration, calibration)
+
+
+def _list(values: Any) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {_list(value) if isinstance(value, (list, tuple)) else value}" for key, value in values.items()
     )
 
 
 def _bits(recipe: Recipe) -> str:
     if recipe.layer_bits is None:
-        return f"{recipe.label}, first and last layer W{recipe.edge_bits}"
+        return f"{recipe.label}: weights {recipe.w_bits}, first and last layer {recipe.edge_bits}, activations {recipe.a_bits}"
     counts = Counter(recipe.layer_bits.values())
     return f"{recipe.label} (" + ", ".join(f"{counts[bits]} layers W{bits}" for bits in sorted(counts)) + ")"

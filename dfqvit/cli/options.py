@@ -16,7 +16,8 @@ from ..api import QuantizationRecord
 from ..distributed import local_rank, world
 from ..errors import UsageError
 from ..models import Preprocessing, demo, load_model
-from ..synthesis import Progress, SynthesisConfig
+from ..progress import Progress, postfix
+from ..synthesis import SynthesisConfig
 from ..synthesis.spectrum import SPECTRA
 
 SYNTHESIS = ("samples", "iters", "seed", "schedule", "spectrum", "crop_lower", "crop_upper", "batch_size", "precision")
@@ -27,8 +28,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def common(command: Command) -> Command:
     """--device, --seed, --json."""
     command = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")(command)
-    command = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)(command)
-    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
+    command = click.option(
+        "--seed",
+        type=click.IntRange(0, 2**31 - 1),
+        default=0,
+        show_default=True,
+        help="Of all random numbers; the same seed gives the same result.",
+    )(command)
+    return click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda or cuda:N.")(
+        command
+    )
 
 
 def model_options(command: Command) -> Command:
@@ -56,30 +65,38 @@ def synthesis_options(command: Command) -> Command:
     """The settings of the synthesis."""
     for option in (
         click.option("--resume", is_flag=True, help="Go on from the snapshot that an interrupted run left in --out."),
-        click.option("--crop-upper", type=float, default=1.0, show_default=True, help="Greatest crop area."),
-        click.option("--crop-lower", type=float, default=0.08, show_default=True, help="Least crop area."),
+        click.option(
+            "--crop-upper", type=float, default=1.0, show_default=True, help="Greatest area of a crop, 1 is the whole."
+        ),
+        click.option(
+            "--crop-lower", type=float, default=0.08, show_default=True, help="Least area of a crop, 1 is the whole."
+        ),
         click.option(
             "--precision",
             type=click.Choice(["float32", "bfloat16"]),
             default="float32",
             show_default=True,
-            help="of the model while it makes images; bfloat16 is faster where the processor has it",
+            help="Of the model while it makes images; bfloat16 is faster where the processor has it.",
         ),
         click.option(
             "--spectrum",
             type=click.Choice(SPECTRA),
             default="natural",
             show_default=True,
-            help="of the finished images: that of photographs, or as they were optimised",
+            help="Of the finished images: that of photographs, or as they were optimised.",
         ),
         click.option(
-            "--schedule", type=click.Choice(["e2h", "fixed", "hard-to-easy"]), default="e2h", show_default=True
+            "--schedule",
+            type=click.Choice(["e2h", "fixed", "hard-to-easy"]),
+            default="e2h",
+            show_default=True,
+            help="How the crops change: e2h (easy to hard) shrinks them, fixed is PSAQ-ViT's.",
         ),
         click.option(
             "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images in one forward pass."
         ),
-        click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of synthesis."),
-        click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images."),
+        click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of the synthesis."),
+        click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images to make."),
     ):
         command = option(command)
     return command
@@ -183,16 +200,14 @@ class SynthesisBar:
 
     def __init__(self, steps: int, done: int = 0) -> None:
         self.bar = tqdm(total=steps, initial=done, desc="synthesis", unit="step", dynamic_ncols=True)
+        self.last = done
 
     def __call__(self, progress: Progress) -> None:
-        self.bar.set_postfix(
-            entropy=f"{progress.entropy:.3f}",
-            onehot=f"{progress.onehot:.3f}",
-            tv=f"{progress.tv:.2f}",
-            crop=f"{progress.crop_ratio:.2f}",
-            refresh=False,
-        )
-        self.bar.update()
+        self.bar.set_postfix(postfix(progress), refresh=False)
+        self.bar.update(
+            progress.step - (self.last if progress.step > self.last else 0)
+        )  # a GPU reports every tenth step
+        self.last = progress.step
 
     def __enter__(self) -> SynthesisBar:
         return self

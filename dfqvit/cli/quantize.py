@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import click
 import safetensors
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from ..api import QuantizationRecord, calibration_images, check_companions, quantize, with_companions
 from ..calibration.allocation import check_budget
@@ -39,8 +37,20 @@ FAST_SAMPLES = 32
 @model_options
 @click.option("--w-bits", type=int, default=4, show_default=True, help="Bits of the weights, 2 to 8.")
 @click.option("--a-bits", type=int, default=8, show_default=True, help="Bits of the activations, 2 to 8.")
-@click.option("--placement", type=click.Choice(["gemm", "psaq"]), default="gemm", show_default=True)
-@click.option("--quantizer", type=click.Choice(["mse", "minmax"]), default="mse", show_default=True)
+@click.option(
+    "--placement",
+    type=click.Choice(["gemm", "psaq"]),
+    default="gemm",
+    show_default=True,
+    help="What is rounded: the operands of products, as the kernels need; or exactly what PSAQ-ViT rounds.",
+)
+@click.option(
+    "--quantizer",
+    type=click.Choice(["mse", "minmax"]),
+    default="mse",
+    show_default=True,
+    help="How scales are found: mse searches for the least squared error, minmax takes the greatest value.",
+)
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "second-order"]),
@@ -53,7 +63,7 @@ FAST_SAMPLES = 32
 @click.option(
     "--scaling",
     type=click.Choice(SCALINGS),
-    help="channels: make ranges of channels alike where that is free; default channels (with gemm and mse), else none.",
+    help="Whether ranges of channels are made alike where that is free; default channels (with gemm and mse), else none.",
 )
 @click.option(
     "--fast",
@@ -69,7 +79,7 @@ FAST_SAMPLES = 32
     "--calib",
     default="synthetic",
     show_default=True,
-    help="synthetic, procedural, noise, or images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder.",
+    help="Synthetic, procedural, noise, or given images: a samples.safetensors of `dfqvit synthesize`, an .npz, or a folder.",
 )
 @click.option(
     "--companions",
@@ -83,6 +93,7 @@ FAST_SAMPLES = 32
     "--reconstruct",
     type=click.IntRange(0),
     default=0,
+    show_default=True,
     help="Steps for each block to tune its rounded weights by, a fallback for few bits (300 are much); 0 is off.",
 )
 @click.option(
@@ -90,8 +101,15 @@ FAST_SAMPLES = 32
     type=click.Choice(["auto", "sequential", "checked", "independent", "none"]),
     default="auto",
     show_default=True,
+    help="Correction of the blocks' outputs (ACM); auto turns it on where it was measured to help.",
 )
-@click.option("--acm-shape", type=click.Choice(SHAPES), default="element", show_default=True)
+@click.option(
+    "--acm-shape",
+    type=click.Choice(SHAPES),
+    default="element",
+    show_default=True,
+    help="What has a correction of its own: each element, each channel, or each token.",
+)
 @click.option("--acm-shrink", is_flag=True, help="Shrink corrections by their variance over the images.")
 @click.option("--gamma", type=click.IntRange(1), help="Correct every gamma-th block, counted back from the last.")
 @click.option("--acm-blocks", help="Correct these blocks: comma-separated, -1 is the last. The default is -1.")
@@ -126,11 +144,7 @@ def command(**options: Any) -> None:
     chosen = correction.get("gamma", 1), correction.get("acm_blocks"), correction["acm_top"]
     choose_blocks(len(find_adapter(model).blocks()), *chosen)
     energy = Energy(pick_device(options["device"]))
-    with (
-        energy.account() as cost,
-        tqdm(desc="layers", unit="layer", dynamic_ncols=True, disable=budget is None) as bar,
-        tqdm(desc="reconstruction", unit="block", dynamic_ncols=True, disable=not steps) as blocks,
-    ):
+    with energy.account() as cost:
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
         if rank() != 0:
             return  # the long part is done; the first process calibrates, writes and prints
@@ -142,9 +156,7 @@ def command(**options: Any) -> None:
             calib="noise" if calib == "noise" else images,
             preprocessing=preprocessing,
             size_budget=budget,
-            report_layers=partial(_show, bar),
             reconstruct=steps,
-            report_blocks=partial(_show, blocks),
             **bits,
             **correction,
         )
@@ -211,11 +223,6 @@ def _calibration(
     if rank() == 0:
         save_grid(images[:64], out / SAMPLES, preprocessing)
     return images.to(next(model.parameters()).device), [SAMPLES]
-
-
-def _show(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _correction(options: dict[str, Any]) -> dict[str, Any]:

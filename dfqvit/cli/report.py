@@ -11,15 +11,35 @@ from torch import nn
 
 from ..api import QuantizationRecord
 from ..evaluation.energy import Cost, Energy
+from ..progress import showing, tracked
 from ..report import Report, activation_ranges, divergence, similarity_density, write_report
 from ..storage import environment, sizes
+from ..studies.diagnosis import diagnose
+from ..synthesis import frame_steps
 
 REPORT = "report.html"
 SAMPLES, CURRICULUM = "samples.png", "curriculum.png"
-_CAPTIONS = {
-    SAMPLES: "The images of the calibration",
-    CURRICULUM: "The first images, from the first step (top) to the last",
-}
+
+
+def _caption(picture: str, record: QuantizationRecord) -> str:
+    """What a picture shows."""
+    settings = record.settings
+    if picture == SAMPLES:
+        if record.calibration not in ("synthetic", "procedural"):
+            return "The images of the calibration."
+        if record.calibration == "procedural":
+            return (
+                "The images of the calibration: dead leaves, opaque shapes that hide one another. No model made them."
+            )
+        if settings.get("spectrum", "natural") == "natural":
+            return (
+                "The images of the calibration, finished: the shapes are those that the synthesis found; spectrum, contrast and "
+                "colours are drawn as those of photographs are."
+            )
+        return "The images of the calibration, as they were optimised (--spectrum free)."
+    _, *steps = frame_steps(settings.get("iters", 0)) or [0]
+    rows = ", ".join(str(step) for step in steps)
+    return f"How the first images grew, before the finish. Rows from the top: noise, then after steps {rows}."
 
 
 def make_report(
@@ -60,6 +80,9 @@ def make_report(
     settings = {"model": name, **record.spec.kwargs, **recipe, "calibration": record.calibration}
     settings |= {"samples": record.samples, "seed": seed, **record.settings}
     settings |= {"acm": record.acm, "acm_blocks": record.acm_blocks}
+    with showing():
+        looked_at = tracked([*images.items(), ("noise", noise)], "report")
+        densities = {key: similarity_density(model, value) for key, value in looked_at}
     report = Report(
         title=f"{name}, {record.recipe.label}",
         label=record.recipe.label,
@@ -67,8 +90,9 @@ def make_report(
         float_bytes=sum(parameter.numel() * 4 for parameter in model.parameters()),
         cost=cost,
         energy_note=energy.note,
-        pictures={_CAPTIONS[picture]: out / picture for picture in pictures},
-        densities={key: similarity_density(model, value) for key, value in {**images, "noise": noise}.items()},
+        findings=[(finding.what, finding.advice) for finding in diagnose(qmodel)[0]],
+        pictures={_caption(picture, record): out / picture for picture in pictures},
+        densities=densities,
         ranges=activation_ranges(qmodel),
         divergences=divergence(model, qmodel, first),
         sizes=sizes(qmodel),

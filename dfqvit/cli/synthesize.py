@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,14 @@ def run_synthesis(
     out.mkdir(parents=True, exist_ok=True)
     snapshot = out / "synthesis.snapshot.safetensors"
     run = Synthesis(model, config, preprocessing, snapshot)
-    if resume:
-        run.resume()
+    if resume and not run.resume():
+        warnings.warn(f"--resume found no snapshot in '{out}'; the synthesis starts at its first step", stacklevel=2)
+    elif not resume and snapshot.exists():
+        warnings.warn(
+            f"'{out}' holds the snapshot of an interrupted synthesis; this run starts anew and replaces it, where --resume "
+            "would go on from it",
+            stacklevel=2,
+        )
     with SynthesisBar(config.iters, run.step) as bar:
         images = run.run(bar)
     if rank() != 0:

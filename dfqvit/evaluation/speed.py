@@ -37,6 +37,7 @@ class Speed:
     p99_ms: float
     calls: int
     times_first: float  # how many times as fast as the first model; the median of the rounds' ratios
+    times_first_range: tuple[float, float]  # the least and the greatest of them
     joules_per_image: float | None
 
 
@@ -109,6 +110,7 @@ def _speed(name: str, batch: int, turns: list[list[float]], first: list[float], 
         p99_ms=p99,
         calls=len(calls),
         times_first=statistics.median(ratios),
+        times_first_range=(min(ratios), max(ratios)),
         joules_per_image=None if total is None else total / (batch * len(calls)),
     )
 
@@ -128,7 +130,7 @@ def calibration_cost(
         costs.append(cost)
     step = (costs[2] + costs[1].times(-1)).times(1 / measured)
     with energy.account() as calibration:
-        quantize(model, w_bits, calib=images, preprocessing=preprocessing, **settings)
+        quantize(model, w_bits, calib=images, preprocessing=preprocessing, progress=False, **settings)
     return {"synthesis": costs[1] + step.times(iters - 1), "calibration": calibration}
 
 

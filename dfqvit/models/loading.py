@@ -24,6 +24,8 @@ FAMILIES = (
     "swin",
     "dfqvit_demo",
 )  # of which names are suggested; any timm model with an adapter is taken
+_KINDS = "it may be a timm name of the ViT, DeiT or Swin families, or of another of linear layers"
+_MOST_CONVOLUTIONS = 0.25  # of the weights, in a network without attention
 _HUB = ("hf-hub:", "hf_hub:")
 _ELSEWHERE = (*_HUB, "local-dir:")
 
@@ -124,12 +126,30 @@ def _check_supported(name: str, spec: ModelSpec) -> None:
     except Exception as error:  # timm raises many kinds here: unknown arguments and tags, sizes that do not divide
         given = f" with {spec.kwargs}" if spec.kwargs else ""
         raise UsageError(f"MODEL '{name}'{given}: timm could not build it ({first_line(error)})") from error
+    if _is_convolutional(structure):
+        raise UsageError(
+            f"MODEL was '{name}', a {type(structure).__name__}, which is not a transformer: its work is in convolutions that "
+            f"dfqvit does not quantize; {_KINDS}, for instance deit_tiny_patch16_224 or demo"
+        )
     try:
         find_adapter(structure)
     except UsageError as error:
         raise UsageError(
             f"MODEL was '{name}', a {type(structure).__name__}; {_suggestions(spec.architecture)}"
         ) from error
+
+
+def _is_convolutional(model: nn.Module) -> bool:
+    """Whether a quarter of the weights or more are of convolutions that mix neighbours and channels, and no attention is there."""
+    if any("attention" in type(module).__name__.lower() or hasattr(module, "num_heads") for module in model.modules()):
+        return False
+    mixing = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size > module.stride and module.groups < module.in_channels
+    ]
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return sum(module.weight.numel() for module in mixing) > _MOST_CONVOLUTIONS * whole
 
 
 def _from_elsewhere(name: str, source: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -145,4 +165,4 @@ def _suggestions(name: str) -> str:
     known = [model for model in timm.list_models() if model.startswith(FAMILIES)]
     near = difflib.get_close_matches(name, [*known, *demo.ALIASES], n=4, cutoff=0.5)
     hint = f"the nearest are {', '.join(near)}" if near else "for instance deit_tiny_patch16_224 or demo"
-    return f"it may be a timm name of the ViT, DeiT or Swin families, or of another of linear layers; {hint}"
+    return f"{_KINDS}; {hint}"

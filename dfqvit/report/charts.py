@@ -1,14 +1,31 @@
-"""Charts as inline SVG: lines, and ranges as bars. Colours are CSS variables of the page, so that both themes can be read."""
+"""Charts as inline SVG: lines, and ranges as bars. Colours are CSS variables of the page, so that both themes can be read.
+
+They are drawn 480 units wide, so that letters are still letters on a telephone of 390 pixels.
+"""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-WIDTH, HEIGHT = 720, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 40
-_ROW = 15  # height of a bar with its gap
+WIDTH, HEIGHT = 480, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 12, 10, 42
+_ROW = 18  # height of a bar with its gap
+_NAMES = 168  # of the width, beside the bars
+_LONGEST = 24  # letters of a name that fit there
+
+# What a line shows has the same colour and dash in every chart; other names take those that are free.
+STYLES = {
+    "synthetic": 0,
+    "data-free": 0,
+    "without correction": 0,
+    "noise": 1,
+    "real": 2,
+    "given images": 2,
+    "with ACM": 2,
+    "procedural": 3,
+}
 
 Points = Sequence[tuple[float, float]]
 
@@ -54,12 +71,13 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str, *, loga
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     whole = all(x == int(x) for x, _ in every)  # as the numbers of blocks
-    for value in ticks(x_low, x_high, 8):
+    for value in ticks(x_low, x_high, 6):
         if whole and value != int(value):
             continue
         x, _ = at(value, y_low)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
-    for index, points in enumerate(series.values()):
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{value:g}</text>')
+    styles = _styles(series)
+    for index, points in zip(styles, series.values(), strict=True):
         places = [at(x, rise(y)) for x, y in points]
         parts.append(f'<polyline class="line c{index}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
         if len(places) <= 40:
@@ -70,14 +88,21 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str, *, loga
     )
     turn = f'transform="translate(14 {middle:.0f}) rotate(-90)"'
     parts.append(f'<text {turn} text-anchor="middle">{html.escape(y_label)}</text>')
-    return _svg(HEIGHT, f"{y_label} by {x_label}", parts) + _legend(list(series))
+    return _svg(HEIGHT, f"{y_label} by {x_label}: {', '.join(series)}", parts) + _legend(list(series), styles)
+
+
+def _styles(names: Iterable[str]) -> list[int]:
+    """The number of the colour and the dash for each name: its own, or one that no other name of the chart has."""
+    names = list(names)
+    free = [index for index in range(4) if index not in {STYLES.get(name) for name in names}] or [3]
+    return [STYLES[name] if name in STYLES else free[min(k, len(free) - 1)] for k, name in enumerate(names)]
 
 
 def range_chart(ranges: Sequence[tuple[str, float, float]], label: str) -> str:
     """A bar from least to greatest for each (name, least, greatest)."""
     if not ranges:
         return "<p>No values to draw.</p>"
-    left = 200
+    left = _NAMES
     low, high = min(0.0, *(r[1] for r in ranges)), max(0.0, *(r[2] for r in ranges))
     span = (high - low) or 1.0
     height = _TOP + _ROW * len(ranges) + _BOTTOM
@@ -86,18 +111,18 @@ def range_chart(ranges: Sequence[tuple[str, float, float]], label: str) -> str:
         return left + (value - low) / span * (WIDTH - left - _RIGHT)
 
     parts = []
-    for value in ticks(low, high, 6):
+    for value in ticks(low, high, 4):
         x = at(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
         parts.append(f'<text x="{x:.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
     for row, (name, least, greatest) in enumerate(ranges):
         y = _TOP + _ROW * row
-        shown = name if len(name) <= 32 else "…" + name[-31:]
+        shown = name if len(name) <= _LONGEST else "…" + name[1 - _LONGEST :]
         width = max(at(greatest) - at(least), 1.0)
         title = f"<title>{html.escape(name)}: {least:.4g} to {greatest:.4g}</title>"
-        parts.append(f'<text class="small" x="{left - 6}" y="{y + 10}" text-anchor="end">{html.escape(shown)}</text>')
+        parts.append(f'<text class="small" x="{left - 6}" y="{y + 12}" text-anchor="end">{html.escape(shown)}</text>')
         parts.append(
-            f'<rect class="bar" x="{at(least):.1f}" y="{y + 2}" width="{width:.1f}" height="10">{title}</rect>'
+            f'<rect class="bar" x="{at(least):.1f}" y="{y + 3}" width="{width:.1f}" height="11">{title}</rect>'
         )
     parts.append(
         f'<text x="{(WIDTH + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">{html.escape(label)}</text>'
@@ -113,6 +138,9 @@ def _svg(height: int, title: str, parts: Sequence[str]) -> str:
     )
 
 
-def _legend(names: Sequence[str]) -> str:
-    items = (f'<span><i class="key c{index}"></i>{html.escape(name)}</span>' for index, name in enumerate(names))
+def _legend(names: Sequence[str], styles: Sequence[int]) -> str:
+    items = (
+        f'<span><i class="key c{index}"></i>{html.escape(name)}</span>'
+        for index, name in zip(styles, names, strict=True)
+    )
     return f'<p class="legend">{"".join(items)}</p>'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..evaluation.energy import Cost
 from ..storage.atomic import atomic
 from .charts import Points, line_chart, range_chart
 from .measure import Divergence
+from .pictures import for_page
 
 _CSS = """
 :root{color-scheme:light dark;--back:#fff;--text:#1c2128;--soft:#5b6470;--line:#d8dde3;--panel:#f5f7f9;
@@ -27,15 +29,25 @@ p{margin:.5rem 0}.soft,figcaption{color:var(--soft)}
 .tiles{display:flex;flex-wrap:wrap;gap:.75rem;margin:1.25rem 0}
 .tiles div{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:.6rem 1rem;min-width:8rem}
 .tiles b{display:block;font-size:1.3rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+.verdict{background:var(--panel);border-left:.4rem solid var(--c2);border-radius:6px;padding:.6rem 1rem;margin:1.25rem 0}
+.verdict.bad{border-color:var(--c1)}.verdict b{font-size:1.15rem}.verdict ul{margin:.4rem 0;padding-left:1.2rem}
+.wide{overflow-x:auto;background:
+linear-gradient(90deg,var(--back) 50%,transparent) 0 0/2.5rem 100% no-repeat local,
+linear-gradient(270deg,var(--back) 50%,transparent) 100% 0/2.5rem 100% no-repeat local,
+linear-gradient(90deg,var(--soft),transparent) 0 0/.7rem 100% no-repeat scroll,
+linear-gradient(270deg,var(--soft),transparent) 100% 0/.7rem 100% no-repeat scroll}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th{font-weight:600}th,td{padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 figure{margin:1rem 0}img{max-width:100%;height:auto;image-rendering:pixelated;border-radius:6px;background:var(--panel)}
-svg{width:100%;height:auto;background:var(--panel);border-radius:6px}
-svg text{fill:var(--soft);font-size:12px}svg .small{font-size:10px}.grid{stroke:var(--line)}
+svg{display:block;width:100%;max-width:46rem;height:auto;background:var(--panel);border-radius:6px;margin:.5rem 0}
+svg text{fill:var(--soft);font-size:15px}svg .small{font-size:12px}.grid{stroke:var(--line)}
+@media(min-width:40rem){svg text{font-size:10px}svg .small{font-size:9.5px}}
 .line{fill:none;stroke-width:2}.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}
-.line{stroke:var(--c)}.dot{fill:var(--c)}.bar{fill:var(--c0)}
-.legend span{margin-right:1.2rem}.key{display:inline-block;width:1em;height:.3em;margin-right:.4em;vertical-align:middle;
-background:var(--c)}
+.line{stroke:var(--c)}.line.c1{stroke-dasharray:6 4}.line.c2{stroke-dasharray:2 3}
+.line.c3{stroke-dasharray:9 3 2 3}.dot{fill:var(--c)}.bar{fill:var(--c0)}
+.legend span{margin-right:1.2rem;white-space:nowrap}.key{display:inline-block;width:1.8em;margin-right:.4em;
+vertical-align:middle;border-top:3px solid var(--c)}.key.c1{border-top-style:dashed}.key.c2{border-top-style:dotted}
+.key.c3{border-top-style:double}
 """
 
 
@@ -48,6 +60,7 @@ class Report:
     bytes: int
     float_bytes: int
     cost: Cost
+    findings: Sequence[tuple[str, str]] | None = None  # what was found wrong and what to do; None where nobody looked
     energy_note: str = ""
     pictures: Mapping[str, Path] = field(default_factory=dict)  # caption: PNG file
     densities: Mapping[str, Points] = field(default_factory=dict)
@@ -68,15 +81,66 @@ def write_report(report: Report, path: Path) -> Path:
 
 def render(report: Report) -> str:
     """The whole page as HTML."""
-    sections = "".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in _sections(report) if body)
+    sections = "".join(
+        f"<section><h2>{title}</h2>{f'<p>{_SAID[title]}</p>' if title in _SAID else ''}{body}</section>"
+        for title, body in _sections(report)
+        if body
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{html.escape(report.title)} · dfqvit</title><style>{_CSS}</style></head>'
-        f"<body><h1>{html.escape(report.title)}</h1>"
-        '<p class="soft">Quantized by dfqvit. What the charts mean: docs/report.md.</p>'
-        f"{_tiles(report)}{sections}</body></html>\n"
+        f"<body><main><h1>{html.escape(report.title)}</h1>"
+        f"<p>{html.escape(_meaning(report.label))} Quantized by dfqvit; its docs/report.md says more about each chart.</p>"
+        f"{_verdict(report)}{_tiles(report)}{sections}</main></body></html>\n"
     )
+
+
+def _meaning(label: str) -> str:
+    """W4/A8 in words."""
+    found = re.fullmatch(r"W([\d-]+)/A(\d+)", label)
+    if found is None:
+        return label
+    return f"{label}: weights are stored in {found[1]} bits, values between layers are rounded to {found[2]} bits."
+
+
+def _verdict(report: Report) -> str:
+    """First of all: whether something is known to be wrong."""
+    if report.findings is None:
+        return ""
+    last = [found.relative[-1] for found in report.divergences.values() if found.relative]
+    drift = (
+        f" On these images the last block's values differ from the float model's by {100 * last[-1]:.2g} % of their energy."
+        if last
+        else ""
+    )
+    if not report.findings:
+        checked = "The images, the settings and every block were checked for the known failures."
+        return f'<div class="verdict"><b>Nothing wrong was found.</b> {checked}{drift}</div>'
+    items = "".join(f"<li>{html.escape(what)}: {html.escape(advice)}.</li>" for what, advice in report.findings)
+    count = len(report.findings)
+    said = f"<b>{count} thing{'s' if count > 1 else ''} to look at.</b>"
+    return f'<div class="verdict bad">{said}{drift}<ul>{items}</ul></div>'
+
+
+_SAID = {
+    "Accuracy": "How often the first answer is right, on labelled images that took no part in the quantization.",
+    "Images": "What the model was calibrated on: the ranges of all values in it were read off while it saw these images.",
+    "Similarity of patches": (
+        "How alike two patches of an image look to the model's attention: 1 is the same direction, 0 is unrelated. Where real "
+        "images are drawn too, the curve of the synthetic ones should be nearer to theirs than that of noise is."
+    ),
+    "Divergence by block": (
+        "How far the quantized model's values are from the float model's after each block, on the images above. Slow growth is "
+        "normal; a jump shows the block that loses most. KL compares how the values are distributed, in nats."
+    ),
+    "Activation ranges": (
+        "From which least to which greatest value each layer's input can be represented. A bar far longer than its neighbours has "
+        "coarse steps: its layer is the first to look at."
+    ),
+    "Size": "What takes the bytes of the file. All of it travels with the model; nothing else is needed to run it.",
+    "Settings": "Everything that is needed to make this model again.",
+}
 
 
 def _sections(report: Report) -> list[tuple[str, str]]:
@@ -98,9 +162,9 @@ def _sections(report: Report) -> list[tuple[str, str]]:
         ),
         ("Divergence by block", charts if report.divergences else ""),
         ("Activation ranges", range_chart(report.ranges, "value") if report.ranges else ""),
-        ("Size", table(["of", "MB"], sizes) if report.sizes else ""),
+        ("Size", table(["part", "MB"], sizes) if report.sizes else ""),
         ("Settings", table(["setting", "value"], [[key, _plain(value)] for key, value in report.settings.items()])),
-        ("Versions", table(["of", "is"], [[key, _plain(value)] for key, value in report.versions.items()])),
+        ("Versions", table(["package", "version"], [[key, _plain(value)] for key, value in report.versions.items()])),
     ]
 
 
@@ -110,7 +174,7 @@ def _tiles(report: Report) -> str:
         "bits": report.label,
         "MB": f"{report.bytes / 1e6:.2f}",
         "of float32's size": f"{report.bytes / report.float_bytes:.3f}",
-        "seconds": f"{report.cost.seconds:.1f}",
+        "seconds of work": f"{report.cost.seconds:.1f}",
     }
     if joules is not None:
         tiles["joules"] = f"{joules:.0f}"
@@ -120,18 +184,25 @@ def _tiles(report: Report) -> str:
 
 
 def _picture(caption: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption, quote=True)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    kind, content = for_page(path)
+    data, text = base64.b64encode(content).decode(), html.escape(caption, quote=True)
+    return f'<figure><img alt="{text}" src="data:{kind};base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """An HTML table, or "" without rows."""
     if not rows:
         return ""
-    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in headers)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    head = "".join(f'<th scope="col">{html.escape(str(cell))}</th>' for cell in headers)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(str(row[0]))}</th>'
+        + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    label = html.escape(f"table: {', '.join(map(str, headers))}", quote=True)
+    frame = f'<div class="wide" role="region" tabindex="0" aria-label="{label}">'
+    return f"{frame}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _plain(value: Any) -> str:

@@ -1,17 +1,22 @@
-"""Pictures of synthetic images, as PNG."""
+"""Pictures of synthetic images: PNG files, and what a page holds of them."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ..models import Preprocessing
 from ..storage.atomic import atomic
 
+_PAGE_WIDTH = 960  # pixels of a picture in a page
+_PAGE_QUALITY = 75  # of its JPEG
+_SMALL = 60_000  # bytes of a PNG that is put into a page as it is
 _LEAST_SIDE = 96  # smaller images are enlarged to about this, in whole steps, so that a person can see them
 
 
@@ -36,6 +41,21 @@ def save_curriculum(frames: Mapping[int, torch.Tensor], path: Path, preprocessin
     rows = torch.cat([frames[step] for step in sorted(frames)])
     columns = len(next(iter(frames.values())))
     return _write(make_grid(to_pixels(rows, preprocessing), nrow=columns, padding=4), path)
+
+
+def for_page(path: Path) -> tuple[str, bytes]:
+    """(media type, bytes) of a picture for a page: a small PNG as it is, else a JPEG that is no wider than the page."""
+    data = path.read_bytes()
+    if len(data) <= _SMALL:
+        return "image/png", data
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    if picture.width > _PAGE_WIDTH:
+        height = round(picture.height * _PAGE_WIDTH / picture.width)
+        picture = picture.resize((_PAGE_WIDTH, height), Image.Resampling.LANCZOS)
+    kept = io.BytesIO()
+    picture.save(kept, format="JPEG", quality=_PAGE_QUALITY, optimize=True)
+    return "image/jpeg", kept.getvalue()
 
 
 def _write(grid: torch.Tensor, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""ONNX with quantize/dequantize (QDQ) nodes, the form that ONNX Runtime, OpenVINO and TensorRT take quantized models in.
+"""ONNX with quantize/dequantize (QDQ) nodes, the form that ONNX Runtime and OpenVINO take quantized models in.
 
 The simulated model is rebuilt with layers that say the same arithmetic in ONNX's own operators, then goes through
 `torch.onnx.export`: activations as `QuantizeLinear`/`DequantizeLinear` to uint8, weights as int8 initialisers with a

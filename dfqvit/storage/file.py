@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import nn
 
-from ..api import QuantizationRecord
+from ..api import Described, QuantizationRecord
 from ..calibration import freeze
 from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
@@ -41,23 +41,27 @@ _PACKED = ".weight_packed"
 FORMAT_VERSION = 2  # 1: a checksum over the tensors alone
 
 
-def save(qmodel: nn.Module, path: str | Path) -> Path:
+def save(qmodel: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     """Writes a model from `quantize` (or `load`) to `path`, atomically.
 
     Args:
         qmodel: the quantized model, on any device.
-        path: the .safetensors file to write; one that is there is replaced.
+        path: the .safetensors file to write.
+        overwrite: replaces a file that is there; False refuses to.
 
     Returns:
         The path.
 
     Raises:
-        UsageError: the model was not quantized by dfqvit, or was changed since so that `load` could not rebuild it.
+        UsageError: the model was not quantized by dfqvit, or was changed since so that `load` could not rebuild it; or there
+            is a file and `overwrite` is False.
         OSError: the file cannot be written; one that was there is as it was.
     """
     record = getattr(qmodel, "dfqvit_record", None)
     if not isinstance(record, QuantizationRecord):
         raise UsageError("qmodel has no quantization record; save takes what dfqvit.quantize or dfqvit.load returned")
+    if not overwrite and Path(path).exists():
+        raise UsageError(f"path was '{path}', which exists already; give overwrite=True to replace it")
     tensors = _apart({key: value.detach().cpu().contiguous() for key, value in qmodel.state_dict().items()})
     record = as_it_is(qmodel, record, tensors)
     header = {
@@ -116,6 +120,7 @@ def load(
         ) from error
     model = model.to(device)
     set_runtime(model, runtime)
+    quantized(model, Described)
     if cuda_graph:
         capture_graphs(model)
     return model

@@ -226,6 +226,7 @@ def run_study(
                     samples=count,
                     seed=seed,
                     preprocessing=preprocessing,
+                    progress=False,
                     **setting.quantization,
                 )
                 seconds = time.perf_counter() - started

@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..errors import DfqvitError, UsageError
 from ..kernels.files import atomic
 from ..models import Preprocessing, check_finite
 from ..models.frame import evaluating, on_float_reference
+from ..progress import Progress
 from .config import SynthesisConfig
 from .step import Step
 
@@ -27,17 +27,6 @@ _FRAME_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # when the pictures of the cur
 _FRAME_SAMPLES = 8
 _SNAPSHOT_SECONDS = 30.0
 _REPORT_EVERY = 10  # steps on a GPU, where numbers come back while later steps are already queued
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step reports: its number (from 1), the three weighted terms of the loss, and the crop's share of the area."""
-
-    step: int
-    entropy: float
-    onehot: float
-    tv: float
-    crop_ratio: float
 
 
 class Synthesis:
@@ -66,18 +55,17 @@ class Synthesis:
 
         `report` is called after every step; on a GPU after every tenth and the last, a little late, so that nothing waits.
         """
-        frame_steps = {round(share * self.config.iters) for share in _FRAME_SHARES}
         with evaluating(self.model):
-            return self._run(frame_steps, report)
+            return self._run(set(frame_steps(self.config.iters)), report)
 
-    def _run(self, frame_steps: set[int], report: Callable[[Progress], None] | None) -> torch.Tensor:
+    def _run(self, moments: set[int], report: Callable[[Progress], None] | None) -> torch.Tensor:
         saved = time.monotonic()
         needed_grad = [p.requires_grad for p in self.model.parameters()]
         reporter = _Reporter(self.advance, report)
         try:
             self.model.requires_grad_(False)
             while self.step < self.config.iters:
-                if self.step in frame_steps:
+                if self.step in moments:
                     self._take_frame()
                 self.advance()
                 reporter.after(self.step)
@@ -132,6 +120,11 @@ class Synthesis:
         return digest.hexdigest()
 
 
+def frame_steps(iters: int) -> list[int]:
+    """The steps at which a run of `iters` steps keeps its images for the picture of the curriculum; 0 is the noise."""
+    return sorted({round(share * iters) for share in _FRAME_SHARES})
+
+
 class _Reporter:
     """Calls `report` with what the steps wrote on the device: at once on a CPU, without ever waiting on a GPU."""
 
@@ -159,7 +152,8 @@ class _Reporter:
     def _emit(self, step: int, terms: torch.Tensor) -> None:
         assert self.report is not None
         entropy, onehot, tv = terms.tolist()
-        self.report(Progress(step, entropy, onehot, tv, self.steps.crop_ratios[step - 1]))
+        ratio, total = self.steps.crop_ratios[step - 1], self.steps.config.iters
+        self.report(Progress(step, entropy, onehot, tv, ratio, "synthesis", total))
 
 
 def _pinned_row() -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_wrong_use_and_the_command(run, tmp_path):  # noqa: F811
     status, stdout, err = run(*out, "--out", tmp_path, "--json")
     assert status == 0, err
     assert json.loads(stdout)["record"]["settings"]["reconstruct"] == 2
-    assert "reconstruction" in err
+    assert "reconstruct blocks: 100%" in err
     assert run(*out, "--placement", "psaq", "--out", tmp_path / "p")[0] == 2
 
 

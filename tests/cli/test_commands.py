@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import click
 import numpy as np
 import pytest
 import safetensors.torch
@@ -154,7 +156,11 @@ def test_results_are_not_replaced_without_force(run, tmp_path):
     ("arguments", "status", "message"),
     [
         (["quantize", "deit_tny_patch16_224"], 2, "MODEL was 'deit_tny_patch16_224'; .* nearest are deit_tiny"),
-        (["quantize", "resnet18"], 2, "MODEL was 'resnet18', a ResNet; it may be a timm name of the ViT"),
+        (
+            ["quantize", "resnet50"],
+            2,
+            "MODEL was 'resnet50', a ResNet, which is not a transformer: .* may be a timm name",
+        ),
         (["quantize", "demo", "--w-bits", "1"], 2, "w_bits was 1; it may be a whole number from 2 to 8"),
         (["quantize", "demo", "--a-bits", "9"], 2, "a_bits was 9"),
         (["quantize", "demo", "--w-bits", "four"], 2, "'four' is not a valid integer"),
@@ -172,7 +178,9 @@ def test_results_are_not_replaced_without_force(run, tmp_path):
         (["quantize", "demo", "--schedule", "easy"], 2, "'easy' is not one of"),
         (["quantize", "demo", "--no-such-option"], 2, "No such option"),
         (["quantize"], 2, "Missing argument 'MODEL'"),
-        (["paint"], 2, "No such command 'paint'"),
+        (["paint"], 2, "No such command 'paint'; it may be ablate, benchmark, .*, synthesize$"),
+        (["quantise"], 2, r"No such command 'quantise'; did you mean 'quantize'\?$"),
+        (["quantize", "demo", "--w-bit", "4"], 2, "No such option.*--w-bits"),
     ],
 )
 def test_bad_input_is_one_line(run, tmp_path, arguments, status, message):
@@ -248,12 +256,52 @@ def test_help_lists_the_commands(run):
         assert run(command, "--help")[0] == 0
 
 
+def test_every_option_says_what_it_is():
+    for name in cli.COMMANDS:
+        command = importlib.import_module(f"dfqvit.cli.{name}").command
+        assert command.help
+        for option in (each for each in command.params if isinstance(each, click.Option)):
+            assert option.help, f"{name} {option.opts[0]}"
+            assert option.help[0].isupper(), f"{name} {option.opts[0]}: {option.help}"
+            assert option.help[-1] in ".)", f"{name} {option.opts[0]}: {option.help}"
+
+
+def test_info_of_a_file_is_a_table(run, tmp_path):
+    out = tmp_path / "out"
+    run("quantize", "demo", "--calib", "noise", "--samples", 2, "--rounding", "nearest", "--seed", 5, "--out", out)
+    status, stdout, _ = run("info", out / "model.safetensors")
+    assert status == 0
+    title, blank, *lines = stdout.rstrip("\n").split("\n")
+    assert title == f"{out / 'model.safetensors'}: whole, checksum holds, logits finite"
+    assert blank == ""
+    begin = lines[0].index("dfqvit_demo_vit")
+    assert all(line[begin - 2 : begin] == "  " and line[begin] != " " for line in lines)  # one column of values
+    table = {line[:begin].strip(): line[begin:] for line in lines if line[:begin].strip()}
+    assert table["bits"] == "W4/A8: weights 4, first and last layer 8, activations 8"
+    assert table["calibrated on"] == "2 images: noise"
+    assert table["settings"] == "seed 5"
+    assert table["input"] == "1 x 28 x 28 (channels, height, width)"
+    assert table["mean"] == "0.286"
+    assert max(map(len, lines)) < 120
+    assert not re.search(r"[{}\[\]']", stdout.replace(str(out), ""))  # nothing as Python writes it
+
+
+def test_benchmark_explains_its_ratio(run):
+    status, stdout, err = run("benchmark", "demo", "--batch", 1, "--rounds", 3)
+    assert status == 0, err
+    found = re.search(r"W8/A8 .* ([\d.]+) \(([\d.]+) to ([\d.]+)\)$", stdout, re.MULTILINE)
+    middle, low, high = map(float, found.groups())
+    assert low <= middle <= high
+    assert "how many times as fast as the float model beside it. Both had 3 turns" in stdout
+
+
 def test_demo_on_a_few_images(run, tmp_path):
     status, stdout, _ = run("demo", "--images", 250, *QUICK, "--out", tmp_path, "--json")
     top1 = json.loads(stdout)["top1"]
     assert status == 0
     assert set(top1) == {"W8/A8", "W4/A8", "W3/A8"}
     assert top1["W8/A8"]["real images"] > 85
+    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", top1["W8/A8"]["x float32"])  # a speed with its spread
     assert (tmp_path / "w3a8.safetensors").exists()
     assert json.loads(stdout)["report"] == str(tmp_path / "report.html")
     assert "<h2>Accuracy</h2>" in (tmp_path / "report.html").read_text()

@@ -399,7 +399,7 @@ def test_names_that_are_none(tmp_path, monkeypatch):
             "a model of the Hugging Face Hub that timm can load is named 'hf-hub:google/vit",
         ),
         (str(file), "which is a file; it must be a timm name, and the file with its weights goes to --checkpoint"),
-        ("resnet18", r"MODEL was 'resnet18', a ResNet; it may be a timm name of the ViT"),
+        ("resnet18", r"MODEL was 'resnet18', a ResNet, which is not a transformer: its work is in convolutions"),
         ("vit_tiny_patch16_224.nonsense", "timm could not build it"),
         (3, "MODEL was a int; it must be a name"),
     ):

@@ -32,7 +32,7 @@ def test_unknown_name_lists_the_nearest():
         load_model("deit_tny_patch16_224")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", ""])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11", "densenet121", ""])
 def test_other_families_are_refused(name):
     with pytest.raises(UsageError, match="it may be a timm name of the ViT, DeiT or Swin families"):
         load_model(name)

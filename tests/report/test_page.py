@@ -22,6 +22,7 @@ from dfqvit import cli
 from dfqvit.models import load_model
 from dfqvit.report import activation_ranges, divergence, similarity_density
 from dfqvit.report.charts import line_chart, ticks
+from dfqvit.report.pictures import for_page
 
 VOID = {"meta", "link", "img", "br", "line", "circle", "rect", "polyline"}
 
@@ -78,7 +79,7 @@ def test_page_is_whole_and_loads_nothing(folder):
     assert len(pictures) == 2
     for picture in pictures:
         kind, _, data = picture.partition(",")
-        assert kind == "data:image/png;base64"
+        assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
         Image.open(io.BytesIO(base64.b64decode(data))).load()
     for tag, attributes in page.found:
         assert tag not in ("script", "iframe", "object")
@@ -86,8 +87,70 @@ def test_page_is_whole_and_loads_nothing(folder):
             assert attributes.get(key, "data:").startswith("data:")
     assert not re.search(r"https?://|url\(|@import", text)
     assert "with ACM" in text
-    assert "<td>seed</td><td>7</td>" in text
-    assert f"<td>torch</td><td>{torch.__version__.split('+')[0]}" in text
+    assert '<th scope="row">seed</th><td>7</td>' in text
+    torch_version = torch.__version__.split("+")[0]
+    assert f'<th scope="row">torch</th><td>{torch_version}' in text
+    assert all("scope" in attributes for tag, attributes in page.found if tag == "th")
+    regions = [attributes["aria-label"] for _, attributes in page.found if attributes.get("role") == "region"]
+    assert len(set(regions)) == len(regions) >= 3
+    assert len(text) < 1_000_000
+
+
+def test_the_verdict_comes_first(folder, tmp_path):
+    """Two images of three steps are too few of both; sixteen images that nobody faults are not."""
+    text = (folder / "report.html").read_text()
+    assert text.index('class="verdict bad"') < text.index('class="tiles"')
+    assert "things to look at.</b>" in text
+    assert "<li>2 calibration images: quantize again with --samples 16 or more.</li>" in text
+    assert "<li>the synthesis took 3 steps: quantize again with --iters 500" in text
+    arguments = [
+        "quantize",
+        "demo",
+        "--calib",
+        "procedural",
+        "--samples",
+        "16",
+        "--w-bits",
+        "8",
+        "--rounding",
+        "nearest",
+    ]
+    assert cli.run([*arguments, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "<b>Nothing wrong was found.</b>" in text
+    shown = re.search(r"values differ from the float model's by ([\d.e-]+) % of their energy", text)[1]
+    qmodel = dfqvit.load(tmp_path / "model.safetensors")
+    assert float(shown) == pytest.approx(100 * qmodel.dfqvit_record.measured["divergence"][-1], rel=0.1)
+
+
+def test_captions_say_what_the_rows_are(folder):
+    text = (folder / "report.html").read_text()
+    assert "Rows from the top: noise, then after steps 1, 2, 3." in text
+    assert "finished: the shapes are those that the synthesis found" in text
+
+
+def test_large_pictures_are_put_into_a_page_as_small_jpegs(tmp_path):
+    """As those of DeiT-T: 8 images of 224 pixels beside each other, noise, which compresses worst."""
+    path = tmp_path / "large.png"
+    Image.effect_noise((1828, 1372), 60).convert("RGB").save(path)
+    assert path.stat().st_size > 1_500_000
+    kind, data = for_page(path)
+    assert kind == "image/jpeg"
+    assert len(data) < 300_000
+    with Image.open(io.BytesIO(data)) as picture:
+        assert picture.size == (960, 721)
+    Image.new("L", (40, 30)).save(path)
+    assert for_page(path) == ("image/png", path.read_bytes())
+
+
+def test_colours_and_dashes_are_of_the_name_not_of_the_place():
+    for names in (["noise", "synthetic"], ["synthetic", "real", "noise"], ["mine", "noise"]):
+        text = line_chart({name: [(0, 1), (1, 2)] for name in names}, "x", "y")
+        lines = re.findall(r'class="line c(\d)"', text)
+        keys = re.findall(r'class="key c(\d)"></i>(\w+)', text)
+        assert [number for number, _ in keys] == lines
+        assert len(set(lines)) == len(lines)
+        assert all(number == {"synthetic": "0", "noise": "1", "real": "2"}.get(name, number) for number, name in keys)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +258,6 @@ def test_ticks(low, high, wanted):
 def test_chart_places_its_points():
     text = line_chart({"<a>": [(0, 1), (10, 100)]}, "x", "y", logarithmic=True)
     first, last = re.search(r'points="([\d.]+,[\d.]+) ([\d.]+,[\d.]+)"', text).groups()
-    assert (first, last) == ("64.0,220.0", "708.0,10.0")
+    assert (first, last) == ("60.0,198.0", "468.0,10.0")
     assert "&lt;a&gt;" in text
     assert "No values" in line_chart({"a": [(0, 0)]}, "x", "y", logarithmic=True)
