@@ -35,8 +35,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_FILES)
 
+# A process for each core, with one thread: threads of processes that share cores wait for each other. All have one seed, since
+# they must agree on what the tests are.
+TEST_JOBS ?= $(shell nproc)
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 bench: setup
 	for name in fake_quantize patch_similarity_entropy quant_linear quant_attention layer_norm_quantize roll_resize total_variation synthesis acm inference; do \

@@ -9,15 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import Block
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock
 from torch import nn
 
-from .attentions import QuantAttention, QuantWindowAttention
+from .attentions import QUANTIZED
 
-_BLOCKS = (Block, SwinTransformerBlock)
-_ATTENTIONS = (Attention, WindowAttention, QuantAttention, QuantWindowAttention)
+_BLOCKS = (Block, SwinTransformerBlock, EvaBlock, BeitBlock, RelPosBlock)  # each part after its norm
+_ROTARY = (AttentionRope, EvaAttention)  # which mix channels of queries, and of keys, before they meet
+_ATTENTIONS = (Attention, WindowAttention, BeitAttention, RelPosAttention, *_ROTARY)
+
+
+_TIMMS = {ours: timms for timms, ours in QUANTIZED.items()}
 
 
 @dataclass(frozen=True)
@@ -49,20 +57,22 @@ def scalings(model: nn.Module) -> Scalings:
         if type(block) not in _BLOCKS:
             continue
         attention: Any = block.attn
-        qkv = f"{name}.attn.qkv"
-        if type(attention) in _ATTENTIONS and getattr(attention, "gate", None) is None:
+        qkv, kind = f"{name}.attn.qkv", _TIMMS.get(type(attention), type(attention))
+        # three projections, or biases that are added after one, are left alone
+        together = getattr(attention, "qkv", None) is not None and getattr(attention, "q_bias", None) is None
+        if kind in _ATTENTIONS and together and getattr(attention, "gate", None) is None:
             if _affine(block.norm1):
                 norms.append((f"{name}.norm1", qkv))
                 if type(block) is SwinTransformerBlock:
                     padded.append(f"{name}.norm1")
             if _absent(attention, "norm"):
                 values.append((qkv, f"{name}.attn.proj"))
-            if _absent(attention, "q_norm") and _absent(attention, "k_norm"):
+            if kind not in _ROTARY and _absent(attention, "q_norm") and _absent(attention, "k_norm"):
                 scores.append(qkv)
         mlp: Any = block.mlp
+        if type(mlp) in (Mlp, GluMlp) and _affine(block.norm2):
+            norms.append((f"{name}.norm2", f"{name}.mlp.fc1"))
         if type(mlp) is Mlp:
-            if _affine(block.norm2):
-                norms.append((f"{name}.norm2", f"{name}.mlp.fc1"))
             if _absent(mlp, "norm"):
                 hidden.append(f"{name}.mlp.fc2")
     return Scalings(tuple(norms), frozenset(padded), tuple(values), tuple(scores), tuple(hidden))
