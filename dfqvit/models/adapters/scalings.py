@@ -72,9 +72,8 @@ def scalings(model: nn.Module) -> Scalings:
         mlp: Any = block.mlp
         if type(mlp) in (Mlp, GluMlp) and _affine(block.norm2):
             norms.append((f"{name}.norm2", f"{name}.mlp.fc1"))
-        if type(mlp) is Mlp:
-            if _absent(mlp, "norm"):
-                hidden.append(f"{name}.mlp.fc2")
+        if type(mlp) is Mlp and _absent(mlp, "norm"):
+            hidden.append(f"{name}.mlp.fc2")
     return Scalings(tuple(norms), frozenset(padded), tuple(values), tuple(scores), tuple(hidden))
 
 
