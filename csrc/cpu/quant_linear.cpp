@@ -4,7 +4,6 @@
 // quantized rows and take outputs.
 #include "dfqvit/quant_linear.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "dfqvit/layers.h"
+#include "dfqvit/parallel.h"
 #include "dfqvit/thread_memory.h"
 #include "dfqvit/torch_dispatch.h"
 
@@ -67,24 +67,22 @@ struct Input {
 // All the rows times all the outputs. False when a value of x was not finite.
 bool run(const Input& input, const Weight& weight, Epilogue e, int64_t blocks) {
   std::atomic<bool> finite{true};
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), rows = input.rows;
+  const int64_t threads = parallel_threads(), rows = input.rows;
   const int64_t depth = std::max<int64_t>(input.stride, 1);
   if (rows >= threads * 2 * kLeastRows || threads == 1) {
     const int64_t share = (rows + threads - 1) / threads;  // of a thread,
     const int64_t most = input.ready() ? share : std::clamp(kBufferBytes / depth / 32 * 32, kLeastRows, kMostRows);
     const int64_t parts = (share + most - 1) / most;                    // in so many row blocks,
     const int64_t size = ((share + parts - 1) / parts + 31) / 32 * 32;  // of whole tiles
-    at::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
+    parallel_pieces((rows + size - 1) / size, [&](int64_t part) {
+      const int64_t first = part * size, last = std::min(first + size, rows);
       const int64_t buffer = input.ready() ? 0 : size * input.stride;
       uint8_t* scratch = thread_memory(buffer + weight.scratch_bytes(blocks));
+      const uint8_t* a = input.ready() ? input.row(first) : scratch;
+      if (!input.ready() && !input.prepare(first, last, scratch)) finite = false;
       Epilogue mine = e;
-      for (int64_t part = begin; part < end; ++part) {
-        const int64_t first = part * size, last = std::min(first + size, rows);
-        const uint8_t* a = input.ready() ? input.row(first) : scratch;
-        if (!input.ready() && !input.prepare(first, last, scratch)) finite = false;
-        mine.first_row = first;
-        input.kernels.linear(a, input.stride, last - first, weight, 0, blocks, scratch + buffer, mine);
-      }
+      mine.first_row = first;
+      input.kernels.linear(a, input.stride, last - first, weight, 0, blocks, scratch + buffer, mine);
     });
     return finite;
   }
@@ -94,12 +92,12 @@ bool run(const Input& input, const Weight& weight, Epilogue e, int64_t blocks) {
     shared = at::empty({std::max<int64_t>(rows * input.stride, 1)}, at::kByte);
     uint8_t* out = shared.mutable_data_ptr<uint8_t>();
     a = out;
-    at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 14) / depth), [&](int64_t begin, int64_t end) {
+    parallel_ranges(rows, std::max<int64_t>(1, (1 << 14) / depth), [&](int64_t begin, int64_t end) {
       if (!input.prepare(begin, end, out + begin * input.stride)) finite = false;
     });
   }
   e.first_row = 0;
-  at::parallel_for(0, (blocks + 1) / 2, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges((blocks + 1) / 2, 1, [&](int64_t begin, int64_t end) {
     uint8_t* scratch = thread_memory(weight.scratch_bytes(2 * (end - begin)));
     input.kernels.linear(a, input.stride, rows, weight, 2 * begin, std::min(2 * end, blocks), scratch, e);
   });

@@ -1,0 +1,233 @@
+// The pool of threads behind dfqvit/parallel.h.
+//
+// A call publishes its pieces in a slot; idle threads of the pool look through the slots and enter. The pool and its
+// slots are never freed, and its threads never end: at exit they sleep, or go with the process.
+#include "dfqvit/parallel.h"
+
+#include <ATen/Parallel.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <system_error>
+#include <thread>
+
+namespace dfqvit {
+namespace {
+
+constexpr int kSlots = 16;  // calls that share the pool at a time; more of them work alone
+
+thread_local bool working = false;  // on a piece
+
+struct Job {
+  void (*run)(const void* work, int64_t piece);
+  const void* work;
+  int64_t pieces;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};
+
+  // A piece that was claimed is also run: others may wait for it.
+  void help() {
+    working = true;
+    try {
+      while (!failed) {
+        const int64_t piece = next++;
+        if (piece >= pieces) break;
+        run(work, piece);
+      }
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+    working = false;
+  }
+};
+
+struct alignas(64) Slot {
+  static constexpr uint32_t kTaken = 1u << 31, kOpen = 1u << 30, kInside = (1u << 15) - 1, kMost = 15;
+
+  // In one word: whether a call has the slot, whether threads may enter, how many may be inside, how many are.
+  std::atomic<uint32_t> state{0};
+  Job* job = nullptr;
+  Waiters owner;
+
+  bool take() {
+    uint32_t free = 0;
+    return state == 0 && state.compare_exchange_strong(free, kTaken);
+  }
+  void open(Job& pieces, int64_t helpers) {
+    job = &pieces;
+    state = kTaken | kOpen | static_cast<uint32_t>(std::min<int64_t>(helpers, kInside)) << kMost;
+  }
+  void close() { state &= ~kOpen; }
+  void release() {
+    owner.wait([this] { return (state & kInside) == 0; });
+    state = 0;
+  }
+  // Then `job` is there until leave().
+  bool enter() {
+    uint32_t seen = state;
+    while ((seen & kOpen) && (seen & kInside) < (seen >> kMost & kInside)) {
+      if (state.compare_exchange_weak(seen, seen + 1)) return true;
+    }
+    return false;
+  }
+  void leave() {
+    if ((--state & (kOpen | kInside)) == 0) owner.wake_all();
+  }
+};
+
+class Pool {
+ public:
+  static Pool& get() {
+    Pool* pool = current();
+    if (pool != nullptr) return *pool;
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+      current() = nullptr;  // its threads did not come along
+      working = false;
+    });
+    (void)registered;
+    Pool* made = new Pool;
+    if (current().compare_exchange_strong(pool, made)) return *made;
+    delete made;
+    return *pool;
+  }
+
+  int64_t cpus() const {
+    if (fixed_ > 0) return fixed_;
+    int64_t found = std::thread::hardware_concurrency();
+#ifdef __linux__
+    cpu_set_t mine;
+    if (sched_getaffinity(0, sizeof(mine), &mine) == 0) found = CPU_COUNT(&mine);
+#endif
+    if (quota_ > 0) found = std::min(found, static_cast<int64_t>(std::ceil(quota_)));
+    return std::max<int64_t>(found, 1);
+  }
+
+  // On up to `helpers` threads beside the caller.
+  void run(Job& job, int64_t helpers) {
+    Slot* slot = nullptr;
+    for (Slot& each : slots_) {
+      if (each.take()) {
+        slot = &each;
+        break;
+      }
+    }
+    if (slot == nullptr) return job.help();
+    grow(helpers);
+    slot->open(job, helpers);
+    ++news_;
+    idle_.wake(helpers);
+    job.help();
+    slot->close();
+    slot->release();
+  }
+
+ private:
+  Pool() : quota_(cpu_quota("")) {
+    const char* cpus = std::getenv("DFQVIT_CPUS");
+    fixed_ = cpus == nullptr ? 0 : std::atoll(cpus);
+  }
+
+  static std::atomic<Pool*>& current() {
+    static std::atomic<Pool*> pool{nullptr};
+    return pool;
+  }
+
+  void grow(int64_t threads) {
+    if (threads <= started_) return;
+    const std::lock_guard<std::mutex> lock(growing_);
+    sigset_t all, before;  // signals are for the program's own threads
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (; started_ < threads; ++started_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {  // no more threads to be had: fewer do
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  void serve() {
+    for (int first = 0;;) {
+      const uint64_t news = news_;
+      bool helped = false;
+      for (int i = 0; i < kSlots; ++i) {
+        Slot& slot = slots_[(first + i) % kSlots];
+        if (!slot.enter()) continue;
+        slot.job->help();
+        slot.close();  // nothing is left to claim
+        slot.leave();
+        first = (first + i + 1) % kSlots;  // another call's turn
+        helped = true;
+        break;
+      }
+      if (!helped) idle_.wait([&] { return news_ != news; });
+    }
+  }
+
+  Slot slots_[kSlots];
+  std::atomic<uint64_t> news_{0};  // calls so far
+  Waiters idle_;
+  std::mutex growing_;
+  std::atomic<int64_t> started_{0};
+  double quota_;
+  int64_t fixed_;
+};
+
+}  // namespace
+
+int64_t parallel_threads() {
+  if (working || at::in_parallel_region()) return 1;
+  const int64_t asked = at::get_num_threads();
+  return asked == 1 ? 1 : std::min<int64_t>(asked, Pool::get().cpus());
+}
+
+void run_pieces(int64_t pieces, int64_t threads, void (*run)(const void* work, int64_t piece), const void* work) {
+  if (threads == 1 || pieces <= 1) {
+    for (int64_t piece = 0; piece < pieces; ++piece) run(work, piece);
+    return;
+  }
+  Job job{run, work, pieces};
+  Pool::get().run(job, std::min(threads, pieces) - 1);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+double cpu_quota(const char* root) {
+  double least = 0;
+  const auto limit = [&](double quota, double period) {
+    if (quota > 0 && period > 0 && (least == 0 || quota / period < least)) least = quota / period;
+  };
+  const auto number = [](const std::string& path) {
+    double value = 0;
+    std::ifstream(path) >> value;
+    return value;
+  };
+  std::ifstream groups(std::string(root) + "/proc/self/cgroup");  // lines of hierarchy:controllers:path
+  for (std::string line; std::getline(groups, line);) {
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool unified = controllers == ",,";
+    if (!unified && controllers.find(",cpu,") == std::string::npos) continue;
+    const std::string mount = std::string(root) + "/sys/fs/cgroup" + (unified ? "" : "/cpu");
+    for (std::string group = line.substr(second + 1);; group.erase(group.rfind('/'))) {  // and all that it is in
+      if (unified) {
+        double quota = 0, period = 0;  // "max" is no number
+        std::ifstream(mount + group + "/cpu.max") >> quota >> period;
+        limit(quota, period);
+      } else {
+        limit(number(mount + group + "/cpu.cfs_quota_us"), number(mount + group + "/cpu.cfs_period_us"));
+      }
+      if (group.find('/') == std::string::npos) break;
+    }
+  }
+  return least;
+}
+
+}  // namespace dfqvit
