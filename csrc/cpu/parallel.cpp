@@ -18,12 +18,25 @@
 #include <system_error>
 #include <thread>
 
+#if AT_PARALLEL_OPENMP
+extern "C" void omp_set_num_threads(int);  // of the calling thread; found in the runtime that torch loads
+#endif
+
 namespace dfqvit {
 namespace {
 
+void set_torch_threads(int threads) {
+#if AT_PARALLEL_OPENMP
+  omp_set_num_threads(threads);
+#else
+  (void)threads;
+#endif
+}
+
 constexpr int kSlots = 16;  // calls that share the pool at a time; more of them work alone
 
-thread_local bool working = false;  // on a piece
+thread_local bool working = false;   // on a piece
+thread_local int torch_threads = 0;  // that torch had here before SerialTorch, while there is one
 
 struct Job {
   void (*run)(const void* work, int64_t piece);
@@ -154,6 +167,9 @@ class Pool {
   }
 
   void serve() {
+#ifdef __linux__
+    pthread_setname_np(pthread_self(), "dfqvit");
+#endif
     for (int first = 0;;) {
       const uint64_t news = news_;
       bool helped = false;
@@ -184,8 +200,24 @@ class Pool {
 
 int64_t parallel_threads() {
   if (working || at::in_parallel_region()) return 1;
-  const int64_t asked = at::get_num_threads();
+  const int64_t asked = torch_threads > 0 ? torch_threads : at::get_num_threads();
   return asked == 1 ? 1 : std::min<int64_t>(asked, Pool::get().cpus());
+}
+
+SerialTorch::SerialTorch() : outermost_(torch_threads == 0) {
+  if (!outermost_) return;
+  torch_threads = at::get_num_threads();
+  set_torch_threads(1);
+}
+
+SerialTorch::~SerialTorch() {
+  if (!outermost_) return;
+  lift();
+  torch_threads = 0;
+}
+
+void SerialTorch::lift() {
+  if (torch_threads > 1 && at::get_num_threads() == 1) set_torch_threads(torch_threads);
 }
 
 void run_pieces(int64_t pieces, int64_t threads, void (*run)(const void* work, int64_t piece), const void* work) {

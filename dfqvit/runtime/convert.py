@@ -16,8 +16,9 @@ from ..kernels.layer_norm_quantize.op import forward as norm_operator
 from ..kernels.quant_attention.op import forward as attention_operator
 from ..kernels.quant_linear.op import forward as linear_operator
 from ..models.adapters import find_adapter
-from ..quantization.model import QuantizedModel
+from ..quantization.model import QuantizedModel, quantized
 from .block import IntegerBlock
+from .company import SerialTorch
 from .swin import IntegerSwinBlock
 from .vit import IntegerVitBlock
 
@@ -56,6 +57,8 @@ def accelerate(model: nn.Module) -> dict[str, str]:
             skipped[name] = reason
         elif not isinstance(block, IntegerBlock):
             FAMILIES[type(block)].take(block)
+    if not skipped and isinstance(model, QuantizedModel):
+        quantized(model, SerialTorch)
     return skipped
 
 

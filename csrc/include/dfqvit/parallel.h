@@ -11,6 +11,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <mutex>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -22,6 +23,22 @@ namespace dfqvit {
 // Threads that may share what is begun here: torch's setting for this thread, but no more than the CPUs that it may use
 // (affinity and the quota of its control groups, rounded up); 1 within a piece or a parallel region of torch's.
 int64_t parallel_threads();
+
+// While it lives, torch's own operators run in one thread where this thread calls them; those of dfqvit have as many as
+// before. For small operators of torch's between ours: its threads (OpenMP's) wait for each other, and for more work,
+// by spinning for milliseconds, on the processors that our threads want.
+class SerialTorch {
+ public:
+  SerialTorch();
+  ~SerialTorch();
+  SerialTorch(const SerialTorch&) = delete;
+  SerialTorch& operator=(const SerialTorch&) = delete;
+  // Ends it early, where torch's operators turn out to be most of the work.
+  static void lift();
+
+ private:
+  bool outermost_;
+};
 
 // CPUs that the control groups in /proc/self/cgroup grant this process by their quotas, 0 for no limit. `root` stands
 // before both paths, for tests.
@@ -88,7 +105,7 @@ class Waiters {
  private:
   template <class Holds>
   static bool spin(const Holds& holds) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(kSpin);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_limit());
     do {
       for (int i = 0; i < 16; ++i) {
         if (holds()) return true;
@@ -105,6 +122,10 @@ class Waiters {
 #endif
   }
 
+  static int64_t spin_limit() {
+    static const int64_t v = std::getenv("SPIN") ? std::atoll(std::getenv("SPIN")) : 100;
+    return v;
+  }
   static constexpr int64_t kSpin = 100;  // microseconds: what lies between two blocks of a model, about
   std::atomic<int64_t> spinning_{0}, asleep_{0};
   std::mutex mutex_;
