@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <signal.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <exception>
@@ -17,6 +18,10 @@
 #include <string>
 #include <system_error>
 #include <thread>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
 
 #if AT_PARALLEL_OPENMP
 extern "C" void omp_set_num_threads(int);  // of the calling thread; found in the runtime that torch loads
@@ -35,8 +40,19 @@ void set_torch_threads(int threads) {
 
 constexpr int kSlots = 16;  // calls that share the pool at a time; more of them work alone
 
-thread_local bool working = false;   // on a piece
-thread_local int torch_threads = 0;  // that torch had here before SerialTorch, while there is one
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+microseconds tuned(const char* name, int64_t value) {
+  const char* given = std::getenv(name);
+  return microseconds(given ? std::atoll(given) : value);
+}
+const microseconds kSpin = tuned("SPIN", 100), kLeastRest = tuned("REST", 4000), kMostRest = tuned("MREST", 64000),
+                   kStall = tuned("STALL", 200);
+
+thread_local bool working = false;      // on a piece
+thread_local Clock::duration slept{0};  // by this thread within its calls
+thread_local int torch_threads = 0;     // that torch had here before SerialTorch, while there is one
 
 struct Job {
   void (*run)(const void* work, int64_t piece);
@@ -125,6 +141,8 @@ class Pool {
 
   // On up to `helpers` threads beside the caller.
   void run(Job& job, int64_t helpers) {
+    const Clock::time_point begin = Clock::now();
+    if (begin.time_since_epoch().count() < alone_until_) return job.help();
     Slot* slot = nullptr;
     for (Slot& each : slots_) {
       if (each.take()) {
@@ -137,15 +155,29 @@ class Pool {
     slot->open(job, helpers);
     ++news_;
     idle_.wake(helpers);
+    slept = Clock::duration{0};
     job.help();
     slot->close();
     slot->release();
+    learn(begin, Clock::now());
   }
 
  private:
   Pool() : quota_(cpu_quota("")) {
     const char* cpus = std::getenv("DFQVIT_CPUS");
     fixed_ = cpus == nullptr ? 0 : std::atoll(cpus);
+  }
+
+  // A helper that has lost its processor holds its piece for a whole turn of another process, some milliseconds. When
+  // the caller slept longer than it worked, this is what happened: then calls do without helpers for a while.
+  void learn(Clock::time_point begin, Clock::time_point end) {
+    const int64_t rest = rest_;
+    if (slept > end - begin - slept + kStall) {
+      alone_until_ = (end.time_since_epoch() + microseconds(rest)).count();
+      rest_ = std::min<int64_t>(2 * rest, kMostRest.count());
+    } else if (rest > kLeastRest.count()) {
+      rest_ = rest - rest / 8;
+    }
   }
 
   static std::atomic<Pool*>& current() {
@@ -190,6 +222,7 @@ class Pool {
   Slot slots_[kSlots];
   std::atomic<uint64_t> news_{0};  // calls so far
   Waiters idle_;
+  std::atomic<int64_t> alone_until_{0}, rest_{kLeastRest.count()};
   std::mutex growing_;
   std::atomic<int64_t> started_{0};
   double quota_;
@@ -197,6 +230,46 @@ class Pool {
 };
 
 }  // namespace
+
+void Waiters::wait(bool (*holds)(const void*), const void* state) {
+  ++spinning_;
+  const Clock::time_point end = Clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (holds(state)) {
+        --spinning_;
+        return;
+      }
+#if defined(__x86_64__) || defined(__i386__)
+      _mm_pause();
+#elif defined(__aarch64__)
+      asm volatile("isb" ::: "memory");
+#endif
+    }
+  } while (Clock::now() < end);
+  std::unique_lock<std::mutex> lock(mutex_);
+  ++asleep_;
+  --spinning_;
+  condition_.wait(lock, [&] { return holds(state); });
+  --asleep_;
+  slept += Clock::now() - end;
+}
+
+void Waiters::wake(int64_t count) {
+  if (asleep_ == 0) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+  }  // who is about to sleep now does, and is woken
+  for (count -= spinning_; count > 0; --count) condition_.notify_one();
+}
+
+void Waiters::wake_all() {
+  if (asleep_ == 0) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+  }
+  condition_.notify_all();
+}
 
 int64_t parallel_threads() {
   if (working || at::in_parallel_region()) return 1;

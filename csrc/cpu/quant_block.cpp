@@ -20,22 +20,6 @@ int64_t aligned(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 
-// Where parts of `rows` rows begin, and the end: a large part for each thread and then small ones, so that a thread
-// that came late or lost its processor leaves little to wait for.
-std::vector<int64_t> parts_of(int64_t rows, int64_t threads) {
-  constexpr int64_t kTile = 8;  // rows
-  const int64_t share = (rows + threads - 1) / threads;
-  const int64_t large = std::max(kTile, share * 3 / 4 / kTile * kTile),
-                small = std::max(kTile, share / 6 / kTile * kTile);
-  std::vector<int64_t> firsts;
-  for (int64_t first = 0; first < rows;) {
-    firsts.push_back(first);
-    first += static_cast<int64_t>(firsts.size()) <= threads ? large : small;
-  }
-  firsts.push_back(rows);
-  return firsts;
-}
-
 }  // namespace
 
 // The stages for the rows of some images: x and out at the first of them; what lies between in `memory`.
@@ -240,26 +224,29 @@ at::Tensor Block::run(const at::Tensor& x) const {
   uint8_t* memory = shared.mutable_data_ptr<uint8_t>();
   memory += -reinterpret_cast<uintptr_t>(memory) % kDepth;
   const Stages stages(*this, from, to, image, rows, memory);
-  const std::vector<int64_t> firsts = parts_of(rows, threads);
-  const int64_t parts = static_cast<int64_t>(firsts.size()) - 1, scratch = stages.scratch();
+  // One part of the rows for each thread: every part reads all the weights.
+  const int64_t share = (rows + threads - 1) / threads;
+  const int64_t parts = (rows + share - 1) / share, scratch = stages.scratch();
   const int64_t shared_windows = windows > 1 ? batch * windows : 0;
   Countdown before(parts), attended(shared_windows);
   parallel_pieces(2 * parts + shared_windows, [&](int64_t piece) {
     uint8_t* own = thread_memory(scratch);
-    if (piece < parts) {
-      const Countdown::Piece counted(before);
-      stages.before(firsts[piece], firsts[piece + 1], own);
-    } else if (piece < parts + shared_windows) {
-      before.wait();
+    if (piece >= parts) before.wait();
+    if (piece >= parts && piece < parts + shared_windows) {
       const Countdown::Piece counted(attended);
       const int64_t window = piece - parts;
       stages.attend_window(window / windows, window % windows, Workspace(stages.heads, own));
+      return;
+    }
+    const int64_t part = piece < parts ? piece : piece - parts - shared_windows;
+    const int64_t first = part * share, last = std::min(rows, first + share);
+    if (piece < parts) {
+      const Countdown::Piece counted(before);
+      stages.before(first, last, own);
     } else {
-      before.wait();
       attended.wait();
-      const int64_t part = piece - parts - shared_windows;
-      if (windows == 1) stages.attend(firsts[part], firsts[part + 1], own);
-      stages.after(firsts[part], firsts[part + 1], own);
+      if (windows == 1) stages.attend(first, last, own);
+      stages.after(first, last, own);
     }
   });
   return result;

@@ -8,15 +8,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
-
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
 
 namespace dfqvit {
 
@@ -72,61 +66,15 @@ class Waiters {
   // Until holds() is true; whoever makes it true calls wake() then.
   template <class Holds>
   void wait(const Holds& holds) {
-    if (holds()) return;
-    ++spinning_;
-    const bool early = spin(holds);
-    if (!early) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      ++asleep_;
-      --spinning_;
-      condition_.wait(lock, holds);
-      --asleep_;
-    } else {
-      --spinning_;
-    }
+    if (!holds()) wait([](const void* h) { return (*static_cast<const Holds*>(h))(); }, &holds);
   }
   // Lets `count` threads look again. Those that spin do so anyway.
-  void wake(int64_t count) {
-    if (asleep_ == 0) return;
-    count -= spinning_;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-    }  // who is about to sleep now does, and is woken
-    for (; count > 0; --count) condition_.notify_one();
-  }
-  void wake_all() {
-    if (asleep_ == 0) return;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-    }
-    condition_.notify_all();
-  }
+  void wake(int64_t count);
+  void wake_all();
 
  private:
-  template <class Holds>
-  static bool spin(const Holds& holds) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_limit());
-    do {
-      for (int i = 0; i < 16; ++i) {
-        if (holds()) return true;
-        pause();
-      }
-    } while (std::chrono::steady_clock::now() < end);
-    return false;
-  }
-  static void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb" ::: "memory");
-#endif
-  }
+  void wait(bool (*holds)(const void*), const void* state);
 
-  static int64_t spin_limit() {
-    static const int64_t v = std::getenv("SPIN") ? std::atoll(std::getenv("SPIN")) : 100;
-    return v;
-  }
-  static constexpr int64_t kSpin = 100;  // microseconds: what lies between two blocks of a model, about
   std::atomic<int64_t> spinning_{0}, asleep_{0};
   std::mutex mutex_;
   std::condition_variable condition_;
