@@ -176,7 +176,7 @@ class Pool {
       alone_until_ = (end.time_since_epoch() + microseconds(rest)).count();
       rest_ = std::min<int64_t>(2 * rest, kMostRest.count());
     } else if (rest > kLeastRest.count()) {
-      rest_ = rest - rest / 8;
+      rest_ = rest - rest / 64;
     }
   }
 

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <utility>
 
 #include "dfqvit/parallel.h"
@@ -19,6 +20,23 @@ constexpr int64_t kRowsTogether = 400;  // of whole images that a thread takes t
 int64_t aligned(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
+
+// Parts of the rows, of which a thread takes that which it had last, if nobody else has: its caches still hold the
+// rows, from one stage to the next and from block to block.
+class Parts {
+ public:
+  explicit Parts(int64_t count) : taken_(count) {}
+  // One that nobody has; there must be one.
+  int64_t take() {
+    static thread_local int64_t last = 0;
+    const int64_t count = static_cast<int64_t>(taken_.size());
+    while (taken_[last %= count].exchange(true)) ++last;
+    return last;
+  }
+
+ private:
+  std::vector<std::atomic<bool>> taken_;
+};
 
 }  // namespace
 
@@ -229,6 +247,7 @@ at::Tensor Block::run(const at::Tensor& x) const {
   const int64_t parts = (rows + share - 1) / share, scratch = stages.scratch();
   const int64_t shared_windows = windows > 1 ? batch * windows : 0;
   Countdown before(parts), attended(shared_windows);
+  Parts first_half(parts), second_half(parts);
   parallel_pieces(2 * parts + shared_windows, [&](int64_t piece) {
     uint8_t* own = thread_memory(scratch);
     if (piece >= parts) before.wait();
@@ -238,7 +257,7 @@ at::Tensor Block::run(const at::Tensor& x) const {
       stages.attend_window(window / windows, window % windows, Workspace(stages.heads, own));
       return;
     }
-    const int64_t part = piece < parts ? piece : piece - parts - shared_windows;
+    const int64_t part = (piece < parts ? first_half : second_half).take();
     const int64_t first = part * share, last = std::min(rows, first + share);
     if (piece < parts) {
       const Countdown::Piece counted(before);
