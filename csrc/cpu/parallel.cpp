@@ -130,11 +130,12 @@ class Pool {
 
   int64_t cpus() const {
     if (fixed_ > 0) return fixed_;
-    int64_t found = std::thread::hardware_concurrency();
+    int64_t found = 0;
 #ifdef __linux__
     cpu_set_t mine;
     if (sched_getaffinity(0, sizeof(mine), &mine) == 0) found = CPU_COUNT(&mine);
 #endif
+    if (found == 0) found = all_cpus_;
     if (quota_ > 0) found = std::min(found, static_cast<int64_t>(std::ceil(quota_)));
     return std::max<int64_t>(found, 1);
   }
@@ -226,7 +227,7 @@ class Pool {
   std::mutex growing_;
   std::atomic<int64_t> started_{0};
   double quota_;
-  int64_t fixed_;
+  int64_t fixed_, all_cpus_ = std::thread::hardware_concurrency();
 };
 
 }  // namespace
