@@ -185,6 +185,8 @@ def extension() -> tuple[list, dict, str]:
         name=f"dfqvit.lib{OPERATORS}",
         sources=CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags} if with_cuda else {"cxx": cxx_flags},
+        # its threads sleep in its code until the process ends: dlclose must not take that away
+        extra_link_args=["-Wl,-z,nodelete"] if sys.platform.startswith("linux") else [],
         **common,
     )
     operators.libraries.remove("torch_python")

@@ -14,7 +14,6 @@
 #include <cstdlib>
 #include <exception>
 #include <fstream>
-#include <sstream>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -43,12 +42,9 @@ constexpr int kSlots = 16;  // calls that share the pool at a time; more of them
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-microseconds tuned(const char* name, int64_t value) {
-  const char* given = std::getenv(name);
-  return microseconds(given ? std::atoll(given) : value);
-}
-const microseconds kSpin = tuned("SPIN", 100), kLeastRest = tuned("REST", 4000), kMostRest = tuned("MREST", 64000),
-                   kStall = tuned("STALL", 200);
+constexpr microseconds kSpin{60};  // of a thread that waits, before it sleeps: what lies between two blocks of a model
+constexpr microseconds kStall{200};  // that a caller sleeps longer than it works: see Pool::learn
+constexpr microseconds kLeastRest{8000}, kMostRest{64000};
 
 thread_local bool working = false;      // on a piece
 thread_local Clock::duration slept{0};  // by this thread within its calls
@@ -164,6 +160,7 @@ class Pool {
   }
 
  private:
+  // DFQVIT_CPUS: so many CPUs, whatever the system says, and helpers at all times. For tests.
   Pool() : quota_(cpu_quota("")) {
     const char* cpus = std::getenv("DFQVIT_CPUS");
     fixed_ = cpus == nullptr ? 0 : std::atoll(cpus);
@@ -172,6 +169,7 @@ class Pool {
   // A helper that has lost its processor holds its piece for a whole turn of another process, some milliseconds. When
   // the caller slept longer than it worked, this is what happened: then calls do without helpers for a while.
   void learn(Clock::time_point begin, Clock::time_point end) {
+    if (fixed_ > 0) return;
     const int64_t rest = rest_;
     if (slept > end - begin - slept + kStall) {
       alone_until_ = (end.time_since_epoch() + microseconds(rest)).count();
@@ -256,19 +254,18 @@ void Waiters::wait(bool (*holds)(const void*), const void* state) {
   slept += Clock::now() - end;
 }
 
+// Who is about to sleep has the mutex: once it is free they sleep, and can be woken, or have seen what changed.
 void Waiters::wake(int64_t count) {
   if (asleep_ == 0) return;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-  }  // who is about to sleep now does, and is woken
+  mutex_.lock();
+  mutex_.unlock();
   for (count -= spinning_; count > 0; --count) condition_.notify_one();
 }
 
 void Waiters::wake_all() {
   if (asleep_ == 0) return;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-  }
+  mutex_.lock();
+  mutex_.unlock();
   condition_.notify_all();
 }
 
