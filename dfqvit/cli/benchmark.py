@@ -66,7 +66,8 @@ def command(**options: Any) -> None:
     }
     text = speed_table(speeds, options["energy"])
     if options["neighbours"]:
-        text += f"\n\nBeside {options['neighbours']} other busy process(es)."
+        count = options["neighbours"]
+        text += f"\n\nBeside {count} other busy process{'es' * (count > 1)}."
     if options["energy"]:
         samples, iters, w_bits = options["samples"], options["iters"], recipe.w_bits
         images = torch.randn(samples, *preprocessing.input_size, device=device)

@@ -26,8 +26,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 # which a child of a fork does not have.
 OPERATORS = """
 import hashlib, os, sys, threading, torch
-from dfqvit.kernels import block_weight, pack_weight
+from dfqvit.kernels import block_weight, extension, pack_weight
 torch.manual_seed(int(os.environ["SEED"]))
+assert extension.load()[0]
 ops = torch.ops.dfqvit_cpu
 one = torch.tensor
 x = torch.randn(3, 131, 96)
