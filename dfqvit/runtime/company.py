@@ -11,9 +11,6 @@ from torch import nn
 from ..kernels import extension
 
 
-_MANY = 8 * 3 * 224 * 224  # values of images, from which on torch's threads gain more than they cost
-
-
 class SerialTorch(nn.Module):
     """Mixed in before the class of a model that runs in integers.
 
@@ -36,7 +33,7 @@ class SerialTorch(nn.Module):
 
 def _serial(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     module = None if torch.compiler.is_compiling() else extension.load()[0]
-    if module is None or not isinstance(x, torch.Tensor) or x.device.type != "cpu" or x.numel() > _MANY:
+    if module is None or not isinstance(x, torch.Tensor) or x.device.type != "cpu":
         return function(x, *args, **kwargs)
     return module.serial_torch(function, x, *args, **kwargs)
 
