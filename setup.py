@@ -38,6 +38,7 @@ CPU_SOURCES = [
     "csrc/cpu/fake_quantize.cpp",
     "csrc/cpu/int8_peak.cpp",
     "csrc/cpu/layer_norm_quantize.cpp",
+    "csrc/cpu/parallel.cpp",
     "csrc/cpu/patch_similarity_entropy.cpp",
     "csrc/cpu/quant_attention.cpp",
     "csrc/cpu/quant_block.cpp",
@@ -175,7 +176,8 @@ def extension() -> tuple[list, dict, str]:
         ],
     }
     # -ffp-contract=off: the arithmetic is a contract between backends, so no fused multiply-add behind its back.
-    cxx_flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp"]
+    cxx_flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall"]
+    cxx_flags += ["-fopenmp-simd"]  # loops marked as vectors; no OpenMP is linked
     cxx_flags += ["-fno-semantic-interposition"] if sys.platform != "darwin" else []
     # With flags of architectures among these, torch adds none of its own.
     nvcc_flags = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", "-Xptxas=-v", "--threads=2", *gencode(wanted)]
@@ -184,6 +186,8 @@ def extension() -> tuple[list, dict, str]:
         name=f"dfqvit.lib{OPERATORS}",
         sources=CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags} if with_cuda else {"cxx": cxx_flags},
+        # its threads sleep in its code until the process ends: dlclose must not take that away
+        extra_link_args=["-Wl,-z,nodelete"] if sys.platform.startswith("linux") else [],
         **common,
     )
     operators.libraries.remove("torch_python")

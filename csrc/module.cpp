@@ -12,6 +12,7 @@
 
 #include "dfqvit/int8_peak.h"
 #include "dfqvit/isa.h"
+#include "dfqvit/parallel.h"
 #include "dfqvit/quant_block.h"
 
 namespace py = pybind11;
@@ -187,6 +188,20 @@ PYBIND11_MODULE(_C, m) {
       "int8_peak", [] { return dfqvit::int8_peak(dfqvit::active_isa()); },
       "Multiply-adds of bytes a second of one core on the CPU path in use, measured; 0 where it has no instruction for "
       "them.");
+  m.def("parallel_threads", &dfqvit::parallel_threads,
+        "Threads that share the work of a CPU operator called from here: torch's setting, but no more than the CPUs "
+        "allowed.");
+  m.def(
+      "serial_torch",
+      [](const py::function& function, const py::args& arguments, const py::kwargs& named) {
+        const dfqvit::SerialTorch serial;
+        return function(*arguments, **named);
+      },
+      "Calls a function; within it torch's own operators have one thread, those of dfqvit as many as before.");
+  m.def("lift_serial_torch", &dfqvit::SerialTorch::lift, "Gives torch its threads back, until the next serial_torch.");
+  m.def(
+      "cpu_quota", [](const std::string& root) { return dfqvit::cpu_quota(root.c_str()); }, py::arg("root") = "",
+      "CPUs that the control groups below `root` grant this process, 0 for no limit.");
   m.def("watched", &watched, "Whether a trace, a mode, a transform or a profiler would see calls of operators now.");
   py::class_<QuantBlock>(m, "QuantBlock",
                          "dfqvit::quant_block with prepared constants, for calls that nothing watches; see "

@@ -18,6 +18,7 @@ from torch import nn
 
 from dfqvit.kernels import extension
 
+os.environ.setdefault("DFQVIT_CPUS", "8")  # tests that ask for more threads than there are CPUs get them
 DATA = Path(os.environ.get("DFQVIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

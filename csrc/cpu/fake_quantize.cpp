@@ -2,12 +2,12 @@
 // dfqvit/fake_quantize.h. x is [outer, channels, inner] in memory, with a scale and a zero point for each channel.
 #include "dfqvit/fake_quantize.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "dfqvit/isa.h"
+#include "dfqvit/parallel.h"
 #include "dfqvit/torch_dispatch.h"
 
 namespace dfqvit {
@@ -76,7 +76,7 @@ at::Tensor launch(const at::Tensor* grad, const at::Tensor& x, const at::Tensor&
     const scalar_t* grad_data = grad ? grad_input.const_data_ptr<scalar_t>() : nullptr;
     const scalar_t* x_data = input.const_data_ptr<scalar_t>();
     scalar_t* y_data = output.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, input.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    parallel_ranges(input.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
       while (begin < end) {  // runs of one channel each
         const int64_t channel = (begin / inner) % channels;
         const int64_t stop = std::min(end, (begin / inner + 1) * inner);

@@ -2,14 +2,13 @@
 // threads; the kernel is in dfqvit/layer_norm_quantize_body.h.
 #include "dfqvit/layer_norm_quantize.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <vector>
-
 #include "dfqvit/layers.h"
+#include "dfqvit/parallel.h"
+#include "dfqvit/thread_memory.h"
 
 namespace dfqvit {
 namespace quant {
@@ -40,10 +39,9 @@ at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, co
   const char* from = static_cast<const char*>(input.const_data_ptr());
   uint8_t* to = output.mutable_data_ptr<uint8_t>();
   const int64_t grain = std::max<int64_t>(1, 16384 / channels);
-  at::parallel_for(0, input.numel() / channels, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> line(layer.norm.line());
+  parallel_ranges(input.numel() / channels, grain, [&](int64_t begin, int64_t end) {
     kernel(from + begin * channels * input.element_size(), type_of(input.scalar_type()), end - begin, layer.norm,
-           to + begin * channels, channels, line.data());
+           to + begin * channels, channels, reinterpret_cast<float*>(thread_memory(layer.norm.line() * sizeof(float))));
   });
   return output;
 }

@@ -2,19 +2,19 @@
 // among threads, and what follows from the sums; the tiles are in dfqvit/patch_similarity_entropy_body.h. Memory beyond
 // input and output: the normalised vectors in float32, and a few numbers for each tile row. The order of every sum is
 // fixed, so results do not depend on the number of threads.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <vector>
 
 #include "dfqvit/isa.h"
+#include "dfqvit/parallel.h"
 #include "dfqvit/patch_similarity_entropy_cpu.h"
+#include "dfqvit/thread_memory.h"
 #include "dfqvit/torch_dispatch.h"
 
 namespace dfqvit {
@@ -37,7 +37,7 @@ class Units {
     const at::Tensor input = features.contiguous();
     DFQVIT_DISPATCH_FLOATS(input.scalar_type(), "patch_similarity_entropy", [&] {
       const scalar_t* data = input.const_data_ptr<scalar_t>();
-      at::parallel_for(0, count_ * n_, std::max<int64_t>(1, 16384 / depth_), [&](int64_t begin, int64_t end) {
+      parallel_ranges(count_ * n_, std::max<int64_t>(1, 16384 / depth_), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) normalise(data + row * depth_, row);
       });
     });
@@ -77,16 +77,15 @@ class Units {
   std::vector<double> inverse_;
 };
 
-// Runs work(item, scratch) for every item, on all threads, the next item to whoever is free. Each thread has `gradient`
-// floats of its own, the third argument.
+// work(item, scratch, floats) for every item, on all threads. Each thread has `gradient` floats of its own, the third
+// argument.
 template <typename Work>
 void for_each_item(int64_t items, const Units& units, int64_t points, int64_t gradient, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(items, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    std::vector<float> panel(units.depth() * kTile), tile(kTile * kTile), lanes(points * 16), grad(gradient);
-    Scratch scratch{panel.data(), tile.data(), lanes.data()};
-    for (int64_t item = next++; item < items; item = next++) work(item, scratch, grad.data());
+  const int64_t panel = units.depth() * kTile, tile = kTile * kTile, lanes = points * 16;  // floats, whole cache lines
+  parallel_pieces(items, [&](int64_t item) {
+    float* memory = reinterpret_cast<float*>(thread_memory((panel + tile + lanes + gradient) * sizeof(float)));
+    Scratch scratch{memory, memory + panel, memory + panel + tile};
+    work(item, scratch, memory + panel + tile + lanes);
   });
 }
 
@@ -175,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor> patch_similarity_entropy(const at::Tensor& fe
 
   std::vector<float> entropies(layers * images);
   float* density_data = densities.mutable_data_ptr<float>();
-  at::parallel_for(0, layers * images, 16, [&](int64_t begin, int64_t end) {
+  parallel_ranges(layers * images, 16, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
       const Places& where = density.where(image / images);
       const double pairs = static_cast<double>(n) * n * windows;

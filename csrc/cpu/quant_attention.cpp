@@ -1,13 +1,11 @@
 // dfqvit_cpu::quant_attention. Here: the arguments as the kernels want them, and the division of work among threads;
 // the kernels are in dfqvit/quant_attention_body.h.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <atomic>
-
 #include "dfqvit/layers.h"
+#include "dfqvit/parallel.h"
 #include "dfqvit/thread_memory.h"
 
 namespace dfqvit {
@@ -125,21 +123,17 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
 
   // With few heads and windows each is shared by several threads, which pack it for themselves.
   const int64_t groups = batch * layer.windows * heads, strips = (all.tokens + kStripRows - 1) / kStripRows;
-  const int64_t shares = std::min(strips, std::max<int64_t>(1, 2 * at::get_num_threads() / groups));
+  const int64_t shares = std::min(strips, std::max<int64_t>(1, 2 * parallel_threads() / groups));
   const int64_t rows = (strips + shares - 1) / shares * kStripRows;
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(groups * shares, at::get_num_threads());
   const uint8_t* from = input.const_data_ptr<uint8_t>();
   char* to = static_cast<char*>(result.mutable_data_ptr());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_pieces(groups * shares, [&](int64_t item) {
     const Workspace work(all, thread_memory(Workspace::bytes(all)));
-    for (int64_t item = next++; item < groups * shares; item = next++) {
-      const int64_t begin = item % shares * rows, end = std::min(all.tokens, begin + rows), group = item / shares;
-      const int64_t b = group / heads / layer.windows * image * channels;
-      if (begin >= end) continue;
-      layer.run(kernels, all, work, group % heads, group / heads % layer.windows, begin, end, from + 3 * b,
-                3 * channels, from + input.numel(), to + b * result.element_size());
-    }
+    const int64_t begin = item % shares * rows, end = std::min(all.tokens, begin + rows), group = item / shares;
+    const int64_t b = group / heads / layer.windows * image * channels;
+    if (begin >= end) return;
+    layer.run(kernels, all, work, group % heads, group / heads % layer.windows, begin, end, from + 3 * b, 3 * channels,
+              from + input.numel(), to + b * result.element_size());
   });
   return result;
 }

@@ -1,7 +1,6 @@
 // The stages of a block on some rows, and the division of rows among threads: see dfqvit/quant_block.h.
 #include "dfqvit/quant_block.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -9,6 +8,7 @@
 #include <atomic>
 #include <utility>
 
+#include "dfqvit/parallel.h"
 #include "dfqvit/thread_memory.h"
 
 namespace dfqvit {
@@ -20,6 +20,23 @@ constexpr int64_t kRowsTogether = 400;  // of whole images that a thread takes t
 int64_t aligned(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
+
+// Parts of the rows, of which a thread takes that which it had last, if nobody else has: its caches still hold the
+// rows, from one stage to the next and from block to block.
+class Parts {
+ public:
+  explicit Parts(int64_t count) : taken_(count) {}
+  // One that nobody has; there must be one.
+  int64_t take() {
+    static thread_local int64_t last = 0;
+    const int64_t count = static_cast<int64_t>(taken_.size());
+    while (taken_[last %= count].exchange(true)) ++last;
+    return last;
+  }
+
+ private:
+  std::vector<std::atomic<bool>> taken_;
+};
 
 }  // namespace
 
@@ -198,28 +215,26 @@ at::Tensor Block::run(const at::Tensor& x) const {
   at::Tensor result = at::empty_like(input);
   if (input.numel() == 0) return result;
   const int64_t batch = input.size(0), image = input.size(1), channels = input.size(2), rows = batch * image;
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), windows = attention_.windows;
+  const int64_t threads = parallel_threads(), windows = attention_.windows;
   const float* from = input.const_data_ptr<float>();
   float* to = result.mutable_data_ptr<float>();
   if (batch % threads == 0 || batch >= 4 * threads) {
     const int64_t most = std::max<int64_t>(1, std::min(kRowsTogether / image, (batch + threads - 1) / threads));
-    std::atomic<int64_t> next{0};
-    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      for (int64_t first = most * next++; first < batch; first = most * next++) {
-        const int64_t own = std::min(most, batch - first) * image, between = Stages::bytes(*this, most * image);
-        const Stages sizes(*this, nullptr, nullptr, image, own, nullptr);
-        uint8_t* memory = thread_memory(between + sizes.scratch());
-        uint8_t* scratch = memory + between;
-        const Stages stages(*this, from + first * image * channels, to + first * image * channels, image, own, memory);
-        stages.before(0, own, scratch);
-        if (windows == 1) {
-          stages.attend(0, own, scratch);
-        } else {
-          const Workspace work(stages.heads, scratch);
-          for (int64_t i = 0; i < own / image * windows; ++i) stages.attend_window(i / windows, i % windows, work);
-        }
-        stages.after(0, own, scratch);
+    parallel_pieces((batch + most - 1) / most, [&](int64_t piece) {
+      const int64_t first = piece * most, own = std::min(most, batch - first) * image;
+      const int64_t between = Stages::bytes(*this, most * image);
+      const Stages sizes(*this, nullptr, nullptr, image, own, nullptr);
+      uint8_t* memory = thread_memory(between + sizes.scratch());
+      uint8_t* scratch = memory + between;
+      const Stages stages(*this, from + first * image * channels, to + first * image * channels, image, own, memory);
+      stages.before(0, own, scratch);
+      if (windows == 1) {
+        stages.attend(0, own, scratch);
+      } else {
+        const Workspace work(stages.heads, scratch);
+        for (int64_t i = 0; i < own / image * windows; ++i) stages.attend_window(i / windows, i % windows, work);
       }
+      stages.after(0, own, scratch);
     });
     return result;
   }
@@ -227,19 +242,31 @@ at::Tensor Block::run(const at::Tensor& x) const {
   uint8_t* memory = shared.mutable_data_ptr<uint8_t>();
   memory += -reinterpret_cast<uintptr_t>(memory) % kDepth;
   const Stages stages(*this, from, to, image, rows, memory);
-  const int64_t grain = std::max<int64_t>(1, (rows + threads - 1) / threads), scratch = stages.scratch();
-  at::parallel_for(0, rows, grain,
-                   [&](int64_t begin, int64_t end) { stages.before(begin, end, thread_memory(scratch)); });
-  if (windows > 1) {
-    at::parallel_for(0, batch * windows, 1, [&](int64_t begin, int64_t end) {
-      const Workspace work(stages.heads, thread_memory(scratch));
-      for (int64_t i = begin; i < end; ++i) stages.attend_window(i / windows, i % windows, work);
-    });
-  }
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  // One part of the rows for each thread: every part reads all the weights.
+  const int64_t share = (rows + threads - 1) / threads;
+  const int64_t parts = (rows + share - 1) / share, scratch = stages.scratch();
+  const int64_t shared_windows = windows > 1 ? batch * windows : 0;
+  Countdown before(parts), attended(shared_windows);
+  Parts first_half(parts), second_half(parts);
+  parallel_pieces(2 * parts + shared_windows, [&](int64_t piece) {
     uint8_t* own = thread_memory(scratch);
-    if (windows == 1) stages.attend(begin, end, own);
-    stages.after(begin, end, own);
+    if (piece >= parts) before.wait();
+    if (piece >= parts && piece < parts + shared_windows) {
+      const Countdown::Piece counted(attended);
+      const int64_t window = piece - parts;
+      stages.attend_window(window / windows, window % windows, Workspace(stages.heads, own));
+      return;
+    }
+    const int64_t part = (piece < parts ? first_half : second_half).take();
+    const int64_t first = part * share, last = std::min(rows, first + share);
+    if (piece < parts) {
+      const Countdown::Piece counted(before);
+      stages.before(first, last, own);
+    } else {
+      attended.wait();
+      if (windows == 1) stages.attend(first, last, own);
+      stages.after(first, last, own);
+    }
   });
   return result;
 }

@@ -4,7 +4,6 @@
 // quantized rows and take outputs.
 #include "dfqvit/quant_linear.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "dfqvit/layers.h"
+#include "dfqvit/parallel.h"
 #include "dfqvit/thread_memory.h"
 #include "dfqvit/torch_dispatch.h"
 
@@ -27,6 +27,7 @@ namespace {
 constexpr int64_t kBufferBytes = 1 << 19;  // of quantized rows a thread works on
 constexpr size_t kStreamBytes = 8 << 20;   // from this size on a float32 result is written past the caches
 constexpr int64_t kLeastRows = 64, kMostRows = 1024;
+constexpr int64_t kLeastProducts = 1 << 21;  // below it other threads would come too late to help
 
 // A large result of its own pages costs more in page faults than in arithmetic: huge pages, where the system grants
 // them.
@@ -67,41 +68,49 @@ struct Input {
 // All the rows times all the outputs. False when a value of x was not finite.
 bool run(const Input& input, const Weight& weight, Epilogue e, int64_t blocks) {
   std::atomic<bool> finite{true};
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), rows = input.rows;
+  const int64_t rows = input.rows, products = rows * blocks * weight.chunks * kChunk;
+  const int64_t threads = products < kLeastProducts ? 1 : parallel_threads();
   const int64_t depth = std::max<int64_t>(input.stride, 1);
   if (rows >= threads * 2 * kLeastRows || threads == 1) {
     const int64_t share = (rows + threads - 1) / threads;  // of a thread,
     const int64_t most = input.ready() ? share : std::clamp(kBufferBytes / depth / 32 * 32, kLeastRows, kMostRows);
     const int64_t parts = (share + most - 1) / most;                    // in so many row blocks,
     const int64_t size = ((share + parts - 1) / parts + 31) / 32 * 32;  // of whole tiles
-    at::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
+    parallel_pieces((rows + size - 1) / size, [&](int64_t part) {
+      const int64_t first = part * size, last = std::min(first + size, rows);
       const int64_t buffer = input.ready() ? 0 : size * input.stride;
       uint8_t* scratch = thread_memory(buffer + weight.scratch_bytes(blocks));
+      const uint8_t* a = input.ready() ? input.row(first) : scratch;
+      if (!input.ready() && !input.prepare(first, last, scratch)) finite = false;
       Epilogue mine = e;
-      for (int64_t part = begin; part < end; ++part) {
-        const int64_t first = part * size, last = std::min(first + size, rows);
-        const uint8_t* a = input.ready() ? input.row(first) : scratch;
-        if (!input.ready() && !input.prepare(first, last, scratch)) finite = false;
-        mine.first_row = first;
-        input.kernels.linear(a, input.stride, last - first, weight, 0, blocks, scratch + buffer, mine);
-      }
+      mine.first_row = first;
+      input.kernels.linear(a, input.stride, last - first, weight, 0, blocks, scratch + buffer, mine);
     });
     return finite;
   }
   at::Tensor shared;
-  const uint8_t* a = input.ready() ? input.row(0) : nullptr;
+  uint8_t* integers = nullptr;
   if (!input.ready()) {
     shared = at::empty({std::max<int64_t>(rows * input.stride, 1)}, at::kByte);
-    uint8_t* out = shared.mutable_data_ptr<uint8_t>();
-    a = out;
-    at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 14) / depth), [&](int64_t begin, int64_t end) {
-      if (!input.prepare(begin, end, out + begin * input.stride)) finite = false;
-    });
+    integers = shared.mutable_data_ptr<uint8_t>();
   }
   e.first_row = 0;
-  at::parallel_for(0, (blocks + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-    uint8_t* scratch = thread_memory(weight.scratch_bytes(2 * (end - begin)));
-    input.kernels.linear(a, input.stride, rows, weight, 2 * begin, std::min(2 * end, blocks), scratch, e);
+  // First the rows are quantized, by parts; then each piece takes some pairs of blocks, as soon as all rows are there.
+  const int64_t part = std::max<int64_t>((1 << 14) / depth, (rows + threads - 1) / threads);
+  const int64_t parts = input.ready() ? 0 : (rows + part - 1) / part;
+  const int64_t pairs = (blocks + 1) / 2, some = (pairs + 2 * threads - 1) / (2 * threads);
+  Countdown prepared(parts);
+  parallel_pieces(parts + (pairs + some - 1) / some, [&](int64_t piece) {
+    if (piece < parts) {
+      const Countdown::Piece counted(prepared);
+      const int64_t first = piece * part;
+      if (!input.prepare(first, std::min(rows, first + part), integers + first * input.stride)) finite = false;
+      return;
+    }
+    prepared.wait();
+    const int64_t begin = 2 * some * (piece - parts), end = std::min(begin + 2 * some, blocks);
+    uint8_t* scratch = thread_memory(weight.scratch_bytes(end - begin));
+    input.kernels.linear(integers ? integers : input.row(0), input.stride, rows, weight, begin, end, scratch, e);
   });
   return finite;
 }

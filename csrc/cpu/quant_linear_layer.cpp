@@ -1,5 +1,4 @@
 // LinearLayer: the weight in blocks, and the constants of the epilogue, checked.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -9,6 +8,7 @@
 #include <string>
 
 #include "dfqvit/layers.h"
+#include "dfqvit/parallel.h"
 
 namespace dfqvit {
 namespace quant {
@@ -56,7 +56,7 @@ at::Tensor blocked(const at::Tensor& weight, const float* scales, int64_t column
   const int64_t row = kOutputs + chunks * kChunk / 4, blocks = (outputs + kOutputs - 1) / kOutputs;
   at::Tensor result = at::empty({blocks, row}, weight.options().dtype(at::kInt));
   int32_t* data = result.mutable_data_ptr<int32_t>();
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<int8_t> integers(columns);
     for (int64_t block = begin; block < end; ++block) {
       int32_t* sums = data + block * row;

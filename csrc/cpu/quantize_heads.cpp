@@ -2,7 +2,6 @@
 // the kernel is in dfqvit/quantize_heads_body.h.
 #include "dfqvit/quantize_heads.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -11,6 +10,7 @@
 #include <atomic>
 
 #include "dfqvit/layers.h"
+#include "dfqvit/parallel.h"
 #include "dfqvit/thread_memory.h"
 
 namespace dfqvit {
@@ -46,7 +46,7 @@ at::Tensor quantize_heads(const at::Tensor& q, const at::Tensor& k, const at::Te
   const HeadsKernel kernel = heads_kernel_for(ordinary ? active_isa() : Isa::portable);
   uint8_t* to = result.mutable_data_ptr<uint8_t>();
   std::atomic<bool> finite{true};
-  at::parallel_for(0, batch * tokens, std::max<int64_t>(1, 16384 / (3 * width)), [&](int64_t begin, int64_t end) {
+  parallel_ranges(batch * tokens, std::max<int64_t>(1, 16384 / (3 * width)), [&](int64_t begin, int64_t end) {
     float* line = reinterpret_cast<float*>(thread_memory(width * sizeof(float)));
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / tokens, token = row % tokens, turn = token - (tokens - turned);

@@ -1,6 +1,5 @@
 // dfqvit_cpu::roll_resize and its backward: the crop, resize, roll and flip of a synthesis step as one separable
 // interpolation. Each plane (one channel of one image) is one thread's, so the order of every sum is fixed.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "dfqvit/isa.h"
+#include "dfqvit/parallel.h"
 
 namespace dfqvit {
 namespace {
@@ -117,12 +117,10 @@ at::Tensor roll_resize(const at::Tensor& images, const at::Tensor& rows, const a
   float* to = output.mutable_data_ptr<float>();
   const int64_t out_pixels = rows.size(1) * columns.size(1);
   const auto run = forward_for(active_isa());
-  at::parallel_for(0, batch * channels, 1, [&](int64_t begin, int64_t end) {
+  parallel_pieces(batch * channels, [&](int64_t p) {
     std::vector<float> line(width);
-    for (int64_t p = begin; p < end; ++p) {
-      const auto& [y, x] = taps[p / channels];
-      run(from + p * height * width, width, y, x, line.data(), to + p * out_pixels);
-    }
+    const auto& [y, x] = taps[p / channels];
+    run(from + p * height * width, width, y, x, line.data(), to + p * out_pixels);
   });
   return output.to(images.scalar_type());
 }
@@ -136,14 +134,12 @@ at::Tensor roll_resize_backward(const at::Tensor& grad, const at::Tensor& rows, 
   const float* from = input.const_data_ptr<float>();
   float* to = gradient.mutable_data_ptr<float>();
   const auto run = backward_for(active_isa());
-  at::parallel_for(0, batch * channels, 1, [&](int64_t begin, int64_t end) {
+  parallel_pieces(batch * channels, [&](int64_t p) {
     std::vector<float> line(width);
-    for (int64_t p = begin; p < end; ++p) {
-      float* plane = to + p * height * width;
-      std::fill_n(plane, height * width, 0.0f);
-      const auto& [y, x] = taps[p / channels];
-      run(from + p * out_pixels, width, y, x, line.data(), plane);
-    }
+    float* plane = to + p * height * width;
+    std::fill_n(plane, height * width, 0.0f);
+    const auto& [y, x] = taps[p / channels];
+    run(from + p * out_pixels, width, y, x, line.data(), plane);
   });
   return gradient.to(grad.scalar_type());
 }

@@ -1,6 +1,5 @@
 // dfqvit_cpu::total_variation and its backward: one pass over the images each, no temporaries. The order of every sum
 // is fixed, so results do not depend on the number of threads.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "dfqvit/isa.h"
+#include "dfqvit/parallel.h"
 
 namespace dfqvit {
 namespace {
@@ -112,11 +112,8 @@ at::Tensor total_variation(const at::Tensor& images) {
   const float* data = input.const_data_ptr<float>();
   const Isa isa = active_isa();
   const auto run = isa >= Isa::avx512 ? plane_sums_avx512 : isa == Isa::avx2 ? plane_sums_avx2 : plane_sums_portable;
-  at::parallel_for(0, batch * channels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      run({data + p * height * width, height, width}, sums.data() + p * kDirections);
-    }
-  });
+  parallel_pieces(batch * channels,
+                  [&](int64_t p) { run({data + p * height * width, height, width}, sums.data() + p * kDirections); });
   float* result = norms.mutable_data_ptr<float>();
   for (int64_t b = 0; b < batch; ++b) {
     for (int d = 0; d < kDirections; ++d) {
@@ -141,11 +138,9 @@ at::Tensor total_variation_backward(const at::Tensor& weights, const at::Tensor&
                    : isa == Isa::avx2 ? plane_gradient_avx2
                                       : plane_gradient_portable;
   if (input.numel() != 0) {
-    at::parallel_for(0, input.size(0) * channels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t offset = p * height * width;
-        run({data + offset, height, width}, factor + p / channels * kDirections, result + offset);
-      }
+    parallel_pieces(input.size(0) * channels, [&](int64_t p) {
+      const int64_t offset = p * height * width;
+      run({data + offset, height, width}, factor + p / channels * kDirections, result + offset);
     });
   }
   return gradient.to(images.scalar_type());

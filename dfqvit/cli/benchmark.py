@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..api import QuantizationRecord, quantize
 from ..errors import UsageError
 from ..evaluation.energy import Cost, Energy
+from ..evaluation.neighbours import neighbours
 from ..evaluation.speed import Speed, calibration_cost, fine_tuning_cost, race
 from ..models import Preprocessing, load_model
 from ..quantization.recipe import Recipe
@@ -39,6 +40,9 @@ STEPS = 100  # of the fine-tuning that a calibration is compared with
     help="How the quantized model computes: in integers, or simulated in float; auto: integers where there are kernels.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Turns of each model.")
+@click.option(
+    "--neighbours", type=click.IntRange(0), default=0, show_default=True, help="Busy processes to time beside."
+)
 @click.option("--energy", is_flag=True, help="Joules an image and a calibration, and those of a light fine-tuning.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images of the calibration.")
 @click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of the synthesis.")
@@ -55,16 +59,21 @@ def command(**options: Any) -> None:
     model, quantized, recipe = _open(options, device)
     energy = Energy(device)
     preprocessing = Preprocessing.of(model)
-    with tqdm(total=2 * len(sizes) * options["rounds"], desc="benchmark", unit="turn", dynamic_ncols=True) as bar:
+    turns = tqdm(total=2 * len(sizes) * options["rounds"], desc="benchmark", unit="turn", dynamic_ncols=True)
+    with turns as bar, neighbours(options["neighbours"]):
         models = {"float32": model, recipe.label: quantized}
         speeds = race(models, sizes, preprocessing.input_size, energy, rounds=options["rounds"], report=bar.update)
     record = {
         "model": options["model_or_file"],
         "device": str(device),
         "threads": torch.get_num_threads(),
+        "neighbours": options["neighbours"],
         "speeds": [asdict(speed) for speed in speeds],
     }
     text = speed_table(speeds, options["energy"]) + f"\n\n{explained(options['rounds'])}"
+    if options["neighbours"]:
+        count = options["neighbours"]
+        text += f"\n\nBeside {count} other busy process{'es' * (count > 1)}."
     if options["energy"]:
         samples, iters, w_bits = options["samples"], options["iters"], recipe.w_bits
         images = torch.randn(samples, *preprocessing.input_size, device=device)

@@ -18,6 +18,7 @@ from ..kernels import extension
 from ..kernels.dispatch import asked_table
 from ..kernels.quant_block.op import forward as operator
 from ..quantization.layers import check_tokens
+from .company import lift
 from .parts import Parts, parts_of
 
 _ASKED = asked_table()
@@ -63,6 +64,7 @@ class IntegerBlock(nn.Module):
             if found is not None:
                 return found
         if self.training or self._differentiated(x) or self._hooked() or self.why_not(self):
+            lift()
             return None
         parts = parts_of(self)
         assert isinstance(parts, Parts)

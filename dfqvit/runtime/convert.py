@@ -23,9 +23,10 @@ from ..models.adapters import find_adapter
 from ..models.adapters.attentions import CONSTANT
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
-from ..quantization.model import QuantizedModel
+from ..quantization.model import QuantizedModel, quantized
 from .attention import IntegerOperands
 from .block import IntegerBlock
+from .company import SerialTorch
 from .mlp import IntegerMlp
 from .residual import RESIDUAL
 from .swin import IntegerSwinBlock
@@ -78,6 +79,9 @@ def accelerate(model: nn.Module) -> dict[str, str]:
         kind = RESIDUAL.get(type(block))
         if kind is not None and not kind.why_not(block):
             kind.take(block)
+    kinds = [isinstance(block, IntegerBlock) for _, block in _blocks(model)]
+    if isinstance(model, QuantizedModel) and kinds and all(kinds):
+        quantized(model, SerialTorch)  # of other models torch computes more than torch's threads cost
     return skipped
 
 

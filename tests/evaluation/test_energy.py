@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from torch import nn
 
 from dfqvit import cli
 from dfqvit.evaluation.energy import Cost, Energy, Nvml, Rapl, Unavailable
+from dfqvit.evaluation.neighbours import neighbours
 from dfqvit.evaluation.speed import calibration_cost, fine_tuning_cost, race
 from dfqvit.models import load_model
 
@@ -205,6 +207,34 @@ def test_benchmark_says_why_there_is_no_energy(run, monkeypatch, tmp_path):
     assert status == 0
     assert out.count("energy not counted: RAPL: no packages under") == 1
     assert "joules" not in out
+
+
+def test_benchmark_beside_busy_processes(run, monkeypatch):
+    """They run while the models do, and no longer: also when the command is cut off."""
+    started = []
+
+    @contextlib.contextmanager
+    def watched(count):
+        with neighbours(count) as processes:
+            started.extend(processes)
+            yield processes
+
+    monkeypatch.setattr("dfqvit.cli.benchmark.neighbours", watched)
+    options = ["--rounds", 1, "--batch", 1, "--neighbours", 2]
+    status, out, _ = run("benchmark", "demo", *options, "--json")
+    assert status == 0
+    assert json.loads(out)["neighbours"] == 2
+    assert "Beside 2 other busy processes." in run("benchmark", "demo", *options)[1]
+    assert len(started) == 4
+
+    def cut(*_, **__):
+        assert [process.poll() for process in started[4:]] == [None] * 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dfqvit.cli.benchmark.race", cut)
+    assert run("benchmark", "demo", *options)[0] != 0
+    assert len(started) == 6
+    assert None not in [process.returncode for process in started]
 
 
 @pytest.mark.parametrize("batch", ["0", "1,x", ""])
