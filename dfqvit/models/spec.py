@@ -47,9 +47,17 @@ class ModelSpec:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def build(self, device: torch.device | str | None = None) -> nn.Module:
-        """The structure with fresh weights, in eval mode. `device="meta"` allocates nothing."""
+        """The structure with fresh weights, in eval mode. `device="meta"` allocates nothing.
+
+        ValueError for a negative number of heads, of which timm makes a model with scales that are not real.
+        """
         with torch.device(device or "cpu"):
-            return timm.create_model(self.architecture, pretrained=False, **self.keywords()).eval()
+            model = timm.create_model(self.architecture, pretrained=False, **self.keywords()).eval()
+        for name, module in model.named_modules():
+            heads = getattr(module, "num_heads", 1)
+            if isinstance(heads, int) and heads < 1:
+                raise ValueError(f"'{name}' has {heads} heads; it must have 1 at least")
+        return model
 
     def keywords(self) -> dict[str, Any]:
         """`kwargs` as `timm.create_model` takes them."""

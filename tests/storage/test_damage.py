@@ -140,6 +140,18 @@ def test_another_record(good, data):
     attempt(good, rewritten(good, change))
 
 
+def test_a_negative_number_of_heads_is_refused(good):
+    """Of which timm makes a model that has all the tensors, and imaginary scales of attention."""
+
+    def change(header, _):
+        header["record"]["spec"]["kwargs"]["num_heads"] = -1
+        return True
+
+    good.path.write_bytes(rewritten(good, change))
+    with pytest.raises(DfqvitError, match="has -1 heads; it must have 1 at least"):
+        dfqvit.load(good.path)
+
+
 @examples(200)
 @given(st.data(), st.booleans())
 def test_other_tensors(good, data, signed):
