@@ -28,7 +28,7 @@ from .attention import IntegerOperands
 from .block import IntegerBlock
 from .company import SerialTorch
 from .mlp import IntegerMlp
-from .residual import RESIDUAL
+from .residual import RESIDUAL, IntegerResidual
 from .swin import IntegerSwinBlock
 from .vit import IntegerVitBlock
 
@@ -79,7 +79,7 @@ def accelerate(model: nn.Module) -> dict[str, str]:
         kind = RESIDUAL.get(type(block))
         if kind is not None and not kind.why_not(block):
             kind.take(block)
-    kinds = [isinstance(block, IntegerBlock) for _, block in _blocks(model)]
+    kinds = [isinstance(block, (IntegerBlock, IntegerResidual)) for _, block in _blocks(model)]
     if isinstance(model, QuantizedModel) and kinds and all(kinds):
         quantized(model, SerialTorch)  # of other models torch computes more than torch's threads cost
     return skipped

@@ -19,6 +19,7 @@ from torch import nn
 from ..models.adapters.attentions import QUANTIZED
 from ..quantization.layers import QuantLinear
 from .attention import IntegerOperands
+from .company import lift
 from .linear import normed, product
 from .mlp import IntegerMlp, hidden_bytes
 from .parts import watched_or_differentiated
@@ -57,6 +58,7 @@ class IntegerResidual(nn.Module):
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, N, C] to float32 [B, N, C]; further arguments as timm's block takes them, for the attention."""
         if watched_or_differentiated(self, x) or self.why_not(self):
+            lift()
             return super().forward(x, *args, **kwargs)
         attention, mlp, (first, second) = self.attn, self.mlp, _gains(self)
         alone = getattr(attention, "gate", None) is None
