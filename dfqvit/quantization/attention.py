@@ -51,11 +51,7 @@ class AttentionOperands(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope, half), rotate(k, rope, half)
         q, k, v = self.q(q), self.k(k), self.v(v)
-        scores = (q @ k.mT) * (scale.view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale)
-        if bias is not None:
-            scores = scores + bias
-        if mask is not None:
-            scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
+        scores = scored(q @ k.mT, scale, bias, mask)
         if not self.q.frozen:
             return scores.softmax(dim=-1) @ v
         shares = self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp()
@@ -63,3 +59,15 @@ class AttentionOperands(nn.Module):
         if shares.requires_grad:  # straight through, for `reconstruction`
             steps = shares + (steps - shares).detach()
         return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+
+
+def scored(
+    products: torch.Tensor, scale: float | torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The scores [B, heads, N, M] from products of queries and keys; the rest as in `AttentionOperands.forward`."""
+    scores = products * (scale.view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
+    return scores

@@ -19,7 +19,7 @@ from ..kernels.dispatch import asked_table
 from ..kernels.quant_block.op import forward as operator
 from ..quantization.layers import check_tokens
 from .company import lift
-from .parts import Parts, parts_of
+from .parts import Parts, parts_of, watched_or_differentiated
 
 _ASKED = asked_table()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -63,7 +63,7 @@ class IntegerBlock(nn.Module):
             found = None if prepared is None else prepared(x)
             if found is not None:
                 return found
-        if self.training or self._differentiated(x) or self._hooked() or self.why_not(self):
+        if watched_or_differentiated(self, x) or self.why_not(self):
             lift()
             return None
         parts = parts_of(self)
@@ -95,15 +95,6 @@ class IntegerBlock(nn.Module):
             held = module.QuantBlock(arguments, values, places, empty, parts.norms[0].weight.numel())
             self.__dict__["_prepared"] = held
         return held(x)
-
-    def _differentiated(self, x: torch.Tensor) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return x.requires_grad or any(tensor.requires_grad for tensor in (*self.parameters(), *self.buffers()))
-
-    def _hooked(self) -> bool:
-        inside = (getattr(child, name) for child in self.modules() if child is not self for name in _HOOKS)
-        return any(_GLOBAL_HOOKS) or any(inside)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the prepared call, which a copy makes for itself."""

@@ -60,14 +60,14 @@ def accelerate(model: nn.Module) -> dict[str, str]:
     Returns:
         The blocks of which something stays simulated or float, by name, each with the reason; empty when there is none.
     """
-    skipped = {}
-    for name, block in _blocks(model):
+    skipped, named = {}, list(_blocks(model))
+    for name, block in named:
         if _whole(block):
             if not isinstance(block, IntegerBlock):
                 FAMILIES[type(block)].take(block)
         elif reason := parts_not_integer(block):
             skipped[name] = reason
-    inside = {module for _, block in _blocks(model) if isinstance(block, IntegerBlock) for module in block.modules()}
+    inside = {module for _, block in named if isinstance(block, IntegerBlock) for module in block.modules()}
     for module in model.modules():
         if module in inside:
             continue
@@ -75,11 +75,11 @@ def accelerate(model: nn.Module) -> dict[str, str]:
             IntegerOperands.take(module)
         elif type(module) is Mlp and not IntegerMlp.why_not(module):
             IntegerMlp.take(module)
-    for _, block in _blocks(model):
+    for _, block in named:
         kind = RESIDUAL.get(type(block))
         if kind is not None and not kind.why_not(block):
             kind.take(block)
-    kinds = [isinstance(block, (IntegerBlock, IntegerResidual)) for _, block in _blocks(model)]
+    kinds = [isinstance(block, (IntegerBlock, IntegerResidual)) for _, block in named]
     if isinstance(model, QuantizedModel) and kinds and all(kinds):
         quantized(model, SerialTorch)  # of other models torch computes more than torch's threads cost
     return skipped

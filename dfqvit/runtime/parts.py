@@ -159,8 +159,10 @@ def watched_or_differentiated(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a module must compute as simulated: in training, with a gradient wanted, or with a hook on a module inside."""
     if module.training:
         return True
-    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in module.parameters())):
-        return True
+    if torch.is_grad_enabled():
+        held = (*module.parameters(), *module.buffers())
+        if x.requires_grad or any(tensor.requires_grad for tensor in held):
+            return True
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     inside = (child for child in module.modules() if child is not module)

@@ -21,7 +21,7 @@ from ..api import QuantizationRecord
 from ..errors import DfqvitError, UsageError
 from ..kernels.pack_weight import unpack_weight
 from ..kernels.quantize_heads.reference import rotate
-from ..quantization.attention import AttentionOperands
+from ..quantization.attention import AttentionOperands, scored
 from ..quantization.layers import QuantLinear, QuantPatchProjection, check_tokens
 from ..quantization.quantizers import ActivationQuantizer
 from ..version import __version__
@@ -161,11 +161,7 @@ class _QdqAttentionOperands(AttentionOperands):
             self.k(k.mT),
             self.v(v),
         )  # runtimes fuse a product whose operands come from QDQ nodes directly
-        scores = (q @ k) * (scale.view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale)
-        if bias is not None:
-            scores = scores + bias
-        if mask is not None:
-            scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
+        scores = scored(q @ k, scale, bias, mask)
         steps = _quantize_dequantize(
             self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp(), self.one, self.none
         )
