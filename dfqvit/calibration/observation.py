@@ -22,7 +22,8 @@ from ..quantization.recipe import Recipe
 from ..quantization.rounding import feature_sensitivity, sensitivity
 from ..synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
 from .equalize import equalize
-from .fisher import BATCH
+from .fisher import BATCH, MOST_CLIPPED
+from .rotate import rotate_heads
 
 VIEWS = 192  # random crops of the images, in all, for second-order rounding
 MOST_VIEWS = 12  # of one image; the least is one
@@ -81,13 +82,16 @@ def calibrate(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
 def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
     """Lets the quantizers of a converted model see the images, and gathers what the recipe's rounding needs.
 
-    Channels are scaled first, where the recipe says so (see `equalize`).
+    Channels are scaled and heads rotated first, where the recipe says so (see `equalize`, `rotate`).
 
     Second-order rounding also sees crops of the images, since its statistics need more variety than a few images have, and
     the gradients of each layer's outputs.
     """
     if recipe.scaling == "channels":
-        equalize(qmodel, images)
+        # Turned heads hide which of their channels are wide; but where ranges are searched, it must be for the heads as turned.
+        steps = [lambda: equalize(qmodel, images), lambda: rotate_heads(qmodel)]
+        for step in steps if recipe.a_bits > MOST_CLIPPED else reversed(steps):
+            step()
     if recipe.rounding != "second-order":
         for batch in tracked(images.split(BATCH), "calibrate"):
             qmodel(batch)

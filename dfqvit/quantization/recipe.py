@@ -29,7 +29,8 @@ class Recipe:
             `allocation` makes it from a size.
         edge_a_bits: bits of the inputs of the first and the last layer. By default a_bits or edge_bits, whichever is more, with
             "gemm", and a_bits with "psaq".
-        scaling: "channels" makes ranges of channels alike where that is free (see `calibration.equalize`), "none" leaves them.
+        scaling: "channels" makes ranges of channels alike where that is free (see `calibration.equalize`) and rotates heads (see
+            `calibration.rotate`), "none" leaves them.
             By default "channels" with "gemm" and "mse", else none, which is the literature's baseline.
         softmax_bits: bits of attention's probabilities; with "psaq", which leaves them alone, 8.
 

@@ -206,15 +206,15 @@ def _divergence(measured: dict[str, Any]) -> Iterator[Finding]:
 def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
     """{timm's name: divergence of the layer's own output}, every quantized layer fed the float model's inputs.
 
-    Where channels were scaled (see `calibration.equalize`), inputs come from the quantized model's own norms, and the scales and
-    shifts of queries, keys and values are taken back as straight lines through the outputs of both.
+    Where channels were scaled and heads rotated (see `calibration.equalize`, `calibration.rotate`), inputs come from the quantized
+    model's own norms, and what was done to queries, keys and values is taken back as the linear maps between the outputs of both.
     """
     found: dict[str, float] = {}
     scaled = qmodel.dfqvit_record.recipe.scaling == "channels"  # type: ignore[union-attr]
     places = scalings(model)
     norm_of = {layer: norm for norm, layer in places.norms}
     qkv_of = {proj: qkv for qkv, proj in places.values}
-    lines: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = []
     for name, twin in qmodel.named_modules():
         if isinstance(twin, QuantLinear):
@@ -225,15 +225,16 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
                 if name in norm_of:
                     slope, offset = _norms_line(model.get_submodule(norm_of[name]), qmodel.get_submodule(norm_of[name]))
                     x = slope * x + offset
-                if name in qkv_of and qkv_of[name] in lines:
-                    slope, offset = (line.chunk(3)[2] for line in lines.pop(qkv_of[name]))
-                    x = slope * x + offset
+                if name in qkv_of and qkv_of[name] in maps:
+                    x = _mapped(x, *(part.chunk(3)[2] for part in maps.pop(qkv_of[name])))
                 acm, twin.acm = twin.acm, None  # a correction is not the layer's own
                 result = twin(x)
                 twin.acm = acm
                 if scaled and (name in places.scores or name in qkv_of.values()):
-                    slope, offset = lines[name] = _line(output, result)
-                    result = (result - offset) / slope
+                    attention: Any = model.get_submodule(name.rpartition(".")[0])
+                    matrix, offset = maps[name] = _head_maps(output, result, 3 * attention.num_heads)
+                    back = torch.linalg.pinv(matrix)
+                    result = _mapped(result, back, -_mapped(offset.flatten(), back, torch.zeros_like(offset)).view_as(offset))
                 found[name] = round(divergence(output, result), 5)
 
             handles.append(layer.register_forward_hook(compare))
@@ -251,13 +252,18 @@ def _norms_line(norm: Any, twin: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return slope, twin.bias - slope * norm.bias
 
 
-def _line(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slope, offset), [C] each: of the least squares line through (x, y) [..., C] in every channel."""
-    x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
-    spread = x - x.mean(dim=0)
-    slope = (spread * y).sum(dim=0) / spread.square().sum(dim=0).clamp_min(1e-12)
-    slope = torch.where(slope.abs() < 1e-6, torch.ones_like(slope), slope)
-    return slope.float(), (y.mean(dim=0) - slope * x.mean(dim=0)).float()
+def _head_maps(x: torch.Tensor, y: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(matrix [heads, D, D], offset [heads, D]): of the least squares maps from x to y [..., heads * D], head by head."""
+    x, y = (each.flatten(0, -2).unflatten(-1, (heads, -1)).transpose(0, 1).double() for each in (x, y))
+    middle_x, middle_y = x.mean(dim=1, keepdim=True), y.mean(dim=1, keepdim=True)
+    matrix = torch.linalg.lstsq(x - middle_x, y - middle_y, driver="gelsd").solution
+    return matrix, (middle_y - middle_x @ matrix).squeeze(1)
+
+
+def _mapped(x: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """X [..., heads * D] through the map of each head."""
+    heads = x.double().unflatten(-1, (len(matrix), -1)).unsqueeze(-2)
+    return (heads @ matrix).squeeze(-2).add(offset).flatten(-2).to(x.dtype)
 
 
 @torch.no_grad()
