@@ -3,7 +3,7 @@
 Every row compares a quantized model with its float model on the same images: top-1 of both, their difference with a paired
 95 % interval (bootstrap over the images), the share of images of one first class, and the KL divergence of the probabilities.
 A row that is in --out is not made again, so that a long run can be taken up; synthetic images are made once and kept in --cache.
-Calibrations, 16 images but for what is said: "synthetic" (the default of the software), "procedural" (32 dead-leaves images:
+Calibrations: "synthetic" (the default of the software: 16 images and 48 procedural ones), "procedural" (32 dead-leaves images:
 `--fast`), "noise" (32) and "real" (32 of the first set, evenly spread, which favours its own rows a little).
 
 python benchmarks/accuracy.py --data FOLDER --out FILE.jsonl     FOLDER as in shared/data
@@ -23,7 +23,7 @@ import runner
 import torch
 
 import dfqvit
-from dfqvit.api import with_companions
+from dfqvit.api import COMPANIONS, with_companions
 from dfqvit.cli.options import adjusted
 from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "unscaled": {"scaling": "none"},
     "paper": {"placement": "psaq", "quantizer": "minmax", "acm": "none"},
     "reconstructed": {"reconstruct": 100},
-    "companions": {"companions": 48},
+    "alone": {"companions": 0},
 }
 FEW = {"synthetic": 16, "procedural": 32, "noise": 32, "real": 32}
 DRAWS = 2000  # of the bootstrap
@@ -105,7 +105,7 @@ def runs(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
                 iters = options.iters if source == "synthetic" else 0
                 precision = options.precision if source == "synthetic" else ""
                 for recipe in options.recipes:
-                    if recipe == "companions" and source != "synthetic":
+                    if recipe == "alone" and source != "synthetic":
                         continue
                     yield {
                         "model": name,
@@ -162,7 +162,8 @@ class Bench:
             wanted = {name: run[name] for name in ("samples", "iters", "seed", "precision")}
             calib, _ = self.gallery.images(SynthesisConfig(**wanted))
         settings = dict(RECIPES[run["recipe"]])
-        if companions := settings.pop("companions", 0):
+        if run["calibration"] == "synthetic":  # made beforehand, so what `quantize` puts beside them is put here
+            companions = settings.pop("companions", 0 if run["recipe"] == "paper" else COMPANIONS)
             calib = with_companions(calib, companions, run["seed"], self.preprocessing)
         qmodel = dfqvit.quantize(
             self.model,

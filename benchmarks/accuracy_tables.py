@@ -28,7 +28,7 @@ SUFFIXES = {
     "unscaled": ", `--scaling none`",
     "paper": ", the paper's quantizer",
     "reconstructed": ", `--reconstruct 100`",
-    "companions": ", `--companions 48`",
+    "alone": ", `--companions 0`",
 }
 
 

@@ -31,6 +31,7 @@ from .synthesis import synthesize
 from .synthesis.procedural import procedural_images
 
 LAST_BLOCK = (-1,)
+COMPANIONS = 48  # procedural images beside the synthetic ones, where weights are rounded to second order
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _described(model: Any) -> list[tuple[str, str]]:
         (f"{type(model).__name__} '{record.spec.architecture}'", "quantized by dfqvit"),
         ("bits", f"{recipe.label}{edges}"),
         ("size", f"{packed / 1e6:.2f} MB"),
-        ("calibration", f"{record.samples} images, {record.calibration}"),
+        ("calibration", _calibrated_on(record)),
         (
             "correction",
             f"{record.acm}, blocks {', '.join(map(str, record.acm_blocks))}" if record.acm_blocks else "none",
@@ -103,6 +104,12 @@ def _described(model: Any) -> list[tuple[str, str]]:
         ("blocks", f"{integer} of {len(why_not)} run in integers"),
         ("input", " x ".join(map(str, record.preprocessing.input_size))),
     ]
+
+
+def _calibrated_on(record: QuantizationRecord) -> str:
+    companions = record.settings.get("companions", 0)
+    beside = f" and {companions} procedural" if companions else ""
+    return f"{record.samples - companions} images, {record.calibration}{beside}"
 
 
 @on_float_reference
@@ -116,7 +123,7 @@ def quantize(
     gamma: int = 1,
     seed: int = 0,
     calib: Any = "synthetic",
-    companions: int = 0,
+    companions: int | None = None,
     placement: str = "gemm",
     scaling: str | None = None,
     quantizer: str = "mse",
@@ -154,8 +161,8 @@ def quantize(
         calib: "synthetic", "procedural" (dead leaves, which no model made: seconds instead of minutes), "noise" (the lower
             bound), or images [n, C, H, W], normalised as the model expects: a tensor, an array, or a list of them; a list of
             PIL images is prepared here.
-        companions: procedural images beside the synthetic ones: variety for the statistics that weights are rounded by. With 48
-            the KL of DeiT-T fell by a tenth at W4 (docs/accuracy.md).
+        companions: procedural images beside the synthetic ones: variety for the statistics that weights are rounded by. Default 48
+            where the rounding is second-order and `calib` "synthetic", else 0 (docs/accuracy.md has what they gain).
         placement: "gemm" quantizes the inputs and weights of every linear layer; "psaq" also quantizes their outputs, the
             attention scores, both residual sums and the embeddings, exactly where PSAQ-ViT does.
         scaling: "channels" makes ranges of channels alike where that is free, see `calibration.equalize`; "none" does not;
@@ -213,7 +220,7 @@ def quantize(
     if is_patched(model):
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
     check_runtime(runtime)
-    check_companions(companions, calib)
+    companions = companion_count(companions, calib, recipe)
     if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
         raise UsageError(f"reconstruct was {reconstruct!r}; it may be a number of steps, or 0")
     if reconstruct and placement != "gemm":
@@ -289,14 +296,18 @@ def quantize(
     return quantized(qmodel, Described)
 
 
-def check_companions(companions: int, calib: str | torch.Tensor) -> None:
-    """UsageError unless `companions` is a number of images, and 0 where `calib` is not "synthetic"."""
+def companion_count(companions: int | None, calib: str | torch.Tensor, recipe: Recipe) -> int:
+    """How many procedural images stand beside the calibration images; UsageError unless `companions` can be had with `calib`."""
+    synthetic = isinstance(calib, str) and calib == "synthetic"
+    if companions is None:
+        return COMPANIONS if synthetic and recipe.rounding == "second-order" else 0
     if isinstance(companions, bool) or not isinstance(companions, int) or companions < 0:
         raise UsageError(f"companions was {companions!r}; it may be a number of images, or 0")
-    if companions and (isinstance(calib, torch.Tensor) or calib != "synthetic"):
+    if companions and not synthetic:
         raise UsageError(
             f"companions was {companions}; only synthetic images have companions, so calib must be 'synthetic'"
         )
+    return companions
 
 
 def with_companions(images: torch.Tensor, companions: int, seed: int, preprocessing: Preprocessing) -> torch.Tensor:

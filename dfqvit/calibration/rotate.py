@@ -2,8 +2,8 @@
 
 Scores are inner products: turning the queries and the keys of a head by one orthogonal matrix R leaves them, and so the model, as
 they were. Values are mixed before they are projected: turning those of a head by R and the projection's columns back leaves its
-output. The rows of a turned weight are mixtures of a head's rows, so that their values lie closer to a normal distribution, and rows
-that matter much or little to the logits share what rounding costs. A random R is as good as any that is not learnt.
+output. The rows of a turned weight are mixtures of a head's rows, so that their values lie closer to a normal distribution, and
+rows that matter much or little to the logits share what rounding costs. R is random.
 
 Sources: rotations of values and of whole streams before rounding, QuIP (arXiv 2307.13304) and QuaRot (arXiv 2404.00456). The
 residual stream is not turned here: measured, that loses more than it gains (docs/accuracy.md).

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ..api import QuantizationRecord, calibration_images, check_companions, quantize, with_companions
+from ..api import QuantizationRecord, calibration_images, companion_count, quantize, with_companions
 from ..calibration.allocation import check_budget
 from ..calibration.correction import SHAPES, check_correction, choose_blocks
 from ..distributed import rank
@@ -84,9 +84,7 @@ FAST_SAMPLES = 32
 @click.option(
     "--companions",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Procedural images beside the synthetic ones.",
+    help="Procedural images beside the synthetic ones; default 48 with second-order rounding, else 0.",
 )
 @synthesis_options
 @click.option(
@@ -133,7 +131,7 @@ def command(**options: Any) -> None:
         if options["calib"] not in ("synthetic", "procedural"):
             raise UsageError(f"--fast and --calib {options['calib']} were both given; give one of them")
         options |= {"calib": "procedural", "samples": FAST_SAMPLES}
-    check_companions(companions, options["calib"])
+    companions = companion_count(companions, options["calib"], recipe)
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     # All that `quantize` would refuse is refused before the synthesis, which takes long.

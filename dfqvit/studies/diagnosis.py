@@ -234,7 +234,9 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
                     attention: Any = model.get_submodule(name.rpartition(".")[0])
                     matrix, offset = maps[name] = _head_maps(output, result, 3 * attention.num_heads)
                     back = torch.linalg.pinv(matrix)
-                    result = _mapped(result, back, -_mapped(offset.flatten(), back, torch.zeros_like(offset)).view_as(offset))
+                    result = _mapped(
+                        result, back, -_mapped(offset.flatten(), back, torch.zeros_like(offset)).view_as(offset)
+                    )
                 found[name] = round(divergence(output, result), 5)
 
             handles.append(layer.register_forward_hook(compare))

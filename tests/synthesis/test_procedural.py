@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import dfqvit
+from dfqvit.api import COMPANIONS
 from dfqvit.errors import UsageError
 from dfqvit.models import Preprocessing
 from dfqvit.synthesis.procedural import procedural_images
@@ -70,10 +73,30 @@ def test_companions_stand_beside_the_synthetic_images(seed: int) -> None:
     images = torch.cat([made, procedural_images(3, 3, Preprocessing.of(model))])
     other = dfqvit.quantize(model, 8, 8, calib=images, **settings)  # type: ignore[arg-type]
     assert torch.equal(qmodel(images), other(images))
+    assert "2 images, synthetic and 3 procedural" in repr(qmodel)
     with pytest.raises(UsageError, match="companions was 3; only synthetic images have companions"):
         dfqvit.quantize(model, 8, 8, calib=images, companions=3, **settings)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="companions was -1"):
         dfqvit.quantize(model, 8, 8, companions=-1, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, COMPANIONS),
+        ({"rounding": "nearest"}, 0),
+        ({"placement": "psaq"}, 0),
+        ({"calib": "procedural"}, 0),
+        ({"calib": torch.rand(2, 3, 32, 32)}, 0),
+        ({"companions": 0}, 0),
+    ],
+    ids=["default", "nearest", "psaq", "procedural", "given", "none"],
+)
+def test_companions_by_default(seed: int, changes: dict[str, Any], expected: int) -> None:
+    settings: dict[str, Any] = {"samples": 2, "iters": 1, "model_kwargs": KWARGS, **changes}
+    record: Any = dfqvit.quantize(small_vit(), 4, 8, **settings).dfqvit_record
+    assert record.settings.get("companions", 0) == expected
+    assert record.samples == 2 + expected
 
 
 def test_at_least_one(seed: int) -> None:
