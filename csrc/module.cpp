@@ -1,14 +1,18 @@
 // The pybind11 module dfqvit._C: build facts, the choice of the CPU path, and a transformer block as Python's runtime
 // calls it. The operators themselves are in libdfqvit_ops, which this module is linked to and which knows no Python.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "dfqvit/int8_peak.h"
 #include "dfqvit/isa.h"
@@ -55,23 +59,21 @@ bool watched() {
          at::hasCallbacks();
 }
 
-bool plain(const at::Tensor& x) {
+bool usual(const at::Tensor& x) {
   using c10::DispatchKey;
-  static const c10::DispatchKeySet usual(
+  static const c10::DispatchKeySet known(
       {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU});
-  const bool strange = (x.key_set() - usual).highestFunctionalityKey() != DispatchKey::Undefined;
-  return !strange && x.device().is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 3;
+  return (x.key_set() - known).highestFunctionalityKey() == DispatchKey::Undefined && x.device().is_cpu();
 }
 
-// dfqvit::quant_block with constants that were prepared once. It answers only while it knows that the answer is the
-// operator's: the modules and tensors that it was made from are still in their places and hold the same values (the
-// packed weights apart, which the layer that owns them watches over), no hook waits inside the block, nobody watches,
-// and no gradient is wanted. Otherwise it returns None.
-class QuantBlock {
+// Whether what was computed once from modules and tensors still holds for a call: the modules and tensors are in their
+// places and hold the same values (the packed weights apart, which the layer that owns them watches over), no hook
+// waits inside, no forward was replaced, nobody watches, and no gradient is wanted.
+class Watch {
  public:
-  QuantBlock(const py::tuple& arguments, const std::vector<at::Tensor>& values, const py::list& places,
-             const py::list& empty, int64_t channels)
-      : QuantBlock(arguments_of(arguments), channels) {
+  Watch(const std::vector<at::Tensor>& values, const py::list& places, const py::list& empty, const py::list& absent,
+        int64_t channels)
+      : channels_(channels) {
     for (const at::Tensor& value : values) {
       live_.push_back(value);
       held_.push_back(value.detach().clone(at::MemoryFormat::Contiguous));
@@ -81,45 +83,14 @@ class QuantBlock {
       places_.push_back({triple[0].cast<py::dict>(), triple[1], triple[2], Py_TYPE(py::object(triple[2]).ptr())});
     }
     for (const py::handle dict : empty) empty_.push_back(py::reinterpret_borrow<py::dict>(dict));
-  }
-
-  // Whether it still is what the modules and tensors say.
-  bool current() const { return unchanged(); }
-
-  py::object call(const py::handle& x) const {
-    if (!THPVariable_CheckExact(x.ptr())) return py::none();
-    const at::Tensor& input = THPVariable_Unpack(x.ptr());
-    if (!plain(input) || input.size(2) != channels_ || watched() || !unchanged() || differentiated(input)) {
-      return py::none();
-    }
-    at::Tensor result;
-    {
-      py::gil_scoped_release release;
-      result = block_.run(input);
-    }
-    return py::cast(result);
-  }
-
- private:
-  struct Place {
-    py::dict owner;
-    py::object key, value;
-    PyTypeObject* type;
-  };
-
-  QuantBlock(const BlockArguments& a, int64_t channels) : block_(a, true), channels_(channels) {
-    for (const auto* tensors : {&a.norms, &a.weights, &a.biases, &a.weight_scales, &a.scales, &a.zeros}) {
-      for (const at::Tensor& tensor : *tensors) hold(tensor);
-    }
-    for (const auto* tensor : {&a.position_bias, &a.mask, &a.index, &a.acm, &a.hidden_scale}) {
-      if (*tensor) hold(**tensor);
+    for (const py::handle pair : absent) {
+      const auto both = pair.cast<py::tuple>();
+      absent_.emplace_back(both[0].cast<py::dict>(), both[1]);
     }
   }
 
-  // The block reads this tensor's memory, which torch may move: to share it with a process, for one.
-  void hold(const at::Tensor& tensor) { memory_.emplace_back(tensor, tensor.const_data_ptr()); }
-
-  bool unchanged() const {
+  // Whether all that it was made from is still there and as it was.
+  bool current() const {
     for (const Place& place : places_) {
       if (PyDict_GetItemWithError(place.owner.ptr(), place.key.ptr()) != place.value.ptr() ||
           Py_TYPE(place.value.ptr()) != place.type) {
@@ -129,8 +100,8 @@ class QuantBlock {
     for (const py::dict& dict : empty_) {
       if (PyDict_Size(dict.ptr()) != 0) return false;
     }
-    for (const auto& [tensor, address] : memory_) {
-      if (tensor.const_data_ptr() != address) return false;
+    for (const auto& [dict, key] : absent_) {
+      if (PyDict_GetItemWithError(dict.ptr(), key.ptr()) != nullptr) return false;
     }
     for (size_t i = 0; i < live_.size(); ++i) {
       const at::Tensor &live = live_[i], &held = held_[i];
@@ -144,21 +115,125 @@ class QuantBlock {
     return true;
   }
 
-  bool differentiated(const at::Tensor& x) const {
-    if (!c10::GradMode::is_enabled()) return false;
-    if (x.requires_grad()) return true;
-    for (const at::Tensor& value : live_) {
-      if (value.requires_grad()) return true;
+  // Whether it holds for a call with x, float32 [B, T, C], and with other tensors.
+  bool holds(const py::handle& x, const py::args& others) const {
+    if (!THPVariable_CheckExact(x.ptr())) return false;
+    const at::Tensor& input = THPVariable_Unpack(x.ptr());
+    if (!usual(input) || input.scalar_type() != at::kFloat || input.dim() != 3 || input.size(2) != channels_)
+      return false;
+    const bool gradients = c10::GradMode::is_enabled();
+    if (gradients && input.requires_grad()) return false;
+    for (const py::handle other : others) {
+      if (other.is_none()) continue;
+      if (!THPVariable_Check(other.ptr())) return false;
+      const at::Tensor& tensor = THPVariable_Unpack(other.ptr());
+      if (!usual(tensor) || (gradients && tensor.requires_grad())) return false;
     }
-    return false;
+    if (watched() || !current()) return false;
+    if (gradients) {
+      for (const at::Tensor& value : live_) {
+        if (value.requires_grad()) return false;
+      }
+    }
+    return true;
   }
 
-  Block block_;
+ private:
+  struct Place {
+    py::dict owner;
+    py::object key, value;
+    PyTypeObject* type;
+  };
+
   int64_t channels_;
-  std::vector<std::pair<at::Tensor, const void*>> memory_;
   std::vector<at::Tensor> live_, held_;
   std::vector<Place> places_;
   std::vector<py::dict> empty_;
+  std::vector<std::pair<py::dict, py::object>> absent_;
+};
+
+// dfqvit::quant_block with constants that were prepared once. It answers only while it knows that the answer is the
+// operator's; otherwise it returns None.
+class QuantBlock {
+ public:
+  QuantBlock(std::shared_ptr<Watch> watch, const py::tuple& arguments)
+      : QuantBlock(std::move(watch), arguments_of(arguments)) {}
+
+  bool current() const { return watch_->current() && in_place(); }
+
+  py::object call(const py::handle& x) const {
+    if (!watch_->holds(x, py::args()) || !in_place()) return py::none();
+    const at::Tensor& input = THPVariable_Unpack(x.ptr());
+    at::Tensor result;
+    {
+      py::gil_scoped_release release;
+      result = block_.run(input);
+    }
+    return py::cast(result);
+  }
+
+ private:
+  QuantBlock(std::shared_ptr<Watch> watch, const BlockArguments& a) : watch_(std::move(watch)), block_(a, true) {
+    for (const auto* tensors : {&a.norms, &a.weights, &a.biases, &a.weight_scales, &a.scales, &a.zeros}) {
+      for (const at::Tensor& tensor : *tensors) hold(tensor);
+    }
+    for (const auto* tensor : {&a.position_bias, &a.mask, &a.index, &a.acm, &a.hidden_scale}) {
+      if (*tensor) hold(**tensor);
+    }
+  }
+
+  // The block reads this tensor's memory, which torch may move: to share it with a process, for one.
+  void hold(const at::Tensor& tensor) { memory_.emplace_back(tensor, tensor.const_data_ptr()); }
+
+  bool in_place() const {
+    for (const auto& [tensor, address] : memory_) {
+      if (tensor.const_data_ptr() != address) return false;
+    }
+    return true;
+  }
+
+  std::shared_ptr<Watch> watch_;
+  Block block_;
+  std::vector<std::pair<at::Tensor, const void*>> memory_;
+};
+
+// An operator with most of its arguments given beforehand, called without Python's choice of a backend.
+class PreparedCall {
+ public:
+  PreparedCall(const std::string& name, const py::tuple& arguments, std::vector<size_t> places)
+      : operator_(c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "")), places_(std::move(places)) {
+    const auto& schema = operator_.schema().arguments();
+    if (arguments.size() > schema.size()) throw py::value_error("arguments were more than " + name + " has");
+    for (size_t i = 0; i < schema.size(); ++i) {
+      const bool open = std::find(places_.begin(), places_.end(), i) != places_.end();
+      if (open) {
+        constants_.emplace_back();
+      } else if (i < arguments.size()) {
+        constants_.push_back(torch::jit::toIValue(arguments[i], schema[i].type()));
+      } else {
+        constants_.push_back(schema[i].default_value().value());
+      }
+    }
+  }
+
+  py::object call(const py::args& given) const {
+    const auto& schema = operator_.schema().arguments();
+    if (given.size() != places_.size()) throw py::value_error("a prepared call takes one value for each open place");
+    torch::jit::Stack stack = constants_;
+    for (size_t i = 0; i < places_.size(); ++i) {
+      stack[places_[i]] = torch::jit::toIValue(given[i], schema[places_[i]].type());
+    }
+    {
+      py::gil_scoped_release release;
+      operator_.callBoxed(&stack);
+    }
+    return torch::jit::toPyObject(std::move(stack.front()));
+  }
+
+ private:
+  c10::OperatorHandle operator_;
+  std::vector<size_t> places_;
+  torch::jit::Stack constants_;
 };
 
 }  // namespace
@@ -203,11 +278,24 @@ PYBIND11_MODULE(_C, m) {
       "cpu_quota", [](const std::string& root) { return dfqvit::cpu_quota(root.c_str()); }, py::arg("root") = "",
       "CPUs that the control groups below `root` grant this process, 0 for no limit.");
   m.def("watched", &watched, "Whether a trace, a mode, a transform or a profiler would see calls of operators now.");
+  py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch",
+                                            "Whether what was prepared from modules and tensors still holds; see "
+                                            "dfqvit/runtime/prepared.py.")
+      .def(py::init<const std::vector<at::Tensor>&, const py::list&, const py::list&, const py::list&, int64_t>(),
+           py::arg("values"), py::arg("places"), py::arg("empty"), py::arg("absent"), py::arg("channels"))
+      .def("current", &Watch::current, "Whether all that it was made from is still there and as it was.")
+      .def("__call__", &Watch::holds, py::arg("x"),
+           "Whether it holds for a call with x, float32 [B, T, C], and with the other tensors.");
   py::class_<QuantBlock>(m, "QuantBlock",
                          "dfqvit::quant_block with prepared constants, for calls that nothing watches; see "
                          "dfqvit/runtime/block.py.")
-      .def(py::init<const py::tuple&, const std::vector<at::Tensor>&, const py::list&, const py::list&, int64_t>(),
-           py::arg("arguments"), py::arg("values"), py::arg("places"), py::arg("empty"), py::arg("channels"))
+      .def(py::init<std::shared_ptr<Watch>, const py::tuple&>(), py::arg("watch"), py::arg("arguments"))
       .def("current", &QuantBlock::current, "Whether all that it was made from is still there and as it was.")
       .def("__call__", &QuantBlock::call, py::arg("x"), "float32 [B, T, C] to the same, or None: see the class.");
+  py::class_<PreparedCall>(m, "PreparedCall",
+                           "A compiled operator with most of its arguments given beforehand, for calls that nothing "
+                           "watches; see dfqvit/runtime/prepared.py.")
+      .def(py::init<const std::string&, const py::tuple&, std::vector<size_t>>(), py::arg("name"), py::arg("arguments"),
+           py::arg("places"))
+      .def("__call__", &PreparedCall::call, "The result, for one value for each open place, in their order.");
 }

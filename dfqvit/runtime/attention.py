@@ -7,6 +7,7 @@ import torch
 from ..kernels.quant_attention.op import forward as quant_attention
 from ..kernels.quantize_heads.op import forward as quantize_heads
 from ..quantization.attention import AttentionOperands
+from .prepared import Bind, Call, through_torch
 
 _STEPS = 255  # of the probabilities, as `quant_attention` has them
 
@@ -47,26 +48,47 @@ class IntegerOperands(AttentionOperands):
         half: bool = False,
     ) -> torch.Tensor:
         """As AttentionOperands, float32 [B, heads, N, D]."""
-        heads, tokens = q.shape[1], q.shape[2]
-        common = bias is None or (bias.dim() == 3 or (bias.dim() == 4 and bias.shape[0] == 1))
-        turned = rope is None or rope.dim() in (2, 3)
-        if not common or not turned or k.shape != q.shape or _differentiated(q, k, v, bias):
-            return super().forward(q, k, v, scale, bias, mask, rope, half)
+        return self.bound(through_torch)(q, k, v, scale, bias, mask, rope, half)
+
+    def bound(self, bind: Bind) -> Call:
+        """`forward` as a function whose operators have their constants; see `prepared`."""
         in_scale = torch.stack((self.q.scale, self.k.scale, self.v.scale))
         in_zero = torch.stack((self.q.zero_point, self.k.zero_point, self.v.zero_point))
-        qkv = quantize_heads(q, k, v, in_scale, in_zero, self.q.bits, None if rope is None else rope.float(), half)
-        index = None
-        if mask is not None:  # the windows of an image are its tokens, one window after the other
-            windows = mask.shape[0]
-            qkv = qkv.view(-1, windows * tokens, qkv.shape[2])
-            index = torch.arange(windows * tokens, dtype=torch.int32, device=qkv.device).view(windows, tokens)
-            mask = mask.float()
-        if bias is not None:
-            bias = bias.view(-1, *bias.shape[-2:]).expand(heads, tokens, tokens).float().contiguous()
-        each = scale.float() if isinstance(scale, torch.Tensor) else None
-        once = 1.0 if isinstance(scale, torch.Tensor) else float(scale)
-        y = quant_attention(qkv, heads, in_scale, in_zero, once, bias, mask, index, None, None, 8, each)
-        return y.view(-1, tokens, heads, q.shape[3]).transpose(1, 2)
+        grid = (in_scale, in_zero, self.q.bits)
+        quantize = bind(quantize_heads, (None, None, None, *grid, None, False), (0, 1, 2, 6, 7))
+        given = (None, None, in_scale, in_zero, None, None, None, None, None, None, 8, None)
+        attend = bind(quant_attention, given, (0, 1, 4, 5, 6, 7, 11))
+
+        def call(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            scale: float | torch.Tensor,
+            bias: torch.Tensor | None = None,
+            mask: torch.Tensor | None = None,
+            rope: torch.Tensor | None = None,
+            half: bool = False,
+        ) -> torch.Tensor:
+            heads, tokens = q.shape[1], q.shape[2]
+            common = bias is None or (bias.dim() == 3 or (bias.dim() == 4 and bias.shape[0] == 1))
+            turned = rope is None or rope.dim() in (2, 3)
+            if not common or not turned or k.shape != q.shape or _differentiated(q, k, v, bias):
+                return AttentionOperands.forward(self, q, k, v, scale, bias, mask, rope, half)
+            qkv = quantize(q, k, v, None if rope is None else rope.float(), half)
+            index = None
+            if mask is not None:  # the windows of an image are its tokens, one window after the other
+                windows = mask.shape[0]
+                qkv = qkv.view(-1, windows * tokens, qkv.shape[2])
+                index = torch.arange(windows * tokens, dtype=torch.int32, device=qkv.device).view(windows, tokens)
+                mask = mask.float()
+            if bias is not None:
+                bias = bias.view(-1, *bias.shape[-2:]).expand(heads, tokens, tokens).float().contiguous()
+            each = scale.float() if isinstance(scale, torch.Tensor) else None
+            once = 1.0 if isinstance(scale, torch.Tensor) else float(scale)
+            y = attend(qkv, heads, once, bias, mask, index, each)
+            return y.view(-1, tokens, heads, q.shape[3]).transpose(1, 2)
+
+        return call
 
 
 def _differentiated(*tensors: torch.Tensor | None) -> bool:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from ..kernels import extension
 from ..kernels.dispatch import asked_table
@@ -20,11 +19,9 @@ from ..kernels.quant_block.op import forward as operator
 from ..quantization.layers import check_tokens
 from .company import lift
 from .parts import Parts, parts_of, watched_or_differentiated
+from .prepared import may_prepare, watch
 
 _ASKED = asked_table()
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
-_SETTINGS = ("eps", "num_heads", "scale", "approximate", "training")  # plain attributes that a block computes by
 
 
 class IntegerBlock(nn.Module):
@@ -79,20 +76,12 @@ class IntegerBlock(nn.Module):
     def _prepare(self, parts: Parts, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor | None:
         """The result by a prepared call that later calls find too; None where there can be none, or something watches."""
         module, _ = extension.load()
-        if module is None or x.device.type != "cpu" or module.watched():
+        if module is None or not may_prepare(x):
             return None
         held = self.__dict__.get("_prepared")
         if held is None or not held.current():
-            places: list[tuple[dict[str, Any], str, Any]] = []
-            empty: list[Any] = list(_GLOBAL_HOOKS)
-            for child in self.modules():
-                tables = (child._modules, child._parameters, child._buffers)
-                places += [(table, name, value) for table in tables for name, value in table.items()]
-                places += [(child.__dict__, name, child.__dict__[name]) for name in _SETTINGS if name in child.__dict__]
-                if child is not self:
-                    empty += [getattr(child, name) for name in _HOOKS]
-            values = [*parts.values(), *self.sources()]
-            held = module.QuantBlock(arguments, values, places, empty, parts.norms[0].weight.numel())
+            watching = watch(self, [*parts.values(), *self.sources()], parts.norms[0].weight.numel())
+            held = module.QuantBlock(watching, arguments)
             self.__dict__["_prepared"] = held
         return held(x)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,33 +11,32 @@ from ..kernels.layer_norm_quantize.op import forward as layer_norm_quantize
 from ..kernels.quant_linear.op import forward as quant_linear
 from ..quantization.layers import QuantLinear, check_tokens
 from .parts import NORMS, scaled
+from .prepared import Bind, Call, through_torch
+
+_X, _RESIDUAL = 0, 10  # their places among the arguments of `quant_linear`
 
 
 def product(
     layer: QuantLinear,
-    x: torch.Tensor,
     *,
     activation: str = "none",
-    residual: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     reader: QuantLinear | None = None,
-) -> torch.Tensor:
-    """What a frozen layer makes of x, in one pass.
+    bind: Bind = through_torch,
+) -> Call:
+    """What a frozen layer makes of its input, in one pass, as a function.
 
     Args:
         layer: whose product it is.
-        x: [..., K], float; or bytes on the grid of the layer's input.
         activation: of the result.
-        residual: float32 [..., N], added to it.
         gain: [N], LayerScale of the result; only for a layer without correction.
         reader: the layer that the result is rounded for.
+        bind: see `prepared`.
 
     Returns:
-        [..., N], float32, or bytes on the grid of the reader's input.
+        A function of x [..., K], float or bytes on the grid of the layer's input, and of a residual float32 [..., N] or None,
+        which is added to the result: [..., N], float32, or bytes on the grid of the reader's input.
     """
-    check_tokens(layer.acm, x)
-    if x.dtype != torch.uint8:
-        x = x.float() if layer.factor is None else x.float() / layer.factor
     grid: tuple[torch.Tensor | None, torch.Tensor | None, int, str] = (None, None, 8, "float32")
     if reader is not None:
         scale, size = reader.input.scale, (layer.out_features,)
@@ -44,19 +45,43 @@ def product(
         grid = (scale.expand(size).contiguous(), zero_point, reader.input.bits, "uint8")
     weight, acm, sums = layer.operands()
     bias = layer.bias if layer.bias is None or gain is None else layer.bias * gain
-    w_scale = scaled(layer.weight_scale, gain)
-    return quant_linear(
-        x, weight, bias, acm, layer.input.scale, layer.input.zero_point, w_scale,
-        layer.input.bits, layer.w_bits, activation, residual, *grid, sums,
+    w_scale, factor, correction = scaled(layer.weight_scale, gain), layer.factor, layer.acm
+    arguments = (
+        None, weight, bias, acm, layer.input.scale, layer.input.zero_point, w_scale,
+        layer.input.bits, layer.w_bits, activation, None, *grid, sums,
     )  # fmt: skip
+    run = bind(quant_linear, arguments, (_X, _RESIDUAL))
+
+    def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        check_tokens(correction, x)
+        if x.dtype != torch.uint8:
+            x = x.float() if factor is None else x.float() / factor
+        return run(x, residual)
+
+    return call
 
 
-def normed(norm: nn.Module, x: torch.Tensor, reader: QuantLinear | None) -> torch.Tensor:
-    """The norm of x, as bytes where it is a LayerNorm that one quantized layer alone reads."""
-    if reader is None or type(norm) not in NORMS or reader.factor is not None:
-        return norm(x)
+def linear(layer: Any, bind: Bind = through_torch) -> Any:
+    """The product of a frozen layer as a function; anything else as it is."""
+    return product(layer, bind=bind) if quantized(layer) else layer
+
+
+def quantized(layer: Any) -> bool:
+    """Whether it is a frozen QuantLinear."""
+    return type(layer) is QuantLinear and layer.frozen
+
+
+def normed(norm: nn.Module, reader: Any, bind: Bind = through_torch) -> Any:
+    """The norm as a function of x [..., C]: to bytes where it is a LayerNorm that one quantized layer, `reader`, alone reads."""
+    if not quantized(reader) or type(norm) not in NORMS or reader.factor is not None:
+        return norm
     weight, bias = norm.weight, norm.bias
     if weight is None or bias is None or weight.dtype != torch.float32 or bias.dtype != torch.float32:
-        return norm(x)
+        return norm
     grid = (reader.input.scale, reader.input.zero_point, reader.input.bits)
-    return layer_norm_quantize(x.float(), weight, bias, norm.eps, *grid)
+    run = bind(layer_norm_quantize, (None, weight, bias, norm.eps, *grid), (0,))
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return run(x.float())
+
+    return call

@@ -11,6 +11,7 @@ from torch import nn
 from ..quantization.layers import QuantLinear
 from .linear import product
 from .parts import activation_of, watched_or_differentiated
+from .prepared import Bind, Call, through_torch
 
 
 class IntegerMlp(Mlp):
@@ -41,9 +42,9 @@ class IntegerMlp(Mlp):
         """[..., C] to float32 [..., C']."""
         if watched_or_differentiated(self, x) or self.why_not(self):
             return super().forward(x)
-        return product(self.fc2, hidden_bytes(self, x))
+        return product(self.fc2)(hidden_bytes(self)(x))
 
 
-def hidden_bytes(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., H], what the second layer of an IntegerMlp takes; x [..., C] float, or bytes on the first one's grid."""
-    return product(mlp.fc1, x, activation=activation_of(mlp.act) or "none", reader=mlp.fc2)
+def hidden_bytes(mlp: Any, bind: Bind = through_torch) -> Call:
+    """What the second layer of an IntegerMlp takes, uint8 [..., H], as a function of x [..., C], float or bytes."""
+    return product(mlp.fc1, activation=activation_of(mlp.act) or "none", reader=mlp.fc2, bind=bind)

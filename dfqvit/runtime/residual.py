@@ -16,15 +16,18 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_relpos import RelPosBlock
 from torch import nn
 
-from ..models.adapters.attentions import QUANTIZED
-from ..quantization.layers import QuantLinear
+from ..kernels.dispatch import asked_table
+from ..models.adapters.attentions import QUANTIZED, Parts
 from .attention import IntegerOperands
 from .company import lift
-from .linear import normed, product
+from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
 from .parts import watched_or_differentiated
+from .prepared import Bind, Call, Trying, compiled, may_prepare, small_tensors, through_torch, watch
 
+_ASKED = asked_table()
 _GATED = (GluMlp, SwiGLU)
+_PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
 
 
 class IntegerResidual(nn.Module):
@@ -47,29 +50,66 @@ class IntegerResidual(nn.Module):
             return f"its MLP is a {type(mlp).__name__}"
         gains = _gains(block)
         for layer, gain in zip((attention.proj, mlp.fc2), gains, strict=True):
-            if type(layer) is not QuantLinear or not layer.frozen:
+            if not quantized(layer):
                 return "a last layer is not quantized"
             if gain is not None and (layer.acm is not None or gain.dtype != torch.float32):
                 return "a correction lies before a LayerScale"
-        return (
-            "" if all(isinstance(gain, (torch.Tensor, type(None))) for gain in gains) else "a LayerScale is not known"
-        )
+        if not all(isinstance(gain, (torch.Tensor, type(None))) for gain in gains):
+            return "a LayerScale is not known"
+        for module in block.modules():
+            if module is not block and "forward" in vars(module):
+                return f"the forward of a {type(module).__name__} was replaced"
+        return ""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, N, C] to float32 [B, N, C]; further arguments as timm's block takes them, for the attention."""
+        prepare = not _ASKED and not torch.compiler.is_compiling()
+        if prepare:
+            watching, steps = self.__dict__.get("_prepared", (None, None))
+            if watching is not None and watching(x, *_tensors(args, kwargs)):
+                return steps(x, *args, **kwargs)
         if watched_or_differentiated(self, x) or self.why_not(self):
             lift()
             return super().forward(x, *args, **kwargs)
-        attention, mlp, (first, second) = self.attn, self.mlp, _gains(self)
+        if not prepare or not may_prepare(x) or x.dim() != 3:
+            return _Steps(self, through_torch)(x, *args, **kwargs)
+        trying = Trying()
+        result = _Steps(self, trying)(x, *args, **kwargs)
+        if trying.on_cpu:
+            with torch.no_grad():
+                prepared = watch(self, small_tensors(self), x.shape[2]), _Steps(self, compiled)
+            self.__dict__["_prepared"] = prepared
+        return result
+
+    def __getstate__(self: Any) -> dict[str, Any]:
+        """Without the prepared steps, which a copy makes for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+
+class _Steps:
+    """What a residual block computes, one function a step, with all that is constant in it taken from the block once."""
+
+    def __init__(self, block: Any, bind: Bind) -> None:
+        attention, mlp, (first, second) = block.attn, block.mlp, _gains(block)
         alone = getattr(attention, "gate", None) is None
-        y = normed(self.norm1, x, _quantized(attention.qkv) if alone else None)
-        x = product(attention.proj, attention.mixed(y, *args, **kwargs), residual=x.float(), gain=first)
-        y = normed(self.norm2, x, _quantized(getattr(mlp, "fc1", None)))
-        return product(mlp.fc2, _hidden(mlp, y), residual=x, gain=second)
+        self.attention = attention
+        self.norm1 = normed(block.norm1, getattr(attention, "qkv", None) if alone else None, bind)
+        projections = {name: getattr(attention, name, None) for name in _PROJECTIONS}
+        found = {name: None if layer is None else linear(layer, bind) for name, layer in projections.items()}
+        self.parts = Parts(attention.operands.bound(bind), **found)
+        self.proj = product(attention.proj, gain=first, bind=bind)
+        self.norm2 = normed(block.norm2, getattr(mlp, "fc1", None), bind)
+        self.hidden = _hidden(mlp, bind)
+        self.fc2 = product(mlp.fc2, gain=second, bind=bind)
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = x.float()
+        x = self.proj(self.attention.mixed(self.norm1(x), *args, parts=self.parts, **kwargs), x)
+        return self.fc2(self.hidden(self.norm2(x)), x)
 
 
-def _quantized(layer: Any) -> QuantLinear | None:
-    return layer if type(layer) is QuantLinear and layer.frozen else None
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
 
 
 def _gains(block: Any) -> tuple[Any, Any]:
@@ -84,14 +124,23 @@ def _gains(block: Any) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def _hidden(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """What the last layer of one of timm's MLPs takes; x may be bytes, where one layer alone reads it."""
+def _hidden(mlp: Any, bind: Bind) -> Call:
+    """What the last layer of one of timm's MLPs takes, as a function of x, which may be bytes where one layer alone reads it."""
+    if type(mlp) is IntegerMlp:
+        return hidden_bytes(mlp, bind)
     if isinstance(mlp, Mlp):
-        return hidden_bytes(mlp, x) if type(mlp) is IntegerMlp else mlp.norm(mlp.act(mlp.fc1(x)))
+        fc1 = linear(mlp.fc1, bind)
+        return lambda x: mlp.norm(mlp.act(fc1(x)))
     if isinstance(mlp, GluMlp):
-        first, second = mlp.fc1(x).chunk(2, dim=-1)
-        return mlp.norm(first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second)
-    return mlp.norm(mlp.act(mlp.fc1_g(x)) * mlp.fc1_x(x))
+        both = linear(mlp.fc1, bind)
+
+        def packed(x: torch.Tensor) -> torch.Tensor:
+            first, second = both(x).chunk(2, dim=-1)
+            return mlp.norm(first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second)
+
+        return packed
+    gate, values = linear(mlp.fc1_g, bind), linear(mlp.fc1_x, bind)
+    return lambda x: mlp.norm(mlp.act(gate(x)) * values(x))
 
 
 class IntegerEvaBlock(IntegerResidual, EvaBlock):

@@ -133,3 +133,59 @@ def test_compiled_and_exported(unusual):
         batch = torch.export.Dim("batch", min=1, max=64)
         program = torch.export.export(qmodel, (images,), dynamic_shapes=({0: batch},))
         assert torch.equal(program.module()(images[:3]), qmodel(images[:3]))
+
+
+def test_prepared_calls_give_what_the_operators_give(unusual):
+    qmodel, images = quantized(unusual, 4)
+    accelerate(qmodel)
+    with torch.no_grad():
+        first, second = qmodel(images), qmodel(images)
+        assert all("_prepared" in block.__dict__ for block in residual(qmodel))
+        with Operators() as operators:
+            watched = qmodel(images)
+        with dfqvit.kernels.use_backend("cpu"):
+            asked = qmodel(images)
+        assert "dfqvit::quant_linear" in operators.called
+        for found in (second, watched, asked):
+            assert torch.equal(found, first)
+        fewer = images[:1]
+        assert torch.equal(qmodel(fewer), copy.deepcopy(qmodel)(fewer))
+
+
+@pytest.mark.parametrize("change", ["forward", "hook", "scale", "setting", "state"])
+def test_what_is_changed_after_a_call_counts(unusual, change):
+    qmodel, images = quantized(unusual, 8)
+    accelerate(qmodel)
+    with torch.no_grad():
+        before = qmodel(images)
+        assert torch.equal(qmodel(images), before)
+        layer = residual(qmodel)[1].mlp.fc2
+        if change == "forward":
+            layer.forward = lambda x: torch.zeros(*x.shape[:-1], layer.out_features)
+        elif change == "hook":
+            layer.register_forward_hook(lambda *a: a[2] * 0)
+        elif change == "scale":
+            layer.weight_scale.mul_(2)
+        elif change == "setting":
+            residual(qmodel)[1].norm2.eps = 10.0
+        else:
+            state = {name: value.clone() for name, value in qmodel.state_dict().items()}
+            name = next(name for name in state if name.endswith("blocks.1.mlp.fc2.weight_packed"))
+            state[name] = 255 - state[name]
+            qmodel.load_state_dict(state)
+        found = qmodel(images)
+        assert not torch.equal(found, before)
+        if change in ("scale", "state"):
+            assert torch.equal(found, copy.deepcopy(qmodel)(images))
+
+
+def test_a_gradient_after_a_call_is_the_simulated_ones(unusual):
+    qmodel, images = quantized(unusual, 4)
+    theirs, ours = images.clone().requires_grad_(), images.clone().requires_grad_()
+    qmodel(theirs).square().sum().backward()
+    accelerate(qmodel)
+    with torch.no_grad():
+        qmodel(images)
+        qmodel(images)
+    qmodel(ours).square().sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)

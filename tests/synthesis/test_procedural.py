@@ -87,7 +87,7 @@ def test_companions_stand_beside_the_synthetic_images(seed: int) -> None:
         ({"rounding": "nearest"}, 0),
         ({"placement": "psaq"}, 0),
         ({"calib": "procedural"}, 0),
-        ({"calib": torch.rand(2, 3, 32, 32)}, 0),
+        ({"calib": torch.randn(2, 3, 32, 32)}, 0),
         ({"companions": 0}, 0),
     ],
     ids=["default", "nearest", "psaq", "procedural", "given", "none"],

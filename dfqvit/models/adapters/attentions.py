@@ -7,6 +7,8 @@ another attention, add its class here and to `QUANTIZED`; what is not named ther
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,8 +50,22 @@ def _together(y: torch.Tensor) -> torch.Tensor:
     return y.transpose(1, 2).flatten(2)
 
 
+@dataclass
+class Parts:
+    """What projects and multiplies in an attention: its own layers, or functions that stand for them."""
+
+    operands: Callable[..., torch.Tensor]
+    qkv: Callable[..., torch.Tensor] | None = None
+    q_proj: Callable[..., torch.Tensor] | None = None
+    k_proj: Callable[..., torch.Tensor] | None = None
+    v_proj: Callable[..., torch.Tensor] | None = None
+
+
 class _Projecting:
-    """An attention in two steps: `mixed` gives the values as they are mixed, `forward` projects them."""
+    """An attention in two steps: `mixed` gives the values as they are mixed, `forward` projects them.
+
+    `mixed` computes by the attention's own layers, or by `parts` in their place.
+    """
 
     operands: AttentionOperands
 
@@ -66,11 +82,18 @@ class _Projecting:
 class QuantAttention(_Projecting, Attention):
     """Of ViT, DeiT and most others."""
 
-    def mixed(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+    def mixed(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        parts: Parts | None = None,
+    ) -> torch.Tensor:
         """[B, N, C] to [B, N, C]; attn_mask is boolean or added to the scores."""
-        q, k, v = _apart(self.qkv(x), self.num_heads)
+        use: Any = parts or self
+        q, k, v = _apart(use.qkv(x), self.num_heads)
         bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
-        return self.normed(x, self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+        return self.normed(x, use.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
 
 
 class _RotaryAttention(_Projecting):
@@ -82,14 +105,16 @@ class _RotaryAttention(_Projecting):
         rope: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
+        parts: Parts | None = None,
     ) -> torch.Tensor:
         """[B, N, C] to [B, N, C]; rope [..., N - prefix, 2 * D] holds sines, then cosines."""
+        use: Any = parts or self
         if self.qkv is not None:
-            q, k, v = _apart(self.qkv(x), self.num_heads)
+            q, k, v = _apart(use.qkv(x), self.num_heads)
         else:
             q, k, v = (
                 layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                for layer in (self.q_proj, self.k_proj, self.v_proj)
+                for layer in (use.q_proj, use.k_proj, use.v_proj)
             )
         q, k = self.q_norm(q), self.k_norm(k)
         groups = self.num_heads // k.shape[1]
@@ -97,7 +122,7 @@ class _RotaryAttention(_Projecting):
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
         half = getattr(self, "rotate_half", False)
-        return self.normed(x, self.operands(q, k, v, self.scale, bias, rope=rope, half=half))
+        return self.normed(x, use.operands(q, k, v, self.scale, bias, rope=rope, half=half))
 
 
 class QuantAttentionRope(_RotaryAttention, AttentionRope):
@@ -111,23 +136,29 @@ class QuantEvaAttention(_RotaryAttention, EvaAttention):
 class QuantBeitAttention(_Projecting, BeitAttention):
     """Of BEiT: a table of relative positions."""
 
-    def mixed(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
+    def mixed(
+        self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None, parts: Parts | None = None
+    ) -> torch.Tensor:
         """[B, N, C] to [B, N, C]."""
-        q, k, v = _apart(self.qkv(x), self.num_heads)
+        use: Any = parts or self
+        q, k, v = _apart(use.qkv(x), self.num_heads)
         bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
-        return self.normed(x, self.operands(q, k, v, self.scale, bias))
+        return self.normed(x, use.operands(q, k, v, self.scale, bias))
 
 
 class QuantRelPosAttention(_Projecting, RelPosAttention):
     """Of the ViTs with relative positions: a table, or a network that makes one."""
 
-    def mixed(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
+    def mixed(
+        self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None, parts: Parts | None = None
+    ) -> torch.Tensor:
         """[B, N, C] to [B, N, C]."""
-        q, k, v = _apart(self.qkv(x), self.num_heads)
+        use: Any = parts or self
+        q, k, v = _apart(use.qkv(x), self.num_heads)
         bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-        return self.normed(x, self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+        return self.normed(x, use.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
 
 
 class QuantSamAttention(SamAttention):

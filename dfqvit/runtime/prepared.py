@@ -1,0 +1,108 @@
+"""Operators with their constants given once, and the watch over what these were made from.
+
+An operator that is called from Python finds its backend, checks and converts its arguments anew each time: tens of microseconds,
+which at one image is as much as the product of a small layer. So a block binds its operators to their constants (`Bind`),
+either through torch's dispatcher, where a trace, a mode or a transform sees them, or, where nothing watches, as compiled calls.
+Compiled calls are kept only together with a `Watch` (csrc/module.cpp), which is asked before every use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..kernels import extension
+from ..kernels.dispatch import Operator
+from ..quantization.layers import PREPARED
+
+Call = Callable[..., torch.Tensor]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
+# plain attributes that a block computes by
+_SETTINGS = (
+    "eps", "num_heads", "head_dim", "scale", "approximate", "training", "bits", "w_bits", "frozen", "steps", "rotate_half",
+    "gate_last",
+)  # fmt: skip
+_PACKED = ("weight_packed", *PREPARED)  # the layer that owns these remakes them when they change
+
+
+class Bind(Protocol):
+    """Makes a function of the arguments at `places` from an operator and all its arguments."""
+
+    def __call__(self, operator: Operator, arguments: tuple[Any, ...], places: tuple[int, ...]) -> Call: ...
+
+
+def through_torch(operator: Operator, arguments: tuple[Any, ...], places: tuple[int, ...]) -> Call:
+    """Binds by torch's dispatcher."""
+
+    def call(*given: Any) -> torch.Tensor:
+        filled = list(arguments)
+        for place, value in zip(places, given, strict=True):
+            filled[place] = value
+        return operator(*filled)
+
+    return call
+
+
+def compiled(operator: Operator, arguments: tuple[Any, ...], places: tuple[int, ...]) -> Call:
+    """Binds the compiled backend of the CPU, which must be known to serve."""
+    module, _ = extension.load()
+    assert module is not None
+    return module.PreparedCall(f"dfqvit_cpu::{operator.name}", arguments, list(places))
+
+
+class Trying:
+    """Binds by torch's dispatcher, and notes whether every call would have been the compiled backend's of the CPU."""
+
+    def __init__(self) -> None:
+        self.on_cpu = True
+
+    def __call__(self, operator: Operator, arguments: tuple[Any, ...], places: tuple[int, ...]) -> Call:
+        run = through_torch(operator, arguments, places)
+
+        def call(*given: Any) -> torch.Tensor:
+            filled = list(arguments)
+            for place, value in zip(places, given, strict=True):
+                filled[place] = value
+            self.on_cpu &= operator.resolve(*filled).name == "cpu"
+            return run(*given)
+
+        return call
+
+
+def watch(module: nn.Module, values: list[torch.Tensor], channels: int) -> Any:
+    """The watch over a module whose constants were made from `values`, for inputs [B, T, channels]."""
+    compiled_module, _ = extension.load()
+    assert compiled_module is not None
+    places: list[tuple[dict[str, Any], str, Any]] = []
+    empty: list[Any] = list(_GLOBAL_HOOKS)
+    absent: list[tuple[dict[str, Any], str]] = []
+    for child in module.modules():
+        tables = (child._modules, child._parameters, child._buffers)
+        places += [(table, name, value) for table in tables for name, value in table.items()]
+        places += [(child.__dict__, name, child.__dict__[name]) for name in _SETTINGS if name in child.__dict__]
+        if child is not module:
+            empty += [getattr(child, name) for name in _HOOKS]
+            absent.append((child.__dict__, "forward"))
+    return compiled_module.Watch(values, places, empty, absent, channels)
+
+
+def small_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """The parameters and buffers of a module, without the packed weights."""
+    return [
+        tensor
+        for child in module.modules()
+        for table in (child._parameters, child._buffers)
+        for name, tensor in table.items()
+        if tensor is not None and name not in _PACKED
+    ]
+
+
+def may_prepare(x: torch.Tensor) -> bool:
+    """Whether calls could be compiled here and now: a CPU, the compiled module, and nobody who watches."""
+    module, _ = extension.load()
+    return module is not None and x.device.type == "cpu" and not module.watched()
