@@ -10,7 +10,7 @@ from torch import nn
 
 from ..quantization.layers import QuantLinear
 from .linear import product
-from .parts import activation_of, watched_or_differentiated
+from .parts import activation_of, replaced_forward, watched_or_differentiated
 from .prepared import Bind, Call, through_torch
 
 
@@ -36,7 +36,7 @@ class IntegerMlp(Mlp):
             return "its first layer has a correction or factors for its channels"
         if type(mlp.norm) is not nn.Identity:
             return "it has a norm"
-        return "" if activation_of(mlp.act) else f"its activation is {type(mlp.act).__name__}"
+        return replaced_forward(mlp) if activation_of(mlp.act) else f"its activation is {type(mlp.act).__name__}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., C] to float32 [..., C']."""

@@ -138,9 +138,8 @@ def parts_of(block: Any) -> Parts | str:
     activation = activation_of(mlp.act)
     if activation is None:
         return f"its activation is {type(mlp.act).__name__}"
-    for module in block.modules():
-        if module is not block and "forward" in vars(module):
-            return f"the forward of a {type(module).__name__} was replaced"
+    if other := replaced_forward(block):
+        return other
     return Parts(
         norms,
         linears,
@@ -167,6 +166,14 @@ def watched_or_differentiated(module: nn.Module, x: torch.Tensor) -> bool:
         return True
     inside = (child for child in module.modules() if child is not module)
     return any(child._forward_hooks or child._forward_pre_hooks for child in inside)
+
+
+def replaced_forward(module: nn.Module) -> str:
+    """Why a module is not what its class says, where somebody gave one inside it a forward of its own, or ""."""
+    for child in module.modules():
+        if child is not module and "forward" in vars(child):
+            return f"the forward of a {type(child).__name__} was replaced"
+    return ""
 
 
 def activation_of(module: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from .attention import IntegerOperands
 from .company import lift
 from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
-from .parts import watched_or_differentiated
+from .parts import replaced_forward, watched_or_differentiated
 from .prepared import Bind, Call, Trying, compiled, may_prepare, small_tensors, through_torch, watch
 
 _ASKED = asked_table()
@@ -56,10 +56,7 @@ class IntegerResidual(nn.Module):
                 return "a correction lies before a LayerScale"
         if not all(isinstance(gain, (torch.Tensor, type(None))) for gain in gains):
             return "a LayerScale is not known"
-        for module in block.modules():
-            if module is not block and "forward" in vars(module):
-                return f"the forward of a {type(module).__name__} was replaced"
-        return ""
+        return replaced_forward(block)
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, N, C] to float32 [B, N, C]; further arguments as timm's block takes them, for the attention."""

@@ -124,6 +124,20 @@ def test_tensors_that_are_written_in_place_count(integer):
         assert torch.equal(qmodel(images), afresh(qmodel)(images)), name
 
 
+@pytest.mark.parametrize("place", ["norm2", "mlp.fc1", "attn.proj"])
+def test_a_forward_given_to_an_instance_counts(integer, place):
+    qmodel, images = integer
+    before = qmodel(images)
+    part = blocks(qmodel)[0].get_submodule(place)
+    computes = part.forward
+    part.forward = lambda x: 2 * computes(x)
+    changed = qmodel(images)
+    assert not torch.equal(changed, before)
+    assert torch.equal(changed, afresh(qmodel)(images))
+    del part.forward
+    assert torch.equal(qmodel(images), before)
+
+
 def test_replaced_parameters_and_submodules_count(integer):
     qmodel, images = integer
     block = blocks(qmodel)[0]
