@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .api import quantize
     from .errors import DfqvitError, Interrupted, UsageError
     from .kernels import set_backend
-    from .models import demo
+    from .models import demo, from_transformers
     from .patching import patch
     from .progress import Progress
     from .runtime import integer_report
@@ -35,6 +35,7 @@ _HOMES = {
     "Progress": "progress",
     "UsageError": "errors",
     "demo": "models",
+    "from_transformers": "models",
     "integer_report": "runtime",
     "kernels": "",
     "load": "storage",
@@ -52,6 +53,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "demo",
+    "from_transformers",
     "integer_report",
     "kernels",
     "load",

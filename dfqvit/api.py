@@ -143,8 +143,6 @@ def quantize(
     runtime: str = "auto",
     progress: bool = True,
     report: Callable[[Progress], None] | None = None,
-    report_layers: Callable[[int, int], None] | None = None,
-    report_blocks: Callable[[int, int], None] | None = None,
     **synthesis: Any,
 ) -> nn.Module:
     """Quantizes a timm vision transformer without data and without fine-tuning.
@@ -191,8 +189,6 @@ def quantize(
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
         progress: shows a bar on stderr for each stage, with the time left.
         report: called with a `Progress` after every step of every stage: the synthesis, calibration, rounding, ...
-        report_layers: with size_budget, called with (layers measured, all layers).
-        report_blocks: with reconstruct, called with (blocks done, all blocks).
         synthesis: further settings of `SynthesisConfig`.
 
     Returns:
@@ -264,11 +260,11 @@ def quantize(
         images = with_companions(images, companions, seed, preprocessing)
         images = in_fixed_order(images)
         if size_budget is not None:
-            recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
+            recipe = allocate_bits(model, images, recipe, size_budget)
             qmodel = convert(model, recipe)
         if reconstruct:
             observe(qmodel, images, recipe)
-            reconstruct_blocks(model, qmodel, images, reconstruct, seed, report_blocks)
+            reconstruct_blocks(model, qmodel, images, reconstruct, seed)
             freeze(qmodel)
         else:
             calibrate(qmodel, images, recipe)

@@ -23,24 +23,7 @@ import dfqvit.cli
 from dfqvit import cli, demo
 from dfqvit.models import load_model
 
-QUICK = ["--samples", "2", "--iters", "2"]
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the program in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        status = cli.run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-def said(err):
-    """The program's own lines on stderr, without progress bars."""
-    return [line for line in err.replace("\r", "\n").split("\n") if line.startswith("dfqvit:")]
+from ..conftest import QUICK, said
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from dfqvit.models.adapters import find_adapter
 from dfqvit.studies.diagnosis import diagnose, layer_divergence
 from dfqvit.synthesis import SynthesisConfig
 
-from ..cli.test_commands import run, said  # noqa: F401 (run is a fixture)
+from ..conftest import said
 
 
 @pytest.fixture(scope="module", params=["demo", "demo-swin"])
@@ -134,7 +134,7 @@ def test_image_statistics_of_known_images():
     assert image_statistics(slow, preprocessing)["likeness"] == 0
 
 
-def test_command(run, tmp_path):  # noqa: F811
+def test_command(run, tmp_path):
     out = tmp_path / "q"
     assert run("quantize", "demo", "--calib", "noise", "--samples", 2, "--out", out)[0] == 0
     file = out / "model.safetensors"
@@ -158,7 +158,7 @@ def test_command(run, tmp_path):  # noqa: F811
         assert message in said(err)[0]
 
 
-def test_gradients(run, tmp_path):  # noqa: F811
+def test_gradients(run, tmp_path):
     arguments = ["diagnose", "--gradients", "demo", "--samples", 2, "--iters", 6, "--seed", 4, "--out", tmp_path]
     status, stdout, _ = run(*arguments, "--json")
     norms = json.loads(stdout)["norms"]
