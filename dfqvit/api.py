@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,10 +70,20 @@ class QuantizationRecord:
         )
 
 
-class Described:
-    """Mixed into a quantized model: a repr of a few lines. `nn.Module.__repr__(model)` shows all its modules."""
+class QuantizedModel(nn.Module):
+    """What `quantize` and `load` return: a model of timm's class that is also of this one.
+
+    Its repr is a few lines, and a table in a notebook; `nn.Module.__repr__(model)` shows all its modules.
+
+    Attributes:
+        dfqvit_record: how it was quantized.
+        dfqvit_spec: what timm builds its structure from.
+        pretrained_cfg: how its images are prepared, as `timm.data.resolve_model_data_config` reads it.
+    """
 
     dfqvit_record: QuantizationRecord
+    dfqvit_spec: ModelSpec
+    pretrained_cfg: dict[str, Any]
 
     def __repr__(self) -> str:
         title, *rows = _described(self)
@@ -144,7 +154,7 @@ def quantize(
     progress: bool = True,
     report: Callable[[Progress], None] | None = None,
     **synthesis: Any,
-) -> nn.Module:
+) -> QuantizedModel:
     """Quantizes a timm vision transformer without data and without fine-tuning.
 
     Args:
@@ -192,7 +202,7 @@ def quantize(
         synthesis: further settings of `SynthesisConfig`.
 
     Returns:
-        A quantized copy, an `nn.Module` in eval mode; `dfqvit.save` writes it.
+        A quantized copy in eval mode; `dfqvit.save` writes it.
 
     Raises:
         UsageError: an argument does not fit; before any work is done.
@@ -289,7 +299,7 @@ def quantize(
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
     preprocessing.write_to(qmodel)
     set_runtime(qmodel, runtime)
-    return quantized(qmodel, Described)
+    return cast(QuantizedModel, quantized(qmodel, QuantizedModel))
 
 
 def companion_count(companions: int | None, calib: str | torch.Tensor, recipe: Recipe) -> int:

@@ -25,12 +25,6 @@ def models(request):
     return model, dfqvit.synthesize(model, 16, 30, 0)
 
 
-@pytest.fixture(autouse=True)
-def few_crops(monkeypatch):
-    """Quick: 3 crops of an image in place of 12."""
-    monkeypatch.setattr("dfqvit.calibration.observation.VIEWS", 48)
-
-
 def integers_of(qmodel):
     return {name: tensor for name, tensor in qmodel.state_dict().items() if name.endswith("weight_packed")}
 

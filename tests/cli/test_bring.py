@@ -45,7 +45,7 @@ def program(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("backend", ["cuda", "cudda", "quant_linear=cpuu"])
+@pytest.mark.parametrize("backend", ["cuda", "quant_linear=cpuu"])
 def test_a_backend_that_cannot_serve_is_one_line(tmp_path, backend):
     if backend == "cuda" and torch.cuda.is_available():
         pytest.skip("it can serve here")
