@@ -43,16 +43,20 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_classes": 7,
     },
 }
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split())  # files, and tests by file::name
 QUICK = ["--samples", "2", "--iters", "2"]  # of a synthesis on the command line
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of which one parameter is a GPU, or a backend that runs on one, are of those that `-m gpu` selects."""
+    """Marks the tests that `-m gpu` selects: those of which one parameter is a GPU or a backend that runs on one; and the slow."""
     on_gpu = {"cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda", "triton"}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("device") in on_gpu or params.get("backend") in on_gpu:
             item.add_marker(pytest.mark.gpu)
+        name = item.nodeid.partition("[")[0]
+        if name in SLOW or name.partition("::")[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -277,7 +277,8 @@ def test_benchmark_explains_its_ratio(run):
     assert "how many times as fast as the float model beside it. Both had 3 turns" in stdout
 
 
-def test_demo_on_a_few_images(run, tmp_path):
+def test_demo_on_a_few_images(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dfqvit.cli.demo._SECONDS", 0.02)  # a turn of the race
     status, stdout, _ = run("demo", "--images", 250, *QUICK, "--out", tmp_path, "--json")
     top1 = json.loads(stdout)["top1"]
     assert status == 0
