@@ -13,7 +13,7 @@ import math
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -208,7 +208,10 @@ def assert_close(result: torch.Tensor, exact: Exact, tolerance: float) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_cases(backend: Live, seed: int) -> None:
-    check(random_case(seed, 70 if backend.name == "triton" and INTERPRETED else 120), backend)
+    case = random_case(seed, 70 if INTERPRETED else 120)
+    if INTERPRETED:  # one image of one layer: other tests have several
+        case = replace(case, features=case.features[:1, : case.windows])
+    check(case, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -225,7 +228,7 @@ def test_half_precision(backend: Live, dtype: torch.dtype) -> None:
         ((1, 2, 65, 17) if INTERPRETED else (2, 20, 65, 17), 10, 0.01, 1),  # one row over; many sets
         ((1, 1, 129, 130), 10, 0.01, 1),  # one set for all threads
         ((1, 4 if INTERPRETED else 8, 49, 32), 10, 0.01, 4),  # Swin
-        ((1, 2, 33, 1024), 10, 0.01, 1),  # the deepest
+        ((1, 1, 17, 260) if INTERPRETED else (1, 2, 33, 1024), 10, 0.01, 1),  # the deepest
         ((1, 1, 40, 3), 300, 0.01, 1),  # many places
         ((1, 1, 9, 41), 10, 100.0, 1),  # a bandwidth beyond the range
         ((1, 1, 17, 1), 10, 0.01, 1),  # similarities are 1 and -1
@@ -325,9 +328,9 @@ def test_explicit_range(backend: Live) -> None:
     assert (kernels.patch_similarity_entropy(leaf, value_range=zero_width) == 0).all()
 
 
-@pytest.mark.parametrize("part", [1, 3] if INTERPRETED else [1, 5, 17])
+@pytest.mark.parametrize("part", [2] if INTERPRETED else [1, 5, 17])
 def test_micro_batches_with_the_range_of_the_whole(backend: Live, part: int) -> None:
-    features = (torch.randn(2, 4 if INTERPRETED else 36, 26, 12) + 0.8).to(backend.device).requires_grad_()
+    features = (torch.randn(2, 3 if INTERPRETED else 36, 26, 12) + 0.8).to(backend.device).requires_grad_()
     whole = kernels.patch_similarity_entropy(features)
     whole.sum().backward()
     parts = features.detach().split(part, dim=1)
@@ -363,10 +366,10 @@ def test_no_gradient_flows_through_the_range() -> None:
 
 
 def test_opcheck(backend: Live) -> None:
-    features = torch.randn(1 if INTERPRETED else 2, 4, 12, 9, device=backend.device)
+    features = torch.randn((1, 2, 5, 3) if INTERPRETED else (2, 4, 12, 9), device=backend.device)
     ends = kernels.similarity_range(features)
     entropy, density = op.forward(features, ends, 10, 0.01, 2)
-    assert density.shape == (len(features), 2, 10)
+    assert density.shape == (len(features), features.shape[1] // 2, 10)
     torch.library.opcheck(torch.ops.dfqvit.similarity_range.default, (features,))
     torch.library.opcheck(torch.ops.dfqvit.patch_similarity_entropy.default, (features, ends, 10, 0.01, 2))
     backward = torch.ops.dfqvit.patch_similarity_entropy_backward.default
