@@ -94,6 +94,11 @@ def _activation(config: Any) -> str:
     return _ACTIVATIONS[config.hidden_act]
 
 
+def _ratio(hidden: int, width: int) -> float:
+    """What timm makes `hidden` channels of: it takes the whole part of the product with `width`."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+
+
 def _vit(config: Any, **more: Any) -> dict[str, Any]:
     width = config.hidden_size
     hidden = getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio)
@@ -104,7 +109,7 @@ def _vit(config: Any, **more: Any) -> dict[str, Any]:
         "embed_dim": width,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": hidden / width,
+        "mlp_ratio": _ratio(hidden, width),
         "qkv_bias": config.qkv_bias,
         "norm_layer": functools.partial(LayerNorm, eps=config.layer_norm_eps),
         "act_layer": _activation(config),
@@ -118,7 +123,7 @@ def _dinov2(config: Any) -> dict[str, Any]:
     if config.use_swiglu_ffn:
         hidden = (int(int(config.hidden_size * config.mlp_ratio) * 2 / 3) + 7) // 8 * 8
         packed = functools.partial(GluMlp, gate_last=False)
-        found |= {"mlp_layer": packed, "act_layer": "silu", "mlp_ratio": 2 * hidden / config.hidden_size}
+        found |= {"mlp_layer": packed, "act_layer": "silu", "mlp_ratio": _ratio(2 * hidden, config.hidden_size)}
     return found
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from .checkpoint import first_line
 from .preprocessing import Preprocessing, image_shape
 from .spec import ModelSpec, plain
 from .twin_families import JOINED, OLD, TWINS, Family, Renames, State
 
-TOLERANCE = 1e-3  # of the logits of the two, over their spread; float32 rounds to about 1e-6
+TOLERANCE = 1e-3  # between the logits of the two, as a share of the greatest; float32 rounds to about 1e-6
 _INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _UNUSED = ("mask_token", "relative_position_index")  # of pretraining alone; made by both from the window's size
 
@@ -50,7 +51,7 @@ def from_transformers(model: nn.Module, processor: Any = None) -> nn.Module:
     try:
         twin = timm.create_model(spec.architecture, pretrained=False, **spec.keywords())
     except Exception as error:  # timm refuses sizes that do not fit by many kinds
-        raise UsageError(f"model was a {type(model).__name__} that timm cannot build: {error}") from error
+        raise UsageError(f"model was a {type(model).__name__} that timm cannot build: {first_line(error)}") from error
     state = _renamed(model.state_dict(), family)
     _check_names(twin.state_dict(), state)
     twin.load_state_dict(state, strict=False)
@@ -104,10 +105,10 @@ def _check_logits(model: nn.Module, twin: nn.Module) -> None:
     image = torch.randn(1, *image_shape(twin), generator=torch.Generator().manual_seed(0)).to(parameter)
     wanted = copy.deepcopy(model).float().eval()(image).logits
     found = twin(image)
-    off = float((found - wanted).abs().max() / wanted.std().clamp_min(torch.finfo(wanted.dtype).tiny))
+    off = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
     if not off <= TOLERANCE:
         raise UsageError(
-            f"model was a {type(model).__name__} whose logits differ from its timm twin's by {off:.1e} of their spread; "
+            f"model was a {type(model).__name__} whose logits differ from its timm twin's by {off:.1e} of the greatest; "
             "it computes something that the twin does not"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 import dfqvit
 from dfqvit.errors import UsageError
-from dfqvit.models import Preprocessing
-from dfqvit.models.twin_families import OLD, TWINS
+from dfqvit.models import ModelSpec, Preprocessing
+from dfqvit.models.twin_families import OLD, TWINS, _ratio
 from dfqvit.models.twins import _rename
+from dfqvit.storage.hub import _metadata
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -64,6 +66,21 @@ def test_the_twin_computes_the_same_and_is_quantized_like_any_other(model, tmp_p
     assert torch.equal(dfqvit.load(dfqvit.save(qmodel, tmp_path / "m.safetensors"))(images), qmodel(images))
 
 
+def test_the_card_names_no_weights_of_timm(seed):
+    """The twin has the name of a structure of timm, and the weights of another model."""
+    qmodel = dfqvit.quantize(
+        dfqvit.from_transformers(classifier("ViT")), 8, calib="noise", samples=2, rounding="nearest"
+    )
+    assert _metadata(qmodel.dfqvit_record, None).base_model is None
+    plain = dataclasses.replace(qmodel.dfqvit_record, spec=ModelSpec("vit_base_patch16_224"))
+    assert _metadata(plain, None).base_model.startswith("timm/vit_base_patch16_224")
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(3072, 768), (100, 48), *((3 * k + 1, k) for k in range(7, 400, 13))])
+def test_timm_makes_the_hidden_channels_that_are_wanted(hidden, width):
+    assert int(width * _ratio(hidden, width)) == hidden
+
+
 def test_every_family_is_tried():
     assert {f"{name}ForImageClassification{more}" for name, more, _ in CASES.values()} == set(TWINS)
 
@@ -83,7 +100,7 @@ def test_a_model_that_computes_something_else_is_refused(model):
         return SimpleNamespace(logits=2 * found.logits)
 
     model.forward = doubled
-    with pytest.raises(UsageError, match=r"whose logits differ from its timm twin's by .* of their spread"):
+    with pytest.raises(UsageError, match=r"whose logits differ from its timm twin's by .* of the greatest"):
         dfqvit.from_transformers(model)
 
 
