@@ -29,7 +29,7 @@ from ..conftest import small_vit
 SMALL_VIT = conftest.SMALL["distilled"]
 SMALL = {
     "convnext_atto": {"dims": (16, 24, 32, 40), "depths": (1, 1, 2, 1), "num_classes": 7},
-    "poolformer_s12": {"dims": (16, 24, 32, 40), "depths": (1, 1, 2, 1), "num_classes": 7},
+    "poolformer_s12": {"num_classes": 7},
     "eva02_tiny_patch14_224": {**SMALL_VIT, "ref_feat_shape": (4, 4)},
     "beit_base_patch16_224": SMALL_VIT,
     "swinv2_tiny_window8_256": {
@@ -42,7 +42,7 @@ SMALL = {
     },
     "vit_base_patch16_xp_224": SMALL_VIT,
     "vit_small_patch16_18x2_224": SMALL_VIT,
-    "mixer_s16_224": {"img_size": 64, "patch_size": 8, "embed_dim": 48, "num_blocks": 2, "num_classes": 7},
+    "mixer_s16_224": {"num_classes": 7},
     "mobilevit_xxs": {"num_classes": 7},
 }
 
