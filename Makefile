@@ -12,7 +12,7 @@ OUT ?= out
 # times as long to compile. A plain `pip install .` and `make wheel` build for all of it, `make gpu-check` for its card.
 DFQVIT_ARCHS ?= 8.0+PTX;9.0a
 
-.PHONY: setup demo test lint bench docs gpu-check wheel clean
+.PHONY: setup demo test check lint bench docs gpu-check wheel clean
 
 setup: $(VENV)/.ready
 
@@ -38,9 +38,14 @@ lint: setup
 # A process for each core, with one thread: threads of processes that share cores wait for each other. All have one seed, since
 # they must agree on what the tests are.
 TEST_JOBS ?= $(shell nproc)
+PYTEST := DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" OMP_NUM_THREADS=1 \
+  $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
 test: lint
-	DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+# What a change is tried with between two edits: the linters, and the tests that tests/slow.txt does not name.
+check: lint
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 bench: setup
 	for name in fake_quantize patch_similarity_entropy quant_linear quant_attention layer_norm_quantize roll_resize total_variation synthesis acm inference; do \

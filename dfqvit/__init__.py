@@ -19,22 +19,26 @@ if not (_HERE / "kernels").exists() and (_HERE.parent / "kernels" / "dispatch.py
 
 if TYPE_CHECKING:
     from . import kernels
-    from .api import quantize
+    from .api import QuantizedModel, quantize
     from .errors import DfqvitError, Interrupted, UsageError
     from .kernels import set_backend
-    from .models import demo
+    from .models import demo, from_transformers
     from .patching import patch
     from .progress import Progress
     from .runtime import integer_report
     from .storage import load, save
     from .synthesis import synthesize
+    from .torchao import DataFreeConfig
 
 _HOMES = {
+    "DataFreeConfig": "torchao",
     "DfqvitError": "errors",
     "Interrupted": "errors",
     "Progress": "progress",
+    "QuantizedModel": "api",
     "UsageError": "errors",
     "demo": "models",
+    "from_transformers": "models",
     "integer_report": "runtime",
     "kernels": "",
     "load": "storage",
@@ -46,12 +50,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "DataFreeConfig",
     "DfqvitError",
     "Interrupted",
     "Progress",
+    "QuantizedModel",
     "UsageError",
     "__version__",
     "demo",
+    "from_transformers",
     "integer_report",
     "kernels",
     "load",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,10 +70,20 @@ class QuantizationRecord:
         )
 
 
-class Described:
-    """Mixed into a quantized model: a repr of a few lines. `nn.Module.__repr__(model)` shows all its modules."""
+class QuantizedModel(nn.Module):
+    """What `quantize` and `load` return: a model of timm's class that is also of this one.
+
+    Its repr is a few lines, and a table in a notebook; `nn.Module.__repr__(model)` shows all its modules.
+
+    Attributes:
+        dfqvit_record: how it was quantized.
+        dfqvit_spec: what timm builds its structure from.
+        pretrained_cfg: how its images are prepared, as `timm.data.resolve_model_data_config` reads it.
+    """
 
     dfqvit_record: QuantizationRecord
+    dfqvit_spec: ModelSpec
+    pretrained_cfg: dict[str, Any]
 
     def __repr__(self) -> str:
         title, *rows = _described(self)
@@ -143,10 +153,8 @@ def quantize(
     runtime: str = "auto",
     progress: bool = True,
     report: Callable[[Progress], None] | None = None,
-    report_layers: Callable[[int, int], None] | None = None,
-    report_blocks: Callable[[int, int], None] | None = None,
     **synthesis: Any,
-) -> nn.Module:
+) -> QuantizedModel:
     """Quantizes a timm vision transformer without data and without fine-tuning.
 
     Args:
@@ -191,12 +199,10 @@ def quantize(
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
         progress: shows a bar on stderr for each stage, with the time left.
         report: called with a `Progress` after every step of every stage: the synthesis, calibration, rounding, ...
-        report_layers: with size_budget, called with (layers measured, all layers).
-        report_blocks: with reconstruct, called with (blocks done, all blocks).
         synthesis: further settings of `SynthesisConfig`.
 
     Returns:
-        A quantized copy, an `nn.Module` in eval mode; `dfqvit.save` writes it.
+        A quantized copy in eval mode; `dfqvit.save` writes it.
 
     Raises:
         UsageError: an argument does not fit; before any work is done.
@@ -264,11 +270,11 @@ def quantize(
         images = with_companions(images, companions, seed, preprocessing)
         images = in_fixed_order(images)
         if size_budget is not None:
-            recipe = allocate_bits(model, images, recipe, size_budget, report_layers)
+            recipe = allocate_bits(model, images, recipe, size_budget)
             qmodel = convert(model, recipe)
         if reconstruct:
             observe(qmodel, images, recipe)
-            reconstruct_blocks(model, qmodel, images, reconstruct, seed, report_blocks)
+            reconstruct_blocks(model, qmodel, images, reconstruct, seed)
             freeze(qmodel)
         else:
             calibrate(qmodel, images, recipe)
@@ -293,7 +299,7 @@ def quantize(
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
     preprocessing.write_to(qmodel)
     set_runtime(qmodel, runtime)
-    return quantized(qmodel, Described)
+    return cast(QuantizedModel, quantized(qmodel, QuantizedModel))
 
 
 def companion_count(companions: int | None, calib: str | torch.Tensor, recipe: Recipe) -> int:

@@ -17,36 +17,39 @@
 This package never imports the method (`dfqvit.synthesis`, ...) and never imports timm.
 """
 
-from .dispatch import BackendError, BackendFallbackWarning, backends, set_backend, use_backend
-from .fake_quantize import fake_quantize
-from .layer_norm_quantize import layer_norm_quantize
-from .pack_weight import pack_weight, unpack_weight
-from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
-from .quant_attention import quant_attention
-from .quant_block import quant_block
-from .quant_linear import block_weight, quant_linear, weight_sums
-from .quantize_heads import quantize_heads
-from .roll_resize import roll_resize
-from .total_variation import total_variation
+# With a clone's root on sys.path this folder can be found as `kernels`, the name of a package of Hugging Face that transformers
+# looks for. It is not that package: by that name it is empty, and registers nothing a second time.
+if __name__ != "kernels":
+    from .dispatch import BackendError, BackendFallbackWarning, backends, set_backend, use_backend
+    from .fake_quantize import fake_quantize
+    from .layer_norm_quantize import layer_norm_quantize
+    from .pack_weight import pack_weight, unpack_weight
+    from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
+    from .quant_attention import quant_attention
+    from .quant_block import quant_block
+    from .quant_linear import block_weight, quant_linear, weight_sums
+    from .quantize_heads import quantize_heads
+    from .roll_resize import roll_resize
+    from .total_variation import total_variation
 
-__all__ = [
-    "BackendError",
-    "BackendFallbackWarning",
-    "backends",
-    "block_weight",
-    "fake_quantize",
-    "layer_norm_quantize",
-    "pack_weight",
-    "patch_similarity_entropy",
-    "quant_attention",
-    "quant_block",
-    "quant_linear",
-    "quantize_heads",
-    "roll_resize",
-    "set_backend",
-    "similarity_range",
-    "total_variation",
-    "unpack_weight",
-    "use_backend",
-    "weight_sums",
-]
+    __all__ = [
+        "BackendError",
+        "BackendFallbackWarning",
+        "backends",
+        "block_weight",
+        "fake_quantize",
+        "layer_norm_quantize",
+        "pack_weight",
+        "patch_similarity_entropy",
+        "quant_attention",
+        "quant_block",
+        "quant_linear",
+        "quantize_heads",
+        "roll_resize",
+        "set_backend",
+        "similarity_range",
+        "total_variation",
+        "unpack_weight",
+        "use_backend",
+        "weight_sums",
+    ]

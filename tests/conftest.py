@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dfqvit import cli
 from dfqvit.kernels import extension
 
 os.environ.setdefault("DFQVIT_CPUS", "8")  # tests that ask for more threads than there are CPUs get them
@@ -28,21 +29,48 @@ ACTIVATIONS = {
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "quick_gelu": lambda y: y / (1 + torch.exp(-1.702 * y)),
 }
+# What makes a model of each family small, as `timm.create_model` takes it.
+SMALL: dict[str, dict[str, Any]] = {
+    "vit": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7},
+    "distilled": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7},
+    "swin": {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "window_size": 4,
+        "num_classes": 7,
+    },
+}
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split())  # files, and tests by file::name
+QUICK = ["--samples", "2", "--iters", "2"]  # of a synthesis on the command line
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of which one parameter is a GPU, or a backend that runs on one, are of those that `-m gpu` selects."""
+    """Marks the tests that `-m gpu` selects: those of which one parameter is a GPU or a backend that runs on one; and the slow."""
     on_gpu = {"cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda", "triton"}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("device") in on_gpu or params.get("backend") in on_gpu:
             item.add_marker(pytest.mark.gpu)
+        name = item.nodeid.partition("[")[0]
+        if name in SLOW or name.partition("::")[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """With DFQVIT_TEST_AT_ONCE=1 a failure is printed as it happens: a run that is ended by force has no summary."""
     if report.failed and os.environ.get("DFQVIT_TEST_AT_ONCE") == "1":
         print(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_crops() -> Iterator[None]:
+    """Second-order rounding sees 32 crops of the calibration images in all, not 192: the same path in less time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dfqvit.calibration.observation.VIEWS", 32)
+        yield
 
 
 @pytest.fixture
@@ -83,6 +111,23 @@ def data() -> Path:
     return DATA
 
 
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = cli.run([str(each) for each in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def said(err: str) -> list[str]:
+    """The program's own lines on stderr, without progress bars."""
+    return [line for line in err.replace("\r", "\n").split("\n") if line.startswith("dfqvit:")]
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """torch's own, within the block."""
@@ -101,35 +146,22 @@ def mirrored(scale: torch.Tensor) -> torch.Tensor:
 
 def small_vit(**kwargs: Any) -> nn.Module:
     """A ViT of 3 blocks on 32 x 32 images, with random weights large enough to matter."""
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, **kwargs}
-    return _lively(timm.create_model("vit_tiny_patch16_224", **options))
+    return _lively(timm.create_model("vit_tiny_patch16_224", **{**SMALL["vit"], **kwargs}))
 
 
 def small_clip(**kwargs: Any) -> nn.Module:
     """The image tower of OpenAI's CLIP at that size: QuickGELU, and a norm before the blocks."""
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, **kwargs}
-    return _lively(timm.create_model("vit_base_patch32_clip_quickgelu_224", **options))
+    return _lively(timm.create_model("vit_base_patch32_clip_quickgelu_224", **{**SMALL["vit"], **kwargs}))
 
 
 def small_distilled(**kwargs: Any) -> nn.Module:
     """A distilled DeiT of the same size."""
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7, **kwargs}
-    return _lively(timm.create_model("deit_tiny_distilled_patch16_224", **options))
+    return _lively(timm.create_model("deit_tiny_distilled_patch16_224", **{**SMALL["distilled"], **kwargs}))
 
 
 def small_swin(**kwargs: Any) -> nn.Module:
     """A Swin of 2 + 2 blocks on 32 x 32 images, with shifted windows of 4."""
-    options = {
-        "img_size": 32,
-        "patch_size": 2,
-        "embed_dim": 24,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-        "window_size": 4,
-        "num_classes": 7,
-        **kwargs,
-    }
-    return _lively(timm.create_model("swin_tiny_patch4_window7_224", **options))
+    return _lively(timm.create_model("swin_tiny_patch4_window7_224", **{**SMALL["swin"], **kwargs}))
 
 
 MODELS = {"vit": small_vit, "distilled": small_distilled, "swin": small_swin}

@@ -57,6 +57,17 @@ def test_it_stays_the_model_that_it_is(qmodel):
     assert re.search(r"bits +W\d(-\d)?/A8$", repr(swin), re.MULTILINE)
 
 
+def test_it_is_of_an_exported_type(qmodel, tmp_path):
+    loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "m.safetensors"))
+    for model in (qmodel, loaded):
+        assert isinstance(model, dfqvit.QuantizedModel)
+        assert isinstance(model, type(load_model("demo")))
+        assert model.dfqvit_record.recipe.w_bits == 4
+        assert model.dfqvit_spec.architecture == "dfqvit_demo_vit"
+        assert model.pretrained_cfg["mean"] == (0.286,)
+    assert not isinstance(load_model("demo"), dfqvit.QuantizedModel)
+
+
 def test_save_refuses_a_file_that_is_there_if_told_to(qmodel, tmp_path):
     path = tmp_path / "m.safetensors"
     assert dfqvit.save(qmodel, path, overwrite=False) == path

@@ -40,6 +40,7 @@ LEFT_OUT = {
     "pip": "installs; tests/test_package.py and tests/test_wheel.py install from the tree and from a wheel",
     ". .venv/bin/activate": "the tests run in their own environment",
     "dfqvit sweep": "many runs in processes of their own; tests/test_sweep.py reads this file and makes smaller ones",
+    "dfqvit benchmark model.safetensors --neighbours 2": "tests/evaluation/test_energy.py runs it, with processes beside it",
     "torchrun": "tests/test_distributed.py runs these with gloo",
     "python benchmarks/accuracy.py": "needs real weights and images; tests/test_accuracy.py runs it where they are",
     "python benchmarks/accuracy_tables.py": "writes a page of docs; tests/test_benchmarks.py checks that it would change nothing",
@@ -83,6 +84,12 @@ def left_out(command: str) -> bool:
 
 
 @pytest.fixture(scope="module")
+def written():
+    """{command: the files that it wrote}, of the pages so far."""
+    return {}
+
+
+@pytest.fixture(scope="module")
 def given_files(tmp_path_factory):
     """What a page may take for granted: a saved model, images to evaluate on, and a photograph."""
     folder = tmp_path_factory.mktemp("given")
@@ -93,14 +100,24 @@ def given_files(tmp_path_factory):
     return folder
 
 
-def run(command: str) -> int:
+def run(command: str, written: dict[str, dict[Path, bytes]]) -> int:
+    """In the working folder; a command that ran on an earlier page leaves the files again that it wrote there."""
     words = shlex.split(smaller(command))
     assert words[0] == "dfqvit", "only dfqvit's own commands run here; others stand in LEFT_OUT with a reason"
-    return cli.run([*words[1:], *APPENDED.get(words[1], "").split()])
+    if command not in written:
+        before = set(Path().rglob("*"))
+        status = cli.run([*words[1:], *APPENDED.get(words[1], "").split()])
+        new = sorted(set(Path().rglob("*")) - before)
+        written[command] = {path: path.read_bytes() for path in new if path.is_file()}
+        return status
+    for path, content in written[command].items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page_runs(page, given_files, tmp_path, monkeypatch, capsys):
+def test_page_runs(page, given_files, written, tmp_path, monkeypatch, capsys):
     """From first to last in one folder, the programs sharing their names, as a reader would go through it."""
     monkeypatch.chdir(tmp_path)
     for name in ("test.npz", "photo.jpg", "model.safetensors", "out/model/model.safetensors"):
@@ -116,7 +133,7 @@ def test_page_runs(page, given_files, tmp_path, monkeypatch, capsys):
             last = block.line + block.text.count("\n")
             for line, command in commands(page):
                 if block.line <= line < last and not left_out(command):
-                    assert run(command) == 0, f"{page}:{line}: {command}\n{capsys.readouterr().err}"
+                    assert run(command, written) == 0, f"{page}:{line}: {command}\n{capsys.readouterr().err}"
         else:
             pytest.fail(f"{page}:{block.line}: a block of '{block.language}'; it may be bash or python")
 

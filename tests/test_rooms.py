@@ -16,6 +16,7 @@ FLOORS = (
     "report",
     "evaluation",
     "storage",
+    "torchao",
     "api",
     "patching",
     "runtime",
@@ -29,7 +30,16 @@ FLOORS = (
     "version",
     "kernels",
 )
-OUTSIDE = {"__init__.py", "__main__.py", "api.py", "errors.py", "version.py", "distributed.py", "progress.py"}
+OUTSIDE = {
+    "__init__.py",
+    "__main__.py",
+    "api.py",
+    "errors.py",
+    "version.py",
+    "distributed.py",
+    "progress.py",
+    "torchao.py",
+}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import UsageError
 from ..kernels.pack_weight import packed_row_bytes
 from ..models.adapters.scalings import scalings
-from ..progress import Stage
+from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
 from .observation import BATCH, convert, freeze, observe
@@ -44,7 +44,6 @@ def allocate_bits(
     images: torch.Tensor,
     recipe: Recipe,
     size_budget: float,
-    report: Callable[[int, int], None] | None = None,
 ) -> Recipe:
     """The recipe with `layer_bits` that fits a saved model into `size_budget`.
 
@@ -53,7 +52,6 @@ def allocate_bits(
         images: [n, C, H, W], normalised, on the model's device.
         recipe: all other settings.
         size_budget: megabytes (10^6 bytes) of the file, without ACM.
-        report: called with the number of layers measured so far and of all.
 
     Raises:
         UsageError: not even the least widths fit.
@@ -62,7 +60,7 @@ def allocate_bits(
     qmodel = _widest(model, recipe)
     observe(qmodel, images, replace(recipe, scaling="none"))  # single layers are put into the float model as it is
     layers = _layers(qmodel)
-    divergences = measure_divergence(model, images, layers, report)
+    divergences = measure_divergence(model, images, layers)
     costs = {name: LayerCost(_sizes(layer), divergences[name]) for name, layer in layers.items()}
     return replace(recipe, layer_bits=choose_widths(costs, int(size_budget * 1e6) - _fixed_bytes(qmodel)))
 
@@ -82,14 +80,12 @@ def measure_divergence(
     model: nn.Module,
     images: torch.Tensor,
     layers: Mapping[str, QuantLinear],
-    report: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
     """{name: {bits: mean KL of the logits}} with the weights of that layer alone rounded; `layers` have observed."""
     probe = copy.deepcopy(model).eval()
     wanted = _log_probabilities(probe, images)
     found: dict[str, dict[int, float]] = {}
-    stage = Stage("choose bits", len(layers))
-    for done, (name, layer) in enumerate(layers.items()):
+    for name, layer in tracked(list(layers.items()), "choose bits"):
         weight: torch.Tensor = probe.get_submodule(name).weight  # type: ignore[assignment]
         kept = weight.detach().clone()
         found[name] = {}
@@ -99,9 +95,6 @@ def measure_divergence(
             probabilities = _log_probabilities(probe, images)
             found[name][bits] = float((wanted.exp() * (wanted - probabilities)).sum(dim=1).mean().clamp_min(0))
         weight.copy_(kept)
-        stage.step()
-        if report is not None:
-            report(done + 1, len(layers))
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..models.adapters import find_adapter
-from ..progress import Stage
+from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 from .observation import crops
@@ -36,7 +36,6 @@ def reconstruct_blocks(
     images: torch.Tensor,
     steps: int,
     seed: int = 0,
-    report: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """Tunes the blocks of `qmodel` in order, in place.
 
@@ -46,7 +45,6 @@ def reconstruct_blocks(
         images: [n, C, H, W], normalised; crops of them are added.
         steps: for each block, of BATCH images.
         seed: of the order of the images.
-        report: called with (blocks done, all blocks).
 
     Returns:
         For every block, its error on the images held back as a share of what it was.
@@ -58,14 +56,11 @@ def reconstruct_blocks(
     floats = _decide_all(qmodel)
     generator = torch.Generator().manual_seed(seed)
     ours, theirs = find_adapter(model).blocks(), find_adapter(qmodel).blocks()
-    left, stage = [], Stage("reconstruct blocks", len(ours))
-    for index, (block, qblock) in enumerate(zip(ours, theirs, strict=True)):
+    left = []
+    for block, qblock in tracked(list(zip(ours, theirs, strict=True)), "reconstruct blocks"):
         wanted = _passing(model, block, views)[1]
         inputs = _passing(qmodel, qblock, views)[0]
         left.append(_tune(qblock, floats, inputs, wanted, held, steps, generator))
-        stage.step()
-        if report is not None:
-            report(index + 1, len(ours))
     return left
 
 

@@ -99,13 +99,13 @@ def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Modul
     path, checkpoint = Path(options["model_or_file"]), options["checkpoint"]
     if path.is_file():
         quantized = load(path, device, options["runtime"])
-        record: QuantizationRecord = quantized.dfqvit_record  # type: ignore[assignment]
+        record: QuantizationRecord = quantized.dfqvit_record
         model = open_float(record, None, checkpoint, device, pretrained=False)
     else:
         model = load_model(options["model_or_file"], checkpoint, pretrained=False, device=device)
         quick: dict[str, Any] = {"quantizer": "minmax", "rounding": "nearest", "acm": "none", "progress": False}
         quantized = quantize(model, options["w_bits"], calib="noise", samples=4, runtime=options["runtime"], **quick)
-        record = quantized.dfqvit_record  # type: ignore[assignment]
+        record = quantized.dfqvit_record
     return model, quantized, record.recipe
 
 

@@ -98,7 +98,7 @@ def command(**options: Any) -> None:
                 found = measure(qmodel, None)
                 row[source] = found.top1
                 if source == "data-free":
-                    qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())  # type: ignore[operator,union-attr]
+                    qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())
                     path = save(qmodel, out / f"w{bits}a8.safetensors")
                     row["MB"] = path.stat().st_size / 1e6
                     made[f"W{bits}/A8"] = qmodel

@@ -56,7 +56,7 @@ def command(**options: Any) -> None:
         raise UsageError("--data and --checkpoint are for --against, which was not given")
     device = pick_device(options["device"])
     qmodel = load(options["file"], device, runtime="simulated")
-    record: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
+    record: QuantizationRecord = qmodel.dfqvit_record
     model, images = None, None
     if options["against"] is not None:
         model = open_float(record, options["against"], options["checkpoint"], device)

@@ -46,7 +46,7 @@ def command(**options: Any) -> None:
     """Measure a saved FILE on labelled images: top-1, top-5, and with --against the agreement with the float model."""
     device = pick_device(options["device"])
     model = load(options["file"], device)
-    record: QuantizationRecord = model.dfqvit_record  # type: ignore[assignment]
+    record: QuantizationRecord = model.dfqvit_record
     preprocessing = adjusted(record.preprocessing, options["mean"], options["std"], options["interpolation"])
     classes = class_count(model)
     if not classes:

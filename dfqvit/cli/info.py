@@ -45,7 +45,7 @@ def command(file: Path | None, tuning: bool, device: str, seed: int, as_json: bo
 def describe_file(path: Path, device: torch.device, seed: int) -> dict[str, Any]:
     """Loads the file (checksum, structure, shapes), runs one image through it, and says what is in it."""
     model = load(path, device)
-    record: QuantizationRecord = model.dfqvit_record  # type: ignore[assignment]
+    record: QuantizationRecord = model.dfqvit_record
     image = torch.randn(1, *record.preprocessing.input_size, generator=torch.Generator().manual_seed(seed)).to(device)
     with torch.no_grad():
         finite = bool(torch.isfinite(model(image)).all())

@@ -158,12 +158,12 @@ def command(**options: Any) -> None:
             **bits,
             **correction,
         )
-    quantization: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
+    quantization: QuantizationRecord = qmodel.dfqvit_record
     if calib in ("synthetic", "procedural"):
         made_by = config.to_dict() if calib == "synthetic" else {"seed": config.seed}
         made_by |= {"companions": companions} if companions else {}
         settings = made_by | ({"reconstruct": steps} if steps else {})
-        qmodel.dfqvit_record = quantization.made_from(calib, settings)  # type: ignore[assignment]
+        qmodel.dfqvit_record = quantization.made_from(calib, settings)
     path = save(qmodel, out / FILE)
     source = calib if calib in MADE else "given images"
     page = make_report(
@@ -186,7 +186,7 @@ def command(**options: Any) -> None:
         "float32_bytes": floats,
         "seconds": round(cost.seconds, 1),
         "joules": cost.total,
-        "record": qmodel.dfqvit_record.to_dict(),  # type: ignore[operator,union-attr]
+        "record": qmodel.dfqvit_record.to_dict(),
     }
     text = (
         f"{path}: {quantization.recipe.label}, {path.stat().st_size / 1e6:.2f} MB "

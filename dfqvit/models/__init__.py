@@ -1,6 +1,7 @@
 """All that knows timm: names (`loading`), weights (`checkpoint`, `weights`), structures (`spec`), `preprocessing`.
 
-Beside them the families (`adapters`), what is no model of theirs (`foreign`), the frame in which the float model runs
+Beside them the families (`adapters`), what is no model of theirs (`foreign`),
+transformers' models by their twin in timm (`twins`), the frame in which the float model runs
 (`frame`), and the embedded models (`demo`).
 """
 
@@ -9,6 +10,7 @@ from .checkpoint import read_checkpoint
 from .loading import FAMILIES, check_finite, load_model
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
+from .twins import from_transformers
 
 __all__ = [
     "FAMILIES",
@@ -18,6 +20,7 @@ __all__ = [
     "Preprocessing",
     "check_finite",
     "find_adapter",
+    "from_transformers",
     "load_model",
     "read_checkpoint",
 ]

@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ..errors import UsageError
 from ..quantization.layers import QuantLinear
 from .adapters import find_adapter
+from .twin_families import TWINS
 
 # Weights of the Hugging Face Hub that timm has under a name of its own: (theirs, by a pattern; timm's).
 _TWINS = (
@@ -99,6 +100,10 @@ def _of_another_library(model: Any) -> str:
     if home.startswith("transformers.") or any(
         each.__module__.startswith("transformers.modeling_utils") for each in type(model).__mro__
     ):
+        if kind in TWINS:
+            return (
+                f"a {kind} of transformers; give dfqvit.from_transformers(model), the timm model with the same weights"
+            )
         return f"a {kind} of transformers; dfqvit takes timm's models: {_twin_of(model)}"
     if home.startswith("torchvision."):
         twin = _twin_of_torchvision(model)

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from .precision import KeepsPrecision
 
 
-class QuantizedModel(KeepsPrecision):
+class QuantizedForward(KeepsPrecision):
     """Mixed in before a timm model's class by `quantized`. The model stays timm's in all else.
 
     It computes in float32 with float32 scales: images of other float dtypes are brought to float32, and what comes out is
@@ -55,8 +55,8 @@ class QuantizedModel(KeepsPrecision):
 
 
 def quantized(model: nn.Module, *mixins: type) -> nn.Module:
-    """`model`, whose class is from now on also QuantizedModel (and `mixins`, before it); in place."""
-    *held, kind = type(model).__bases__ if isinstance(model, QuantizedModel) else (QuantizedModel, type(model))
+    """`model`, whose class is from now on also QuantizedForward (and `mixins`, before it); in place."""
+    *held, kind = type(model).__bases__ if isinstance(model, QuantizedForward) else (QuantizedForward, type(model))
     model.__class__ = _class_of(kind, (*(mixin for mixin in mixins if mixin not in held), *held))
     return model
 

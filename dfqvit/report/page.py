@@ -13,6 +13,7 @@ from typing import Any
 from ..evaluation.energy import Cost
 from ..storage.atomic import atomic
 from .charts import Points, line_chart, range_chart
+from .links import link
 from .measure import Divergence
 from .pictures import for_page
 
@@ -25,7 +26,7 @@ _CSS = """
 body{margin:0 auto;max-width:60rem;padding:2rem 1rem 4rem;background:var(--back);color:var(--text);
 font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.5rem 0 .5rem;border-bottom:1px solid var(--line)}
-p{margin:.5rem 0}.soft,figcaption{color:var(--soft)}
+a{color:var(--c0)}p{margin:.5rem 0}.soft,figcaption{color:var(--soft)}
 .tiles{display:flex;flex-wrap:wrap;gap:.75rem;margin:1.25rem 0}
 .tiles div{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:.6rem 1rem;min-width:8rem}
 .tiles b{display:block;font-size:1.3rem}
@@ -82,16 +83,14 @@ def write_report(report: Report, path: Path) -> Path:
 def render(report: Report) -> str:
     """The whole page as HTML."""
     sections = "".join(
-        f"<section><h2>{title}</h2>{f'<p>{_SAID[title]}</p>' if title in _SAID else ''}{body}</section>"
-        for title, body in _sections(report)
-        if body
+        f"<section><h2>{title}</h2>{_said(title)}{body}</section>" for title, body in _sections(report) if body
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{html.escape(report.title)} · dfqvit</title><style>{_CSS}</style></head>'
         f"<body><main><h1>{html.escape(report.title)}</h1>"
-        f"<p>{html.escape(_meaning(report.label))} Quantized by dfqvit; its docs/report.md says more about each chart.</p>"
+        f"<p>{html.escape(_meaning(report.label))} Quantized by dfqvit. {link('report.md', 'How to read this page')}.</p>"
         f"{_verdict(report)}{_tiles(report)}{sections}</main></body></html>\n"
     )
 
@@ -120,7 +119,7 @@ def _verdict(report: Report) -> str:
     items = "".join(f"<li>{html.escape(what)}: {html.escape(advice)}.</li>" for what, advice in report.findings)
     count = len(report.findings)
     said = f"<b>{count} thing{'s' if count > 1 else ''} to look at.</b>"
-    return f'<div class="verdict bad">{said}{drift}<ul>{items}</ul></div>'
+    return f'<div class="verdict bad">{said}{drift}<ul>{items}</ul>{link("low-accuracy.md", "When accuracy is low")}.</div>'
 
 
 _SAID = {
@@ -141,6 +140,24 @@ _SAID = {
     "Size": "What takes the bytes of the file. All of it travels with the model; nothing else is needed to run it.",
     "Settings": "Everything that is needed to make this model again.",
 }
+
+
+_PAGES = {  # that say more
+    "Accuracy": ("accuracy.md", "What to expect"),
+    "Images": ("method.md", "How they are made"),
+    "Similarity of patches": ("kernels/patch_similarity_entropy.md", "What is measured"),
+    "Divergence by block": ("low-accuracy.md", "What to do about a jump"),
+    "Activation ranges": ("low-accuracy.md", "What to do about a long bar"),
+    "Size": ("inference.md", "What it takes to run"),
+    "Settings": ("quick-start.md", "The commands"),
+}
+
+
+def _said(title: str) -> str:
+    """What is said below a heading."""
+    if title not in _SAID:
+        return ""
+    return f"<p>{_SAID[title]} {link(*_PAGES[title])}.</p>"
 
 
 def _sections(report: Report) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from ..models.adapters import find_adapter
 from ..models.adapters.attentions import CONSTANT
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
-from ..quantization.model import QuantizedModel, quantized
+from ..quantization.model import QuantizedForward, quantized
 from .attention import IntegerOperands
 from .block import IntegerBlock
 from .company import SerialTorch
@@ -80,7 +80,7 @@ def accelerate(model: nn.Module) -> dict[str, str]:
         if kind is not None and not kind.why_not(block):
             kind.take(block)
     kinds = [isinstance(block, (IntegerBlock, IntegerResidual)) for _, block in named]
-    if isinstance(model, QuantizedModel) and kinds and all(kinds):
+    if isinstance(model, QuantizedForward) and kinds and all(kinds):
         quantized(model, SerialTorch)  # of other models torch computes more than torch's threads cost
     return skipped
 
@@ -97,7 +97,7 @@ def integer_report(model: nn.Module) -> dict[str, str]:
     Raises:
         UsageError: the model was not quantized by dfqvit.
     """
-    if not isinstance(model, QuantizedModel):
+    if not isinstance(model, QuantizedForward):
         raise UsageError(
             f"model was a {type(model).__name__} that dfqvit did not quantize; it may be what quantize or load gave"
         )

@@ -28,24 +28,26 @@ from ..version import __version__
 from .atomic import atomic
 from .file import rebuild
 
-OPSET = 21  # the first that has INT4
+OPSET = 21  # the default, and the first that has INT4
+LEAST_OPSET, GREATEST_OPSET = 18, 23  # of what was tried; torch's exporter writes 18 and converts from there
 NEEDED = ("onnx", "onnxscript")  # the packages of the extra `export`
 _INT4 = 4
 
 
-def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True) -> dict[str, Any]:
+def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset: int = OPSET) -> dict[str, Any]:
     """Writes a quantized model as ONNX with QDQ nodes, atomically; images [batch, C, H, W] to logits, any batch size.
 
     Args:
         qmodel: from `dfqvit.quantize` or `dfqvit.load`; left as it was.
         path: the .onnx file; replaced if it exists.
         int4: weights of 4 bits or fewer become INT4 (two in a byte); False stores them as int8, for runtimes that know no INT4.
+        opset: version of ONNX's operators, 18 to 23; INT4 needs 21.
 
     Returns:
         What was written: `bytes`, `opset`, `nodes` (count by operator), `weights` (count by data type).
 
     Raises:
-        UsageError: no quantized model, or a package of the extra `export` is missing.
+        UsageError: no quantized model, an opset that does not fit, or a package of the extra `export` is missing.
         DfqvitError: torch could not export the model.
     """
     record = getattr(qmodel, "dfqvit_record", None)
@@ -53,13 +55,20 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True) -> di
         raise UsageError(
             "qmodel has no quantization record; export_onnx takes what dfqvit.quantize or dfqvit.load returned"
         )
+    if isinstance(opset, bool) or not isinstance(opset, int) or not LEAST_OPSET <= opset <= GREATEST_OPSET:
+        raise UsageError(f"opset was {opset!r}; it may be {LEAST_OPSET} to {GREATEST_OPSET}")
+    narrow = any(isinstance(module, QuantLinear) and module.w_bits <= _INT4 for module in qmodel.modules())
+    if int4 and narrow and opset < OPSET:
+        raise UsageError(
+            f"opset was {opset}; weights of {_INT4} bits or fewer need {OPSET} as INT4, so give int8 for them (int4=False)"
+        )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing or not hasattr(torch.onnx, "ops"):
         wanted = missing[0] if missing else "torch 2.8 or newer"
         raise UsageError(f"export to ONNX needs {wanted}; install dfqvit[export]")
     import onnx
 
-    proto = _to_onnx(qdq_model(qmodel), record, int4)
+    proto = _to_onnx(qdq_model(qmodel, opset), record, int4, opset)
     onnx.checker.check_model(proto, full_check=True)
     with atomic(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
@@ -68,13 +77,13 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True) -> di
     weights = [kinds[tensor.data_type] for tensor in proto.graph.initializer if tensor.data_type in kinds]
     return {
         "bytes": Path(path).stat().st_size,
-        "opset": OPSET,
+        "opset": opset,
         "nodes": {name: nodes.count(name) for name in sorted(set(nodes))},
         "weights": {name: weights.count(name) for name in sorted(set(weights))},
     }
 
 
-def qdq_model(qmodel: nn.Module) -> nn.Module:
+def qdq_model(qmodel: nn.Module, opset: int = OPSET) -> nn.Module:
     """A copy of a quantized model, on the CPU, whose quantizers are ONNX's; it can be exported, not called."""
     tensors = {key: value.detach().cpu() for key, value in qmodel.state_dict().items()}
     model = rebuild(qmodel.dfqvit_record, tensors)  # type: ignore[arg-type]
@@ -83,12 +92,15 @@ def qdq_model(qmodel: nn.Module) -> nn.Module:
             module.register_buffer("zero", module.zero_point.to(torch.uint8))
             scale, zero = float(module.scale), float(module.zero_point)
             module.ends = (-zero * scale, ((1 << module.bits) - 1 - zero) * scale)  # type: ignore[assignment]
+            module.opset = opset  # type: ignore[assignment]
             module.__class__ = _QdqActivation
         elif isinstance(module, QuantLinear):
             integers = unpack_weight(module.weight_packed, module.w_bits, module.in_features)
             module.register_buffer("weight_integers", integers.T.contiguous())
+            module.opset = opset
             module.__class__ = _QdqPatchProjection if isinstance(module, QuantPatchProjection) else _QdqLinear
         elif isinstance(module, AttentionOperands):
+            module.opset = opset  # type: ignore[assignment]
             module.register_buffer("one", torch.ones(()))
             module.register_buffer("none", torch.zeros((), dtype=torch.uint8))
             module.__class__ = _QdqAttentionOperands
@@ -97,25 +109,27 @@ def qdq_model(qmodel: nn.Module) -> nn.Module:
     return model
 
 
-def _quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+def _quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, opset: int) -> torch.Tensor:
     """Two nodes: x rounded half to even, clamped to 0..255, and back."""
     symbolic = torch.onnx.ops.symbolic
-    q = symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape, version=OPSET)
-    return symbolic("DequantizeLinear", (q, scale, zero), dtype=torch.float32, shape=x.shape, version=OPSET)
+    q = symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape, version=opset)
+    return symbolic("DequantizeLinear", (q, scale, zero), dtype=torch.float32, shape=x.shape, version=opset)
 
 
 class _QdqActivation(ActivationQuantizer):
     zero: torch.Tensor
     ends: tuple[float, float]  # of the grid
+    opset: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bits < 8:  # ONNX clamps to the whole of uint8, so x is clamped to a narrower grid before
             x = x.clamp(*self.ends)
-        return _quantize_dequantize(x, self.scale, self.zero)
+        return _quantize_dequantize(x, self.scale, self.zero, self.opset)
 
 
 class _QdqLinear(QuantLinear):
     weight_integers: torch.Tensor  # int8 [in_features, out_features]
+    opset: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_tokens(self.acm, x)
@@ -127,7 +141,7 @@ class _QdqLinear(QuantLinear):
             {"axis": 1},
             dtype=torch.float32,
             shape=self.weight_integers.shape,
-            version=OPSET,
+            version=self.opset,
         )
         y = self.input(x) @ weight
         if self.bias is not None:
@@ -142,6 +156,7 @@ class _QdqPatchProjection(QuantPatchProjection, _QdqLinear):
 class _QdqAttentionOperands(AttentionOperands):
     one: torch.Tensor
     none: torch.Tensor
+    opset: int
 
     def forward(
         self,
@@ -163,12 +178,12 @@ class _QdqAttentionOperands(AttentionOperands):
         )  # runtimes fuse a product whose operands come from QDQ nodes directly
         scores = scored(q @ k, scale, bias, mask)
         steps = _quantize_dequantize(
-            self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp(), self.one, self.none
+            self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp(), self.one, self.none, self.opset
         )
         return (steps @ v) / steps.sum(dim=-1, keepdim=True)
 
 
-def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool) -> Any:
+def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: int) -> Any:
     """The checked-in-memory ModelProto."""
     image = torch.zeros(2, *record.preprocessing.input_size)
     with warnings.catch_warnings(), torch.no_grad():
@@ -178,7 +193,7 @@ def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool) -> Any:
                 model,
                 (image,),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=["images"],
                 output_names=["logits"],

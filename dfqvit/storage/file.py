@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import nn
 
-from ..api import Described, QuantizationRecord
+from ..api import QuantizationRecord, QuantizedModel
 from ..calibration import freeze
 from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
@@ -88,7 +88,7 @@ def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def load(
     path: str | Path, device: torch.device | str = "cpu", runtime: str = "auto", *, cuda_graph: bool = False
-) -> nn.Module:
+) -> QuantizedModel:
     """The quantized model in `path`, in eval mode, giving the same logits bit for bit as the one that was saved.
 
     Args:
@@ -120,10 +120,10 @@ def load(
         ) from error
     model = model.to(device)
     set_runtime(model, runtime)
-    quantized(model, Described)
+    quantized(model, QuantizedModel)
     if cuda_graph:
         capture_graphs(model)
-    return model
+    return cast(QuantizedModel, model)
 
 
 def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -21,6 +21,12 @@ from .file import sizes
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 _PAPER = "https://arxiv.org/abs/2507.14481"
+_SIZES = {
+    "embed_dim",
+    "depth",
+    "dims",
+    "depths",
+}  # a model that was given these has other weights than timm's of its name
 
 
 def write_card(model: nn.Module, file: Path, folder: Path, evaluation: dict[str, Any] | None = None) -> Path:
@@ -62,7 +68,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
 
 def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None) -> ModelCardData:
     pretrained = timm.models.get_pretrained_cfg(record.spec.architecture)
-    base = getattr(pretrained, "hf_hub_id", None)
+    base = None if record.spec.kwargs.keys() & _SIZES else getattr(pretrained, "hf_hub_id", None)
     results = None
     if evaluation is not None:
         results = [

@@ -15,8 +15,7 @@ from dfqvit.errors import UsageError
 from dfqvit.quantization.layers import QuantLinear
 from dfqvit.quantization.recipe import Recipe
 
-from ..conftest import MODELS
-from ..storage.test_file import KWARGS
+from ..conftest import MODELS, SMALL
 
 
 def random_costs(layers):
@@ -79,21 +78,22 @@ def test_a_file_fits_its_budget_and_loads_the_same(family, seed, tmp_path):
     model, images = MODELS[family](), torch.randn(3, 3, 32, 32)
     sizes = {}
     for bits in (2, 8):
-        whole = dfqvit.quantize(model, bits, edge_bits=bits, calib=images, model_kwargs=KWARGS[family])
+        whole = dfqvit.quantize(model, bits, edge_bits=bits, calib=images, model_kwargs=SMALL[family])
         sizes[bits] = dfqvit.save(whole, tmp_path / f"w{bits}.safetensors").stat().st_size / 1e6
     budget = sizes[2] + 0.02 + 0.5 * (sizes[8] - sizes[2])
-    calls = []
+    told = []
     qmodel = dfqvit.quantize(
         model,
         size_budget=budget,
         calib=images,
-        model_kwargs=KWARGS[family],
-        report_layers=lambda done, total: calls.append((done, total)),
+        model_kwargs=SMALL[family],
+        report=told.append,
     )
     path = dfqvit.save(qmodel, tmp_path / "mixed.safetensors")
     assert path.stat().st_size / 1e6 <= budget
     bits = qmodel.dfqvit_record.recipe.layer_bits
-    assert calls == [(done, len(bits)) for done in range(1, len(bits) + 1)]
+    measured = [(each.step, each.total) for each in told if each.stage == "choose bits"]
+    assert measured == [(done, len(bits)) for done in range(len(bits) + 1)]
     assert torch.equal(dfqvit.load(path)(images), qmodel(images))
 
 
@@ -105,7 +105,7 @@ def test_label_names_the_widths():
 def test_bad_budgets_and_names(seed):
     model = MODELS["vit"]()
     with pytest.raises(UsageError, match=r"size_budget was 0.001 MB; this model needs 0\.\d+ MB at least"):
-        dfqvit.quantize(model, size_budget=0.001, calib="synthetic", iters=10**6, model_kwargs=KWARGS["vit"])
+        dfqvit.quantize(model, size_budget=0.001, calib="synthetic", iters=10**6, model_kwargs=SMALL["vit"])
     with pytest.raises(UsageError, match="size_budget was nan MB"):
         allocate_bits(model, torch.randn(1, 3, 32, 32), Recipe(), float("nan"))
     with pytest.raises(UsageError, match="size_budget and layer_bits were both given"):
@@ -113,4 +113,4 @@ def test_bad_budgets_and_names(seed):
     with pytest.raises(UsageError, match=r"layer_bits\['head'\] was 9; it may be a whole number from 2 to 8"):
         Recipe(layer_bits={"head": 9})
     with pytest.raises(UsageError, match="layer_bits named 'nothing'; the model has no such linear layer"):
-        dfqvit.quantize(model, layer_bits={"nothing": 4}, calib="noise", model_kwargs=KWARGS["vit"])
+        dfqvit.quantize(model, layer_bits={"nothing": 4}, calib="noise", model_kwargs=SMALL["vit"])

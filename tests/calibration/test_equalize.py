@@ -26,9 +26,9 @@ from dfqvit.quantization.quantizers import ActivationQuantizer
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.studies.diagnosis import layer_divergence
 
-from ..conftest import small_swin, small_vit
+from ..conftest import SMALL, small_swin, small_vit
 
-KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
+KWARGS = SMALL["vit"]
 
 
 FAMILIES = (

@@ -13,23 +13,16 @@ from dfqvit.calibration.reconstruction import reconstruct_blocks
 from dfqvit.errors import UsageError
 from dfqvit.models import load_model
 from dfqvit.models.adapters import find_adapter
+from dfqvit.progress import showing
 from dfqvit.quantization.attention import AttentionOperands
 from dfqvit.quantization.layers import QuantLinear
 from dfqvit.quantization.recipe import Recipe
-
-from ..cli.test_commands import run  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module", params=["demo", "demo-swin"])
 def models(request):
     model = load_model(request.param)
     return model, dfqvit.synthesize(model, 16, 30, 0)
-
-
-@pytest.fixture(autouse=True)
-def few_crops(monkeypatch):
-    """Quick: 3 crops of an image in place of 12."""
-    monkeypatch.setattr("dfqvit.calibration.observation.VIEWS", 48)
 
 
 def integers_of(qmodel):
@@ -58,11 +51,13 @@ def test_is_saved_like_any_other_and_computes_what_was_tuned(models, tmp_path):
     recipe = Recipe(3)
     qmodel = convert(model, recipe)
     observe(qmodel, images, recipe)
-    seen = []
-    left = reconstruct_blocks(model, qmodel, images, 3, report=lambda *progress: seen.append(progress))
+    told = []
+    with showing(False, told.append):
+        left = reconstruct_blocks(model, qmodel, images, 3)
     assert len(left) == 4
     assert all(0 < share <= 1 for share in left)
-    assert seen == [(index + 1, 4) for index in range(4)]
+    steps = [(each.stage, each.step, each.total) for each in told]
+    assert steps == [("reconstruct blocks", done, 4) for done in range(5)]
     with torch.no_grad():
         before = qmodel(images)
         freeze(qmodel)
@@ -107,7 +102,7 @@ def test_gradients_pass_attention_straight_through(seed):
         assert torch.allclose(operands(q, k, v, 0.3), operands(q.detach(), k.detach(), v.detach(), 0.3))
 
 
-def test_wrong_use_and_the_command(run, tmp_path):  # noqa: F811
+def test_wrong_use_and_the_command(run, tmp_path):
     model = load_model("demo")
     for settings, message in (
         ({"reconstruct": -1}, "reconstruct was -1; it may be a number of steps, or 0"),

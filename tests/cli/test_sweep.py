@@ -9,10 +9,11 @@ import shutil
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from dfqvit import cli
+from dfqvit import cli, demo
 from dfqvit.cli.runs import read_config
 
 CONFIG = {
@@ -59,15 +60,18 @@ def test_the_example_is_read():
 
 def test_resumes_and_goes_on_past_a_failure(sweep, tmp_path):
     missing = str(tmp_path / "nowhere.safetensors")
+    with np.load(demo.TEST_IMAGES) as file:
+        np.savez(tmp_path / "test.npz", images=file["images"][:200], labels=file["labels"][:200])
     config = {
+        "evaluate": {"data": str(tmp_path / "test.npz")},
         "models": ["demo", {"model": "deit_tiny_patch16_224", "checkpoint": missing, "evaluate": {"data": missing}}],
-        "quantize": {"calib": "noise", "samples": 2, "w-bits": [4]},
+        "quantize": {"calib": "noise", "samples": 2, "w-bits": [4], "rounding": "nearest"},
     }
     status, out, err = sweep(config, "--json")
     assert status == 1
     assert "1 of 2 runs failed; the table says why, the same command tries them again" in err
     good, bad = json.loads(out)["runs"]
-    assert good["evaluate"]["images"] == 10_000
+    assert good["evaluate"]["images"] == 200
     assert "nowhere.safetensors" in bad["error"]
     rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").open()))
     assert [row["model"] for row in rows] == ["demo", "deit_tiny_patch16_224"]

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from dfqvit import cli
 from dfqvit.evaluation.energy import Cost, Energy, Nvml, Rapl, Unavailable
 from dfqvit.evaluation.neighbours import neighbours
 from dfqvit.evaluation.speed import calibration_cost, fine_tuning_cost, race
@@ -167,16 +166,6 @@ def test_fine_tuning_moves_every_weight(seed, monkeypatch):
     fine_tuning_cost(model, torch.randn(4, 3, 32, 32), Energy(), w_bits=4, steps=1, measured=1)
     assert len(seen) == 2
     assert sum(seen[1]) >= 0.9 * len(seen[1])
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        status = cli.run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def test_benchmark_of_a_model_and_of_its_file(run, tmp_path):

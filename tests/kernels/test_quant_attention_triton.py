@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from .test_quant_attention import oracle, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CASES = [  # batch, heads, depth, windows, tokens of a window
-    (2, 3, 64, 1, 197),
+    (1, 2, 64, 1, 197),
     (1, 2, 32, 4, 49),
     (3, 1, 5, 1, 7),
     (2, 2, 70, 2, 33),
@@ -33,7 +33,8 @@ def on_device(options):
 
 @live_triton
 @pytest.mark.parametrize(
-    ("case", "addends"), few_on_gpu([*product(CASES, ["none", "both"]), (CASES[1], "bias"), (CASES[1], "mask")], 3)
+    ("case", "addends"),
+    few_on_gpu([*zip(CASES, cycle(["none", "both"])), *product(CASES[1:2], ["none", "bias", "mask"])], 2),
 )
 def test_triton_float_result_matches_the_oracle(seed, case, addends):
     qkv, heads, options = sample(case, windowed=case[3] > 1 or addends != "none")
@@ -67,8 +68,8 @@ def test_triton_integer_result_is_the_float_result_rounded(seed, bits):
 @pytest.mark.parametrize("zero", [0.0, 255.0])
 def test_triton_sums_are_exact_at_their_ends(zero):
     """All keys alike: every p is 255, and y is the mean of the values, whatever the corrections by the zero points."""
-    qkv = torch.full((1, 700, 3 * 64), 255, dtype=torch.uint8, device=DEVICE)
-    qkv[:, :, 128:] = torch.randint(0, 256, (700, 64), dtype=torch.uint8)
+    qkv = torch.full((1, 330, 3 * 64), 255, dtype=torch.uint8, device=DEVICE)
+    qkv[:, :, 128:] = torch.randint(0, 256, (330, 64), dtype=torch.uint8)
     scales = torch.tensor([1.0, 1.0, 1.0], device=DEVICE)
     with use_backend("triton"):
         found = quant_attention(qkv, 1, in_scale=scales, in_zero=torch.full_like(scales, zero), scale=1.0)

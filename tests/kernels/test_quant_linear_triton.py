@@ -56,11 +56,11 @@ def both(**arguments):
 @live_triton
 @pytest.mark.parametrize(
     ("x_dtype", "w_bits"),
-    few_on_gpu(product([torch.float32, torch.bfloat16, torch.float16, torch.uint8], range(2, 9)), 4),
+    few_on_gpu([*product([torch.float32, torch.uint8], range(2, 9)), (torch.bfloat16, 4), (torch.float16, 8)], 3),
     ids=str,
 )
 def test_triton_equals_the_reference_bit_for_bit(seed, x_dtype, w_bits):
-    rows, outputs, depth = (int(torch.randint(1, 140, ())) for _ in range(3))
+    rows, outputs, depth = (int(torch.randint(1, 100, ())) for _ in range(3))  # tiles have 16 to 64 rows here
     if not INTERPRETED:  # a constant of the kernel, as which addends there are: each would be compiled for
         depth = 129 if w_bits % 2 else 40
     arguments = draw(rows, outputs, depth, pick(2, 5, 8), w_bits, x_dtype)

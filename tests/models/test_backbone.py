@@ -11,9 +11,7 @@ from dfqvit import demo
 from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
 
-from ..conftest import small_distilled
-
-DISTILLED = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+from ..conftest import SMALL, small_distilled
 
 
 @pytest.fixture(params=["demo", "demo-swin", "distilled"])
@@ -21,7 +19,7 @@ def pair(request, seed, tmp_path):
     """(float model, the same from a W8/A8 file in the integer runtime, images that calibration did not see)."""
     if request.param == "distilled":
         model, images = small_distilled(), torch.randn(12, 3, 32, 32)
-        options = {"model_kwargs": DISTILLED}
+        options = {"model_kwargs": SMALL["distilled"]}
     else:
         model, options = load_model(request.param), {}
         images = spread_images(open_images(demo.TEST_IMAGES, Preprocessing.of(model)), 12)

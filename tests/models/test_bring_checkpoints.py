@@ -22,8 +22,10 @@ import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.models import ModelSpec, load_model
 
+from .. import conftest
+
 DEMO = "dfqvit_demo_vit"
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+SMALL = conftest.SMALL["distilled"]
 VIT = "vit_tiny_patch16_224"
 SWIN = "swin_tiny_patch4_window7_224"
 SWIN_SMALL = {"img_size": 56, "embed_dim": 12, "depths": (2, 2, 2), "num_heads": (2, 4, 4), "num_classes": 7}

@@ -23,9 +23,10 @@ from dfqvit.quantization.layers import QuantLinear, QuantPatchProjection
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.synthesis import synthesize
 
+from .. import conftest
 from ..conftest import small_vit
 
-SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+SMALL_VIT = conftest.SMALL["distilled"]
 SMALL = {
     "convnext_atto": {"dims": (16, 24, 32, 40), "depths": (1, 1, 2, 1), "num_classes": 7},
     "poolformer_s12": {"num_classes": 7},

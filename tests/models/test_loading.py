@@ -13,7 +13,7 @@ from dfqvit import demo
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.models import ModelSpec, Preprocessing, load_model
 
-from ..conftest import small_distilled, small_swin, small_vit
+from ..conftest import SMALL, small_distilled, small_swin, small_vit
 
 
 def write_checkpoint(path, model, **changes):
@@ -97,7 +97,7 @@ def test_embedded_models_need_no_network(name):
 )
 def test_spec_needs_the_keywords_that_structure_does_not_tell(options):
     """Where timm did not leave them on the model, as its older versions do not."""
-    given = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, **options}
+    given = {**SMALL["vit"], **options}
     model = small_vit(**options)
     vars(model).pop("_model_args", None)
     with pytest.raises(UsageError, match="give model_kwargs="):

@@ -10,18 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..conftest import _lively
+from ..conftest import SMALL, _lively
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "embed_dim": 24,
-    "depths": (2, 2),
-    "num_heads": (2, 4),
-    "window_size": 4,
-    "num_classes": 7,
-}
+VIT = SMALL["distilled"]
+SWIN = SMALL["swin"]
 MODELS = {
     "vit_tiny_patch16_224": {**VIT, "qk_norm": True, "scale_attn_norm": True},
     "vit_small_patch14_reg4_dinov2": {**VIT, "init_values": 0.5},  # register tokens, LayerScale

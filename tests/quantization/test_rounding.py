@@ -10,7 +10,7 @@ from dfqvit.quantization.quantizers import mse_weight_scale
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.quantization.rounding import DAMPING, SecondMoment, round_second_order, sensitivity
 
-from ..conftest import small_vit
+from ..conftest import SMALL, small_vit
 
 
 def correlated(rows, features):
@@ -150,8 +150,7 @@ def test_the_order_of_the_calibration_images_does_not_matter(seed, settings):
     """Crops and gradients' signs are drawn for the images in an order of their own: once logits moved by 0.46."""
     model = small_vit()
     images = torch.randn(9, 3, 32, 32)
-    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
-    options = {"w_bits": 4, "model_kwargs": kwargs, **settings}
+    options = {"w_bits": 4, "model_kwargs": SMALL["vit"], **settings}
     x = torch.randn(4, 3, 32, 32)
     expected = dfqvit.quantize(model, calib=images, **options)(x)
     found = dfqvit.quantize(model, calib=images[torch.randperm(9)], **options)(x)

@@ -15,14 +15,12 @@ import dfqvit
 from dfqvit.runtime import accelerate
 from dfqvit.runtime.residual import IntegerResidual
 
-from ..conftest import small_vit
+from ..conftest import SMALL, small_vit
 from .test_blocks import Operators, close, quantized
-
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 
 
 def small(name, **options):
-    return timm.create_model(name, pretrained=False, **SMALL, **options)
+    return timm.create_model(name, pretrained=False, **SMALL["distilled"], **options)
 
 
 MAKE = {

@@ -63,6 +63,36 @@ def test_onnx_runtime_agrees(tmp_path, name, settings):
     assert float((ours - theirs).abs().mean() / ours.abs().mean()) < 0.01
 
 
+@pytest.mark.parametrize(("name", "opset"), [("demo", 18), ("demo-swin", 23)])
+def test_opsets(tmp_path, name, opset):
+    import onnx
+
+    qmodel = quantized(name, rounding="nearest")
+    written = export_onnx(qmodel, tmp_path / "m.onnx", int4=opset >= 21, opset=opset)
+    assert written["opset"] == opset
+    assert {entry.domain: entry.version for entry in onnx.load(tmp_path / "m.onnx").opset_import}[""] == opset
+    x, _ = images(qmodel, 50)
+    with torch.no_grad():
+        ours = qmodel(x)
+    assert float((ours - runtime(tmp_path / "m.onnx")(x)).abs().mean() / ours.abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opset": 17}, "opset was 17; it may be 18 to 23"),
+        ({"opset": 24}, "opset was 24; it may be 18 to 23"),
+        ({"opset": "21"}, "opset was '21'; it may be 18 to 23"),
+        ({"opset": 18}, "opset was 18; weights of 4 bits or fewer need 21 as INT4"),
+    ],
+)
+def test_an_opset_that_does_not_fit_is_refused(tmp_path, options, message):
+    qmodel = dfqvit.quantize(load_model("demo"), calib="noise", samples=2, rounding="nearest")
+    with pytest.raises(dfqvit.UsageError, match=message):
+        export_onnx(qmodel, tmp_path / "m.onnx", **options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("name", "w_bits"), [("demo", 3), ("demo", 8), ("demo-swin", 4)])
 def test_openvino_agrees(tmp_path, name, w_bits):
     pytest.importorskip("openvino", reason="OpenVINO is not installed")

@@ -14,32 +14,18 @@ import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.storage.file import checksum, read
 
-from ..conftest import MODELS
-
-KWARGS = {
-    "vit": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7},
-    "distilled": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7},
-    "swin": {
-        "img_size": 32,
-        "patch_size": 2,
-        "embed_dim": 24,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-        "window_size": 4,
-        "num_classes": 7,
-    },
-}
+from ..conftest import MODELS, SMALL
 
 
 @pytest.fixture(params=list(MODELS))
 def quantized(request, seed):
     x = torch.randn(3, 3, 32, 32)
-    return dfqvit.quantize(MODELS[request.param](), 4, calib=x, model_kwargs=KWARGS[request.param], acm_blocks=[0, -1])
+    return dfqvit.quantize(MODELS[request.param](), 4, calib=x, model_kwargs=SMALL[request.param], acm_blocks=[0, -1])
 
 
 @pytest.fixture
 def saved(seed, tmp_path):
-    qmodel = dfqvit.quantize(MODELS["vit"](), 4, calib=torch.randn(2, 3, 32, 32), model_kwargs=KWARGS["vit"])
+    qmodel = dfqvit.quantize(MODELS["vit"](), 4, calib=torch.randn(2, 3, 32, 32), model_kwargs=SMALL["vit"])
     return dfqvit.save(qmodel, tmp_path / "model.safetensors")
 
 
@@ -49,7 +35,7 @@ def saved(seed, tmp_path):
 def test_round_trip_bit_for_bit(seed, tmp_path, family, w_bits, placement):
     x = torch.randn(5, 3, 32, 32)
     qmodel = dfqvit.quantize(
-        MODELS[family](), w_bits, calib=x[:3], placement=placement, model_kwargs=KWARGS[family], acm_blocks=[0, -1]
+        MODELS[family](), w_bits, calib=x[:3], placement=placement, model_kwargs=SMALL[family], acm_blocks=[0, -1]
     )
     loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "m.safetensors"))
     assert torch.equal(loaded(x), qmodel(x))

@@ -22,7 +22,7 @@ from dfqvit.studies.named import STUDIES, settings_of
 from dfqvit.studies.tables import markdown
 from dfqvit.synthesis import SynthesisConfig, synthesize
 
-from ..cli.test_commands import run, said  # noqa: F401 (run is a fixture)
+from ..conftest import said
 
 QUICK = ["--images", 60, "--samples", 2, "--iters", 2, "--bits", 3]
 
@@ -51,7 +51,7 @@ def row(**values):
     return Row(**(filler | {"agreement": 3.0, "kl": 0.5, "seconds": 1.0, "synthesis_seconds": 0.0} | values))
 
 
-def test_a_row_is_what_plain_calls_give(run, tmp_path):  # noqa: F811
+def test_a_row_is_what_plain_calls_give(run, tmp_path):
     status, stdout, err = run("ablate", "demo", "--study", "schedule", *QUICK, "--seed", 3, "--out", tmp_path, "--json")
     assert status == 0, err
     assert json.loads(stdout)["measured"] == 3
@@ -70,7 +70,7 @@ def test_a_row_is_what_plain_calls_give(run, tmp_path):  # noqa: F811
     assert found["fixed"].float_top1 == pytest.approx(expected.against_top1, abs=1e-3)
 
 
-def test_runs_that_are_there_are_not_run_again(run, tmp_path):  # noqa: F811
+def test_runs_that_are_there_are_not_run_again(run, tmp_path):
     arguments = ["ablate", "demo", "--study", "samples", "--values", "2,3", *QUICK, "--out", tmp_path, "--json"]
     assert run(*arguments)[0] == 0
     before = (tmp_path / "ablations.csv").read_bytes()
@@ -145,13 +145,13 @@ def test_every_study_names_settings_that_quantize_takes():
         (["demo", "--bits", "9"], 2, "--bits was '9'; it must be whole numbers from 2 to 8"),
     ],
 )
-def test_wrong_use(run, tmp_path, arguments, status, message):  # noqa: F811
+def test_wrong_use(run, tmp_path, arguments, status, message):
     found, _, err = run("ablate", *arguments, "--out", tmp_path / "o")
     assert (found, message in said(err)[0]) == (status, True)
     assert not (tmp_path / "o").exists()
 
 
-def test_a_table_of_another_kind_is_refused(run, tmp_path):  # noqa: F811
+def test_a_table_of_another_kind_is_refused(run, tmp_path):
     (tmp_path / "ablations.csv").write_text("a,b\n1,2\n")
     status, _, err = run("ablate", "demo", *QUICK, "--out", tmp_path)
     assert status == 1

@@ -13,9 +13,9 @@ from dfqvit.errors import UsageError
 from dfqvit.models import Preprocessing
 from dfqvit.synthesis.procedural import procedural_images
 
-from ..conftest import small_vit
+from ..conftest import SMALL, small_vit
 
-KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
+KWARGS = SMALL["vit"]
 
 
 def preprocessing(channels: int, height: int, width: int) -> Preprocessing:

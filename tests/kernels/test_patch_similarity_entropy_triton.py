@@ -1,0 +1,36 @@
+"""patch_similarity_entropy in Triton without a GPU: its tests in the interpreter, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from . import test_patch_similarity_entropy as tests
+from .interpreter import INTERPRETED, run_in_interpreter, shared_memory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
+def test_triton_in_its_interpreter() -> None:
+    run_in_interpreter(tests.__file__)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles_for_gpus(capability: int) -> None:
+    """No GPU is needed to compile; that the kernels fit in its shared memory is checked too."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("dfqvit.kernels.patch_similarity_entropy.triton")
+    kinds = {"n": "i32", "batch": "i32", "windows": "i32", "scale": "fp32", "cutoff": "fp32", "parts": "*fp64"}
+    kinds |= {"depth": "i32:16", "points": "i32"}
+    constants = {
+        "BLOCK": module.BLOCK,
+        "DEPTH": module.DEPTH,
+        "OUT": module.OUT,
+        "POINTS": 16,
+    }
+    for kernel in (module._range_kernel, module._density_kernel, module._backward_kernel):
+        for dtype in ("*fp32", "*bf16"):
+            assert shared_memory(kernel, capability, {**kinds, "x": dtype}, constants) <= 160 * 1024
