@@ -320,6 +320,7 @@ def spec_of(
             raise UsageError(
                 "model_kwargs was given; a network that is not timm's is rebuilt by build='module:function'"
             )
+        build = getattr(model, "dfqvit_build", None) if build is None else build  # the embedded ones say it themselves
         name = "" if build is None else check_build(model, build)
         network = NetworkSpec(name, preprocessing.input_size, function=build)
         model.dfqvit_spec = network  # type: ignore[assignment]
