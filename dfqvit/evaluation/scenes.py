@@ -18,9 +18,9 @@ from ..errors import UsageError
 from ..models import demo
 from ..models.dense import CLASSES, OF_ITEM, SIDE
 
-MOST_ITEMS, GROUP = 4, 50
-_SIZES = (18.0, 36.0)  # pixels of an item's 28 x 28 square
-_TURN = 0.25  # radians, at most, to either side
+MOST_ITEMS, GROUP = 3, 50
+_SIZES = (24.0, 34.0)  # pixels of an item's 28 x 28 square
+_TURN = 0.12  # radians, at most, to either side
 _OPAQUE = 0.08  # of an item's brightness from 0 to 1: less is its ground
 _LEAST_SHARE, _LEAST_PIXELS = 0.4, 30  # of an item that must be seen for it to have a box
 
@@ -127,8 +127,8 @@ def _grounds(generator: torch.Generator) -> torch.Tensor:
     noise = torch.randn(GROUP, SIDE, SIDE, generator=generator)
     field = torch.fft.irfft2(torch.fft.rfft2(noise) * frequency**-slope, s=(SIDE, SIDE))
     field = (field - field.mean((1, 2), keepdim=True)) / field.std((1, 2), keepdim=True)
-    middle = 0.15 + 0.4 * torch.rand(GROUP, 1, 1, generator=generator)
-    return middle + (0.04 + 0.1 * torch.rand(GROUP, 1, 1, generator=generator)) * field
+    middle = 0.04 + 0.2 * torch.rand(GROUP, 1, 1, generator=generator)
+    return middle + (0.02 + 0.06 * torch.rand(GROUP, 1, 1, generator=generator)) * field
 
 
 def _boxes(

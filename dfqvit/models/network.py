@@ -65,17 +65,14 @@ class NetworkSpec:
 
 
 def name_of(build: Build) -> str:
-    """ "module:function" of what may be given as `build`, checked to be importable."""
+    """ "module:function" of what may be given as `build`; a text is checked to name one that can be imported."""
     if isinstance(build, str):
-        name = build
-    elif callable(build):
-        name = f"{getattr(build, '__module__', '')}:{getattr(build, '__qualname__', '')}"
-    else:
-        raise UsageError(f"build was {build!r}; it may be 'module:function' or a function")
-    function = find(name)
-    if not isinstance(build, str) and function is not build:
-        raise UsageError(f"build was {build!r}, which '{name}' does not name; it must be a function of a module")
-    return name
+        find(build)
+        return build
+    name = getattr(build, "__qualname__", "")
+    if not callable(build) or not name or "<" in name:
+        raise UsageError(f"build was {build!r}; it may be 'module:function' or a function of a module")
+    return f"{build.__module__}:{name}"
 
 
 def find(name: str) -> Callable[[], Any]:
@@ -115,7 +112,7 @@ def built(build: Build) -> nn.Module:
 def check_build(network: nn.Module, build: Build) -> str:
     """The name of a `build` that makes the structure of `network`; UsageError says what differs."""
     name = name_of(build)
-    difference = structural_difference(network, built(name).eval())
+    difference = structural_difference(network, built(build).eval())
     if difference:
         raise UsageError(f"build was '{name}', which makes another network ({difference})")
     return name
