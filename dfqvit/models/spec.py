@@ -149,9 +149,9 @@ def class_count(model: Any) -> int | None:
 
     None of a network around timm models: what it gives may be anything.
     """
-    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
-        return None
     get = getattr(model, "get_classifier", None)
+    if not callable(get) and not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        return None
     head = get() if callable(get) else None
     head = head[0] if isinstance(head, tuple) else head
     found = getattr(head, "out_features", None)

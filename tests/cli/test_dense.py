@@ -123,6 +123,16 @@ def test_demo_prints_every_source_and_writes_pictures(tmp_path, capsys):
         assert dfqvit.load(tmp_path / f"{name}-w4a8.safetensors").dfqvit_record.calibration == "synthetic"
 
 
+def test_a_file_of_an_embedded_network_is_described(tmp_path, capsys):
+    status, _, err = output(capsys, "quantize", "demo-detector", "--fast", "--out", tmp_path)
+    assert status == 0, err
+    assert (tmp_path / "report.html").exists()
+    status, out, err = output(capsys, "info", tmp_path / "model.safetensors")
+    assert status == 0, err
+    assert "dfqvit.models.dense:demo_detector" in out
+    assert "whole, checksum holds, logits finite" in out
+
+
 def test_options_that_an_embedded_network_has_not():
     with pytest.raises(UsageError, match="num_classes was given; MODEL 'demo-detector' is one embedded network"):
         load_model("demo-detector", num_classes=3)
