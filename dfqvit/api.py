@@ -18,9 +18,11 @@ from .calibration.health import measure
 from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
-from .models.adapters import find_adapter
+from .models.adapters import find_adapter, is_network
 from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
+from .models.network import Build, NetworkSpec, check_build, network_spec
+from .models.preprocessing import FEATURES, image_shape
 from .models.spec import class_count
 from .patching.fusable import is_patched
 from .progress import Progress, showing
@@ -28,6 +30,7 @@ from .quantization.model import quantized
 from .quantization.recipe import Recipe
 from .runtime import check_runtime, integer_report, set_runtime
 from .synthesis import synthesize
+from .synthesis.losses import Objective
 from .synthesis.procedural import procedural_images
 
 LAST_BLOCK = (-1,)
@@ -38,7 +41,7 @@ COMPANIONS = 48  # procedural images beside the synthetic ones, where weights ar
 class QuantizationRecord:
     """How a model was quantized; kept on it as `model.dfqvit_record` and in its file."""
 
-    spec: ModelSpec
+    spec: ModelSpec | NetworkSpec
     preprocessing: Preprocessing
     recipe: Recipe
     calibration: str  # "synthetic", "procedural", "noise" or "images"
@@ -50,7 +53,9 @@ class QuantizationRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
-        return asdict(self)
+        values = asdict(self)
+        values["spec"].pop("function", None)  # of a network: what may be called is said anew by who loads
+        return values
 
     def made_from(self, calibration: str, settings: dict[str, Any]) -> QuantizationRecord:
         """The same, naming where the calibration images came from: for images that were synthesised beforehand."""
@@ -64,7 +69,9 @@ class QuantizationRecord:
             "edge_a_bits": values["recipe"].get("a_bits", 8),
             "scaling": "none",
         }  # files from before these settings
-        spec, recipe = ModelSpec(**values.pop("spec")), Recipe(**{**of_old, **values.pop("recipe")})
+        made_by = values.pop("spec")
+        spec = network_spec(made_by) if "build_by" in made_by else ModelSpec(**made_by)
+        recipe = Recipe(**{**of_old, **values.pop("recipe")})
         return cls(
             spec=spec, preprocessing=Preprocessing.from_dict(values.pop("preprocessing")), recipe=recipe, **values
         )
@@ -150,6 +157,8 @@ def quantize(
     acm_shrink: bool = False,
     preprocessing: Preprocessing | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    build: Build | None = None,
+    objective: Objective | None = None,
     runtime: str = "auto",
     progress: bool = True,
     report: Callable[[Progress], None] | None = None,
@@ -158,8 +167,9 @@ def quantize(
     """Quantizes a timm vision transformer without data and without fine-tuning.
 
     Args:
-        model: a float timm ViT, DeiT or Swin; left as it was. It is read in eval mode and float32, also where it is in train
-            mode, half or double, and under no_grad, inference_mode or autocast.
+        model: a float timm ViT, DeiT or Swin, or a network that holds such backbones (docs/dense.md); left as it was. It is read
+            in eval mode and float32, also where it is in train mode, half or double, and under no_grad, inference_mode or
+            autocast.
         w_bits: bits of the weights, 2 to 8.
         a_bits: bits of the activations, 2 to 8.
         samples: synthetic, procedural or noise images for calibration.
@@ -196,6 +206,10 @@ def quantize(
         acm_shrink: shrinks the corrections by their variance over the images.
         preprocessing: mean, std and input size; default the model's own.
         model_kwargs: what was given to timm.create_model, where neither the model nor its structure tells.
+        build: for a network that is not timm's: "module:function" (or the function), which called without arguments makes its
+            structure; kept in the file, for `load`. Without it the result cannot be saved.
+        objective: of what the model gives for a batch of images, to a scalar loss that synthetic images shall lower, in place
+            of the target classes.
         runtime: how the result computes, as in `dfqvit.load`: "auto", "integer" or "simulated".
         progress: shows a bar on stderr for each stage, with the time left.
         report: called with a `Progress` after every step of every stage: the synthesis, calibration, rounding, ...
@@ -234,13 +248,9 @@ def quantize(
     adapter = find_adapter(model)
     if reconstruct and not adapter.whole_blocks:
         raise UsageError(f"reconstruct was {reconstruct}; in a {type(model).__name__} it may be 0")
-    spec = ModelSpec.of(model, model_kwargs)
+    spec, preprocessing = spec_of(model, model_kwargs, build, preprocessing)
     tell_hooks(model)
-    own = Preprocessing.of(model)
-    preprocessing = preprocessing or own
-    strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
-    if preprocessing.input_size != own.input_size and (strict or preprocessing.input_size[0] != own.input_size[0]):
-        raise UsageError(f"preprocessing had input_size {preprocessing.input_size}; the model takes {own.input_size}")
+    check_objective(objective, calib)
     calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
     if acm == "auto":
@@ -265,6 +275,7 @@ def quantize(
         check_budget(model, recipe, size_budget)
     choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
     given: dict[str, Any] = {"samples": samples, "iters": iters, "seed": seed, "preprocessing": preprocessing}
+    given["objective"] = objective
     with showing(progress, report) as told:
         images, how = calibration_images(model, calib, **given, report=told, **synthesis)
         images = with_companions(images, companions, seed, preprocessing)
@@ -281,7 +292,10 @@ def quantize(
         corrected = add_corrections(
             model, qmodel, images, acm, gamma=gamma, blocks=acm_blocks, top=acm_top, shape=acm_shape, shrink=acm_shrink
         )
-    settings = {"seed": seed} if how != "images" else {}
+    if isinstance(spec, NetworkSpec):
+        spec = replace(spec, survey=qmodel.dfqvit_survey)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"seed": seed} if how != "images" else {}
+    settings |= {"objective": getattr(objective, "__qualname__", repr(objective))} if objective is not None else {}
     settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
     settings |= {"companions": companions} if companions else {}
     settings |= {"reconstruct": reconstruct} if reconstruct else {}
@@ -297,9 +311,53 @@ def quantize(
         measured=measure(model, qmodel, images, preprocessing, corrected),
     )
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
-    preprocessing.write_to(qmodel)
+    if isinstance(spec, ModelSpec):
+        preprocessing.write_to(qmodel)
     set_runtime(qmodel, runtime)
     return cast(QuantizedModel, quantized(qmodel, QuantizedModel))
+
+
+def spec_of(
+    model: nn.Module, model_kwargs: dict[str, Any] | None, build: Build | None, preprocessing: Preprocessing | None
+) -> tuple[ModelSpec | NetworkSpec, Preprocessing]:
+    """What rebuilds the model, checked, and what it expects of images; a network also knows both from now on.
+
+    UsageError when one of them does not fit the model.
+    """
+    if is_network(model) and type(model).__module__ != FEATURES:  # timm makes its wrappers by a model's name
+        preprocessing = preprocessing or Preprocessing.of(model)
+        channels = image_shape(model)[0]
+        if preprocessing.input_size[0] != channels:
+            raise UsageError(f"preprocessing had {preprocessing.input_size[0]} channels; the network takes {channels}")
+        if model_kwargs is not None:
+            raise UsageError(
+                "model_kwargs was given; a network that is not timm's is rebuilt by build='module:function'"
+            )
+        build = getattr(model, "dfqvit_build", None) if build is None else build  # the embedded ones say it themselves
+        name = "" if build is None else check_build(model, build)
+        network = NetworkSpec(name, preprocessing.input_size, function=build)
+        model.dfqvit_spec = network  # type: ignore[assignment]
+        return network, preprocessing
+    if build is not None:
+        raise UsageError(
+            f"build was given; the model is timm's {type(model).__name__}, which timm rebuilds by its name"
+        )
+    spec, own = ModelSpec.of(model, model_kwargs), Preprocessing.of(model)
+    preprocessing = preprocessing or own
+    strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
+    if preprocessing.input_size != own.input_size and (strict or preprocessing.input_size[0] != own.input_size[0]):
+        raise UsageError(f"preprocessing had input_size {preprocessing.input_size}; the model takes {own.input_size}")
+    return spec, preprocessing
+
+
+def check_objective(objective: Any, calib: Any) -> None:
+    """UsageError unless `objective` is None, or a function and `calib` is "synthetic"."""
+    if objective is None:
+        return
+    if not callable(objective):
+        raise UsageError(f"objective was {objective!r}; it may be a function of what the model gives, to a scalar loss")
+    if not isinstance(calib, str) or calib != "synthetic":
+        raise UsageError("objective was given; only synthetic images lower one, so calib must be 'synthetic'")
 
 
 def companion_count(companions: int | None, calib: str | torch.Tensor, recipe: Recipe) -> int:
@@ -332,6 +390,7 @@ def calibration_images(
     seed: int,
     preprocessing: Preprocessing,
     report: Callable[[Progress], None] | None = None,
+    objective: Objective | None = None,
     **synthesis: Any,
 ) -> tuple[torch.Tensor, str]:
     """(images on the model's device, "synthetic" | "procedural" | "noise" | "images"); `calib`: a name, or given images."""
@@ -344,7 +403,8 @@ def calibration_images(
     if calib == "procedural":
         return procedural_images(samples, seed, preprocessing).to(device), "procedural"
     if calib == "synthetic":
-        made = synthesize(model, samples, iters, seed, preprocessing=preprocessing, report=report, **synthesis)
+        synthesis |= {"preprocessing": preprocessing, "report": report, "objective": objective}
+        made = synthesize(model, samples, iters, seed, **synthesis)
         return made, "synthetic"
     raise UsageError(
         f"calib was '{calib}'; it may be 'synthetic', 'procedural', 'noise' or images (a tensor, an array or a list)"

@@ -12,6 +12,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHOWN = {
+    "detector_on_swin": lambda found: found[0] < 0.1 and found[1] > 0,
+    "segmenter_on_vit": lambda found: found[0] > 0.8 and found[1]["INT8"] == 18,
     "entropy_in_your_loop": lambda found: found[1] > found[0] + 0.05,
     "quant_linear_in_your_network": lambda found: 1e-4 < found < 0.1,
     "patch_a_model": lambda found: found[1] < 0.7 * found[0],

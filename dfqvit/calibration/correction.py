@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import DfqvitError, UsageError
-from ..models.adapters import Adapter, find_adapter
+from ..models.adapters import Adapter, find_adapter, is_network
 from ..progress import tracked
 
 MODES = ("sequential", "checked", "independent", "none")
@@ -163,12 +163,13 @@ def block_outputs(adapter: Adapter, images: torch.Tensor, stop_after: int | None
     blocks = adapter.blocks()
     blocks = blocks if stop_after is None else blocks[: stop_after + 1]
     outputs: list[list[torch.Tensor]] = [[] for _ in blocks]
-    handles = []
+    handles: list[Any] = []
+    network = is_network(adapter.model)  # which may call a block more than once
     for index, block in enumerate(blocks):
 
         def keep(_: nn.Module, __: Any, output: torch.Tensor, index: int = index) -> None:
             outputs[index].append(output.detach().flatten(1, -2).float())
-            if index == stop_after:
+            if index == stop_after and not network:
                 raise _Stop
 
         handles.append(block.register_forward_hook(keep))

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.adapters import find_adapter, flattened, is_network
 from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.ranges import FixedRange, affine_parameters
-from ..quantization.rounding import sensitivity
+from ..quantization.rounding import feature_sensitivity, sensitivity
 
 BATCH = 16  # images in one forward pass of calibration; ranges do not depend on it
 TOKENS = 768  # of a layer that are kept, at random
@@ -58,11 +59,13 @@ class Statistics:
         self.greatest = torch.maximum(self.greatest, x.amax((0, 1)))
         self.y_least = torch.minimum(self.y_least, flat.amin((0, 1)))
         self.y_greatest = torch.maximum(self.y_greatest, flat.amax((0, 1)))
-        self.parts["x"].append(x.flatten(0, 1)[chosen])
-        self.parts["y"].append(flat.flatten(0, 1)[chosen])
-        y.register_hook(lambda grad: self._weigh(x, grad.detach().reshape(flat.shape), chosen))
+        if y.requires_grad:
+            y.register_hook(lambda grad: self._weigh(x, flat, grad.detach().reshape(flat.shape), chosen))
 
-    def _weigh(self, x: torch.Tensor, grad: torch.Tensor, chosen: torch.Tensor) -> None:
+    def _weigh(self, x: torch.Tensor, y: torch.Tensor, grad: torch.Tensor, chosen: torch.Tensor) -> None:
+        """All parts at once, so that those of a layer that is called twice keep together."""
+        self.parts["x"].append(x.flatten(0, 1)[chosen])
+        self.parts["y"].append(y.flatten(0, 1)[chosen])
         kept = grad.flatten(0, 1)[chosen]
         self.parts["y_cost"].append(kept.square())
         self.parts["cost"].append((kept @ float_weight(self.layer)).square())
@@ -98,11 +101,37 @@ def gather(qmodel: nn.Module, names: list[str], images: torch.Tensor) -> dict[st
     try:
         for batch in tracked(images.split(BATCH), "weigh errors"):
             with torch.enable_grad():
-                sensitivity(qmodel(batch.detach().requires_grad_()), draws).backward()
+                what_matters(qmodel, batch, draws).backward()
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {name: statistics for name, statistics in found.items() if statistics.parts["cost"]}
+
+
+def what_matters(
+    qmodel: nn.Module, images: torch.Tensor, generator: torch.Generator, classes: bool = True
+) -> torch.Tensor:
+    """A scalar whose gradients say how much each value of a converted model matters on images [n, C, H, W].
+
+    With a classifier (`classes`) by the logits' Fisher information, else by the features; of a network around timm models by
+    all that it gives, where that is tensors with a row for each image, and else by the outputs of the blocks.
+    """
+    images = images.detach().requires_grad_()
+    if not is_network(qmodel):
+        outputs = qmodel(images)
+        if not isinstance(outputs, torch.Tensor):
+            return feature_sensitivity(flattened(outputs), generator)
+        return sensitivity(outputs, generator) if classes else feature_sensitivity([outputs], generator)
+    kept: list[torch.Tensor] = []
+    blocks = find_adapter(qmodel).blocks()
+    handles = [block.register_forward_hook(lambda _, __, output: kept.append(output)) for block in blocks]
+    try:
+        outputs = [each for each in flattened(qmodel(images)) if each.is_floating_point()]
+    finally:
+        for handle in handles:
+            handle.remove()
+    dense = bool(outputs) and all(len(each) == len(images) and each.requires_grad for each in outputs if each.dim())
+    return feature_sensitivity(outputs if dense else kept, generator)
 
 
 @dataclass

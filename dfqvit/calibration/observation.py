@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..models import check_finite
-from ..models.adapters import find_adapter
+from ..models.adapters import find_adapter, flattened, is_network
 from ..models.adapters.generic import GenericAdapter
 from ..models.preprocessing import image_shape
 from ..models.spec import class_count
@@ -19,10 +19,10 @@ from ..quantization.layers import QuantLinear
 from ..quantization.model import quantized
 from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.recipe import Recipe
-from ..quantization.rounding import feature_sensitivity, sensitivity
 from ..synthesis.curriculum import DRAWS, JITTER, crop_shift_flip
+from .correction import block_outputs
 from .equalize import equalize
-from .fisher import BATCH, MOST_CLIPPED
+from .fisher import BATCH, MOST_CLIPPED, what_matters
 from .rotate import rotate_heads
 
 VIEWS = 192  # random crops of the images, in all, for second-order rounding
@@ -44,7 +44,7 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
             module.grad_checkpointing = False  # type: ignore[assignment]
     adapter = find_adapter(qmodel)
     adapter.convert(recipe)
-    qmodel = quantized(qmodel).to(next(model.parameters()).device)
+    qmodel = quantized(qmodel, *adapter.mixins).to(next(model.parameters()).device)
     if isinstance(adapter, GenericAdapter):
         _expect_equal(model, qmodel)
     return qmodel
@@ -57,16 +57,24 @@ def _expect_equal(model: nn.Module, qmodel: nn.Module) -> None:
     if parameter.is_meta:
         return
     image = torch.randn(1, *image_shape(model), generator=torch.Generator().manual_seed(0)).to(parameter)
-    wanted, found = model(image), copy.deepcopy(qmodel)(image)  # a copy, which alone observes this image
-    if not isinstance(wanted, torch.Tensor):
-        raise UsageError(
-            f"model was a {type(model).__name__}, which gives a {type(wanted).__name__}; it must give a tensor"
-        )
-    if not float((found - wanted).norm()) <= 1e-3 * float(wanted.norm()) + 1e-6:
+    twin = copy.deepcopy(qmodel)  # which alone observes this image
+    wanted, found = (_given(each, image) for each in (model, twin))
+    if not wanted:
+        raise UsageError(f"model was a {type(model).__name__}, which gives no tensors; it must give one, or several")
+    pairs = zip(wanted, found, strict=True)
+    if not all(float((f - w).norm()) <= 1e-3 * float(w.norm()) + 1e-6 for w, f in pairs):
         raise UsageError(
             f"model was a {type(model).__name__}, which computes something else once its layers are replaced; it may be a model "
             "that calls its layers as modules"
         )
+
+
+def _given(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    """What a model gives for one image [1, C, H, W]; of detections, whose order hangs on a hair, its blocks' outputs instead."""
+    outputs = [each for each in flattened(model(image)) if each.is_floating_point()]
+    if is_network(model) and any(len(each) != 1 for each in outputs if each.dim()):
+        return block_outputs(find_adapter(model), image)
+    return outputs
 
 
 @torch.no_grad()
@@ -100,10 +108,10 @@ def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
         if isinstance(module, QuantLinear):
             module.observe_inputs()
     generator = torch.Generator().manual_seed(0)
-    matters = sensitivity if class_count(qmodel) else feature_sensitivity
+    classes = bool(class_count(qmodel))
     for batch in tracked(torch.cat([images, crops(images)]).split(BATCH), "calibrate"):
         with torch.enable_grad():
-            matters(qmodel(batch.detach().requires_grad_()), generator).backward()
+            what_matters(qmodel, batch, generator, classes).backward()
 
 
 def in_fixed_order(images: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..models import Preprocessing, load_model
 from ..models import demo as embedded
 from ..storage import save
 from ..synthesis import SynthesisConfig
+from .dense import demo_dense
 from .options import common, emit, pick_device
 from .report import CURRICULUM, SAMPLES, make_report
 from .synthesize import run_synthesis
@@ -39,6 +40,7 @@ SPEED = "x float32"  # the column
     show_default=True,
     help="A small DeiT or a small Swin.",
 )
+@click.option("--dense", is_flag=True, help="A small detector and a small segmenter instead: mAP@50 and mIoU.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images to make.")
 @click.option("--iters", type=click.IntRange(1), default=300, show_default=True, help="Steps of the synthesis.")
 @click.option("--images", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="Test images to use.")
@@ -54,9 +56,13 @@ def command(**options: Any) -> None:
     """Quantize an embedded model to W8/A8, W4/A8 and W3/A8 and print top-1 on Fashion-MNIST's test images.
 
     Calibration on real training images, on noise, and on synthetic images (data-free) stand side by side. Needs no network.
+    With --dense: mAP@50 of a detector and mIoU of a segmenter, on scenes composed from these images.
     Replaces its own results of an earlier run.
     """
     device, out = pick_device(options["device"]), options["out"]
+    if options["dense"]:
+        demo_dense(options, device)
+        return
     started, energy = time.perf_counter(), Energy(device)
     model = load_model(options["model"], device=device)
     preprocessing = Preprocessing.of(model)

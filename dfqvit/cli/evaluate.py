@@ -17,17 +17,35 @@ from ..distributed import rank, world
 from ..errors import UsageError
 from ..evaluation import evaluate
 from ..evaluation.data import batches, open_images
+from ..evaluation.dense import TASKS
 from ..models import Preprocessing
 from ..models.spec import class_count
 from ..storage import load
+from .dense import evaluate_network
 from .options import adjusted, common, emit, open_float, pick_device, plain_name
 
 
 @click.command("evaluate")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="A folder of classes, or an .npz file.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A folder of classes, or an .npz file; for detection and segmentation see --task.",
+)
+@click.option(
+    "--task",
+    type=click.Choice(["classification", *TASKS]),
+    default="classification",
+    show_default=True,
+    help="Detection reads DIR/annotations.json (COCO's format) and DIR/images, segmentation DIR/images and DIR/masks (PNG).",
+)
+@click.option("--build", help="module:function that makes FILE's network, where it is not timm's; its code runs.")
+@click.option(
+    "--label-ids", is_flag=True, help="The detector's labels are the ids of the categories, not their places."
+)
 @click.option("--classes", type=click.Path(path_type=Path), help="Text file: line k is the folder name of class k.")
-@click.option("--against", help="The float MODEL to compare with, as a timm name.")
+@click.option("--against", help="The float MODEL to compare with, as a timm name; of a network, module:function.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights of --against.")
 @click.option("--mean", help="Comma-separated; default the file's.")
 @click.option("--std", help="Comma-separated; default the file's.")
@@ -43,14 +61,20 @@ from .options import adjusted, common, emit, open_float, pick_device, plain_name
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images; default by data and device.")
 @common
 def command(**options: Any) -> None:
-    """Measure a saved FILE on labelled images: top-1, top-5, and with --against the agreement with the float model."""
+    """Measure a saved FILE on labelled images: top-1, top-5, and with --against the agreement with the float model.
+
+    With --task: mAP@50 and mAP of a detector, mIoU and pixel accuracy of a segmenter.
+    """
     device = pick_device(options["device"])
-    model = load(options["file"], device)
+    model = load(options["file"], device, build=options["build"])
     record: QuantizationRecord = model.dfqvit_record
     preprocessing = adjusted(record.preprocessing, options["mean"], options["std"], options["interpolation"])
+    if options["task"] != "classification":
+        evaluate_network(model, preprocessing, options, device)
+        return
     classes = class_count(model)
     if not classes:
-        raise UsageError(f"FILE was '{options['file']}', whose model has no classifier; evaluate measures classes")
+        raise UsageError(f"FILE was '{options['file']}', whose model has no classifier; --task says what else it does")
     images = open_images(options["data"], preprocessing, options["classes"], options["unreadable"], num_classes=classes)
     assumed = images.assumed
     against = None

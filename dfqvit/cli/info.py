@@ -13,6 +13,7 @@ from tabulate import tabulate
 from ..api import QuantizationRecord
 from ..errors import UsageError
 from ..kernels.tuning import table as measured_choices
+from ..models.adapters import flattened
 from ..models.arithmetic import OTHER, multiply_adds
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
@@ -48,7 +49,7 @@ def describe_file(path: Path, device: torch.device, seed: int) -> dict[str, Any]
     record: QuantizationRecord = model.dfqvit_record
     image = torch.randn(1, *record.preprocessing.input_size, generator=torch.Generator().manual_seed(seed)).to(device)
     with torch.no_grad():
-        finite = bool(torch.isfinite(model(image)).all())
+        finite = all(bool(torch.isfinite(each).all()) for each in flattened(model(image)))
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -82,7 +83,7 @@ def _as_text(described: dict[str, Any]) -> str:
     kinds = ", ".join(f"{kind} {size / 1e6:.3f}" for kind, size in described["bytes_by_kind"].items() if size)
     corrected = f"{described['acm']}, blocks {_list(described['acm_blocks'])}" if described["acm_blocks"] else "none"
     rows = [
-        ("model", f"{spec['architecture']} {_settings(spec['kwargs'])}".strip()),
+        ("model", f"{spec.get('architecture', spec.get('build_by'))} {_settings(spec.get('kwargs', {}))}".strip()),
         ("bits", _bits(recipe)),
         ("size", f"{described['bytes'] / 1e6:.3f} MB: {kinds}"),
         ("calibrated on", f"{described['samples']} images: {_source(described['calibration'])}"),

@@ -7,13 +7,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .adapters import find_adapter
+from .network import NetworkSpec
 from .preprocessing import image_shape
 from .spec import ModelSpec
 
 OTHER = "products that are no layers"  # attention's
 
 
-def multiply_adds(spec: ModelSpec) -> dict[str, float]:
+def multiply_adds(spec: ModelSpec | NetworkSpec) -> dict[str, float]:
     """{name of a layer: its share of the multiply-adds of one image}, for linear layers and convolutions; the rest as OTHER."""
     try:
         model, counts = _counted(spec, "meta")
@@ -28,7 +29,7 @@ def multiply_adds(spec: ModelSpec) -> dict[str, float]:
     return {**shares, OTHER: max(0.0, 1 - sum(shares.values()))}
 
 
-def _counted(spec: ModelSpec, device: str) -> tuple[nn.Module, dict[str, int]]:
+def _counted(spec: ModelSpec | NetworkSpec, device: str) -> tuple[nn.Module, dict[str, int]]:
     """(the model, {name of a module as torch's counter gives it: its operations})."""
     model = spec.build(device)
     find_adapter(model).prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import UsageError
 from ..quantization.layers import QuantLinear
-from .adapters import find_adapter
+from .adapters import find_adapter, is_network
+from .adapters.generic import required
 from .twin_families import TWINS
 
 # Weights of the Hugging Face Hub that timm has under a name of its own: (theirs, by a pattern; timm's).
@@ -34,19 +36,12 @@ _WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
 def expect_float_model(model: Any) -> None:
     """UsageError unless `model` is a float timm model that can be worked on; says what it is and what to do."""
-    said = _not_a_model(model) or _wrapped(model) or _of_another_library(model) or _not_float(model)
+    said = _not_a_model(model) or _wrapped(model)
+    if not said:
+        said = _of_another_library(model) or _not_float(model) or _takes_more(model)
     if said:
         raise UsageError(f"model was {said}")
-    try:
-        find_adapter(model)
-    except UsageError as error:
-        for name, part in model.named_modules():
-            if name and _is_supported(part):
-                raise UsageError(
-                    f"model was a {type(model).__name__} around a {type(part).__name__}; give that one, "
-                    f"model.get_submodule('{name}')"
-                ) from error
-        raise
+    find_adapter(model)
 
 
 def tell_hooks(model: nn.Module) -> None:
@@ -90,13 +85,25 @@ def _wrapped(model: nn.Module) -> str:
         return f"a TorchScript module ({kind}); give the timm model that it was made from, and trace the result"
     if home.startswith("torch.fx") or kind.startswith("GraphModule"):
         return "a GraphModule of torch.fx or torch.export; give the timm model that it was made from, and export the result"
-    if home.startswith("timm.models._features"):
-        return f"a {kind} (features_only=True); give the timm model itself, and wrap the result: see docs/inference.md"
     return ""
+
+
+def _takes_more(model: nn.Module) -> str:
+    """A network around timm models whose forward asks for more than images."""
+    needed = required(model.forward) if is_network(model) else 1
+    if needed == 1:
+        return ""
+    names = ", ".join(inspect.signature(model.forward).parameters)
+    return (
+        f"a {type(model).__name__} whose forward takes ({names}); it must take images alone: wrap it in a module whose forward "
+        "does"
+    )
 
 
 def _of_another_library(model: Any) -> str:
     kind, home = type(model).__name__, type(model).__module__
+    if isinstance(model, nn.Module) and is_network(model) and not home.startswith("peft."):
+        return ""
     if home.startswith("transformers.") or any(
         each.__module__.startswith("transformers.modeling_utils") for each in type(model).__mro__
     ):
@@ -135,14 +142,6 @@ def _not_float(model: nn.Module) -> str:
     if odd is not None:
         return f"no float model: it has parameters of {odd.dtype}; give the float model"
     return ""
-
-
-def _is_supported(model: nn.Module) -> bool:
-    try:
-        find_adapter(model)
-    except UsageError:
-        return False
-    return True
 
 
 def _twin_of(model: Any) -> str:

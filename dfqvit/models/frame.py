@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .adapters import is_network
 from .foreign import expect_float_model
 from .spec import class_count
 
@@ -41,6 +42,8 @@ def on_float_reference(
 def float_reference(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode, with the number of classes that its head has; both put back for every module after the block.
 
+    So is what rebuilds a network, which is the block's own affair.
+
     A copy where its tensors are not float32 (half, bfloat16 and double are brought to it) or were made in inference mode,
     which autograd cannot use.
     """
@@ -52,9 +55,14 @@ def float_reference(model: nn.Module) -> Iterator[nn.Module]:
         told, classes = getattr(model, "num_classes", None), class_count(model)
         if told is not None and classes is not None:
             model.num_classes = classes  # type: ignore[assignment]
+        spec = model.__dict__.pop("dfqvit_spec", None) if is_network(model) else None
         try:
             yield model
         finally:
+            if is_network(model):
+                model.__dict__.pop("dfqvit_spec", None)
+            if spec is not None:
+                model.dfqvit_spec = spec
             if told is not None:
                 model.num_classes = told
 

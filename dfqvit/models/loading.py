@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import DfqvitError, UsageError
-from . import demo
+from . import demo, dense
 from .adapters import find_adapter
 from .checkpoint import first_line
 from .spec import ModelSpec, plain
@@ -45,7 +45,7 @@ def load_model(
 
     Args:
         name: a timm name of the ViT, DeiT or Swin families, also as `timm/NAME`; `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, as
-            `timm.create_model` takes them; or "demo" / "demo-swin".
+            `timm.create_model` takes them; "demo" / "demo-swin"; or "demo-detector" / "demo-segmenter", which are networks.
         checkpoint: what timm loads: a state_dict in a .safetensors or .pth file, a training script's checkpoint (averaged
             weights before raw ones), the family's original layout; without it, timm's pretrained weights (or the demo's own).
             Position embeddings are resized to `img_size`, an RGB stem is adapted to `in_chans`, as timm does.
@@ -60,6 +60,10 @@ def load_model(
         UsageError: unknown or unsupported name, a checkpoint that does not fit.
         DfqvitError: an unreadable checkpoint, NaN or Inf in weights, pretrained weights that cannot be had.
     """
+    if name in dense.BUILDERS:
+        return _dense(
+            name, checkpoint, {**(model_kwargs or {}), "num_classes": num_classes, "img_size": img_size}, device
+        )
     architecture = _architecture(name)
     options = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, **(model_kwargs or {})}
     kwargs = {key: value for key, value in options.items() if value is not None}
@@ -88,6 +92,17 @@ def load_model(
     check_finite(model)
     model.dfqvit_spec = spec  # type: ignore[assignment]
     return model.eval().to(device)
+
+
+def _dense(
+    name: str, checkpoint: str | Path | None, options: Mapping[str, Any], device: torch.device | str
+) -> nn.Module:
+    given = [key for key, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{given[0]} was given; MODEL '{name}' is one embedded network, which has no such option")
+    model = dense.load_dense(name, None if checkpoint is None else Path(checkpoint))
+    check_finite(model)
+    return model.to(device)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -12,6 +12,8 @@ from torch import nn
 
 from ..errors import UsageError
 
+FEATURES = "timm.models._features"  # the module of timm's wrappers that features_only=True makes
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -36,14 +38,26 @@ class Preprocessing:
 
     @classmethod
     def of(cls, model: Any) -> Preprocessing:
-        """The model's own, as timm's pretrained configuration gives it, for the model's actual input size."""
+        """The model's own, as timm's pretrained configuration gives it, for the model's actual input size.
+
+        A network around timm models has that of the first; one that normalises images itself takes pixels from 0 to 1.
+
+        Raises:
+            UsageError: a network holds timm models of several input sizes, and nothing says which the images have.
+        """
+        network, model = model, _timms(model)
+        if model is not network:
+            _expect_one_size(network)
+            if any(hasattr(module, "image_mean") for module in network.modules()):  # as torchvision's detectors
+                channels = image_shape(model)[0]
+                return cls(image_shape(network), (0.0,) * channels, (1.0,) * channels, "bilinear", 1.0)
         config = timm.data.resolve_data_config({}, pretrained_cfg=getattr(model, "pretrained_cfg", {}), model=model)
         channels = image_shape(model)[0]
         mean, std = tuple(config["mean"]), tuple(config["std"])
         if len(mean) != channels:  # timm's figures are for RGB: a model of other channels gets their average
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
         return cls(
-            input_size=(channels, *image_size(model)),
+            input_size=(channels, *image_size(network)),
             mean=mean,
             std=std,
             interpolation=config["interpolation"],
@@ -91,7 +105,14 @@ class Preprocessing:
 
 
 def image_size(model: Any) -> tuple[int, int]:
-    """(height, width) of the images that `model` takes, pixels: its own, or that of timm's configuration where it takes any."""
+    """(height, width) of the images that `model` takes, pixels: its own, or that of timm's configuration where it takes any.
+
+    Those of a network around timm models are the first one's, or what its record says.
+    """
+    known = getattr(getattr(model, "dfqvit_spec", None), "input_size", None)
+    if known is not None:
+        return int(known[1]), int(known[2])
+    model = _timms(model)
     found = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "img_size", None)
     if found is None:
         found = (getattr(model, "pretrained_cfg", None) or {})["input_size"][1:]
@@ -101,8 +122,35 @@ def image_size(model: Any) -> tuple[int, int]:
 
 def image_shape(model: Any) -> tuple[int, int, int]:
     """(channels, height, width) of the images that `model` takes."""
+    known = getattr(getattr(model, "dfqvit_spec", None), "input_size", None)
+    if known is not None:
+        return int(known[0]), int(known[1]), int(known[2])
+    model = _timms(model)
     channels = getattr(model, "in_chans", None)
     if channels is None:
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         channels = 3 if first is None else first.in_channels
     return int(channels), *image_size(model)
+
+
+def _timms(model: Any) -> Any:
+    """The model if it is timm's, else the first timm model that it holds, else the model."""
+    found = [module for module in model.modules() if isinstance(getattr(module, "pretrained_cfg", None), dict)]
+    inner = [module for module in found if type(module).__module__ != FEATURES]
+    return (inner or found or [model])[0]
+
+
+def _expect_one_size(network: nn.Module) -> None:
+    if getattr(getattr(network, "dfqvit_spec", None), "input_size", None) is not None:
+        return
+    sizes = {
+        name: image_size(module)
+        for name, module in network.named_modules()
+        if isinstance(getattr(module, "pretrained_cfg", None), dict) and type(module).__module__ != FEATURES
+    }
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"'{name}' {height} x {width}" for name, (height, width) in sizes.items())
+        raise UsageError(
+            f"model was a {type(network).__name__} whose timm models take images of several sizes ({told}); give "
+            "preprocessing, whose input_size says which the network takes"
+        )

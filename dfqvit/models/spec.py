@@ -17,7 +17,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 from ..errors import UsageError
-from .preprocessing import image_size
+from .preprocessing import FEATURES, image_size
 
 # Settings that change no output in eval mode.
 _INERT = (
@@ -116,6 +116,9 @@ def _candidates(cls: type[ModelSpec], model: nn.Module, kwargs: Mapping[str, Any
         bases = [known.kwargs] if known else []
         bases += [_quietly_plain(recorded)] if recorded else []
         bases += [{}]
+    if type(model).__module__ == FEATURES:
+        info: Any = model.feature_info
+        bases = [{**base, "features_only": True, "out_indices": list(info.out_indices)} for base in bases]
     tried: list[ModelSpec] = []
     for name in dict.fromkeys(names):
         for base in bases:
@@ -142,8 +145,13 @@ def _actual(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def class_count(model: Any) -> int | None:
-    """Outputs of the model's classifier, by its layer where it is one; None where neither that nor the model says it."""
+    """Outputs of the model's classifier, by its layer where it is one; None where neither that nor the model says it.
+
+    None of a network around timm models: what it gives may be anything.
+    """
     get = getattr(model, "get_classifier", None)
+    if not callable(get) and not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        return None
     head = get() if callable(get) else None
     head = head[0] if isinstance(head, tuple) else head
     found = getattr(head, "out_features", None)

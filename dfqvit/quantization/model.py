@@ -54,6 +54,21 @@ class QuantizedForward(KeepsPrecision):
         return _empty, (kind, tuple(mixins)), super().__reduce_ex__(protocol)[2]
 
 
+class QuantizedNetwork(nn.Module):
+    """Mixed in before `QuantizedModel` where the model is a network around timm models: it may take and give what it likes."""
+
+    def _admitted(self, x: Any) -> Any:
+        """Tensors of floats, also in lists, in float32; the rest as it is."""
+        if isinstance(x, (list, tuple)):
+            return type(x)(self._admitted(each) for each in x)
+        if isinstance(x, torch.Tensor) and not x.is_floating_point():
+            raise UsageError(
+                f"images had dtype {x.dtype}; they must be floats, normalised as the network expects "
+                "(network.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
+            )
+        return x.float() if isinstance(x, torch.Tensor) else x
+
+
 def quantized(model: nn.Module, *mixins: type) -> nn.Module:
     """`model`, whose class is from now on also QuantizedForward (and `mixins`, before it); in place."""
     *held, kind = type(model).__bases__ if isinstance(model, QuantizedForward) else (QuantizedForward, type(model))
@@ -72,5 +87,12 @@ def _empty(kind: type, mixins: tuple[type, ...]) -> nn.Module:
 
 
 def _like(found: Any, images: torch.Tensor) -> Any:
-    """`found` in the images' dtype, if it is a tensor."""
-    return found.to(images.dtype) if isinstance(found, torch.Tensor) else found
+    """`found` in the images' dtype, as far as it is a tensor of floats, or lists, tuples and mappings of such."""
+    if not isinstance(images, torch.Tensor) or images.dtype == torch.float32:
+        return found
+    if isinstance(found, dict):
+        return type(found)({key: _like(value, images) for key, value in found.items()})
+    if type(found) in (list, tuple):
+        return type(found)(_like(value, images) for value in found)
+    floats = isinstance(found, torch.Tensor) and found.is_floating_point()
+    return found.to(images.dtype) if floats else found

@@ -13,6 +13,8 @@ Sources: the objective of OBQ and GPTQ (arXiv 2208.11580, 2210.17323), weighted 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .quantizers import search_weight_scale
@@ -55,12 +57,18 @@ def sensitivity(logits: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     return ((draws - p * draws.sum(dim=1, keepdim=True)) * logits).sum()
 
 
-def feature_sensitivity(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """As `sensitivity`, for a model without a classifier: of features [B, ...] as a whole, g with `E[g g^T]` = `J^T J`.
+def feature_sensitivity(features: Sequence[torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+    """As `sensitivity`, for a model without a classifier: of tensors [B, ...] as wholes, g with `E[g g^T]` = `J^T J`.
 
-    That is what a small change does to the features' squared distance.
+    That is what a small change does to the features' squared distance. Of several tensors each counts in units of its own
+    standard deviation.
     """
-    return (torch.randn(features.shape, generator=generator).to(features.device) * features).sum()
+    total = torch.zeros((), device=features[0].device)
+    for tensor in features:
+        draws = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+        unit = tensor.detach().float().std().clamp_min(torch.finfo(torch.float32).tiny) if len(features) > 1 else 1.0
+        total = total + (draws * tensor).sum() / unit
+    return total
 
 
 def round_second_order(weight: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,14 +33,14 @@ def to_pixels(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tenso
 
 def save_grid(images: torch.Tensor, path: Path, preprocessing: Preprocessing, columns: int = 8) -> Path:
     """A grid of the images, [n, C, H, W] normalised."""
-    return _write(make_grid(to_pixels(images, preprocessing), nrow=min(columns, len(images)), padding=4), path)
+    return write_grid(make_grid(to_pixels(images, preprocessing), nrow=min(columns, len(images)), padding=4), path)
 
 
 def save_curriculum(frames: Mapping[int, torch.Tensor], path: Path, preprocessing: Preprocessing) -> Path:
     """The same images at several steps: a row for each step, first to last. `frames` maps step to [n, C, H, W]."""
     rows = torch.cat([frames[step] for step in sorted(frames)])
     columns = len(next(iter(frames.values())))
-    return _write(make_grid(to_pixels(rows, preprocessing), nrow=columns, padding=4), path)
+    return write_grid(make_grid(to_pixels(rows, preprocessing), nrow=columns, padding=4), path)
 
 
 def for_page(path: Path) -> tuple[str, bytes]:
@@ -58,7 +58,8 @@ def for_page(path: Path) -> tuple[str, bytes]:
     return "image/jpeg", kept.getvalue()
 
 
-def _write(grid: torch.Tensor, path: Path) -> Path:
+def write_grid(grid: torch.Tensor, path: Path) -> Path:
+    """Writes [3, H, W] in [0, 1] as PNG, atomically."""
     with atomic(path) as temporary:
         to_pil_image(grid).save(temporary, format="PNG")
     return path

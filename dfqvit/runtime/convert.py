@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..kernels.layer_norm_quantize.op import forward as norm_operator
 from ..kernels.quant_attention.op import forward as attention_operator
 from ..kernels.quant_linear.op import forward as linear_operator
-from ..models.adapters import find_adapter
+from ..models.adapters import find_adapter, is_network
 from ..models.adapters.attentions import CONSTANT
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
@@ -80,7 +80,7 @@ def accelerate(model: nn.Module) -> dict[str, str]:
         if kind is not None and not kind.why_not(block):
             kind.take(block)
     kinds = [isinstance(block, (IntegerBlock, IntegerResidual)) for _, block in named]
-    if isinstance(model, QuantizedForward) and kinds and all(kinds):
+    if isinstance(model, QuantizedForward) and kinds and all(kinds) and not is_network(model):
         quantized(model, SerialTorch)  # of other models torch computes more than torch's threads cost
     return skipped
 

@@ -21,6 +21,8 @@ from ..api import QuantizationRecord
 from ..errors import DfqvitError, UsageError
 from ..kernels.pack_weight import unpack_weight
 from ..kernels.quantize_heads.reference import rotate
+from ..models.adapters import flattened
+from ..models.network import NetworkSpec
 from ..quantization.attention import AttentionOperands, scored
 from ..quantization.layers import QuantLinear, QuantPatchProjection, check_tokens
 from ..quantization.quantizers import ActivationQuantizer
@@ -36,6 +38,9 @@ _INT4 = 4
 
 def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset: int = OPSET) -> dict[str, Any]:
     """Writes a quantized model as ONNX with QDQ nodes, atomically; images [batch, C, H, W] to logits, any batch size.
+
+    A network's outputs are named as its dict names them, or "output_0" and so on. Its shapes may not depend on values: what
+    selects boxes (NMS) must stay outside.
 
     Args:
         qmodel: from `dfqvit.quantize` or `dfqvit.load`; left as it was.
@@ -196,11 +201,14 @@ def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: in
                 opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=_names(model, image) if isinstance(record.spec, NetworkSpec) else ["logits"],
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise DfqvitError(f"torch could not export the model: {str(error).strip().splitlines()[0]}") from error
+            said = str(error).strip().splitlines()[0]
+            if isinstance(record.spec, NetworkSpec):
+                said += "; a network must give tensors whose shapes do not depend on values (no NMS inside)"
+            raise DfqvitError(f"torch could not export the model: {said}") from error
     assert program is not None
     proto = program.model_proto
     if int4:
@@ -213,6 +221,14 @@ def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: in
     for key, value in {"dfqvit_version": __version__, "dfqvit_record": json.dumps(record.to_dict())}.items():
         proto.metadata_props.add(key=key, value=value)
     return proto
+
+
+def _names(network: nn.Module, images: torch.Tensor) -> list[str]:
+    """Of a network's outputs, as the float structure gives them."""
+    found = network.dfqvit_spec.build()(images)  # type: ignore[operator,union-attr]
+    if isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values()):
+        return [str(name) for name in found]
+    return [f"output_{index}" for index in range(len(flattened(found)))]
 
 
 def _narrow(proto: Any, bits: dict[str, int]) -> None:

@@ -24,8 +24,10 @@ from ..api import QuantizationRecord, QuantizedModel
 from ..calibration import freeze
 from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
-from ..models.adapters import find_adapter
+from ..models import ModelSpec, Preprocessing
+from ..models.adapters import find_adapter, is_network
 from ..models.frame import undisturbed
+from ..models.network import Build, NetworkSpec, trusted
 from ..models.preprocessing import image_size
 from ..models.spec import settings
 from ..quantization.layers import QuantLinear
@@ -60,9 +62,14 @@ def save(qmodel: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path
     record = getattr(qmodel, "dfqvit_record", None)
     if not isinstance(record, QuantizationRecord):
         raise UsageError("qmodel has no quantization record; save takes what dfqvit.quantize or dfqvit.load returned")
+    if isinstance(record.spec, NetworkSpec) and record.spec.function is None:
+        raise UsageError(
+            "qmodel is a network that was quantized without build; give dfqvit.quantize build='module:function'"
+        )
     if not overwrite and Path(path).exists():
         raise UsageError(f"path was '{path}', which exists already; give overwrite=True to replace it")
-    tensors = _apart({key: value.detach().cpu().contiguous() for key, value in qmodel.state_dict().items()})
+    aliases = _aliases(qmodel)
+    tensors = _apart({k: v.detach().cpu().contiguous() for k, v in qmodel.state_dict().items() if k not in aliases})
     record = as_it_is(qmodel, record, tensors)
     header = {
         "format_version": FORMAT_VERSION,
@@ -86,8 +93,23 @@ def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """{name of a tensor: its first name} where a network holds a module, such as its backbone, at more than one place."""
+    first: dict[nn.Module, str] = {}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False) if is_network(model) else ():
+        if first.setdefault(module, name) != name:
+            found |= {f"{name}.{key}": f"{first[module]}.{key}" for key in module.state_dict()}
+    return found
+
+
 def load(
-    path: str | Path, device: torch.device | str = "cpu", runtime: str = "auto", *, cuda_graph: bool = False
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    runtime: str = "auto",
+    *,
+    cuda_graph: bool = False,
+    build: Build | None = None,
 ) -> QuantizedModel:
     """The quantized model in `path`, in eval mode, giving the same logits bit for bit as the one that was saved.
 
@@ -99,21 +121,25 @@ def load(
             with dfqvit._C, on GPUs with Triton.
         cuda_graph: on a GPU, the first call with a batch size captures a CUDA graph, which later calls replay: fewer
             launches, so less latency; each size keeps its memory. See docs/inference.md.
+        build: of a network that is not timm's: the function, or "module:function", that makes its structure. What a file names
+            is not imported without it, but where dfqvit itself has it.
 
     Returns:
-        The model: float images [B, C, H, W], normalised, to float32 logits [B, classes].
+        The model: float images [B, C, H, W], normalised, to float32 logits [B, classes], or to what a network gives.
 
     Raises:
-        UsageError: there is no such file; or cuda_graph on a CPU.
+        UsageError: there is no such file; cuda_graph on a CPU; or a network without `build`.
         DfqvitError: the file is not dfqvit's, is of a newer format, is truncated or was altered.
     """
     check_runtime(runtime)
     if cuda_graph:
         check_device(device)
     record, tensors = read(path)
+    with undisturbed():
+        spec = trusted(record.spec, str(path), build)
     try:
         with undisturbed():
-            model = rebuild(record, tensors)
+            model = rebuild(replace(record, spec=spec), tensors)
     except _UNFIT as error:
         raise DfqvitError(
             f"'{path}' does not fit the model it names: {(str(error) or repr(error)).splitlines()[0]}"
@@ -129,10 +155,13 @@ def load(
 def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """A quantized model from its record and its state_dict, simulated, in eval mode, on the CPU."""
     model = _structure(record, tensors)
-    model.load_state_dict(tensors)
-    model.dfqvit_record = record  # type: ignore[assignment]
-    model.dfqvit_spec = record.spec  # type: ignore[assignment]
-    record.preprocessing.write_to(model)
+    model.load_state_dict(
+        {**tensors, **{alias: tensors[key] for alias, key in _aliases(model).items() if key in tensors}}
+    )
+    if isinstance(record.spec, ModelSpec):
+        model.dfqvit_spec = record.spec  # type: ignore[assignment]
+        record.preprocessing.write_to(model)
+    model.dfqvit_record = replace(record, spec=model.dfqvit_spec)  # type: ignore[assignment,arg-type]
     return model.eval().requires_grad_(False)
 
 
@@ -154,7 +183,7 @@ def _structure(
         if isinstance(module, QuantLinear) and module.bias is None and f"{name}.bias" in tensors:
             like = tensors[f"{name}.bias"]  # a layer without one takes what is shifted out of the norm before it
             module.bias = nn.Parameter(torch.zeros_like(like, device=device or "cpu"), requires_grad=False)
-    return quantized(model)
+    return quantized(model, *adapter.mixins)
 
 
 def as_it_is(qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> QuantizationRecord:
@@ -163,12 +192,9 @@ def as_it_is(qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str
     UsageError when nothing that `load` builds takes the tensors.
     """
     spec, preprocessing, size = record.spec, record.preprocessing, image_size(qmodel)
-    sized = replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
-    specs = [(spec, preprocessing), (spec.resized(img_size=size), sized)]
-    noted = getattr(qmodel, "_model_args", {})  # timm's set_input_size writes there what it set
-    changes = {key: noted[key] for key in ("window_size", "always_partition") if key in noted}
-    if changes:
-        specs.append((spec.resized(img_size=size, **changes), sized))
+    specs: list[tuple[Any, Preprocessing]] = [(spec, preprocessing)]
+    if isinstance(spec, ModelSpec):
+        specs += _resized(qmodel, spec, preprocessing, size)
     first = ""
     for found in specs:
         candidate = replace(record, spec=found[0], preprocessing=found[1])
@@ -186,8 +212,22 @@ def as_it_is(qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str
     )
 
 
+def _resized(
+    qmodel: Any, spec: ModelSpec, preprocessing: Preprocessing, size: tuple[int, int]
+) -> list[tuple[Any, Preprocessing]]:
+    """Of the input size that the model has now."""
+    sized = replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
+    specs: list[tuple[Any, Preprocessing]] = [(spec.resized(img_size=size), sized)]
+    noted = getattr(qmodel, "_model_args", {})  # timm's set_input_size writes there what it set
+    changes = {key: noted[key] for key in ("window_size", "always_partition") if key in noted}
+    if changes:
+        specs.append((spec.resized(img_size=size, **changes), sized))
+    return specs
+
+
 def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn.Module) -> str:
-    wanted = twin.state_dict()
+    aliases = _aliases(twin)
+    wanted = {key: value for key, value in twin.state_dict().items() if key not in aliases}
     for key in sorted(wanted.keys() | tensors.keys()):
         have, need = (
             None if each is None else (tuple(each.shape), each.dtype) for each in (tensors.get(key), wanted.get(key))
@@ -247,6 +287,8 @@ def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
         raise DfqvitError(
             f"'{path}' has a damaged dfqvit header: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
+    if isinstance(record.spec, NetworkSpec):
+        return record
     name = record.spec.architecture
     if not isinstance(name, str) or not timm.is_model(name):
         raise DfqvitError(

@@ -21,6 +21,7 @@ from ..models import Preprocessing, check_finite
 from ..models.frame import evaluating, on_float_reference
 from ..progress import Progress
 from .config import SynthesisConfig
+from .losses import Objective
 from .step import Step
 
 _FRAME_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # when the pictures of the curriculum are taken
@@ -33,11 +34,16 @@ class Synthesis:
     """One run. `images` is [samples, C, H, W], normalised; `frames` holds the first images at several steps."""
 
     def __init__(
-        self, model: nn.Module, config: SynthesisConfig, preprocessing: Preprocessing, snapshot: Path | None = None
+        self,
+        model: nn.Module,
+        config: SynthesisConfig,
+        preprocessing: Preprocessing,
+        snapshot: Path | None = None,
+        objective: Objective | None = None,
     ) -> None:
         check_finite(model)
         self.model, self.config, self.snapshot = model, config, snapshot
-        self.advance = Step(model, config, preprocessing)
+        self.advance = Step(model, config, preprocessing, objective)
         self.frames: dict[int, torch.Tensor] = {}
 
     @property
@@ -170,17 +176,21 @@ def synthesize(
     *,
     preprocessing: Preprocessing | None = None,
     report: Callable[[Progress], None] | None = None,
+    objective: Objective | None = None,
     **settings: Any,
 ) -> torch.Tensor:
     """Optimises images from Gaussian noise against a frozen float model; no data is used.
 
     Args:
-        model: a timm ViT, DeiT or Swin with its weights; left as it was, and read in eval mode and float32.
+        model: a timm ViT, DeiT or Swin with its weights, or a network that holds some; left as it was, and read in eval mode and
+            float32.
         samples: number of images.
         iters: steps of Adam.
         seed: of noise, crops and target classes. Same seed, same device, same thread count: same bits.
         preprocessing: mean, std and size of the model's input; default the model's own.
         report: called after every step.
+        objective: of what the model gives for a batch, to a scalar loss: in place of the target classes, which are left out where
+            the model has no classifier.
         settings: the other fields of `SynthesisConfig`: schedule, crop_lower, crop_upper, learning_rate, spectrum, ...
 
     Returns:
@@ -197,4 +207,5 @@ def synthesize(
     if unknown:
         raise UsageError(f"synthesize has no setting '{sorted(unknown)[0]}'")
     config = SynthesisConfig(samples=samples, iters=iters, seed=seed, **settings)
-    return Synthesis(model, config, preprocessing or Preprocessing.of(model)).run(report)
+    preprocessing = preprocessing or Preprocessing.of(model)
+    return Synthesis(model, config, preprocessing, objective=objective).run(report)

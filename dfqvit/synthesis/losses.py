@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..kernels import patch_similarity_entropy, similarity_range, total_variation
 from ..models.adapters import Features
+
+Objective = Callable[[Any], torch.Tensor]  # of what the model gives, to a scalar that the images shall lower
 
 _TV_BATCH = 32  # PSAQ-ViT's target is for the norm over a batch of 32 images of 3 x 224 x 224
 _TV_TARGET = (2500.0, 3000.0)
@@ -64,3 +67,17 @@ def tv_loss(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     size = math.sqrt(_TV_VALUES / images[0].numel())
     wanted = least + (greatest - least) * target
     return math.sqrt(_TV_BATCH) * (total_variation(images) * size - wanted).abs().mean()
+
+
+def checked(loss: Any) -> torch.Tensor:
+    """What a user's objective gave; UsageError unless it is one number that depends on the images."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        kind = (
+            f"a tensor {list(loss.shape)} of {loss.dtype}"
+            if isinstance(loss, torch.Tensor)
+            else f"a {type(loss).__name__}"
+        )
+        raise UsageError(f"objective gave {kind}; it must give a scalar tensor, a loss of what the model gives")
+    if not loss.requires_grad:
+        raise UsageError("objective gave a scalar without a gradient; it must be computed from what the model gives")
+    return loss.float().reshape(())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +12,12 @@ from torch import nn
 from .. import distributed
 from ..errors import UsageError
 from ..models import Preprocessing
-from ..models.adapters import Features, find_adapter
+from ..models.adapters import Features, find_adapter, is_network
 from ..models.spec import class_count
 from .config import SynthesisConfig
 from .curriculum import DRAWS, crop_ratio, crop_shift_flip
 from .interruption import uninterrupted
-from .losses import entropy_loss, onehot_loss, similarity_ranges, tv_loss, union
+from .losses import Objective, checked, entropy_loss, onehot_loss, similarity_ranges, tv_loss, union
 from .spectrum import draw_tones, natural_spectrum
 
 _BETAS = (0.5, 0.9)
@@ -31,13 +32,20 @@ class Step:
 
     Attributes:
         images: float32 [samples, C, H, W], normalised, updated in place.
-        terms: float32 [iters, 3]: entropy, one-hot and total variation loss of each step taken.
+        terms: float32 [iters, 3]: entropy, one-hot (or the user's objective) and total variation loss of each step taken.
         crop_ratios: the crop's share of the area at each step.
         taken: the number of steps taken, of which `images` is the result: an interruption never comes between the two.
     """
 
-    def __init__(self, model: nn.Module, config: SynthesisConfig, preprocessing: Preprocessing) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SynthesisConfig,
+        preprocessing: Preprocessing,
+        objective: Objective | None = None,
+    ) -> None:
+        self.model, self.config, self.objective = model, config, objective
+        self._graphed = not is_network(model)  # a network's work may depend on values, which no graph replays
         self.adapter = find_adapter(model, config.compat)
         self.device = next(model.parameters()).device
         self.low, self.high = preprocessing.channel_bounds(self.device)
@@ -96,7 +104,7 @@ class Step:
     def _queue(self) -> None:
         """The current device is that of the images: streams, events, captures and launches of kernels go to the current one."""
         side = self._side = self._side or torch.cuda.Stream()
-        if self._eager_steps < _EAGER_STEPS:
+        if self._eager_steps < _EAGER_STEPS or not self._graphed:
             self._eager_steps += 1
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side), warnings.catch_warnings():
@@ -161,14 +169,12 @@ class Step:
             self.images.grad.zero_()  # type: ignore[union-attr]
         for part in own:
             images = self.images[part].detach().requires_grad_(True)
-            features, logits = self._forward(images, draws[part], ratio)
+            features, outputs = self._forward(images, draws[part], ratio)
             tv = config.tv_weight * tv_loss(images, self._tv_target[part])
             losses = torch.stack(
                 [
                     config.entropy_weight * entropy_loss(features, config.points, config.bandwidth, ranges),
-                    tv.new_zeros(())
-                    if self.labels is None
-                    else config.onehot_weight * onehot_loss(logits, self.labels[part]),
+                    config.onehot_weight * self._wanted(outputs, part),
                     tv,
                 ]
             ) * (len(images) / config.samples)
@@ -178,19 +184,27 @@ class Step:
             distributed.reduce_(self.images.grad)  # type: ignore[arg-type]
             distributed.reduce_(terms)
 
+    def _wanted(self, outputs: Any, part: slice) -> torch.Tensor:
+        """The term of what the model gives: the user's objective, else the target classes, else nothing."""
+        if self.objective is not None:
+            return checked(self.objective(outputs))
+        if self.labels is None:
+            return self._terms.new_zeros(())
+        return onehot_loss(outputs, self.labels[part])
+
     def _update(self) -> None:
         self._optimizer.step()
         torch.clamp(self.images, self.low, self.high, out=self.images)
         self.terms.index_copy_(0, self._index, self._terms[None])
         self._index += 1
 
-    def _forward(self, images: torch.Tensor, draws: torch.Tensor, ratio: torch.Tensor) -> tuple[Features, torch.Tensor]:
-        """(features, logits) of this step's crops of some of the images."""
+    def _forward(self, images: torch.Tensor, draws: torch.Tensor, ratio: torch.Tensor) -> tuple[Features, Any]:
+        """(features, what the model gives) of this step's crops of some of the images."""
         views = crop_shift_flip(images, draws, ratio, self.config.jitter)
         half = self.config.precision == "bfloat16"
         with self.adapter.capture() as features, torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            logits = self.model(views)
-        return features, logits
+            outputs = self.model(views)
+        return features, outputs
 
     def _batch_ranges(self, own: list[slice], draws: torch.Tensor, ratio: torch.Tensor) -> list[torch.Tensor]:
         """The range of similarities of the whole batch, from that of this process's parts."""

@@ -188,15 +188,6 @@ def test_undisturbed_and_evaluating_restore():
         assert torch.get_default_dtype() == torch.float64
 
 
-class Wrapper(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.inner = model
-
-    def forward(self, x):
-        return self.inner((x - 0.5) / 0.5)
-
-
 def of_transformers(source, **config):
     """Stands for a transformers model: its class's module, and the configuration that names its weights."""
     kind = type("ViTForImageClassification", (nn.Linear,), {"__module__": "transformers.models.vit.modeling_vit"})
@@ -220,7 +211,6 @@ def foreign():
     yield nn.DataParallel(model), "wrapped in DataParallel; give model.module"
     yield torch.jit.trace(model, images(1)), "a TorchScript module .*; give the timm model that it was made from"
     yield torch.export.export(model, (images(1),)).module(), "a GraphModule of torch.fx or torch.export"
-    yield timm.create_model("vit_tiny_patch16_224", features_only=True), r"a FeatureGetterNet \(features_only=True\)"
     yield dfqvit.quantize(model, calib="noise", samples=2), "quantized by dfqvit already"
     yield dfqvit.quantize(model, calib="noise", samples=2).blocks[0], "quantized by dfqvit already"
     yield (
@@ -228,8 +218,10 @@ def foreign():
         r"a VisionTransformer of torchvision.*timm.create_model\('vit_base_patch32_224'",
     )
     yield torchvision.models.swin_t(), r"a SwinTransformer of torchvision.*'swin_tiny_patch4_window7_224'"
-    yield Wrapper(model), r"a Wrapper around a VisionTransformer; give that one, model.get_submodule\('inner'\)"
-    yield nn.Sequential(nn.Identity(), model), r"give that one, model.get_submodule\('1'\)"
+    yield (
+        nn.Sequential(nn.Identity(), nn.Linear(3, 3)),
+        r"model was a Sequential; it may be .* or a network that holds one",
+    )
     yield timm.create_model("resnet18"), r"model was a ResNet; it may be"
     yield small_vit().to("meta"), "on the meta device, where it has no weights"
     yield nn.Identity(), "a Identity without parameters"
@@ -258,7 +250,7 @@ def test_the_wrong_thing_in_the_models_place_is_one_sentence():
                 work(thing)
             assert "\n" not in str(error.value)
         count += 1
-    assert count > 25
+    assert count > 22
 
 
 def test_twins_of_transformers_models_exist_in_timm():

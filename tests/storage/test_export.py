@@ -12,7 +12,10 @@ import dfqvit
 from dfqvit import cli, demo
 from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
+from dfqvit.models.adapters import flattened
 from dfqvit.storage.export import export_onnx
+
+from .. import networks
 
 
 def quantized(name, w_bits=4, **settings):
@@ -155,3 +158,40 @@ def test_torch_export(name, form):
     with torch.no_grad():
         program = torch.export.export(qmodel, (x,), strict=False)
         assert torch.equal(program.module()(x), qmodel(x))
+
+
+@pytest.mark.parametrize("name", ["segmenter", "pair"])
+def test_a_network_in_onnx_runtime(seed, tmp_path, name):
+    network = getattr(networks, name)()
+    qmodel = dfqvit.quantize(
+        network, calib="procedural", samples=4, build=f"tests.networks:{name}", runtime="simulated"
+    )
+    export_onnx(qmodel, tmp_path / "network.onnx")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    session = onnxruntime.InferenceSession(str(tmp_path / "network.onnx"), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    assert names == {"segmenter": ["out"], "pair": ["output_0", "output_1"]}[name]
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        wanted = flattened(qmodel(x))
+    for theirs, ours in zip(session.run(None, {"images": x.numpy()}), wanted, strict=True):
+        assert float((torch.from_numpy(theirs) - ours).norm() / ours.norm()) < 0.02
+
+
+class Selecting(networks.Segmenter):
+    """As many rows as there are scores above 0."""
+
+    def forward(self, x):
+        scores = super().forward(x)["out"].flatten()
+        return scores[scores > 0]
+
+
+def selecting():
+    return Selecting().eval()
+
+
+def test_shapes_that_depend_on_values_are_said_in_a_sentence(seed, tmp_path):
+    qmodel = dfqvit.quantize(selecting(), calib="procedural", samples=2, build=selecting)
+    with pytest.raises(dfqvit.DfqvitError, match="whose shapes do not depend on values") as error:
+        export_onnx(qmodel, tmp_path / "network.onnx")
+    assert "\n" not in str(error.value)

@@ -12,10 +12,11 @@ from torch import nn
 from ...errors import UsageError
 from .base import Adapter, Features, LayerNames
 from .generic import GenericAdapter
+from .network import NetworkAdapter, flattened, is_network
 from .swin import SwinAdapter
 from .vit import VitAdapter
 
-ADAPTERS: tuple[type[Adapter], ...] = (VitAdapter, SwinAdapter, GenericAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (VitAdapter, SwinAdapter, NetworkAdapter, GenericAdapter)
 
 
 def find_adapter(model: nn.Module, compat: str = "") -> Adapter:
@@ -25,8 +26,8 @@ def find_adapter(model: nn.Module, compat: str = "") -> Adapter:
             return adapter(model, compat)
     raise UsageError(
         f"model was a {type(model).__name__}; it may be a timm model that takes images alone and multiplies in linear layers, "
-        "1x1 or patch convolutions beside its classifier, such as ViT, Swin, EVA or ConvNeXt"
+        "1x1 or patch convolutions beside its classifier, such as ViT, Swin, EVA or ConvNeXt, or a network that holds one"
     )
 
 
-__all__ = ["Adapter", "Features", "LayerNames", "find_adapter"]
+__all__ = ["Adapter", "Features", "LayerNames", "NetworkAdapter", "find_adapter", "flattened", "is_network"]

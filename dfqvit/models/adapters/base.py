@@ -50,6 +50,7 @@ class Adapter(abc.ABC):
     patchable: ClassVar[LayerNames]  # where `dfqvit.patch` takes linear layers over, beside MLPs
     element_acm_only: ClassVar[bool] = False  # whether blocks' outputs may be other than [B, ..., channels]
     whole_blocks: ClassVar[bool] = True  # whether a block's output depends on its one input alone
+    mixins: ClassVar[tuple[type, ...]] = ()  # of the quantized model's class, beside `QuantizedModel`
 
     def __init__(self, model: nn.Module, compat: str = "") -> None:
         self.model: Any = model
@@ -190,7 +191,7 @@ def is_patch_convolution(module: Any) -> bool:
 
 
 def _takes_images(name: str, module: nn.Module) -> bool:
-    return name == "patch_embed.proj" or (isinstance(module, nn.Conv2d) and module.in_channels <= 3)
+    return f".{name}".endswith(".patch_embed.proj") or (isinstance(module, nn.Conv2d) and module.in_channels <= 3)
 
 
 def last_of_mlp(mlp: nn.Module) -> nn.Module | None:

@@ -38,10 +38,14 @@ class GenericAdapter(Adapter):
     element_acm_only: ClassVar = True
     whole_blocks: ClassVar = False
 
+    def __init__(self, model: nn.Module, compat: str = "") -> None:
+        super().__init__(model, compat)
+        self.entry = model  # which the images go through: a network that holds this model, or the model
+
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
         """Whether timm made `model`, it takes images alone, and a layer beside the classifier can be quantized."""
-        if not isinstance(getattr(model, "pretrained_cfg", None), dict) or _required(model.forward) != 1:
+        if not isinstance(getattr(model, "pretrained_cfg", None), dict) or required(model.forward) != 1:
             return False
         if any(isinstance(module, QuantLinear) for module in model.modules()):
             return True  # converted already
@@ -51,18 +55,19 @@ class GenericAdapter(Adapter):
 
     def candidates(self) -> dict[str, nn.Module]:
         """The layers that could be quantized, by name; one that stands at two places is none."""
-        names: dict[nn.Module, list[str]] = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            if type(module) is nn.Linear or is_patch_convolution(module):
-                names.setdefault(module, []).append(name)
+        names: dict[
+            nn.Module, list[str]
+        ] = {}  # by places: a module that holds it and is itself held twice is one place
+        for prefix, parent in self.model.named_modules():
+            for child, module in parent._modules.items():
+                if type(module) is nn.Linear or is_patch_convolution(module):
+                    names.setdefault(module, []).append(f"{prefix}.{child}" if prefix else child)
         owners: dict[int, int] = {}
         for module in self.model.modules():
             for parameter in module._parameters.values():
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
         return {
-            places[0]: module
-            for module, places in names.items()
-            if len(places) == 1 and owners[id(module.weight)] == 1 and places[0]
+            places[0]: module for module, places in names.items() if len(places) == 1 and owners[id(module.weight)] == 1
         }
 
     def layers(self) -> dict[str, nn.Module]:
@@ -70,18 +75,24 @@ class GenericAdapter(Adapter):
 
         Found by a pass over one image.
         """
-        probes = {name: _Probe(layer) for name, layer in self.candidates().items()}
-        try:
-            for name, probe in probes.items():
-                self._replace(name, probe)
+        probes = {name: Probe(layer) for name, layer in self.candidates().items()}
+        with self._replaced(probes):
             self._pass()
-        finally:
-            for name, probe in probes.items():
-                self._replace(name, probe._modules["layer"])  # type: ignore[arg-type]
         found = {name: probe.layer for name, probe in probes.items() if probe.depends and not probe.read}
         if not found:
             raise UsageError(f"model was a {type(self.model).__name__}, which calls no layer that could be quantized")
         return found
+
+    @contextlib.contextmanager
+    def _replaced(self, probes: dict[str, Probe]) -> Iterator[None]:
+        """The probes in place of their layers, during the `with` block."""
+        try:
+            for name, probe in probes.items():
+                self._replace(name, probe)
+            yield
+        finally:
+            for name, probe in probes.items():
+                self._replace(name, probe._modules["layer"])  # type: ignore[arg-type]
 
     def prepare(self) -> None:
         """Gives `qkv` the biases that some of timm's attentions keep for Q and V alone, so that they call it as it is."""
@@ -152,7 +163,7 @@ class GenericAdapter(Adapter):
         """
         features, attended, staged = Features(), Features(), Features()
         batch: list[int] = []
-        handles = [self.model.register_forward_pre_hook(lambda _, inputs: batch.append(len(inputs[0])))]
+        handles = [self.entry.register_forward_pre_hook(lambda _, inputs: batch.append(len(inputs[0])))]
 
         def attend(_: nn.Module, inputs: tuple[torch.Tensor, ...], attention: Any) -> None:
             values = inputs[0]
@@ -218,19 +229,27 @@ class GenericAdapter(Adapter):
         return output if output.shape[1] >= _LEAST_PATCHES else None
 
 
-class _Probe(nn.Module):
-    """Stands in for a layer during one pass: computes as it, and notes how it was used."""
+class Probe(nn.Module):
+    """Stands in for a layer during one pass: computes as it, and notes how it was used.
+
+    `taken` and `made` are the nodes of torch's graph that its inputs and outputs came from.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
         self.depends = self.read = False
+        self.taken: list[Any] = []
+        self.made: list[Any] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.depends |= x.requires_grad
         if isinstance(self.layer, nn.Conv2d) and x.dim() != 4:
             self.read = True
-        return self.layer(x)
+        y = self.layer(x)
+        self.taken.append(x.grad_fn)
+        self.made.append(y.grad_fn)
+        return y
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -242,7 +261,7 @@ class _Probe(nn.Module):
             return found
 
 
-def _required(function: Any) -> int:
+def required(function: Any) -> int:
     """How many arguments must be given by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
@@ -250,7 +269,7 @@ def _required(function: Any) -> int:
 
 
 def _is_block(block: nn.Module) -> bool:
-    if isinstance(block, _CONTAINERS) or _required(block.forward) != 1:
+    if isinstance(block, _CONTAINERS) or required(block.forward) != 1:
         return False
     given = inspect.signature(block.forward).return_annotation
     return given in (inspect.Signature.empty, torch.Tensor, "torch.Tensor", "Tensor")

@@ -1,0 +1,212 @@
+"""Images with boxes or masks: COCO's JSON, PNG masks, and the scenes of the embedded models."""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import DfqvitError, UsageError
+from ..models import Preprocessing
+from .dense import Target, check_task
+from .scenes import Scenes
+
+ANNOTATIONS, IMAGES, MASKS = "annotations.json", "images", "masks"
+_SLACK = 1.0  # pixels that a box may reach out of its image
+_PIL = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class DenseImages(abc.ABC):
+    """Images [C, H, W] as the network expects them, stretched to its input size, each with a target."""
+
+    preprocessing: Preprocessing
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many."""
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
+        """(image, target)."""
+
+    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, list[Target]]]:
+        """(images [n, C, H, W], targets) of up to `size` each."""
+        for start in range(0, len(self), size):
+            found = [self[index] for index in range(start, min(start + size, len(self)))]
+            yield torch.stack([image for image, _ in found]), [target for _, target in found]
+
+    def _open(self, path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(the image, its height and width in the file)."""
+        channels, height, width = self.preprocessing.input_size
+        mode = {1: "L", 3: "RGB"}.get(channels)
+        if mode is None:
+            raise UsageError(f"the network takes {channels} channels; image files have 1 or 3")
+        try:
+            with Image.open(path) as file:
+                size = (file.height, file.width)
+                image = file.convert(mode)
+                if size != (height, width):
+                    image = image.resize((width, height), _PIL[self.preprocessing.interpolation])
+                pixels = np.array(image)
+        except FileNotFoundError as error:
+            raise DfqvitError(f"data: '{path}' is missing; the annotations name it") from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DfqvitError(f"data: '{path}' is not a readable image ({error})") from error
+        planes = torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
+        return self.preprocessing.normalise(planes), size
+
+
+class CocoImages(DenseImages):
+    """Boxes of `root/annotations.json`, COCO's format, on the images in `root/images`.
+
+    Args:
+        root: the folder.
+        preprocessing: size, mean, std, interpolation.
+        label_ids: labels are the ids of the categories; else category k, by ascending ids, is class k, counted from 0.
+    """
+
+    def __init__(self, root: Path, preprocessing: Preprocessing, label_ids: bool = False) -> None:
+        self.root, self.preprocessing = root, preprocessing
+        path = root / ANNOTATIONS
+        if not path.is_file():
+            raise UsageError(f"data was '{root}'; for detection it must hold {ANNOTATIONS} and a folder {IMAGES}")
+        try:
+            found = json.loads(path.read_text())
+            self.images = list(found["images"])
+            order = sorted(each["id"] for each in found["categories"])
+            labels = {number: number if label_ids else place for place, number in enumerate(order)}
+            self.targets: dict[Any, list[tuple[list[float], int, int]]] = {each["id"]: [] for each in self.images}
+            sizes = {each["id"]: (each["width"], each["height"], each["file_name"]) for each in self.images}
+            for each in found["annotations"]:
+                left, top, width, height = each["bbox"]
+                _check_box(path, each, sizes[each["image_id"]])
+                box = [left, top, left + width, top + height]
+                self.targets[each["image_id"]].append((box, labels[each["category_id"]], int(each.get("iscrowd", 0))))
+        except (LookupError, TypeError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise DfqvitError(f"data: '{path}' is not COCO's format ({type(error).__name__}: {error})") from error
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
+        entry = self.images[index]
+        image, (height, width) = self._open(self.root / IMAGES / entry["file_name"])
+        if (height, width) != (entry["height"], entry["width"]):
+            raise UsageError(
+                f"data: '{entry['file_name']}' is {width} x {height} pixels; {ANNOTATIONS} says "
+                f"{entry['width']} x {entry['height']}"
+            )
+        rows = self.targets[entry["id"]]
+        _, wanted_height, wanted_width = self.preprocessing.input_size
+        factor = torch.tensor([wanted_width / width, wanted_height / height] * 2)
+        return image, {
+            "boxes": torch.tensor([row[0] for row in rows], dtype=torch.float32).view(-1, 4) * factor,
+            "labels": torch.tensor([row[1] for row in rows], dtype=torch.int64),
+            "iscrowd": torch.tensor([row[2] for row in rows], dtype=torch.int64),
+        }
+
+
+class MaskImages(DenseImages):
+    """Images of `root/images` with a mask of the same name in `root/masks`: a PNG whose pixels are classes, 255 counts not."""
+
+    def __init__(self, root: Path, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        if not (root / IMAGES).is_dir() or not (root / MASKS).is_dir():
+            raise UsageError(f"data was '{root}'; for segmentation it must hold folders {IMAGES} and {MASKS}")
+        self.paths = sorted(path for path in (root / IMAGES).iterdir() if not path.name.startswith("."))
+        self.masks = [root / MASKS / f"{path.stem}.png" for path in self.paths]
+        for path, mask in zip(self.paths, self.masks, strict=True):
+            if not mask.is_file():
+                raise DfqvitError(f"data: '{path}' has no mask '{mask}'")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
+        image, size = self._open(self.paths[index])
+        try:
+            with Image.open(self.masks[index]) as file:
+                if file.mode not in ("L", "P"):
+                    raise UsageError(
+                        f"data: '{self.masks[index]}' is a PNG of mode {file.mode}; masks are of mode L or P"
+                    )
+                mask = torch.from_numpy(np.array(file))
+        except (OSError, SyntaxError) as error:
+            raise DfqvitError(f"data: '{self.masks[index]}' is not a readable image ({error})") from error
+        if tuple(mask.shape) != size:
+            raise UsageError(
+                f"data: '{self.masks[index]}' is {mask.shape[1]} x {mask.shape[0]} pixels and its image {size[1]} x {size[0]}; "
+                "both must be of one size"
+            )
+        return image, {"mask": mask}
+
+
+class SceneImages(DenseImages):
+    """Scenes in memory."""
+
+    def __init__(self, scenes: Scenes, preprocessing: Preprocessing, task: str) -> None:
+        check_task(task)
+        self.scenes, self.preprocessing, self.task = scenes, preprocessing, task
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
+        scenes = self.scenes
+        image = self.preprocessing.normalise(scenes.images[index])
+        if self.task == "segmentation":
+            return image, {"mask": scenes.masks[index]}
+        return image, {"boxes": scenes.boxes[index], "labels": scenes.labels[index]}
+
+
+def open_dense(root: Path, preprocessing: Preprocessing, task: str, label_ids: bool = False) -> DenseImages:
+    """What is in the folder `root`; see `CocoImages` and `MaskImages`.
+
+    Raises:
+        UsageError: an unknown task, nothing of the kind at `root`, a box outside its image, a mask of another size.
+        DfqvitError: a file cannot be read.
+    """
+    check_task(task)
+    if not root.is_dir():
+        raise UsageError(f"data was '{root}'; for {task} it must be a folder")
+    return CocoImages(root, preprocessing, label_ids) if task == "detection" else MaskImages(root, preprocessing)
+
+
+def write_coco(scenes: Scenes, root: Path, classes: tuple[str, ...]) -> None:
+    """The scenes as a folder that `open_dense` reads for both tasks."""
+    annotations: list[dict[str, Any]] = []
+    for folder in (IMAGES, MASKS):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for index in range(len(scenes)):
+        name = f"{index:06}.png"
+        Image.fromarray(scenes.images[index, 0].numpy()).save(root / IMAGES / name)
+        Image.fromarray(scenes.masks[index].numpy()).save(root / MASKS / name)
+        for box, label in zip(scenes.boxes[index].tolist(), scenes.labels[index].tolist(), strict=True):
+            left, top, right, bottom = box
+            size = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1, "iscrowd": 0, **size}
+            )
+    height, width = scenes.images.shape[2:]
+    images = [{"id": i + 1, "file_name": f"{i:06}.png", "width": width, "height": height} for i in range(len(scenes))]
+    categories = [{"id": place + 1, "name": name} for place, name in enumerate(classes)]
+    whole = {"images": images, "annotations": annotations, "categories": categories}
+    (root / ANNOTATIONS).write_text(json.dumps(whole))
+
+
+def _check_box(path: Path, annotation: dict[str, Any], image: tuple[int, int, str]) -> None:
+    (left, top, width, height), (wide, high, name) = annotation["bbox"], image
+    fits = left >= -_SLACK and top >= -_SLACK and left + width <= wide + _SLACK and top + height <= high + _SLACK
+    if not (fits and width > 0 and height > 0):
+        raise UsageError(
+            f"data: '{path}' has a box {annotation['bbox']} on '{name}', which is {wide} x {high} pixels; boxes are "
+            "[left, top, width, height] inside their image"
+        )

@@ -1,0 +1,196 @@
+"""Trains the embedded dense models on scenes composed from Fashion-MNIST's training items.
+
+    python scripts/train_dense.py
+
+The detector and the segmenter are trained together on one backbone: pixels teach faster than boxes do. Each is then
+saved with the backbone as its own. It begins as the embedded classifier (`scripts/train_demo.py`). The items are of Debian's
+package dataset-fashion-mnist (MIT licence). Every scene is drawn anew, so none is seen twice. The held-out scenes, of test
+items, are used for nothing but the figures printed at the end. The moving average of the weights is saved, as float16. An
+interrupted run goes on from its snapshot. Results: dfqvit/models/assets/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.ops import generalized_box_iou_loss
+from train_demo import DEBIAN_FOLDER, read_split
+
+from dfqvit.evaluation import scenes
+from dfqvit.evaluation.dense import evaluate_dense
+from dfqvit.evaluation.dense_data import SceneImages
+from dfqvit.models import Preprocessing, demo, dense
+from dfqvit.storage.atomic import atomic
+
+_WEIGHTS = (
+    0.3,
+    0.6,
+    1.5,
+    1.5,
+    2.0,
+    1.5,
+    1.2,
+    1.2,
+)  # of the ground and the classes: most pixels are ground, most items tops
+HELD_OUT = 1_000  # scenes of test items, seed 0
+_TRAINING_SEED = 1 << 12  # of the first step's scenes; held-out ones are drawn by small seeds from other items
+
+
+def pixels_of(images: torch.Tensor) -> torch.Tensor:
+    """Normalised."""
+    return (images.float() / 255 - dense.MEAN) / dense.STD
+
+
+def targets_of(found: scenes.Scenes) -> tuple[torch.Tensor, torch.Tensor]:
+    """(classes int64 [B, patches], -1 for the ground; boxes [B, patches, 4]): a place near an item's middle is its own."""
+    centre = dense.centres().view(-1, 1, 2)
+    classes, boxes = [], []
+    for box, label in zip(found.boxes, found.labels, strict=True):
+        if not len(box):
+            classes.append(torch.full((len(centre),), -1))
+            boxes.append(torch.zeros(len(centre), 4))
+            continue
+        size = box[:, 2:] - box[:, :2]
+        away = (centre - (box[:, :2] + box[:, 2:]) / 2).abs()
+        near = (away < (0.25 * size).clamp_min(4.0)).all(dim=2) & (away < size / 2).all(dim=2)
+        area = torch.where(near, size.prod(dim=1), torch.inf)
+        least, which = area.min(dim=1)
+        classes.append(torch.where(least.isfinite(), label[which], -1))
+        boxes.append(box[which])
+    return torch.stack(classes), torch.stack(boxes)
+
+
+def detection_loss(outputs: tuple[torch.Tensor, torch.Tensor], found: scenes.Scenes) -> torch.Tensor:
+    """Quality focal loss of the classes and generalised IoU of the boxes."""
+    logits, boxes = (each.float() for each in outputs)
+    classes, wanted = targets_of(found)
+    mine = classes >= 0
+    quality = box_iou_of(boxes[mine].detach(), wanted[mine])
+    goal = torch.zeros_like(logits)
+    goal[mine] = F.one_hot(classes[mine], logits.shape[2]).float() * quality[:, None]
+    focal = F.binary_cross_entropy_with_logits(logits, goal, reduction="none") * (logits.sigmoid() - goal).abs() ** 2
+    count = max(int(mine.sum()), 1)
+    sides = generalized_box_iou_loss(boxes[mine], wanted[mine], reduction="sum")
+    return 4 * focal.sum() / count + 2 * sides / count
+
+
+def box_iou_of(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """[n] of two lists of boxes [n, 4], one by one."""
+    low, high = torch.maximum(ours[:, :2], theirs[:, :2]), torch.minimum(ours[:, 2:], theirs[:, 2:])
+    shared = (high - low).clamp_min(0).prod(1)
+    return shared / ((ours[:, 2:] - ours[:, :2]).prod(1) + (theirs[:, 2:] - theirs[:, :2]).prod(1) - shared)
+
+
+def segmentation_loss(logits: torch.Tensor, found: scenes.Scenes) -> torch.Tensor:
+    """Cross-entropy of the pixels, rare classes counted for more."""
+    return F.cross_entropy(logits.float(), found.masks.long(), torch.tensor(_WEIGHTS))
+
+
+class Both(torch.nn.Module):
+    """The detector and the segmenter on one backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detector, self.segmenter = dense.demo_detector(), dense.demo_segmenter()
+        self.segmenter.backbone = self.detector.backbone
+        torch.nn.init.constant_(self.detector.classifier.bias, -4.0)  # every place begins as ground
+        start_from_classifier(self.detector.backbone)
+        for module in self.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # whose backward pass is slow on a CPU
+
+    def forward(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        last, stages = self.detector.backbone.forward_intermediates(x)
+        return self.detector.head(last), self.segmenter.head(stages[0], last)
+
+
+def start_from_classifier(backbone: torch.nn.Module) -> None:
+    """Gives the backbone the weights of the embedded classifier."""
+    tensors = safetensors.torch.load_file(demo.WEIGHTS["dfqvit_demo_swin"])
+    backbone.load_state_dict({key: tensors[key] for key in backbone.state_dict()})
+
+
+def figures(name: str, model: torch.nn.Module, count: int = HELD_OUT) -> dict[str, float]:
+    """Of held-out scenes, in percent."""
+    task = "detection" if name == "demo-detector" else "segmentation"
+    held = SceneImages(scenes.compose(count), Preprocessing.of(model), task)
+    return evaluate_dense(model, held.batches(100), task).figures
+
+
+def train(options: argparse.Namespace) -> None:
+    torch.manual_seed(options.seed)
+    model = Both().train()
+    images, labels = read_split(options.data, "train")
+    items = torch.from_numpy(images.copy()), torch.from_numpy(labels)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
+    first = 0
+    if options.snapshot and options.snapshot.exists():
+        kept = torch.load(options.snapshot, weights_only=True)
+        for each, state in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
+            each.load_state_dict(kept[state])
+        first = kept["step"]
+    started, losses = time.time(), 0.0
+    for step in range(first, options.steps):
+        warm = (step + 1) / options.warmup
+        done = (step - options.warmup) / (options.steps - options.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * (warm if warm < 1 else max(0.5 * (1 + math.cos(math.pi * done)), 0.005))
+        found = scenes.compose(options.batch_size, _TRAINING_SEED + step + options.seed * (1 << 16), items)
+        with torch.autocast("cpu", torch.bfloat16):
+            detected, planes = model(pixels_of(found.images))
+        loss = detection_loss(detected, found) + segmentation_loss(planes, found)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step >= 0.3 * options.steps:
+            average.update_parameters(model)
+        losses += loss.item()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}: loss {losses / 100:.4f}, {time.time() - started:.0f} s", flush=True)
+            losses = 0.0
+            if options.snapshot:
+                state = {"model": model.state_dict(), "average": average.state_dict(), "step": step + 1}
+                with atomic(options.snapshot) as temporary:
+                    torch.save({**state, "optimizer": optimizer.state_dict()}, temporary)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, each in (("demo-detector", average.module.detector), ("demo-segmenter", average.module.segmenter)):
+        target = options.out / dense.WEIGHTS[name].name
+        weights = {key: value.half().contiguous() for key, value in each.state_dict().items()}
+        with atomic(target) as temporary:
+            metadata = {"dataset": "scenes of Fashion-MNIST items", "steps": str(options.steps)}
+            safetensors.torch.save_file(weights, temporary, metadata)
+        print(f"{target.name}: {HELD_OUT} held-out scenes: {figures(name, dense.load_dense(name, target))}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of the idx files (default: Debian's)")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch-size", type=int, default=50, help="a multiple of 50 wastes no scene")
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--snapshot", type=Path, help="file that an interrupted run goes on from")
+    parser.add_argument("--out", type=Path, default=demo.ASSETS, help="folder of the weights")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Figures of detection and segmentation against counts made here; data on disk against the scenes it was written from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dfqvit import DfqvitError, UsageError
+from dfqvit.evaluation import scenes
+from dfqvit.evaluation.dense import evaluate_dense
+from dfqvit.evaluation.dense_data import SceneImages, open_dense, write_coco
+from dfqvit.models import Preprocessing, dense
+
+GREY = Preprocessing((1, 56, 56), (0.5,), (0.25,), "bilinear", 1.0)
+
+
+class Fixed(nn.Module):
+    """Gives what it was told to, whatever the images are, batch after batch."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.outputs, self.at = outputs, 0
+
+    def forward(self, x):
+        part = self.outputs[self.at : self.at + len(x)]
+        self.at += len(x)
+        return part
+
+
+@pytest.fixture
+def held(seed):
+    return scenes.compose(30, seed % 1000)
+
+
+def perfect(held, score=0.9):
+    return [
+        {"boxes": box, "labels": label, "scores": torch.full((len(box),), score)}
+        for box, label in zip(held.boxes, held.labels, strict=True)
+    ]
+
+
+def test_the_truth_has_all_points(held):
+    data = SceneImages(held, GREY, "detection")
+    found = evaluate_dense(Fixed(perfect(held)), data.batches(7), "detection")
+    assert found.figures["mAP@50"] == pytest.approx(100)
+    assert found.figures["mAP"] == pytest.approx(100)
+    assert found.images == 30
+    logits = nn.functional.one_hot(held.masks.long(), 8).permute(0, 3, 1, 2).float()
+    data = SceneImages(held, GREY, "segmentation")
+    found = evaluate_dense(Fixed({"out": logits}["out"]), data.batches(7), "segmentation")
+    assert found.figures == {"mIoU": pytest.approx(100), "pixel accuracy": pytest.approx(100)}
+
+
+def test_precision_of_ranked_detections(seed):
+    """One class, one object an image: hits and misses in an order of scores give a known average precision."""
+    hits = torch.rand(40) < 0.6
+    scores = torch.rand(40).sort(descending=True).values
+    targets = [{"boxes": torch.tensor([[10.0, 10, 30, 30]]), "labels": torch.tensor([0])} for _ in range(40)]
+    found = []
+    for hit, score in zip(hits.tolist(), scores, strict=True):
+        box = torch.tensor([[10.0, 10, 30, 31]]) if hit else torch.tensor([[40.0, 40, 50, 50]])
+        found.append({"boxes": box, "labels": torch.tensor([0]), "scores": score[None]})
+    precision = hits.cumsum(0) / torch.arange(1, 41)
+    recall = hits.cumsum(0) / 40
+    points = torch.linspace(0, 1, 101, dtype=torch.float64)
+    wanted = sum(float(precision[recall >= r - 1e-9].max()) if bool((recall >= r - 1e-9).any()) else 0 for r in points)
+    result = evaluate_dense(Fixed(found), [(torch.zeros(40, 1, 8, 8), targets)], "detection")
+    assert result.figures["mAP@50"] == pytest.approx(
+        100 * wanted / 101, abs=1.1
+    )  # one point of recall may lie on an edge
+
+
+def test_intersection_over_union_of_random_masks(seed):
+    masks, guesses = torch.randint(0, 4, (5, 12, 10)), torch.randint(0, 4, (5, 12, 10))
+    masks[torch.rand(masks.shape) < 0.1] = 255
+    counted = masks != 255
+    each = []
+    for k in range(4):
+        both = (masks == k) & (guesses == k)
+        either = ((masks == k) | (guesses == k)) & counted
+        each.append(float(both.sum() / either.sum()))
+    logits = nn.functional.one_hot(guesses, 4).permute(0, 3, 1, 2).float()
+    batch = (torch.zeros(5, 1, 8, 8), [{"mask": mask} for mask in masks])
+    found = evaluate_dense(Fixed(logits), [batch], "segmentation", against=Fixed(logits.roll(1, 0)))
+    assert found.figures["mIoU"] == pytest.approx(100 * sum(each) / 4, abs=1e-3)
+    right = float(((masks == guesses) & counted).sum() / counted.sum())
+    assert found.figures["pixel accuracy"] == pytest.approx(100 * right, abs=1e-3)
+    assert found.against is not None
+    assert found.against != found.figures
+
+
+def test_files_hold_the_scenes(held, tmp_path):
+    write_coco(held, tmp_path, dense.CLASSES)
+    boxes, masks = open_dense(tmp_path, GREY, "detection"), open_dense(tmp_path, GREY, "segmentation")
+    assert len(boxes) == len(masks) == 30
+    for index in range(30):
+        image, target = boxes[index]
+        assert torch.allclose(image, (held.images[index].float() / 255 - 0.5) / 0.25)
+        assert torch.equal(target["boxes"], held.boxes[index])
+        assert torch.equal(target["labels"], held.labels[index])
+        assert torch.equal(masks[index][1]["mask"], held.masks[index])
+    ids = open_dense(tmp_path, GREY, "detection", label_ids=True)
+    assert torch.equal(ids[0][1]["labels"], held.labels[0] + 1)
+    wide = Preprocessing((1, 28, 112), (0.5,), (0.25,), "bilinear", 1.0)
+    image, target = open_dense(tmp_path, wide, "detection")[0]
+    assert image.shape == (1, 28, 112)
+    assert torch.equal(target["boxes"], held.boxes[0] * torch.tensor([2, 0.5, 2, 0.5]))
+
+
+def test_bad_data_is_said_in_a_sentence(held, tmp_path):
+    with pytest.raises(UsageError, match=r"for detection it must hold annotations.json and a folder images"):
+        open_dense(tmp_path, GREY, "detection")
+    with pytest.raises(UsageError, match="for segmentation it must hold folders images and masks"):
+        open_dense(tmp_path, GREY, "segmentation")
+    with pytest.raises(UsageError, match="it must be a folder"):
+        open_dense(tmp_path / "none", GREY, "detection")
+    with pytest.raises(UsageError, match="task was 'depth'; it may be 'detection', 'segmentation'"):
+        open_dense(tmp_path, GREY, "depth")
+    write_coco(held, tmp_path, dense.CLASSES)
+    path = tmp_path / "annotations.json"
+    good = json.loads(path.read_text())
+
+    def with_box(box):
+        changed = json.loads(json.dumps(good))
+        changed["annotations"][0]["bbox"] = box
+        path.write_text(json.dumps(changed))
+
+    for box in ([40, 10, 20, 10], [-3, 0, 10, 10], [5, 5, 0, 4]):
+        with_box(box)
+        with pytest.raises(UsageError, match=r"has a box \[.*\] on '.*', which is 56 x 56 pixels; boxes are"):
+            open_dense(tmp_path, GREY, "detection")
+    path.write_text('{"images": []}')
+    with pytest.raises(DfqvitError, match=r"is not COCO's format \(KeyError"):
+        open_dense(tmp_path, GREY, "detection")
+    path.write_text("{")
+    with pytest.raises(DfqvitError, match="is not COCO's format"):
+        open_dense(tmp_path, GREY, "detection")
+    path.write_text(json.dumps(good))
+    Image.new("L", (20, 30)).save(tmp_path / "images" / "000000.png")
+    with pytest.raises(UsageError, match=r"'000000.png' is 20 x 30 pixels; annotations.json says 56 x 56"):
+        open_dense(tmp_path, GREY, "detection")[0]
+    with pytest.raises(UsageError, match="is 56 x 56 pixels and its image 20 x 30; both must be of one size"):
+        open_dense(tmp_path, GREY, "segmentation")[0]
+    (tmp_path / "images" / "000001.png").unlink()
+    with pytest.raises(DfqvitError, match=r"000001.png' is missing; the annotations name it"):
+        open_dense(tmp_path, GREY, "detection")[1]
+    Image.new("RGB", (56, 56)).save(tmp_path / "masks" / "000002.png")
+    with pytest.raises(UsageError, match="of mode RGB; masks are of mode L or P"):
+        open_dense(tmp_path, GREY, "segmentation")[1]
+    (tmp_path / "masks" / "000003.png").unlink()
+    with pytest.raises(DfqvitError, match="has no mask"):
+        open_dense(tmp_path, GREY, "segmentation")
+
+
+def test_networks_of_another_form_are_said_in_a_sentence(held):
+    boxes, masks = (SceneImages(held, GREY, task) for task in ("detection", "segmentation"))
+    with pytest.raises(UsageError, match=r"a Fixed, which gives a tensor \[9, 3\]; for detection it must have"):
+        evaluate_dense(Fixed(torch.zeros(30, 3)), boxes.batches(9), "detection")
+    with pytest.raises(UsageError, match="for segmentation it must give logits"):
+        evaluate_dense(Fixed(perfect(held)), masks.batches(9), "segmentation")
+    with pytest.raises(UsageError, match=r"a mask held class .; the network's classes are 0 to 1"):
+        evaluate_dense(Fixed(torch.zeros(30, 2, 56, 56)), masks.batches(9), "segmentation")
+    with pytest.raises(UsageError, match="data held no images"):
+        evaluate_dense(Fixed([]), [], "detection")
