@@ -140,7 +140,7 @@ def _measured(
                 qmodel = quantize(network, bits, **options)
                 row.append(measure(qmodel))
                 if source == "data-free":
-                    qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())  # type: ignore[operator,union-attr]
+                    qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", config.to_dict())
                     path = save(qmodel, out / f"{name}-w{bits}a8.safetensors")
                     drawn[f"W{bits}/A8"] = qmodel
             rows.append([*row, path.stat().st_size / 1e6])
