@@ -131,7 +131,8 @@ def command(**options: Any) -> None:
         if options["calib"] not in ("synthetic", "procedural"):
             raise UsageError(f"--fast and --calib {options['calib']} were both given; give one of them")
         options |= {"calib": "procedural", "samples": FAST_SAMPLES}
-    companions = companion_count(companions, options["calib"], recipe)
+    made = "synthetic" if options["calib"].endswith(".safetensors") else options["calib"]  # by `dfqvit synthesize`
+    companions = companion_count(companions, made, recipe)
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     # All that `quantize` would refuse is refused before the synthesis, which takes long.
@@ -164,6 +165,9 @@ def command(**options: Any) -> None:
         made_by |= {"companions": companions} if companions else {}
         settings = made_by | ({"reconstruct": steps} if steps else {})
         qmodel.dfqvit_record = quantization.made_from(calib, settings)
+    elif companions:
+        settings = {**quantization.settings, "companions": companions}
+        qmodel.dfqvit_record = quantization.made_from(quantization.calibration, settings)
     path = save(qmodel, out / FILE)
     source = calib if calib in MADE else "given images"
     page = make_report(
