@@ -143,7 +143,7 @@ def evaluate_dense(
 
 def meter(task: str) -> DetectionMeter | SegmentationMeter:
     """An empty one; UsageError when the packages for it are missing."""
-    for package in ("torchmetrics", "pycocotools"):
+    for package in ("torchmetrics", "pycocotools") if task == "detection" else ("torchmetrics",):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"evaluation of {task} needs {package}; install dfqvit[dense]")
     return DetectionMeter() if task == "detection" else SegmentationMeter()
