@@ -108,9 +108,7 @@ def _samples(record: QuantizationRecord, measured: dict[str, Any]) -> Iterator[F
         yield from _under("collapsed samples", images["contrast"], LEAST_CONTRAST, flat, other)
     own = record.samples - record.settings.get("companions", 0)
     count = f"{own} calibration image{'s' if own != 1 else ''}"
-    yield from _under(
-        "too few samples", own, LEAST_SAMPLES, count, "quantize again with --samples 16 or more"
-    )
+    yield from _under("too few samples", own, LEAST_SAMPLES, count, "quantize again with --samples 16 or more")
     steps = record.settings.get("iters")
     if steps is not None:
         few = f"the synthesis took {steps} steps"
@@ -208,7 +206,7 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
     """{timm's name: divergence of the layer's own output}, every quantized layer fed the float model's inputs.
 
     Where channels were scaled and heads rotated (see `calibration.equalize`, `calibration.rotate`), inputs come from the quantized
-    model's own norms, and what was done to queries, keys and values is taken back as the linear maps between the outputs of both.
+    model's own norms, and what was done to queries, keys and values is done to the float ones: a linear map fitted to both.
     """
     found: dict[str, float] = {}
     scaled = qmodel.dfqvit_record.recipe.scaling == "channels"  # type: ignore[union-attr]
@@ -233,11 +231,8 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
                 twin.acm = acm
                 if scaled and (name in places.scores or name in qkv_of.values()):
                     attention: Any = model.get_submodule(name.rpartition(".")[0])
-                    matrix, offset = maps[name] = _head_maps(output, result, 3 * attention.num_heads)
-                    back = torch.linalg.pinv(matrix)
-                    result = _mapped(
-                        result, back, -_mapped(offset.flatten(), back, torch.zeros_like(offset)).view_as(offset)
-                    )
+                    maps[name] = _head_maps(output, result, 3 * attention.num_heads)
+                    output = _mapped(output, *maps[name])
                 found[name] = round(divergence(output, result), 5)
 
             handles.append(layer.register_forward_hook(compare))
