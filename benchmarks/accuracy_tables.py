@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
 ORDER = ("real", "synthetic", "procedural", "noise")
 NAMES = {
     "real": "32 real images",
-    "synthetic": "**16 synthetic** (the default)",
+    "synthetic": "**16 synthetic and 48 procedural** (the default)",
     "procedural": "32 procedural (`--fast`)",
     "noise": "32 of noise",
 }
