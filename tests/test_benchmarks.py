@@ -109,7 +109,9 @@ def test_tables_of_accuracy_are_the_rows(tmp_path):
     assert text.startswith("before\n<!-- rows: M -->\n\nset, float 80.0, 500 images:\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "| calibration | W8/A8 | W4/A8 |" in text
-    assert "| **16 synthetic and 48 procedural** (the default) |  | 78.5 (-1.5; -2.0 to +0.5), KL 0.100, 2 seeds |" in text
+    assert (
+        "| **16 synthetic and 48 procedural** (the default) |  | 78.5 (-1.5; -2.0 to +0.5), KL 0.100, 2 seeds |" in text
+    )
     assert "| 32 of noise | 12.3 (-67.7; -2.0 to +0.5), KL 0.100 |  |" in text
     assert subprocess.run([*command, "--check"], check=False).returncode == 0
 
