@@ -40,7 +40,7 @@ from .options import adjusted, common, emit, open_float, pick_device, plain_name
     show_default=True,
     help="Detection reads DIR/annotations.json (COCO's format) and DIR/images, segmentation DIR/images and DIR/masks (PNG).",
 )
-@click.option("--build", help="module:function that makes FILE's network, where it is not timm's; its code runs.")
+@click.option("--build", help="A module:function that makes FILE's network, where it is not timm's; its code runs.")
 @click.option(
     "--label-ids", is_flag=True, help="The detector's labels are the ids of the categories, not their places."
 )

@@ -282,7 +282,7 @@ def test_demo_on_a_few_images(run, tmp_path, monkeypatch):
     status, stdout, _ = run("demo", "--images", 250, *QUICK, "--out", tmp_path, "--json")
     top1 = json.loads(stdout)["top1"]
     assert status == 0
-    assert set(top1) == {"W8/A8", "W4/A8", "W3/A8"}
+    assert set(top1) == {"W8/A8", "W4/A8", "W3/A8", "W3/A8, PSAQ-ViT's"}
     assert top1["W8/A8"]["real images"] > 85
     assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", top1["W8/A8"]["x float32"])  # a speed with its spread
     assert (tmp_path / "w3a8.safetensors").exists()
