@@ -13,6 +13,7 @@ import torch
 from ..api import QuantizationRecord, calibration_images, companion_count, quantize, with_companions
 from ..calibration.allocation import check_budget
 from ..calibration.correction import SHAPES, check_correction, choose_blocks
+from ..calibration.given import given_images
 from ..distributed import rank
 from ..errors import DfqvitError, UsageError
 from ..evaluation.data import open_images, spread_images
@@ -147,6 +148,8 @@ def command(**options: Any) -> None:
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
         if rank() != 0:
             return  # the long part is done; the first process calibrates, writes and prints
+        if companions and calib not in MADE:
+            given_images(images, preprocessing)  # looked at before others stand beside them
         images = with_companions(images, companions, config.seed, preprocessing)
         qmodel = quantize(
             model,

@@ -107,11 +107,8 @@ def _of_another_library(model: Any) -> str:
     if home.startswith("transformers.") or any(
         each.__module__.startswith("transformers.modeling_utils") for each in type(model).__mro__
     ):
-        if kind in TWINS:
-            return (
-                f"a {kind} of transformers; give dfqvit.from_transformers(model), the timm model with the same weights"
-            )
-        return f"a {kind} of transformers; dfqvit takes timm's models: {_twin_of(model)}"
+        same = "give dfqvit.from_transformers(model), which has its weights, or " if kind in TWINS else ""
+        return f"a {kind} of transformers; dfqvit takes timm's models: {same}{_twin_of(model)}"
     if home.startswith("torchvision."):
         twin = _twin_of_torchvision(model)
         return (
