@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if params.get("device") in on_gpu or params.get("backend") in on_gpu:
             item.add_marker(pytest.mark.gpu)
         name = item.nodeid.partition("[")[0]
-        if name in SLOW or name.partition("::")[0] in SLOW:
+        if (name in SLOW or name.partition("::")[0] in SLOW) and not item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.slow)
 
 
