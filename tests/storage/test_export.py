@@ -179,11 +179,11 @@ def test_a_network_in_onnx_runtime(seed, tmp_path, name):
 
 
 class Selecting(networks.Segmenter):
-    """As many rows as there are scores above 0."""
+    """Other shapes where many scores are above 0."""
 
     def forward(self, x):
         scores = super().forward(x)["out"].flatten()
-        return scores[scores > 0]
+        return scores[:4] if int((scores > 0).sum()) > 3 else scores
 
 
 def selecting():
