@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,20 @@ SUFFIXES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return keep_page(__doc__, PAGE, tables)
+
+
+def keep_page(doc: str | None, place: Path, tables_of: Callable[[list[dict[str, Any]], str], str]) -> int:
+    """Fills the page with what `tables_of` makes of the rows for each model, or checks it; the exit status of the script."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page", type=Path, default=place)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
-    rows = [row for row in rows if "agreement" in row]  # those of before have neither intervals nor divergences
     before = options.page.read_text()
-    after = fill(before, rows)
+    pattern = re.compile(r"(<!-- rows: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    after = pattern.sub(lambda found: f"{found[1]}\n{tables_of(rows, found[2])}\n{found[3]}", before)
     if not options.check:
         options.page.write_text(after)
     elif after != before:
@@ -50,15 +56,10 @@ def main() -> int:
     return 0
 
 
-def fill(page: str, rows: list[dict[str, Any]]) -> str:
-    """The page with every table made anew."""
-    pattern = re.compile(r"(<!-- rows: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}\n{tables(rows, found[2])}\n{found[3]}", page)
-
-
 def tables(rows: list[dict[str, Any]], model: str) -> str:
     """One table for every image set of a model: a line for each calibration, a column for each pair of widths."""
     rows = [row for row in rows if row["model"] == model]
+    rows = [row for row in rows if "agreement" in row]  # those of before have neither intervals nor divergences
     texts = []
     for place in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == place]

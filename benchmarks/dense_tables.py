@@ -8,13 +8,11 @@ python benchmarks/dense_tables.py benchmarks/results/MACHINE/dense.jsonl [--chec
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
+
+from accuracy_tables import keep_page
 
 PAGE = Path(__file__).parents[1] / "docs" / "dense.md"
 NAMES = {
@@ -29,28 +27,12 @@ FIGURES = {"demo-detector": "mAP@50", "demo-segmenter": "mIoU"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
-    before = options.page.read_text()
-    after = before
-    for model in FIGURES:
-        pattern = rf"(<!-- rows: {model} -->\n).*?(<!-- end -->)"
-        text = table([row for row in rows if row["model"] == model], FIGURES[model])
-        after = re.sub(pattern, lambda match, text=text: f"{match[1]}\n{text}\n{match[2]}", after, flags=re.DOTALL)
-    if not options.check:
-        options.page.write_text(after)
-    elif after != before:
-        print(f"{options.page} is not what the rows say; run this script without --check", file=sys.stderr)
-        return 1
-    return 0
+    return keep_page(__doc__, PAGE, table)
 
 
-def table(rows: list[dict[str, Any]], figure: str) -> str:
+def table(rows: list[dict[str, Any]], model: str) -> str:
     """One model's: a line for each calibration, quantizer and correction, a column for each width."""
+    figure, rows = FIGURES[model], [row for row in rows if row["model"] == model]
     if not rows:
         return "No rows yet.\n"
     widths = sorted({row["w_bits"] for row in rows}, reverse=True)
@@ -82,4 +64,4 @@ def cell(values: list[float], base: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

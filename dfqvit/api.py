@@ -51,6 +51,11 @@ class QuantizationRecord:
     settings: dict[str, Any] = field(default_factory=dict)  # of the synthesis, as far as there was one
     measured: dict[str, Any] = field(default_factory=dict)  # of the images and blocks, see `health`
 
+    @property
+    def companions(self) -> int:
+        """Procedural images among the `samples`, which stand beside those that `calibration` names."""
+        return self.settings.get("companions", 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
         values = asdict(self)
@@ -124,9 +129,8 @@ def _described(model: Any) -> list[tuple[str, str]]:
 
 
 def _calibrated_on(record: QuantizationRecord) -> str:
-    companions = record.settings.get("companions", 0)
-    beside = f" and {companions} procedural" if companions else ""
-    return f"{record.samples - companions} images, {record.calibration}{beside}"
+    beside = f" and {record.companions} procedural" if record.companions else ""
+    return f"{record.samples - record.companions} images, {record.calibration}{beside}"
 
 
 @on_float_reference

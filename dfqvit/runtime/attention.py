@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..kernels.quant_attention.op import forward as quant_attention
@@ -36,19 +38,9 @@ class IntegerOperands(AttentionOperands):
             return "its attention's operands are not quantized alike"
         return ""
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | torch.Tensor,
-        bias: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        rope: torch.Tensor | None = None,
-        half: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As AttentionOperands, float32 [B, heads, N, D]."""
-        return self.bound(through_torch)(q, k, v, scale, bias, mask, rope, half)
+        return self.bound(through_torch)(*args, **kwargs)
 
     def bound(self, bind: Bind) -> Call:
         """`forward` as a function whose operators have their constants; see `prepared`."""

@@ -40,12 +40,17 @@ def through_torch(operator: Operator, arguments: tuple[Any, ...], places: tuple[
     """Binds by torch's dispatcher."""
 
     def call(*given: Any) -> torch.Tensor:
-        filled = list(arguments)
-        for place, value in zip(places, given, strict=True):
-            filled[place] = value
-        return operator(*filled)
+        return operator(*_filled(arguments, places, given))
 
     return call
+
+
+def _filled(arguments: tuple[Any, ...], places: tuple[int, ...], given: tuple[Any, ...]) -> list[Any]:
+    """All arguments of a call, those at `places` given."""
+    filled = list(arguments)
+    for place, value in zip(places, given, strict=True):
+        filled[place] = value
+    return filled
 
 
 def compiled(operator: Operator, arguments: tuple[Any, ...], places: tuple[int, ...]) -> Call:
@@ -62,14 +67,10 @@ class Trying:
         self.on_cpu = True
 
     def __call__(self, operator: Operator, arguments: tuple[Any, ...], places: tuple[int, ...]) -> Call:
-        run = through_torch(operator, arguments, places)
-
         def call(*given: Any) -> torch.Tensor:
-            filled = list(arguments)
-            for place, value in zip(places, given, strict=True):
-                filled[place] = value
+            filled = _filled(arguments, places, given)
             self.on_cpu &= operator.resolve(*filled).name == "cpu"
-            return run(*given)
+            return operator(*filled)
 
         return call
 

@@ -106,7 +106,7 @@ def _samples(record: QuantizationRecord, measured: dict[str, Any]) -> Iterator[F
         flat = f"the images' pixels spread by {images['contrast']:.3f} on average, of 1"
         other = "look at samples.png; quantize again, with the default --spectrum natural or more --iters"
         yield from _under("collapsed samples", images["contrast"], LEAST_CONTRAST, flat, other)
-    own = record.samples - record.settings.get("companions", 0)
+    own = record.samples - record.companions
     count = f"{own} calibration image{'s' if own != 1 else ''}"
     yield from _under("too few samples", own, LEAST_SAMPLES, count, "quantize again with --samples 16 or more")
     steps = record.settings.get("iters")
