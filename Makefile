@@ -48,7 +48,7 @@ check: lint
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 bench: setup
-	for name in fake_quantize patch_similarity_entropy quant_linear quant_attention layer_norm_quantize roll_resize total_variation synthesis acm inference; do \
+	for name in fake_quantize patch_similarity_entropy quant_linear quant_attention layer_norm_quantize roll_resize round_second_order total_variation synthesis acm inference; do \
 	  $(BIN)/python benchmarks/$$name.py --out $(OUT)/bench/$$name.jsonl || exit 1; done
 
 # The API reference, from the docstrings.

@@ -46,6 +46,7 @@ CPU_SOURCES = [
     "csrc/cpu/quant_linear_layer.cpp",
     "csrc/cpu/quantize_heads.cpp",
     "csrc/cpu/roll_resize.cpp",
+    "csrc/cpu/round_second_order.cpp",
     "csrc/cpu/total_variation.cpp",
 ]
 OPERATORS = "dfqvit_ops"  # the shared library's name to a linker

@@ -56,6 +56,8 @@ const Definition kDefinitions[] = {
     {"roll_resize(Tensor images, Tensor rows, Tensor columns, Tensor shift) -> Tensor", true, false},
     {"roll_resize_backward(Tensor grad, Tensor rows, Tensor columns, Tensor shift, int height, int width) -> Tensor",
      true, false},
+    {"round_second_order(Tensor weight, Tensor scale, Tensor inputs, Tensor? outputs, int bits, int sweeps) -> Tensor",
+     true, false},
     {"total_variation(Tensor images) -> Tensor", true, false},
     {"total_variation_backward(Tensor weights, Tensor images) -> Tensor", true, false},
 };

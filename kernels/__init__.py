@@ -9,6 +9,7 @@
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
     similarity_range           the range that its density is taken over, for batches processed in parts
     roll_resize                crop, resize, flip and roll of images as one interpolation
+    round_second_order         weights rounded together, so that they keep a layer's outputs
     total_variation            of images, without temporaries
     pack_weight, unpack_weight weights of 2 to 8 bits, packed
     block_weight               packed weights in the order that the CPU kernels read
@@ -30,6 +31,7 @@ if __name__ != "kernels":
     from .quant_linear import block_weight, quant_linear, weight_sums
     from .quantize_heads import quantize_heads
     from .roll_resize import roll_resize
+    from .round_second_order import round_second_order
     from .total_variation import total_variation
 
     __all__ = [
@@ -46,6 +48,7 @@ if __name__ != "kernels":
         "quant_linear",
         "quantize_heads",
         "roll_resize",
+        "round_second_order",
         "set_backend",
         "similarity_range",
         "total_variation",

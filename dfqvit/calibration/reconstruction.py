@@ -27,7 +27,7 @@ BATCH = 16
 RATE = 0.02  # of u, in steps of the quantizer
 SCALE_RATE = 0.002  # of the scales, relative
 HELD = 4  # every fourth image is held back with its crops; the last crops where there are fewer images
-_MARGIN = 0.49  # u starts at the float weight, or as far from its integer as still rounds to it
+_MARGIN = 0.25  # u starts at the float weight, or as far from its integer: nearer to an edge, the first steps only stir
 
 
 def reconstruct_blocks(

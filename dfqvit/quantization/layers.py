@@ -13,7 +13,7 @@ from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest
 from ..kernels.quant_linear.op import forward as linear_operator
 from .precision import KeepsPrecision
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
-from .rounding import SecondMoment, round_second_order
+from .rounding import SecondMoments, round_together
 
 PREPARED = ("weight_blocked", "weight_sums", "acm_float")  # buffers that a frozen layer makes for its kernels
 
@@ -55,7 +55,7 @@ class QuantLinear(KeepsPrecision):
         for name in PREPARED:
             self.register_buffer(name, None, persistent=False)
         self.register_buffer("exponents", None)
-        self._moment: SecondMoment | None = None
+        self._moments: SecondMoments | None = None
         self._decided: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
@@ -88,12 +88,13 @@ class QuantLinear(KeepsPrecision):
 
     def observe_inputs(self) -> None:
         """Gathers from now on what `freeze` needs to round the weights to second order, see `rounding`."""
-        self._moment = SecondMoment(self.in_features, self.input.scale.device)
+        together = self.out_features if self.w_bits < 8 else None  # at 8 bits the inputs' share is all that can be told
+        self._moments = SecondMoments(self.in_features, together, self.input.scale.device)
 
     def decide(self, integers: torch.Tensor, scale: torch.Tensor) -> None:
         """Sets the integers [out_features, in_features] and scales [out_features] that `freeze` takes, and computes with them."""
         assert self.weight is not None
-        self._decided, self._moment = (integers.to(torch.int8), scale), None
+        self._decided, self._moments = (integers.to(torch.int8), scale), None
         self.weight = nn.Parameter(integers * scale[:, None], requires_grad=False)
 
     def round_weight(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,15 +103,15 @@ class QuantLinear(KeepsPrecision):
         assert weight is not None
         if self._decided is not None and bits == self.w_bits:
             return self._decided
-        if self._moment is not None:
-            return round_second_order(weight, self._moment.damped(), bits)
+        if self._moments is not None:
+            return round_together(weight, *self._moments.damped(), bits)
         scale = WEIGHT_RULES[self.quantizer](weight, bits)
         return round_nearest(weight, scale, bits), scale
 
     def freeze(self) -> None:
         """Quantizes and packs the weights and freezes the input quantizer."""
         integers, scale = self.round_weight(self.w_bits)
-        self._moment = self._decided = None
+        self._moments = self._decided = None
         self.allocate()
         self.weight_scale.copy_(scale)
         self.weight_packed.copy_(pack_integers(integers, self.w_bits))
@@ -171,8 +172,8 @@ class QuantLinear(KeepsPrecision):
             x = x / factor
         if self.weight is not None:
             y = F.linear(self.input(x), self.weight, self.bias)
-            if self._moment is not None and y.requires_grad:
-                self._moment.watch(x, y)
+            if self._moments is not None and y.requires_grad:
+                self._moments.watch(x, y)
             return y
         check_tokens(self.acm, x)
         weight, acm, w_sums = self.operands()

@@ -1,14 +1,18 @@
 """Second-order weight rounding: the integers that keep a layer's outputs, rather than its weights, where they were.
 
-Rounding each weight to the nearest step is best when the inputs are uncorrelated. Theirs are not: an error in one weight can
-be taken back by the next. With `H = sum of |g| x x^T` over a layer's calibration inputs x, the outputs' squared error of a
-row's rounding error e is `e H e^T`, counted by how much each output token matters: |g| is the length of the gradient that the
-logits send back to it (`sensitivity`). The class token of a late block matters, most patches there do not. The error is reduced
-one input channel at a time: the integer that is best with all others held, in sweeps over the channels, for all rows at once.
-Closed-form steps on stored statistics: no weight is ever tuned by back-propagation.
+Rounding each weight to the nearest step is best when errors are independent. They are not: an error in one weight can be taken
+back by another, of the same row (their inputs are correlated) or of another row (what follows hears their outputs together).
+How much a layer's rounding error E [N, K] costs is taken to be `trace(O E I E^T)`, two second moments over calibration tokens:
+
+    I = sum of |g| x x^T / |x|^2   of the inputs x
+    O = sum of g g^T               of the gradients g at the outputs, whose E[g g^T] is the logits' Fisher information
+
+|g| counts tokens by how much they matter: the class token of a late block does, most patches there do not. Both are damped,
+since synthetic inputs are not the real ones. The integers are found by `kernels.round_second_order`. Closed-form steps on
+stored statistics: no weight is ever tuned by back-propagation.
 
 Sources: the objective of OBQ and GPTQ (arXiv 2208.11580, 2210.17323), weighted by Fisher information as in BRECQ (arXiv
-2102.05426), but by its root; coordinate descent as in QuantEase (arXiv 2309.01885).
+2102.05426), but by its root; a moment of each side as in K-FAC (arXiv 1503.05671).
 """
 
 from __future__ import annotations
@@ -17,34 +21,50 @@ from collections.abc import Sequence
 
 import torch
 
+from ..kernels import round_second_order
 from .quantizers import search_weight_scale
 
-DAMPING = (
-    0.3  # of H's mean diagonal, added to it: synthetic inputs are not the real ones, so their correlations count less
-)
-SWEEPS = 8
-_BLOCK = 64  # channels whose effect on one another is followed at once; the others hear of them together
+INPUT_DAMPING = 0.3  # of the mean diagonal of I, added to it
+OUTPUT_DAMPING = 2.0  # of O's: a few images tell less of gradients than of inputs
+MOST_OUTPUTS = 8192  # of a layer whose O is kept; with more, rows are independent
+_TINY = torch.finfo(torch.float32).tiny
 
 
-class SecondMoment:
-    """The running sum of w x x^T over a layer's inputs x of weight w."""
+class SecondMoments:
+    """Running sums over a layer's tokens: of its inputs, and of the gradients at its outputs.
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+    Attributes:
+        inputs: float32 [in_features, in_features].
+        outputs: float32 [out_features, out_features]; None where rows are to be independent.
+    """
 
-    def observe(self, x: torch.Tensor, weights: torch.Tensor) -> None:
-        """Adds the vectors of x [..., in_features], weighted by weights [...]."""
-        rows = torch.nn.functional.normalize(x.detach().reshape(-1, x.shape[-1]).float(), dim=1)
-        self.sum += (rows * weights.reshape(-1, 1)).T @ rows
+    def __init__(self, in_features: int, out_features: int | None, device: torch.device) -> None:
+        self.inputs = torch.zeros(in_features, in_features, device=device)
+        self.outputs = None
+        if out_features is not None and out_features <= MOST_OUTPUTS:
+            self.outputs = torch.zeros(out_features, out_features, device=device)
+
+    def observe(self, x: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Adds tokens x [..., in_features] with the gradients [..., out_features] at their outputs."""
+        g = gradients.detach().reshape(-1, gradients.shape[-1]).float()
+        units = torch.nn.functional.normalize(x.detach().reshape(-1, x.shape[-1]).float(), dim=1)
+        self.inputs += (units * g.norm(dim=1, keepdim=True)).T @ units
+        if self.outputs is not None:
+            self.outputs += g.T @ g
 
     def watch(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Adds the vectors of x once gradients reach the layer's outputs y [..., out_features], weighted by their lengths."""
-        y.register_hook(lambda grad: self.observe(x, grad.float().norm(dim=-1)))
+        """Adds the tokens of x once gradients reach the layer's outputs y."""
+        y.register_hook(lambda grad: self.observe(x, grad))
 
-    def damped(self) -> torch.Tensor:
-        """[K, K] float32: the sum scaled to a mean diagonal of 1, plus DAMPING times the identity."""
-        mean = self.sum.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        return (self.sum / mean).float() + DAMPING * torch.eye(len(self.sum), device=self.sum.device)
+    def damped(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both sums, scaled to a mean diagonal of 1, plus their damping times the identity."""
+        outputs = None if self.outputs is None else _damped(self.outputs, OUTPUT_DAMPING)
+        return _damped(self.inputs, INPUT_DAMPING), outputs
+
+
+def _damped(moment: torch.Tensor, share: float) -> torch.Tensor:
+    mean = moment.diagonal().mean().clamp_min(_TINY)
+    return moment / mean + share * torch.eye(len(moment), device=moment.device)
 
 
 def sensitivity(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -71,38 +91,16 @@ def feature_sensitivity(features: Sequence[torch.Tensor], generator: torch.Gener
     return total
 
 
-def round_second_order(weight: torch.Tensor, moment: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(integers int8 [N, K], scale [N]) for weight [N, K] and the damped second moment [K, K] of its inputs.
+def round_together(
+    weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor | None, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(integers int8 [N, K], scale [N]) for weight [N, K] and its damped moments [K, K] and [N, N].
 
-    The scale of each row is searched as `quantizer="mse"` does, each weight's error counted by its channel's share of H.
+    The scale of each row is searched as `quantizer="mse"` does, each weight's error counted by its channel's share of the
+    inputs. The integers follow one another, so a CPU finds them, wherever the weight is.
     """
     weight = weight.detach().float()
-    scale = search_weight_scale(weight, bits, moment.diagonal())
-    limits = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    rounded = (weight / scale[:, None]).round().clamp(*limits)
-    for _ in range(SWEEPS):
-        if not _sweep(weight, rounded, scale, moment, limits):
-            break
-    return rounded.to(torch.int8), scale
-
-
-def _sweep(
-    weight: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor, moment: torch.Tensor, limits: tuple[int, int]
-) -> bool:
-    """Moves every integer of `rounded` in turn to its best place, in place; whether any moved."""
-    moved = False
-    slope = (weight - rounded * scale[:, None]) @ moment  # minus half the error's derivative by the weight
-    for start in range(0, weight.shape[1], _BLOCK):
-        block = slice(start, start + _BLOCK)
-        local, changes = moment[block, block], torch.zeros_like(rounded[:, block])
-        inner = slope[:, block].clone()
-        for k in range(local.shape[0]):
-            old = rounded[:, start + k]
-            new = (old + inner[:, k] / (local[k, k] * scale)).round().clamp(*limits)
-            changes[:, k] = (new - old) * scale
-            inner -= changes[:, k, None] * local[k]
-            rounded[:, start + k] = new
-        if bool(changes.any()):
-            moved = True
-            slope -= changes @ moment[block]
-    return moved
+    scale = search_weight_scale(weight, bits, inputs.diagonal())
+    outputs = None if outputs is None else outputs.cpu()
+    integers = round_second_order(weight.cpu(), scale.cpu(), inputs.cpu(), outputs, bits=bits)
+    return integers.to(weight.device), scale

@@ -1,56 +1,63 @@
 """Second-order rounding against brute force and against rounding to nearest."""
 
-from itertools import product
-
 import pytest
 import torch
 
 import dfqvit
+from dfqvit.quantization.layers import QuantLinear
 from dfqvit.quantization.quantizers import mse_weight_scale
 from dfqvit.quantization.recipe import Recipe
-from dfqvit.quantization.rounding import DAMPING, SecondMoment, round_second_order, sensitivity
+from dfqvit.quantization.rounding import (
+    INPUT_DAMPING,
+    MOST_OUTPUTS,
+    OUTPUT_DAMPING,
+    SecondMoments,
+    round_together,
+    sensitivity,
+)
 
 from ..conftest import SMALL, small_vit
 
 
-def correlated(rows, features):
-    """Inputs as layers see them: a few directions carry most of the variance."""
-    return torch.randn(rows, features // 3 + 1) @ torch.randn(features // 3 + 1, features) + 0.1 * torch.randn(
-        rows, features
-    )
+def unit(x):
+    return (x.double() / x.double().norm(dim=-1, keepdim=True)).flatten(0, -2)
 
 
-def error(weight, rounded, scale, moment):
-    e = (weight - rounded * scale[:, None]).double()
-    return ((e @ moment.double()) * e).sum(1)
-
-
-def moment_of(x):
-    """Of vectors that all count the same."""
-    found = SecondMoment(x.shape[-1], x.device)
-    found.observe(x, torch.ones(x.shape[:-1]))
+def moments_of(x, gradients, together=True):
+    found = SecondMoments(x.shape[-1], gradients.shape[-1] if together else None, x.device)
+    found.observe(x, gradients)
     return found
 
 
-def test_moment_is_the_weighted_sum_over_vectors_of_unit_length():
-    x, weights = torch.randn(5, 7, 24) * torch.rand(5, 7, 1) * 100, torch.rand(5, 7)
-    found = SecondMoment(24, x.device)
+def test_moments_are_sums_over_tokens():
+    """Of inputs of unit length, weighted by their gradients' length, and of the gradients."""
+    x, gradients = torch.randn(5, 7, 24) * torch.rand(5, 7, 1) * 100, torch.randn(5, 7, 10)
+    found = SecondMoments(24, 10, x.device)
     for part in range(5):
-        found.observe(x[part], weights[part])
-    units = (x.double() / x.double().norm(dim=-1, keepdim=True)).flatten(0, 1)
-    assert torch.allclose(found.sum, (units * weights.flatten()[:, None]).T @ units, atol=1e-5)
-    assert found.damped().diagonal().mean() == pytest.approx(1 + DAMPING, rel=1e-5)
+        found.observe(x[part], gradients[part])
+    g = gradients.double().flatten(0, 1)
+    expected = (unit(x) * g.norm(dim=1, keepdim=True)).T @ unit(x)
+    assert torch.allclose(found.inputs.double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(found.outputs.double(), g.T @ g, rtol=1e-5, atol=1e-4)
+    inputs, outputs = found.damped()
+    assert inputs.diagonal().mean() == pytest.approx(1 + INPUT_DAMPING, rel=1e-5)
+    assert outputs.diagonal().mean() == pytest.approx(1 + OUTPUT_DAMPING, rel=1e-5)
 
 
-def test_watched_outputs_weigh_by_the_length_of_their_gradients():
+def test_watched_outputs_bring_their_gradients():
     x, weight, after = torch.randn(2, 5, 6), torch.randn(4, 6, requires_grad=True), torch.randn(2, 5, 4)
-    found, y = SecondMoment(6, x.device), x @ weight.T
+    found, y = SecondMoments(6, 4, x.device), x @ weight.T
     found.watch(x, y)
-    assert not found.sum.any()
+    assert not found.inputs.any()
     (y * after).sum().backward()  # so that the gradient of y is `after`
-    expected = SecondMoment(6, x.device)
-    expected.observe(x, after.square().sum(-1).sqrt())
-    assert torch.allclose(found.sum, expected.sum)
+    expected = moments_of(x, after)
+    assert torch.allclose(found.inputs, expected.inputs)
+    assert torch.allclose(found.outputs, expected.outputs)
+
+
+@pytest.mark.parametrize("out_features", [None, MOST_OUTPUTS + 1])
+def test_rows_are_independent_where_outputs_are_not_asked_for_or_too_many(out_features):
+    assert SecondMoments(3, out_features, torch.device("cpu")).damped()[1] is None
 
 
 def test_sensitivity_draws_from_the_fisher_information():
@@ -61,64 +68,48 @@ def test_sensitivity_draws_from_the_fisher_information():
     assert torch.allclose(found, p.diag() - p[:, None] * p, atol=5e-3)
 
 
-def test_moment_of_nothing_but_zeros_still_rounds():
-    found = moment_of(torch.zeros(4, 9))
+@pytest.mark.parametrize("together", [True, False])
+def test_moments_of_nothing_but_zeros_still_round(together):
+    found = moments_of(torch.zeros(4, 9), torch.zeros(4, 3), together)
     weight = torch.randn(3, 9)
-    rounded, scale = round_second_order(weight, found.damped(), 4)
+    rounded, scale = round_together(weight, *found.damped(), 4)
     assert torch.allclose(rounded * scale[:, None], weight, atol=0.5)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shape", [(5, 1), (1, 63), (17, 64), (9, 150)])
-def test_no_single_integer_can_be_moved_to_lower_the_error(shape, bits):
-    moment = moment_of(correlated(200, shape[1]))
-    weight, moment = torch.randn(shape), moment.damped()
-    rounded, scale = round_second_order(weight, moment, bits)
-    half = 1 << (bits - 1)
-    assert rounded.dtype == torch.int8
-    assert torch.equal(rounded, rounded.clamp(-half, half - 1))
-    least = error(weight, rounded, scale, moment)
-    worse = 0
-    for k in torch.randperm(shape[1])[:20].tolist():
-        for step in (-1, 1):
-            moved = rounded.clone()
-            moved[:, k] = (moved[:, k] + step).clamp(-half, half - 1)
-            worse = max(worse, ((least - error(weight, moved, scale, moment)) / least.clamp_min(1e-12)).max().item())
-    assert worse < (1e-3 if bits < 8 else 2e-2)  # the sweeps are bounded, and float32
-
-
-def test_close_to_the_best_of_all_integers():
-    """Brute force over all 4^5 rows of 2-bit integers."""
-    moment = moment_of(correlated(100, 5))
-    weight, moment = torch.randn(40, 5), moment.damped()
-    rounded, scale = round_second_order(weight, moment, 2)
-    every = torch.tensor(list(product(range(-2, 2), repeat=5)), dtype=torch.float32)
-    best = torch.stack([error(weight, row.expand(40, 5), scale, moment) for row in every]).amin(0)
-    nearest = (weight / scale[:, None]).round().clamp(-2, 1)
-    found, plain = error(weight, rounded, scale, moment), error(weight, nearest, scale, moment)
-    assert (found >= best * (1 - 1e-4)).all()
-    assert (found <= plain * (1 + 1e-4)).all()
-    assert (found - best).sum() < 0.5 * (plain - best).sum()
 
 
 def test_uncorrelated_inputs_give_the_nearest_integers():
     weight = torch.randn(8, 40)
-    rounded, scale = round_second_order(weight, torch.eye(40), 4)
-    assert torch.equal(scale, mse_weight_scale(weight, 4))
-    assert torch.equal(rounded.float(), (weight / scale[:, None]).round().clamp(-8, 7))
+    for outputs in (None, torch.eye(8)):
+        rounded, scale = round_together(weight, torch.eye(40), outputs, 4)
+        assert torch.equal(scale, mse_weight_scale(weight, 4))
+        assert torch.equal(rounded.float(), (weight / scale[:, None]).round().clamp(-8, 7))
 
 
 def test_outputs_on_other_inputs_of_the_same_kind_are_closer():
-    mixing = torch.randn(20, 60)
+    """Also where only some directions of the outputs are heard, which the gradients show."""
+    mixing, heard = torch.randn(20, 60), torch.randn(30, 4)
     inputs, others = (torch.randn(400, 20) @ mixing + 0.3 * torch.randn(400, 60) for _ in range(2))
-    moment = moment_of(inputs)
+    found = moments_of(inputs, torch.randn(400, 4) @ heard.T)
     weight = torch.randn(30, 60)
-    rounded, scale = round_second_order(weight, moment.damped(), 3)
     nearest_scale = mse_weight_scale(weight, 3)
     nearest = (weight / nearest_scale[:, None]).round().clamp(-4, 3) * nearest_scale[:, None]
-    wanted = others @ weight.T
-    found = (others @ (rounded * scale[:, None]).T - wanted).square().mean()
-    assert found < 0.8 * (others @ nearest.T - wanted).square().mean()
+
+    def error(rounded):
+        return (others @ (rounded - weight).T @ heard).square().mean()
+
+    inner, outer = found.damped()
+    errors = []
+    for outputs in (None, outer):
+        rounded, scale = round_together(weight, inner, outputs, 3)
+        errors.append(error(rounded * scale[:, None]))
+    assert errors[0] < 0.8 * error(nearest)
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_layer_of_8_bits_keeps_no_moments_of_its_outputs():
+    layers = [QuantLinear.from_float(torch.nn.Linear(4, 3), bits, 8, "mse") for bits in (8, 7)]
+    for layer in layers:
+        layer.observe_inputs()
+    assert [layer._moments.outputs is None for layer in layers] == [True, False]
 
 
 def test_recipe_resolves_what_is_left_open():

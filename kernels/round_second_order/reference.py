@@ -1,0 +1,79 @@
+"""Second-order rounding in plain torch: the oracle of the other backends, and the fallback."""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 64  # columns whose effect on one another is followed at once; the others hear of them together
+
+
+def round_second_order(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor | None,
+    bits: int,
+    sweeps: int,
+) -> torch.Tensor:
+    """int8 [N, K]: see `op.py`."""
+    half = 1 << (bits - 1)
+    rounded = (weight / scale[:, None]).round().clamp(-half, half - 1)
+    for _ in range(sweeps):
+        moved = False
+        slope = (weight - rounded * scale[:, None]) @ inputs
+        for start in range(0, weight.shape[1], BLOCK):
+            block = slice(start, start + BLOCK)
+            local, changes = inputs[block, block], torch.zeros_like(rounded[:, block])
+            inner = slope[:, block].clone() if outputs is None else outputs @ slope[:, block]
+            for k in range(local.shape[0]):
+                column, slopes, steps = rounded[:, start + k], inner[:, k], local[k, k] * scale
+                if outputs is None:
+                    effect = changes[:, k] = _move_apart(column, slopes, steps, scale, half)
+                else:
+                    changes[:, k], effect = _move_in_turn(column, slopes, steps, scale, local[k, k], outputs, half)
+                inner -= effect[:, None] * local[k]
+            if bool(changes.any()):
+                moved = True
+                slope -= changes @ inputs[block]
+        if not moved:
+            break
+    return rounded.to(torch.int8)
+
+
+def _move_apart(
+    column: torch.Tensor, slope: torch.Tensor, steps: torch.Tensor, scale: torch.Tensor, half: int
+) -> torch.Tensor:
+    """Moves all integers of a column, in place, rows being independent; the change of the weight [N]."""
+    new = (column + slope / steps).round_().clamp_(-half, half - 1)
+    change = (new - column) * scale
+    column.copy_(new)
+    return change
+
+
+def _move_in_turn(
+    column: torch.Tensor,
+    slope: torch.Tensor,
+    steps: torch.Tensor,
+    scale: torch.Tensor,
+    curvature: torch.Tensor,
+    outputs: torch.Tensor,
+    half: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the integers of a column, in place, row after row; the change of the weight [N], and `outputs` times it.
+
+    Rows that do not move are passed over together.
+    """
+    change, effect = torch.zeros_like(slope), torch.zeros_like(slope)
+    steps = outputs.diagonal() * steps
+    row = 0
+    while row < len(column):
+        new = (column + (slope - curvature * effect) / steps).round_().clamp_(-half, half - 1)
+        moving = (new[row:] != column[row:]).nonzero()
+        if not len(moving):
+            break
+        row += int(moving[0])
+        change[row] = (new[row] - column[row]) * scale[row]
+        column[row] = new[row]
+        effect += change[row] * outputs[row]
+        row += 1
+    return change, effect
