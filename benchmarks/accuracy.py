@@ -23,7 +23,7 @@ import runner
 import torch
 
 import dfqvit
-from dfqvit.api import COMPANIONS, with_companions
+from dfqvit.calibration.images import COMPANIONS, with_companions
 from dfqvit.cli.options import adjusted
 from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model

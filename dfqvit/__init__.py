@@ -19,13 +19,14 @@ if not (_HERE / "kernels").exists() and (_HERE.parent / "kernels" / "dispatch.py
 
 if TYPE_CHECKING:
     from . import kernels
-    from .api import QuantizedModel, quantize
+    from .api import quantize
     from .errors import DfqvitError, Interrupted, UsageError
     from .kernels import set_backend
     from .models import demo, from_transformers
     from .patching import patch
     from .progress import Progress
     from .runtime import integer_report
+    from .runtime.record import QuantizedModel
     from .storage import load, save
     from .synthesis import synthesize
     from .torchao import DataFreeConfig
@@ -35,7 +36,7 @@ _HOMES = {
     "DfqvitError": "errors",
     "Interrupted": "errors",
     "Progress": "progress",
-    "QuantizedModel": "api",
+    "QuantizedModel": "runtime.record",
     "UsageError": "errors",
     "demo": "models",
     "from_transformers": "models",

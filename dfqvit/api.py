@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from html import escape
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,122 +14,25 @@ from .calibration.allocation import allocate_bits, check_budget
 from .calibration.correction import LEAST_CHECKED, add_corrections, check_correction, check_family, choose_blocks
 from .calibration.given import given_images
 from .calibration.health import measure
+from .calibration.images import calibration_images, companion_count, with_companions
 from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
 from .models.adapters import find_adapter, is_network
 from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
-from .models.network import Build, NetworkSpec, check_build, network_spec
+from .models.network import Build, NetworkSpec, check_build
 from .models.preprocessing import FEATURES, image_shape
 from .models.spec import class_count
 from .patching.fusable import is_patched
 from .progress import Progress, showing
 from .quantization.model import quantized
 from .quantization.recipe import Recipe
-from .runtime import check_runtime, integer_report, set_runtime
-from .synthesis import synthesize
+from .runtime import check_runtime, set_runtime
+from .runtime.record import QuantizationRecord, QuantizedModel
 from .synthesis.losses import Objective
-from .synthesis.procedural import procedural_images
 
 LAST_BLOCK = (-1,)
-COMPANIONS = 48  # procedural images beside the synthetic ones, where weights are rounded to second order
-
-
-@dataclass(frozen=True)
-class QuantizationRecord:
-    """How a model was quantized; kept on it as `model.dfqvit_record` and in its file."""
-
-    spec: ModelSpec | NetworkSpec
-    preprocessing: Preprocessing
-    recipe: Recipe
-    calibration: str  # "synthetic", "procedural", "noise" or "images"
-    samples: int
-    acm: str = "none"
-    acm_blocks: list[int] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)  # of the synthesis, as far as there was one
-    measured: dict[str, Any] = field(default_factory=dict)  # of the images and blocks, see `health`
-
-    @property
-    def companions(self) -> int:
-        """Procedural images among the `samples`, which stand beside those that `calibration` names."""
-        return self.settings.get("companions", 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's metadata."""
-        values = asdict(self)
-        values["spec"].pop("function", None)  # of a network: what may be called is said anew by who loads
-        return values
-
-    def made_from(self, calibration: str, settings: dict[str, Any]) -> QuantizationRecord:
-        """The same, naming where the calibration images came from: for images that were synthesised beforehand."""
-        return replace(self, calibration=calibration, settings=settings)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> QuantizationRecord:
-        """The inverse of `to_dict`, also after a trip through JSON."""
-        values = dict(values)
-        of_old = {
-            "edge_a_bits": values["recipe"].get("a_bits", 8),
-            "scaling": "none",
-        }  # files from before these settings
-        made_by = values.pop("spec")
-        spec = network_spec(made_by) if "build_by" in made_by else ModelSpec(**made_by)
-        recipe = Recipe(**{**of_old, **values.pop("recipe")})
-        return cls(
-            spec=spec, preprocessing=Preprocessing.from_dict(values.pop("preprocessing")), recipe=recipe, **values
-        )
-
-
-class QuantizedModel(nn.Module):
-    """What `quantize` and `load` return: a model of timm's class that is also of this one.
-
-    Its repr is a few lines, and a table in a notebook; `nn.Module.__repr__(model)` shows all its modules.
-
-    Attributes:
-        dfqvit_record: how it was quantized.
-        dfqvit_spec: what timm builds its structure from.
-        pretrained_cfg: how its images are prepared, as `timm.data.resolve_model_data_config` reads it.
-    """
-
-    dfqvit_record: QuantizationRecord
-    dfqvit_spec: ModelSpec
-    pretrained_cfg: dict[str, Any]
-
-    def __repr__(self) -> str:
-        title, *rows = _described(self)
-        return "\n".join([f"{title[0]}, {title[1]}", *(f"  {name:<12} {value}" for name, value in rows)])
-
-    def _repr_html_(self) -> str:
-        (name, how), *rows = _described(self)
-        lines = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
-        return f"<table><caption>{escape(name)}, {escape(how)}</caption>{lines}</table>"
-
-
-def _described(model: Any) -> list[tuple[str, str]]:
-    """A title in two parts, and what one wants to know first about a quantized model."""
-    record: QuantizationRecord = model.dfqvit_record
-    recipe, why_not = record.recipe, integer_report(model)
-    packed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    integer = sum(not reason for reason in why_not.values())
-    edges = "" if recipe.layer_bits is not None else f", first and last layer W{recipe.edge_bits}"
-    return [
-        (f"{type(model).__name__} '{record.spec.architecture}'", "quantized by dfqvit"),
-        ("bits", f"{recipe.label}{edges}"),
-        ("size", f"{packed / 1e6:.2f} MB"),
-        ("calibration", _calibrated_on(record)),
-        (
-            "correction",
-            f"{record.acm}, blocks {', '.join(map(str, record.acm_blocks))}" if record.acm_blocks else "none",
-        ),
-        ("blocks", f"{integer} of {len(why_not)} run in integers"),
-        ("input", " x ".join(map(str, record.preprocessing.input_size))),
-    ]
-
-
-def _calibrated_on(record: QuantizationRecord) -> str:
-    beside = f" and {record.companions} procedural" if record.companions else ""
-    return f"{record.samples - record.companions} images, {record.calibration}{beside}"
 
 
 @on_float_reference
@@ -362,54 +264,3 @@ def check_objective(objective: Any, calib: Any) -> None:
         raise UsageError(f"objective was {objective!r}; it may be a function of what the model gives, to a scalar loss")
     if not isinstance(calib, str) or calib != "synthetic":
         raise UsageError("objective was given; only synthetic images lower one, so calib must be 'synthetic'")
-
-
-def companion_count(companions: int | None, calib: str | torch.Tensor, recipe: Recipe) -> int:
-    """How many procedural images stand beside the calibration images; UsageError unless `companions` can be had with `calib`."""
-    synthetic = isinstance(calib, str) and calib == "synthetic"
-    if companions is None:
-        return COMPANIONS if synthetic and recipe.rounding == "second-order" else 0
-    if isinstance(companions, bool) or not isinstance(companions, int) or companions < 0:
-        raise UsageError(f"companions was {companions!r}; it may be a number of images, or 0")
-    if companions and not synthetic:
-        raise UsageError(
-            f"companions was {companions}; only synthetic images have companions, so calib must be 'synthetic'"
-        )
-    return companions
-
-
-def with_companions(images: torch.Tensor, companions: int, seed: int, preprocessing: Preprocessing) -> torch.Tensor:
-    """The images [n, C, H, W] and after them as many procedural ones."""
-    if not companions:
-        return images
-    return torch.cat([images, procedural_images(companions, seed, preprocessing).to(images)])
-
-
-def calibration_images(
-    model: nn.Module,
-    calib: str | torch.Tensor,
-    *,
-    samples: int,
-    iters: int,
-    seed: int,
-    preprocessing: Preprocessing,
-    report: Callable[[Progress], None] | None = None,
-    objective: Objective | None = None,
-    **synthesis: Any,
-) -> tuple[torch.Tensor, str]:
-    """(images on the model's device, "synthetic" | "procedural" | "noise" | "images"); `calib`: a name, or given images."""
-    device = next(model.parameters()).device
-    if isinstance(calib, torch.Tensor):
-        return calib.to(device), "images"
-    if calib == "noise":
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(samples, *preprocessing.input_size, generator=generator).to(device), "noise"
-    if calib == "procedural":
-        return procedural_images(samples, seed, preprocessing).to(device), "procedural"
-    if calib == "synthetic":
-        synthesis |= {"preprocessing": preprocessing, "report": report, "objective": objective}
-        made = synthesize(model, samples, iters, seed, **synthesis)
-        return made, "synthetic"
-    raise UsageError(
-        f"calib was '{calib}'; it may be 'synthetic', 'procedural', 'noise' or images (a tensor, an array or a list)"
-    )

@@ -33,13 +33,13 @@ from timm.models import _registry as registry
 from torch import nn
 
 import dfqvit
-from dfqvit.api import QuantizationRecord
 from dfqvit.calibration import convert, freeze
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.models import ModelSpec, Preprocessing, find_adapter
 from dfqvit.quantization.model import quantized
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
+from dfqvit.runtime.record import QuantizationRecord
 from dfqvit.storage.file import as_it_is
 
 _FILES = """

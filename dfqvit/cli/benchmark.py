@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ..api import QuantizationRecord, quantize
+from ..api import quantize
 from ..errors import UsageError
 from ..evaluation.energy import Cost, Energy
 from ..evaluation.neighbours import neighbours
@@ -19,6 +19,7 @@ from ..evaluation.speed import Speed, calibration_cost, fine_tuning_cost, race
 from ..models import Preprocessing, load_model
 from ..quantization.recipe import Recipe
 from ..runtime import RUNTIMES
+from ..runtime.record import QuantizationRecord
 from ..storage import load
 from .options import common, emit, open_float, pick_device
 

@@ -11,7 +11,8 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ..api import COMPANIONS, quantize, with_companions
+from ..api import quantize
+from ..calibration.images import COMPANIONS, with_companions
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.data import batches, open_images, spread_images
 from ..evaluation.energy import Energy

@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ..api import QuantizationRecord, quantize
+from ..api import quantize
 from ..errors import DfqvitError, UsageError
 from ..evaluation import scenes
 from ..evaluation.dense import evaluate_dense, meter, understood
@@ -24,6 +24,7 @@ from ..models import dense as embedded
 from ..models.network import built
 from ..report import Report, write_report
 from ..report.dense_pictures import save_boxes, save_masks
+from ..runtime.record import QuantizationRecord
 from ..storage import save
 from ..synthesis import SynthesisConfig
 from .options import emit

@@ -10,10 +10,10 @@ from typing import Any
 import click
 import torch
 
-from ..api import QuantizationRecord
 from ..errors import UsageError
 from ..evaluation.data import open_images, spread_images
 from ..models import Preprocessing, load_model
+from ..runtime.record import QuantizationRecord
 from ..storage import load
 from ..storage.atomic import atomic, refuse_existing
 from ..studies.charts import chart

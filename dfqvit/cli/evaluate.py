@@ -12,7 +12,6 @@ from tabulate import tabulate
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from ..api import QuantizationRecord
 from ..distributed import rank, world
 from ..errors import UsageError
 from ..evaluation import evaluate
@@ -20,6 +19,7 @@ from ..evaluation.data import batches, open_images
 from ..evaluation.dense import TASKS
 from ..models import Preprocessing
 from ..models.spec import class_count
+from ..runtime.record import QuantizationRecord
 from ..storage import load
 from .dense import evaluate_network
 from .options import adjusted, common, emit, open_float, pick_device, plain_name

@@ -10,7 +10,6 @@ import click
 import torch
 from tabulate import tabulate
 
-from ..api import QuantizationRecord
 from ..errors import UsageError
 from ..kernels.tuning import table as measured_choices
 from ..models.adapters import flattened
@@ -18,6 +17,7 @@ from ..models.arithmetic import OTHER, multiply_adds
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
+from ..runtime.record import QuantizationRecord
 from ..storage import environment, load, sizes
 from .options import common, emit, pick_device
 

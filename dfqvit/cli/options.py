@@ -12,11 +12,11 @@ import click
 import torch
 from tqdm import tqdm
 
-from ..api import QuantizationRecord
 from ..distributed import local_rank, world
 from ..errors import UsageError
 from ..models import Preprocessing, demo, load_model
 from ..progress import Progress, postfix
+from ..runtime.record import QuantizationRecord
 from ..synthesis import SynthesisConfig
 from ..synthesis.spectrum import SPECTRA
 

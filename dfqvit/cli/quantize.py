@@ -10,10 +10,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ..api import QuantizationRecord, calibration_images, companion_count, quantize, with_companions
+from ..api import quantize
 from ..calibration.allocation import check_budget
 from ..calibration.correction import SHAPES, check_correction, choose_blocks
 from ..calibration.given import given_images
+from ..calibration.images import calibration_images, companion_count, with_companions
 from ..distributed import rank
 from ..errors import DfqvitError, UsageError
 from ..evaluation.data import open_images, spread_images
@@ -22,6 +23,7 @@ from ..models import Preprocessing
 from ..models.adapters import find_adapter
 from ..quantization.recipe import SCALINGS, Recipe
 from ..report.pictures import save_grid
+from ..runtime.record import QuantizationRecord
 from ..storage import save
 from ..storage.atomic import refuse_existing
 from ..synthesis import SynthesisConfig

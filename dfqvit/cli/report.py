@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..api import QuantizationRecord
 from ..evaluation.energy import Cost, Energy
 from ..progress import showing, tracked
 from ..report import Report, activation_ranges, divergence, similarity_density, write_report
+from ..runtime.record import QuantizationRecord
 from ..storage import environment, sizes
 from ..studies.diagnosis import diagnose
 from ..synthesis import frame_steps

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..api import QuantizationRecord
 from ..errors import DfqvitError, UsageError
 from ..kernels.pack_weight import unpack_weight
 from ..kernels.quantize_heads.reference import rotate
@@ -26,6 +25,7 @@ from ..models.network import NetworkSpec
 from ..quantization.attention import AttentionOperands, scored
 from ..quantization.layers import QuantLinear, QuantPatchProjection, check_tokens
 from ..quantization.quantizers import ActivationQuantizer
+from ..runtime.record import QuantizationRecord
 from ..version import __version__
 from .atomic import atomic
 from .file import rebuild

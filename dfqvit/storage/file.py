@@ -20,7 +20,6 @@ import timm
 import torch
 from torch import nn
 
-from ..api import QuantizationRecord, QuantizedModel
 from ..calibration import freeze
 from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
@@ -34,6 +33,7 @@ from ..quantization.layers import QuantLinear
 from ..quantization.model import quantized
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
+from ..runtime.record import QuantizationRecord, QuantizedModel
 from ..version import __version__
 from .atomic import atomic
 

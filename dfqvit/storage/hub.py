@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from torch import nn
 
-from ..api import QuantizationRecord
 from ..errors import DfqvitError
+from ..runtime.record import QuantizationRecord
 from ..version import __version__
 from .atomic import atomic
 from .file import sizes

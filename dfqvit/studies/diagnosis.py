@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..api import QuantizationRecord
 from ..calibration.correction import STORED, block_outputs, divergence
 from ..calibration.given import MOST_OUTSIDE, judge
 from ..models.adapters import Adapter, find_adapter
 from ..models.adapters.scalings import scalings
 from ..quantization.layers import QuantLinear
+from ..runtime.record import QuantizationRecord
 from ..synthesis.curriculum import crop_ratio
 
 MOST_HIGH = 0.5  # share of energy at high frequencies: healthy images up to 0.3, noise 0.8

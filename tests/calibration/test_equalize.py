@@ -15,7 +15,6 @@ from timm.models.eva import EvaAttention
 from torch import nn
 
 import dfqvit
-from dfqvit.api import QuantizationRecord
 from dfqvit.calibration import convert
 from dfqvit.calibration.equalize import candidates, equalize
 from dfqvit.calibration.fisher import Side
@@ -24,6 +23,7 @@ from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
 from dfqvit.quantization.quantizers import ActivationQuantizer
 from dfqvit.quantization.recipe import Recipe
+from dfqvit.runtime.record import QuantizationRecord
 from dfqvit.studies.diagnosis import layer_divergence
 
 from ..conftest import SMALL, small_swin, small_vit

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dfqvit
-from dfqvit.api import COMPANIONS
+from dfqvit.calibration.images import COMPANIONS
 from dfqvit.errors import UsageError
 from dfqvit.models import Preprocessing
 from dfqvit.synthesis.procedural import procedural_images

@@ -1,0 +1,110 @@
+"""What `quantize` and `load` return: a model of timm's class with a record of how it was quantized."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from typing import Any
+
+from torch import nn
+
+from ..models import ModelSpec, Preprocessing
+from ..models.network import NetworkSpec, network_spec
+from ..quantization.recipe import Recipe
+from .convert import integer_report
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """How a model was quantized; kept on it as `model.dfqvit_record` and in its file."""
+
+    spec: ModelSpec | NetworkSpec
+    preprocessing: Preprocessing
+    recipe: Recipe
+    calibration: str  # "synthetic", "procedural", "noise" or "images"
+    samples: int
+    acm: str = "none"
+    acm_blocks: list[int] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # of the synthesis, as far as there was one
+    measured: dict[str, Any] = field(default_factory=dict)  # of the images and blocks, see `health`
+
+    @property
+    def companions(self) -> int:
+        """Procedural images among the `samples`, which stand beside those that `calibration` names."""
+        return self.settings.get("companions", 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a file's metadata."""
+        values = asdict(self)
+        values["spec"].pop("function", None)  # of a network: what may be called is said anew by who loads
+        return values
+
+    def made_from(self, calibration: str, settings: dict[str, Any]) -> QuantizationRecord:
+        """The same, naming where the calibration images came from: for images that were synthesised beforehand."""
+        return replace(self, calibration=calibration, settings=settings)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantizationRecord:
+        """The inverse of `to_dict`, also after a trip through JSON."""
+        values = dict(values)
+        of_old = {
+            "edge_a_bits": values["recipe"].get("a_bits", 8),
+            "scaling": "none",
+        }  # files from before these settings
+        made_by = values.pop("spec")
+        spec = network_spec(made_by) if "build_by" in made_by else ModelSpec(**made_by)
+        recipe = Recipe(**{**of_old, **values.pop("recipe")})
+        return cls(
+            spec=spec, preprocessing=Preprocessing.from_dict(values.pop("preprocessing")), recipe=recipe, **values
+        )
+
+
+class QuantizedModel(nn.Module):
+    """What `quantize` and `load` return: a model of timm's class that is also of this one.
+
+    Its repr is a few lines, and a table in a notebook; `nn.Module.__repr__(model)` shows all its modules.
+
+    Attributes:
+        dfqvit_record: how it was quantized.
+        dfqvit_spec: what timm builds its structure from.
+        pretrained_cfg: how its images are prepared, as `timm.data.resolve_model_data_config` reads it.
+    """
+
+    dfqvit_record: QuantizationRecord
+    dfqvit_spec: ModelSpec
+    pretrained_cfg: dict[str, Any]
+
+    def __repr__(self) -> str:
+        title, *rows = _described(self)
+        return "\n".join([f"{title[0]}, {title[1]}", *(f"  {name:<12} {value}" for name, value in rows)])
+
+    def _repr_html_(self) -> str:
+        (name, how), *rows = _described(self)
+        lines = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
+        return f"<table><caption>{escape(name)}, {escape(how)}</caption>{lines}</table>"
+
+
+def _described(model: Any) -> list[tuple[str, str]]:
+    """A title in two parts, and what one wants to know first about a quantized model."""
+    record: QuantizationRecord = model.dfqvit_record
+    recipe, why_not = record.recipe, integer_report(model)
+    packed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    integer = sum(not reason for reason in why_not.values())
+    edges = "" if recipe.layer_bits is not None else f", first and last layer W{recipe.edge_bits}"
+    return [
+        (f"{type(model).__name__} '{record.spec.architecture}'", "quantized by dfqvit"),
+        ("bits", f"{recipe.label}{edges}"),
+        ("size", f"{packed / 1e6:.2f} MB"),
+        ("calibration", _calibrated_on(record)),
+        (
+            "correction",
+            f"{record.acm}, blocks {', '.join(map(str, record.acm_blocks))}" if record.acm_blocks else "none",
+        ),
+        ("blocks", f"{integer} of {len(why_not)} run in integers"),
+        ("input", " x ".join(map(str, record.preprocessing.input_size))),
+    ]
+
+
+def _calibrated_on(record: QuantizationRecord) -> str:
+    beside = f" and {record.companions} procedural" if record.companions else ""
+    return f"{record.samples - record.companions} images, {record.calibration}{beside}"
