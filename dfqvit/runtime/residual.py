@@ -6,6 +6,7 @@ The norms give bytes to the layers that read them, and the residual sums ride in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -93,7 +94,7 @@ class _Steps:
         self.norm1 = normed(block.norm1, getattr(attention, "qkv", None) if alone else None, bind)
         projections = {name: getattr(attention, name, None) for name in _PROJECTIONS}
         found = {name: None if layer is None else linear(layer, bind) for name, layer in projections.items()}
-        self.parts = Parts(attention.operands.bound(bind), **found)
+        self.parts = Parts(attention.operands.bound(bind), **found, position_bias=_once(attention.position_bias, bind))
         self.proj = product(attention.proj, gain=first, bind=bind)
         self.norm2 = normed(block.norm2, getattr(mlp, "fc1", None), bind)
         self.hidden = _hidden(mlp, bind)
@@ -103,6 +104,14 @@ class _Steps:
         x = x.float()
         x = self.proj(self.attention.mixed(self.norm1(x), *args, parts=self.parts, **kwargs), x)
         return self.fc2(self.hidden(self.norm2(x)), x)
+
+
+def _once(function: Callable[[], torch.Tensor | None], bind: Bind) -> Callable[[], torch.Tensor | None]:
+    """The function, or what it gives now where constants are bound: a watch then stands over what it is made from."""
+    if bind is not compiled:
+        return function
+    value = function()
+    return lambda: value
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

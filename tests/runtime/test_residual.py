@@ -150,7 +150,7 @@ def test_prepared_calls_give_what_the_operators_give(unusual):
         assert torch.equal(qmodel(fewer), copy.deepcopy(qmodel)(fewer))
 
 
-@pytest.mark.parametrize("change", ["forward", "hook", "scale", "setting", "state"])
+@pytest.mark.parametrize("change", ["forward", "hook", "scale", "setting", "state", "positions"])
 def test_what_is_changed_after_a_call_counts(unusual, change):
     qmodel, images = quantized(unusual, 8)
     accelerate(qmodel)
@@ -166,6 +166,11 @@ def test_what_is_changed_after_a_call_counts(unusual, change):
             layer.weight_scale.mul_(2)
         elif change == "setting":
             residual(qmodel)[1].norm2.eps = 10.0
+        elif change == "positions":  # what is computed from them is kept between calls
+            tables = [each for name, each in residual(qmodel)[1].attn.named_parameters() if "rel" in name]
+            if not tables:
+                pytest.skip("this attention has no table of positions")
+            tables[0].add_(torch.randn_like(tables[0]))
         else:
             state = {name: value.clone() for name, value in qmodel.state_dict().items()}
             name = next(name for name in state if name.endswith("blocks.1.mlp.fc2.weight_packed"))
@@ -173,7 +178,7 @@ def test_what_is_changed_after_a_call_counts(unusual, change):
             qmodel.load_state_dict(state)
         found = qmodel(images)
         assert not torch.equal(found, before)
-        if change in ("scale", "state"):
+        if change in ("scale", "state", "positions"):
             assert torch.equal(found, copy.deepcopy(qmodel)(images))
 
 

@@ -59,6 +59,7 @@ class Parts:
     q_proj: Callable[..., torch.Tensor] | None = None
     k_proj: Callable[..., torch.Tensor] | None = None
     v_proj: Callable[..., torch.Tensor] | None = None
+    position_bias: Callable[[], torch.Tensor | None] | None = None
 
 
 class _Projecting:
@@ -72,6 +73,10 @@ class _Projecting:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, N, C] to [B, N, C]; further arguments as those of `mixed`."""
         return self.proj_drop(self.proj(self.mixed(x, *args, **kwargs)))
+
+    def position_bias(self: Any) -> torch.Tensor | None:
+        """[heads, N, N] or [1, heads, N, N], added to the scores of every image; made of the attention's own tensors."""
+        return None
 
     def normed(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """[B, heads, N, D] to [B, N, C], with what timm's attentions do before they project: a norm, a gate by the input x."""
@@ -142,10 +147,14 @@ class QuantBeitAttention(_Projecting, BeitAttention):
         """[B, N, C] to [B, N, C]."""
         use: Any = parts or self
         q, k, v = _apart(use.qkv(x), self.num_heads)
-        bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+        bias = use.position_bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
         return self.normed(x, use.operands(q, k, v, self.scale, bias))
+
+    def position_bias(self) -> torch.Tensor | None:
+        """[1, heads, N, N], of the table."""
+        return None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
 
 
 class QuantRelPosAttention(_Projecting, RelPosAttention):
@@ -157,8 +166,13 @@ class QuantRelPosAttention(_Projecting, RelPosAttention):
         """[B, N, C] to [B, N, C]."""
         use: Any = parts or self
         q, k, v = _apart(use.qkv(x), self.num_heads)
-        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        bias = use.position_bias()
+        bias = shared_rel_pos if bias is None else bias
         return self.normed(x, use.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+
+    def position_bias(self) -> torch.Tensor | None:
+        """[1, heads, N, N], of the table or the network."""
+        return None if self.rel_pos is None else self.rel_pos.get_bias()
 
 
 class QuantSamAttention(SamAttention):
