@@ -1,8 +1,8 @@
 """How much of timm's transformers, ConvNeXt and their kin dfqvit covers, by timm's pretrained tags.
 
-    python scripts/coverage.py [--only TEXT] [--part I/N] [--out FILE.json]      static: every tag, without weights
+    python scripts/coverage.py [--only TEXT ...] [--part I/N] [--out FILE.json]      static: every tag, without weights
     python scripts/coverage.py --short                                           static: a few dozen architectures
-    python scripts/coverage.py --run [--only TEXT]                               a few dozen architectures, small, computed
+    python scripts/coverage.py --run [--only TEXT ...]                           a few dozen architectures, small, computed
     python scripts/coverage.py --merge FILE.json ... [--markdown FILE.md]        the tables of several parts; as docs/models.md
 
 Static: the model of every tag on the meta device, through the steps of `dfqvit.quantize` and `dfqvit.load` that need no values:
@@ -274,12 +274,12 @@ def survey(tags: list[str], out: Path | None) -> dict[str, dict[str, Any]]:
     return states
 
 
-def run_all(only: str) -> bool:
+def run_all(only: list[str]) -> bool:
     """Prints a line for every architecture of RUNS; whether all are right."""
     right = True
     with tempfile.TemporaryDirectory() as scratch:
         for architecture, kwargs in RUNS.items():
-            if only in architecture:
+            if any(text in architecture for text in only):
                 found = run(architecture, kwargs, Path(scratch))
                 right &= not found["wrong"]
                 numbers = ", ".join(f"{key} {found[key]:.2g}" for key in ("w8", "integer") if key in found)
@@ -293,7 +293,7 @@ def run_all(only: str) -> bool:
 def main() -> int:
     """Exit status 1 when an architecture computes something wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="tags or architectures that hold this")
+    parser.add_argument("--only", nargs="+", default=[""], help="tags or architectures that hold one of these")
     parser.add_argument("--run", action="store_true", help="compute a few dozen architectures")
     parser.add_argument("--short", action="store_true", help="static, one tag of each architecture that --run computes")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the architectures")
@@ -313,7 +313,7 @@ def main() -> int:
         tags = [
             tag
             for tag in timm.list_pretrained()
-            if args.only in tag and module_of(registry.get_arch_name(tag)) in MODULES
+            if any(text in tag for text in args.only) and module_of(registry.get_arch_name(tag)) in MODULES
         ]
         if args.short:
             first = {registry.get_arch_name(tag): tag for tag in reversed(tags)}

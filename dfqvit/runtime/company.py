@@ -40,6 +40,6 @@ def _serial(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> 
 
 def lift() -> None:
     """Where a block computes as simulated after all, by torch's operators: they have their threads again."""
-    module, _ = extension.load()
-    if module is not None and not torch.compiler.is_compiling():
+    module = None if torch.compiler.is_compiling() else extension.load()[0]
+    if module is not None:
         module.lift_serial_torch()
