@@ -315,3 +315,28 @@ def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(run, tmp_path):
     one, two = (dfqvit.load(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert torch.equal(one(x), two(x))
     assert sorted(os.listdir(tmp_path / "a")) == ["curriculum.png", "model.safetensors", "report.html", "samples.png"]
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "wanted"),
+    [
+        ("info", {}, {"GOMP_SPINCOUNT": cli.SPINS}),
+        ("info", {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ("info", {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ("benchmark", {}, {}),
+    ],
+)
+def test_the_program_bounds_how_long_torchs_threads_spin(command, given, wanted):
+    """In its own process, before torch comes; what the user set holds, and what is timed is torch as it is."""
+    code = (
+        "import os, sys, dfqvit.cli as cli\n"
+        "def run(_):\n"
+        "    print('torch' in sys.modules, {k: os.environ[k] for k in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY') if k in os.environ})\n"
+        "cli.run = run\n"
+        f"cli.main(['{command}'])\n"
+    )
+    clean = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**clean, **given}
+    )
+    assert found.stdout.strip() == f"False {wanted}"

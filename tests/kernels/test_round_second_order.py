@@ -105,8 +105,8 @@ def test_outputs_that_matter_alone_are_the_same_as_none(seed, backend):
 
 def test_errors_of_rows_take_each_other_back(seed):
     """Two rows whose sum alone matters: the sum's error falls far below what each row could do."""
-    weight = torch.randn(2, 40)
-    scale, inputs = torch.full((2,), 0.5), torch.eye(40)
+    weight = torch.randn(2, 400)
+    scale, inputs = torch.full((2,), 0.5), torch.eye(400)
     outputs = torch.ones(2, 2) + 1e-3 * torch.eye(2)
     found = round_second_order(weight, scale, inputs, outputs, bits=8)
     alone = round_second_order(weight, scale, inputs, bits=8)
@@ -114,7 +114,7 @@ def test_errors_of_rows_take_each_other_back(seed):
     def error(integers):
         return float((weight - integers * scale[:, None]).sum(0).square().mean())
 
-    assert error(found) < 0.6 * error(alone)
+    assert error(found) < 0.7 * error(alone)
 
 
 def test_no_sweeps_are_the_nearest_integers(seed):
