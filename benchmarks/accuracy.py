@@ -160,8 +160,8 @@ class Bench:
             for place in self.sets:
                 (other,) = set(self.sets) - {place}
                 images = self.sets[other][0]
-                chosen = range(0, len(images), max(1, len(images) // run["samples"]))[: run["samples"]]
-                self.measure(run, self.quantized(run, images[list(chosen)]), [place], writer)
+                spread = images[:: max(1, len(images) // run["samples"])][: run["samples"]]
+                self.measure(run, self.quantized(run, spread), [place], writer)
             return
         calib: str | torch.Tensor = run["calibration"]
         if calib == "real":

@@ -201,7 +201,11 @@ class QuantWindowAttention(_Projecting, WindowAttention):
     def mixed(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
         q, k, v = _apart(self.qkv(x), self.num_heads)
-        return self.normed(x, self.operands(q, k, v, self.scale, self._get_rel_pos_bias(), mask))
+        return self.normed(x, self.operands(q, k, v, self.scale, self.position_bias(), mask))
+
+    def position_bias(self) -> torch.Tensor:
+        """[1, heads, N, N], of the table."""
+        return self._get_rel_pos_bias()
 
 
 class QuantWindowAttentionV2(_Projecting, WindowAttentionV2):
