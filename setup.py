@@ -38,23 +38,31 @@ CPU_SOURCES = [
     "csrc/cpu/fake_quantize.cpp",
     "csrc/cpu/int8_peak.cpp",
     "csrc/cpu/layer_norm_quantize.cpp",
+    "csrc/cpu/layer_norm_quantize_kernels.cpp",
     "csrc/cpu/parallel.cpp",
     "csrc/cpu/patch_similarity_entropy.cpp",
     "csrc/cpu/quant_attention.cpp",
+    "csrc/cpu/quant_attention_kernels.cpp",
     "csrc/cpu/quant_block.cpp",
     "csrc/cpu/quant_linear.cpp",
+    "csrc/cpu/quant_linear_kernels.cpp",
     "csrc/cpu/quant_linear_layer.cpp",
     "csrc/cpu/quantize_heads.cpp",
+    "csrc/cpu/quantize_heads_kernels.cpp",
     "csrc/cpu/roll_resize.cpp",
     "csrc/cpu/round_second_order.cpp",
     "csrc/cpu/total_variation.cpp",
 ]
 OPERATORS = "dfqvit_ops"  # the shared library's name to a linker
 CUDA_SOURCES = [
-    "csrc/cuda/fake_quantize.cu",
-    "csrc/cuda/patch_similarity_entropy.cu",
-    "csrc/cuda/quant_attention.cu",
-    "csrc/cuda/quant_linear.cu",
+    "csrc/cuda/fake_quantize.cpp",
+    "csrc/cuda/fake_quantize_kernels.cu",
+    "csrc/cuda/patch_similarity_entropy.cpp",
+    "csrc/cuda/patch_similarity_entropy_kernels.cu",
+    "csrc/cuda/quant_attention.cpp",
+    "csrc/cuda/quant_attention_kernels.cu",
+    "csrc/cuda/quant_linear.cpp",
+    "csrc/cuda/quant_linear_kernels.cu",
 ]
 
 
@@ -178,7 +186,7 @@ def extension() -> tuple[list, dict, str]:
     }
     # -ffp-contract=off: the arithmetic is a contract between backends, so no fused multiply-add behind its back.
     cxx_flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall"]
-    cxx_flags += ["-fopenmp-simd"]  # loops marked as vectors; no OpenMP is linked
+    cxx_flags += ["-fopenmp-simd", "-g0"]  # loops marked as vectors, no OpenMP is linked; Python asks for -g, ten times the size
     cxx_flags += ["-fno-semantic-interposition"] if sys.platform != "darwin" else []
     # With flags of architectures among these, torch adds none of its own.
     nvcc_flags = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", "-Xptxas=-v", "--threads=2", *gencode(wanted)]

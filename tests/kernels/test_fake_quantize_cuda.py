@@ -21,7 +21,7 @@ def emulator(tmp_path_factory):
 
 
 def run(emulator, grad, x, scale, zero, low, high, axis, blocks=None):
-    """As csrc/cuda/fake_quantize.cu launches it."""
+    """As csrc/cuda/fake_quantize_kernels.cu launches it."""
     out = torch.empty_like(x)
     out.view(torch.uint8).fill_(0xAB) if x.dim() else out.fill_(math.nan)
     inner = (

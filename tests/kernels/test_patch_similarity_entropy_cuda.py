@@ -18,7 +18,7 @@ from .test_patch_similarity_entropy import Case, Live, check, normal, random_cas
 
 
 class Kernels(Emulator):
-    """What csrc/cuda/patch_similarity_entropy.cu does, for tensors on the CPU."""
+    """What csrc/cuda/patch_similarity_entropy.cpp does, for tensors on the CPU."""
 
     def sizes(self, features):
         return [ctypes.c_int64(size) for size in features.shape]

@@ -26,7 +26,7 @@ SHAPES = ["small", "large", "group"]  # of csrc/include/dfqvit/quant_linear_tile
 
 
 class Kernels(Emulator):
-    """The kernels of csrc/include/dfqvit/quant_linear.cuh, called as csrc/cuda/quant_linear.cu does."""
+    """The kernels of csrc/include/dfqvit/quant_linear.cuh, called as csrc/cuda/quant_linear.cpp does."""
 
     def rows(self, x, scale, zero, least, greatest):
         rows, columns = x.shape

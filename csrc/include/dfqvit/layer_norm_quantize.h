@@ -33,14 +33,8 @@ namespace quant {
 using NormKernel = void (*)(const void* x, Type type, int64_t rows, const Norm&, uint8_t* out, int64_t stride,
                             float* line);
 
-inline NormKernel norm_kernel_for(Isa isa) {
-#if DFQVIT_X86
-  if (isa >= Isa::avx512 && has_avx512_vnni()) return avx512::norm;
-  if (isa >= Isa::avx2) return avx2::norm;
-#endif
-  (void)isa;
-  return portable::norm;
-}
+// Defined in csrc/cpu/layer_norm_quantize_kernels.cpp, so that the paths are compiled there alone.
+NormKernel norm_kernel_for(Isa isa);
 
 }  // namespace quant
 }  // namespace dfqvit

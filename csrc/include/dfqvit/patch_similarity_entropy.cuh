@@ -11,6 +11,7 @@
 
 #include "dfqvit/device_floats.cuh"
 #include "dfqvit/patch_similarity_entropy.h"
+#include "dfqvit/patch_similarity_entropy_launch.h"
 
 namespace dfqvit {
 namespace entropy {
@@ -18,26 +19,14 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+static_assert(kWarps == kRowsOfBlock, "");
 constexpr int kBlocksPerSm = 2;         // at least: 128 registers a thread
 constexpr int kDepth = 32;              // depth of an operand chunk
 constexpr int kPitch = kTile + 4;       // floats in a row of a tile in shared memory
 constexpr int kHalfPitch = kDepth + 8;  // half-width values in a row of an operand of the tensor cores
 constexpr int kTileFloats = kTile * kPitch;
 constexpr float kNoPair = 1e18f;  // in cells that are no pair of distinct vectors: its Gaussian is 0 at every bandwidth
-constexpr int kMaxPoints = 512;
-constexpr int kSharedGradDepth = 128;  // up to this depth the gradient of a block's rows is summed in shared memory
 static_assert(2 * kDepth * kPitch == kTileFloats, "the two operand chunks share the room of one tile");
-
-// The vectors of all sets: sets x [n, depth], row-major, with 1 / max(length, kNormFloor) and the squared unit length.
-template <typename T>
-struct Sets {
-  const T* x;
-  const float* inverse;
-  const float* diagonal;
-  int64_t n, depth;
-
-  __host__ __device__ int64_t tiles() const { return (n + kTile - 1) / kTile; }
-};
 
 __device__ __forceinline__ float warp_sum(float v) {
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);

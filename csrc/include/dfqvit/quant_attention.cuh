@@ -7,6 +7,7 @@
 #pragma once
 
 #include "dfqvit/device_floats.cuh"
+#include "dfqvit/quant_attention_launch.h"
 #include "dfqvit/quant_linear_ptx.cuh"
 #include "dfqvit/quant_linear_tile.h"
 
@@ -23,19 +24,6 @@ constexpr int kPad = 16;                // bytes after a row in shared memory: 8
 constexpr int32_t kNoKey = -(1 << 30);  // the sums of keys that do not exist begin here: never the greatest
 constexpr float kLog2E = 1.44269504f, kLog2Of255 = 7.99435344f;
 constexpr uint32_t kSignBits = 0x80808080u, kOnes = 0x01010101u;  // u8 ^ sign bit = s8 + 128
-
-struct Heads {
-  const uint8_t* qkv;  // [windows of all images, tokens, 3 * heads * depth]
-  const int32_t* index;
-  const float *bias, *mask;  // [heads, tokens, tokens] and [windows, tokens, tokens], or null
-  const float *in_scale, *in_zero;
-  float scale;                        // of the softmax
-  const float *out_scale, *out_zero;  // or null, for a float32 result
-  float out_greatest;
-  void* out;
-  int heads, tokens, depth, windows;
-  const float* head_scale;  // [heads], or null
-};
 
 DFQVIT_HOST_DEVICE int padded_keys(int tokens) {
   return (tokens + kKeys - 1) / kKeys * kKeys;

@@ -121,15 +121,8 @@ struct AttentionKernels {
   void (*attend)(const Head&, const Heads&, int64_t begin, int64_t end, const Strip&);
 };
 
-inline AttentionKernels attention_kernels_for(Isa isa) {
-#if DFQVIT_X86
-  if (isa == Isa::amx) return {amx::pack, amx::attend};
-  if (isa == Isa::avx512 && has_avx512_vnni()) return {avx512::pack, avx512::attend};
-  if (isa >= Isa::avx2) return {avx2::pack, avx2::attend};
-#endif
-  (void)isa;
-  return {portable::pack, portable::attend};
-}
+// Defined in csrc/cpu/quant_attention_kernels.cpp, so that the paths are compiled there alone.
+AttentionKernels attention_kernels_for(Isa isa);
 
 }  // namespace quant
 }  // namespace dfqvit

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "dfqvit/quant_linear_epilogue.cuh"
+#include "dfqvit/quant_linear_launch.h"
 #include "dfqvit/quant_linear_product.cuh"
 #include "dfqvit/quant_linear_ptx.cuh"
 #include "dfqvit/quant_linear_tile.h"
@@ -18,14 +19,6 @@ namespace tile {
 
 constexpr int kRowThreads = 256;  // of the small kernels: 8 warps, each on a row
 constexpr int kRowsAtOnce = kRowThreads / 32;
-
-// How floats become integers: row r has scale[r * step].
-struct Quantizer {
-  const float* scale;
-  int step;
-  const float* zero;  // null for 0
-  float least, greatest;
-};
 
 // x [rows, columns] to out [rows, stride], with zeros from `columns` on. A warp takes a row.
 template <typename T>
@@ -98,17 +91,6 @@ __global__ void __launch_bounds__(kRowThreads)
   const uint8_t* from = weight + chunk / across * row_bytes + chunk % across * (2 * kBits);
   *reinterpret_cast<Unpacked*>(out + chunk * kChunk) = unpack<kBits>(load_packed<kBits>(from));
 }
-
-// a [rows, depth] in rows of a_bytes, with zeros beyond depth; b [outputs, depth] packed, in rows of b_bytes. Whole
-// chunks only: a_bytes is a multiple of 16, b_bytes of 2 * bits, and both start at multiples of 16. Weights beyond
-// depth may be anything: they meet zeros.
-struct Operands {
-  const uint8_t* a;
-  int a_bytes;
-  const uint8_t* b;
-  int b_bytes;
-  int rows, outputs, depth;
-};
 
 // A thread's part of one tile's way through K. `stage` is the address of a stage in shared memory.
 template <typename S, int kBits>

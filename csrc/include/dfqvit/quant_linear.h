@@ -106,15 +106,8 @@ struct Kernels {
                  uint8_t* scratch, const Epilogue&);
 };
 
-inline Kernels kernels_for(Isa isa) {
-#if DFQVIT_X86
-  if (isa == Isa::amx) return {amx::quantize, amx::linear};
-  if (isa == Isa::avx512 && has_avx512_vnni()) return {avx512::quantize, avx512::linear};
-  if (isa >= Isa::avx2) return {avx2::quantize, avx2::linear};  // bytes without VNNI: AVX-512 would gain little
-#endif
-  (void)isa;
-  return {portable::quantize, portable::linear};
-}
+// Defined in csrc/cpu/quant_linear_kernels.cpp, so that the paths are compiled there alone.
+Kernels kernels_for(Isa isa);
 
 // Whether the fast quotients are exact for this divisor; the portable path divides, and is right for any.
 inline bool ordinary_divisor(float divisor) {

@@ -3,49 +3,13 @@
 #pragma once
 
 #include "dfqvit/device_floats.cuh"
+#include "dfqvit/quant_linear_launch.h"
 #include "dfqvit/quant_linear_ptx.cuh"
 #include "dfqvit/quant_linear_tile.h"
 
 namespace dfqvit {
 namespace quant {
 namespace tile {
-
-// Which loop: the general one; to bytes of 8 bits; to the same after GELU; to float32, with a float32 residual or none
-// and acm or none.
-enum class Kind : int { general, bytes, gelu_bytes, floats };
-
-struct Epilogue {
-  const float* scale;
-  const int32_t* offset;
-  const float* bias;  // [outputs] or null
-  const float* acm;   // [tokens, outputs] or null
-  int tokens;
-  Activation activation;
-  const void* residual;  // [rows, outputs] of residual_type, or null
-  Type residual_type;
-  const float* out_scale;  // [outputs], for Type::u8 only
-  const float* out_zero;
-  float out_greatest;
-  void* out;  // [rows, outputs]
-  Type type;
-  bool whole;  // outputs is a multiple of 4, and acm, residual and out start at multiples of 16
-  Kind kind;   // this and the next by `prepare`
-  float gelu[5];
-};
-
-// Sets what follows from the rest. On the host.
-inline void prepare(Epilogue& e) {
-  const bool bytes = e.whole && e.type == Type::u8 && e.out_greatest == 255.0f && !e.acm && !e.residual;
-  const bool floats = e.whole && e.type == Type::f32 && e.activation == Activation::none &&
-                      (!e.residual || e.residual_type == Type::f32);
-  e.kind = bytes    ? (e.activation == Activation::none ? Kind::bytes : Kind::gelu_bytes)
-           : floats ? Kind::floats
-                    : Kind::general;
-  const auto& coefficients = e.activation == Activation::gelu_tanh    ? kGeluTanh
-                             : e.activation == Activation::quick_gelu ? kQuickGelu
-                                                                      : kGelu;
-  for (int i = 0; i < 5; ++i) e.gelu[i] = coefficients[i];
-}
 
 // Four neighbouring values at `index`, of which `count` are there.
 template <typename T>

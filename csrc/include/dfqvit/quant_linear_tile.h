@@ -135,7 +135,7 @@ template <int kBits>
 DFQVIT_HOST_DEVICE Packed load_packed(const uint8_t* from) {
   constexpr int kWord = static_cast<int>(sizeof(Wide<kBits>));
   Packed packed{0, 0};
-#pragma unroll
+  DFQVIT_UNROLL
   for (int i = 0; i < 2 * kBits; i += kWord) {
     const uint64_t word = reinterpret_cast<const Wide<kBits>*>(from)[i / kWord];
     (i < 8 ? packed.low : packed.high) |= word << 8 * (i % 8);
@@ -157,7 +157,7 @@ DFQVIT_HOST_DEVICE Unpacked unpack(const Packed& packed) {
   static_assert(kBits >= 2 && kBits <= 7, "8-bit weights are bytes already");
   const uint64_t group[2] = {packed.low, packed.low >> 8 * kBits | packed.high << (64 - 8 * kBits)};
   Unpacked result;
-#pragma unroll
+  DFQVIT_UNROLL
   for (int i = 0; i < 4; ++i) {
     constexpr uint32_t kFour = (1u << 4 * kBits) - 1;
     result.word[i] = spread<kBits>(static_cast<uint32_t>(group[i / 2] >> 4 * kBits * (i % 2)) & kFour);

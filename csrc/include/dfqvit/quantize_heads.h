@@ -33,14 +33,8 @@ namespace quant {
 // [heads * depth] bytes; `line` is scratch of as many floats. False when a value was NaN or Inf.
 using HeadsKernel = bool (*)(const TokenHeads&, const Rotation&, const Quantizer&, uint8_t* out, float* line);
 
-inline HeadsKernel heads_kernel_for(Isa isa) {
-#if DFQVIT_X86
-  if (isa >= Isa::avx512 && has_avx512_vnni()) return avx512::quantize_heads;
-  if (isa >= Isa::avx2) return avx2::quantize_heads;
-#endif
-  (void)isa;
-  return portable::quantize_heads;
-}
+// Defined in csrc/cpu/quantize_heads_kernels.cpp, so that the paths are compiled there alone.
+HeadsKernel heads_kernel_for(Isa isa);
 
 }  // namespace quant
 }  // namespace dfqvit

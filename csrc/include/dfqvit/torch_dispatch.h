@@ -23,28 +23,3 @@ inline at::ScalarType dtype_named(c10::string_view name) {
 }
 
 }  // namespace dfqvit
-
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-namespace dfqvit {
-
-// CUDA's own type for torch's.
-template <typename T>
-struct DeviceTypeOf {
-  using type = T;
-};
-template <>
-struct DeviceTypeOf<at::Half> {
-  using type = __half;
-};
-template <>
-struct DeviceTypeOf<at::BFloat16> {
-  using type = __nv_bfloat16;
-};
-template <typename T>
-using DeviceType = typename DeviceTypeOf<T>::type;
-
-}  // namespace dfqvit
-#endif

@@ -1,5 +1,5 @@
-// dfqvit_cuda::similarity_range, patch_similarity_entropy and its backward: checks, memory and launches of the kernels
-// in dfqvit/patch_similarity_entropy.cuh. All layers go into each launch, nothing is read back to the host, and memory
+// dfqvit_cuda::similarity_range, patch_similarity_entropy and its backward: checks, and memory for the kernels of
+// patch_similarity_entropy_kernels.cu. All layers go into each launch, nothing is read back to the host, and memory
 // beyond input and output is a few numbers for each row and tile row (for depth > 128 also one float32 gradient).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -10,27 +10,16 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 
-#include "dfqvit/patch_similarity_entropy.cuh"
-#include "dfqvit/torch_dispatch.h"
+#include "dfqvit/patch_similarity_entropy_launch.h"
+#include "dfqvit/torch_dispatch_cuda.h"
 
 namespace dfqvit {
 namespace entropy {
 namespace cuda {
 namespace {
-
-unsigned grid(int64_t blocks) {
-  TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "patch_similarity_entropy: ", blocks,
-              " tile rows are more than one launch can have");
-  return static_cast<unsigned>(blocks);
-}
-
-template <typename Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-}
 
 // The vectors in memory and what normalises them; computed in the constructor, on `stream`.
 template <typename T>
@@ -48,10 +37,11 @@ struct Units {
         sets{reinterpret_cast<const Element*>(input.const_data_ptr<T>()), inverse.const_data_ptr<float>(),
              diagonal.const_data_ptr<float>(), features.size(2), features.size(3)},
         count(features.size(0) * features.size(1)) {
-    const int64_t rows = count * sets.n;
-    normalise_kernel<<<grid((rows + kWarps - 1) / kWarps), kThreads, 0, stream>>>(
-        sets.x, inverse.mutable_data_ptr<float>(), diagonal.mutable_data_ptr<float>(), rows, sets.depth);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const int64_t rows = count * sets.n, most = std::max(blocks(), rows / kRowsOfBlock + 1);
+    TORCH_CHECK(most <= std::numeric_limits<int32_t>::max(), "patch_similarity_entropy: ", rows,
+                " vectors are more than one launch can have");
+    C10_CUDA_CHECK(launch_normalise(sets.x, inverse.mutable_data_ptr<float>(), diagonal.mutable_data_ptr<float>(), rows,
+                                    sets.depth, stream));
   }
 
   int64_t blocks() const { return count * sets.tiles(); }
@@ -67,14 +57,8 @@ at::Tensor similarity_range(const at::Tensor& features) {
   DFQVIT_DISPATCH_FLOATS(features.scalar_type(), "similarity_range", [&] {
     const Units<scalar_t> units(features, stream);
     at::Tensor ends = at::empty({units.blocks(), 2}, options);
-    const auto kernel = range_kernel<typename Units<scalar_t>::Element>;
-    allow_shared(kernel, range_shared_bytes());
-    kernel<<<grid(units.blocks()), kThreads, range_shared_bytes(), stream>>>(units.sets,
-                                                                             ends.mutable_data_ptr<float>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    finish_range_kernel<<<grid(layers), 32, 0, stream>>>(ends.const_data_ptr<float>(), batch * units.sets.tiles(),
-                                                         result.mutable_data_ptr<float>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    C10_CUDA_CHECK(launch_range(units.sets, units.count, layers, ends.mutable_data_ptr<float>(),
+                                result.mutable_data_ptr<float>(), stream));
   });
   return result;
 }
@@ -94,18 +78,10 @@ std::tuple<at::Tensor, at::Tensor> patch_similarity_entropy(const at::Tensor& fe
     using Element = typename Units<scalar_t>::Element;
     const Units<scalar_t> units(features, stream);
     at::Tensor parts = at::empty({units.blocks(), points}, options.dtype(at::kDouble));
-    const int64_t shared = density_shared_bytes(points);
-    const auto kernel = density_kernel<Element>;
-    allow_shared(kernel, shared);
-    kernel<<<grid(units.blocks()), kThreads, shared, stream>>>(units.sets, ends.const_data_ptr<float>(), batch,
-                                                               static_cast<int>(points), static_cast<float>(bandwidth),
-                                                               parts.mutable_data_ptr<double>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    finish_density_kernel<<<grid(layers * images), kThreads, 0, stream>>>(
-        parts.const_data_ptr<double>(), units.sets.diagonal, ends.const_data_ptr<float>(), units.sets.n,
-        units.sets.tiles(), windows, images, static_cast<int>(points), static_cast<float>(bandwidth),
-        density.mutable_data_ptr<float>(), reinterpret_cast<Element*>(entropy.mutable_data_ptr<scalar_t>()));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    C10_CUDA_CHECK(launch_density(units.sets, units.count, ends.const_data_ptr<float>(), batch, windows,
+                                  static_cast<int>(points), static_cast<float>(bandwidth),
+                                  parts.mutable_data_ptr<double>(), density.mutable_data_ptr<float>(),
+                                  reinterpret_cast<Element*>(entropy.mutable_data_ptr<scalar_t>()), stream));
   });
   return {entropy, density};
 }
@@ -124,16 +100,12 @@ at::Tensor patch_similarity_entropy_backward(const at::Tensor& grad, const at::T
   DFQVIT_DISPATCH_FLOATS(features.scalar_type(), "patch_similarity_entropy_backward", [&] {
     using Element = typename Units<scalar_t>::Element;
     const Units<scalar_t> units(features, stream);
-    const int64_t depth = units.sets.depth, shared = backward_shared_bytes(points, depth);
-    at::Tensor room =
-        at::empty({depth <= kSharedGradDepth ? 0 : features.numel()}, features.options().dtype(at::kFloat));
-    const auto kernel = backward_kernel<Element>;
-    allow_shared(kernel, shared);
-    kernel<<<grid(units.blocks()), kThreads, shared, stream>>>(
-        units.sets, ends.const_data_ptr<float>(), densities.const_data_ptr<float>(), grads.const_data_ptr<float>(),
-        batch, windows, static_cast<int>(points), static_cast<float>(bandwidth), room.mutable_data_ptr<float>(),
-        reinterpret_cast<Element*>(result.mutable_data_ptr<scalar_t>()));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const bool wide = units.sets.depth > kSharedGradDepth;
+    at::Tensor room = at::empty({wide ? features.numel() : 0}, features.options().dtype(at::kFloat));
+    C10_CUDA_CHECK(launch_backward(
+        units.sets, units.count, ends.const_data_ptr<float>(), densities.const_data_ptr<float>(),
+        grads.const_data_ptr<float>(), batch, windows, static_cast<int>(points), static_cast<float>(bandwidth),
+        room.mutable_data_ptr<float>(), reinterpret_cast<Element*>(result.mutable_data_ptr<scalar_t>()), stream));
   });
   return result;
 }

@@ -1,5 +1,5 @@
-// dfqvit_cuda::quant_linear: memory and launches of the kernels in dfqvit/quant_linear.cuh. Scales and zero points are
-// read on the device only, so nothing waits for the GPU. Values are not checked here.
+// dfqvit_cuda::quant_linear: memory for the kernels of quant_linear_kernels.cu. Scales and zero points are read on the
+// device only, so nothing waits for the GPU. Values are not checked here.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -15,8 +15,8 @@
 #include <string_view>
 #include <vector>
 
-#include "dfqvit/quant_linear.cuh"
-#include "dfqvit/torch_dispatch.h"
+#include "dfqvit/quant_linear_launch.h"
+#include "dfqvit/torch_dispatch_cuda.h"
 
 namespace dfqvit {
 namespace quant {
@@ -50,14 +50,12 @@ at::Tensor quantize_rows(const at::Tensor& x, int64_t rows, int64_t columns, con
   const int64_t stride = (columns + kChunk - 1) / kChunk * kChunk;
   at::Tensor out = at::empty({rows, stride}, x.options().dtype(at::kByte));
   if (out.numel() == 0) return out;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((rows + kRowsAtOnce - 1) / kRowsAtOnce, 1 << 16));
   uint8_t* data = out.mutable_data_ptr<uint8_t>();
   DFQVIT_DISPATCH_FLOATS(x.scalar_type(), "quant_linear", [&] {
     using Element = DeviceType<scalar_t>;
-    quantize_rows_kernel<Element><<<blocks, kRowThreads, 0, stream>>>(
-        reinterpret_cast<const Element*>(x.const_data_ptr<scalar_t>()), rows, columns, quantizer, data, stride);
+    C10_CUDA_CHECK(launch_quantize_rows(reinterpret_cast<const Element*>(x.const_data_ptr<scalar_t>()), rows, columns,
+                                        quantizer, data, stride, stream));
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
@@ -69,66 +67,9 @@ at::Tensor unpacked(const at::Tensor& weight, int64_t bits, cudaStream_t stream)
   const int64_t across = weight.size(1) / (2 * bits), chunks = weight.size(0) * across;
   at::Tensor out = at::empty({weight.size(0), across * kChunk}, weight.options());
   if (chunks == 0) return out;
-  const auto run = [&](auto kernel) {
-    const auto blocks = static_cast<unsigned>((chunks + kRowThreads - 1) / kRowThreads);
-    kernel<<<blocks, kRowThreads, 0, stream>>>(weight.const_data_ptr<uint8_t>(), weight.size(1), chunks,
-                                               out.mutable_data_ptr<uint8_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  };
-  switch (bits) {
-    case 2:
-      run(unpack_kernel<2>);
-      break;
-    case 3:
-      run(unpack_kernel<3>);
-      break;
-    case 4:
-      run(unpack_kernel<4>);
-      break;
-    case 5:
-      run(unpack_kernel<5>);
-      break;
-    case 6:
-      run(unpack_kernel<6>);
-      break;
-    default:
-      run(unpack_kernel<7>);
-  }
+  C10_CUDA_CHECK(launch_unpack(weight.const_data_ptr<uint8_t>(), bits, weight.size(1), chunks,
+                               out.mutable_data_ptr<uint8_t>(), stream));
   return out;
-}
-
-template <typename S, int kBits>
-void launch(const Operands& p, const Epilogue& e, int processors, cudaStream_t stream) {
-  const int64_t tiles = tile_count<S>(p.rows, p.outputs);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, static_cast<int64_t>(processors) * S::kBlocks));
-  if constexpr (S::kSharedBytes > 48 << 10) {  // more than a kernel has unasked
-    C10_CUDA_CHECK(
-        cudaFuncSetAttribute(multiply_kernel<S, kBits>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes));
-    C10_CUDA_CHECK(cudaFuncSetAttribute(multiply_kernel<S, kBits>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                        cudaSharedmemCarveoutMaxShared));
-  }
-  multiply_kernel<S, kBits><<<blocks, S::kThreads, S::kSharedBytes, stream>>>(p, e, tiles);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename S>
-void launch(int64_t bits, const Operands& p, const Epilogue& e, int processors, cudaStream_t stream) {
-  switch (bits) {
-    case 2:
-      return launch<S, 2>(p, e, processors, stream);
-    case 3:
-      return launch<S, 3>(p, e, processors, stream);
-    case 4:
-      return launch<S, 4>(p, e, processors, stream);
-    case 5:
-      return launch<S, 5>(p, e, processors, stream);
-    case 6:
-      return launch<S, 6>(p, e, processors, stream);
-    case 7:
-      return launch<S, 7>(p, e, processors, stream);
-    default:
-      return launch<S, 8>(p, e, processors, stream);
-  }
 }
 
 int attribute(cudaDeviceAttr name, const at::Tensor& x) {
@@ -192,11 +133,9 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   at::Tensor scale = at::empty({outputs}, w_scales.options()),
              offset = at::empty({outputs}, scale.options().dtype(at::kInt));
   const at::Tensor sums = w_sums ? w_sums->contiguous() : at::Tensor();
-  columns_kernel<<<static_cast<unsigned>((outputs + kRowsAtOnce - 1) / kRowsAtOnce), kRowThreads, 0, stream>>>(
-      operands.b, operands.b_bytes, static_cast<int>(bits), operands.outputs, operands.depth,
-      packed && w_sums ? sums.const_data_ptr<int32_t>() : nullptr, floats(x_scale), floats(x_zero), floats(w_scales),
-      scale.mutable_data_ptr<float>(), offset.mutable_data_ptr<int32_t>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  C10_CUDA_CHECK(launch_columns(operands, bits, packed && w_sums ? sums.const_data_ptr<int32_t>() : nullptr,
+                                floats(x_scale), floats(x_zero), floats(w_scales), scale.mutable_data_ptr<float>(),
+                                offset.mutable_data_ptr<int32_t>(), stream));
 
   const auto as_floats = [](const Optional& t) { return t ? t->to(at::kFloat).contiguous() : at::Tensor(); };
   const at::Tensor biases = as_floats(bias), corrections = as_floats(acm), out_scales = as_floats(out_scale),
@@ -225,11 +164,11 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   const int processors = attribute(cudaDevAttrMultiProcessorCount, x);
   const bool filled = tile_count<Large>(rows, outputs) >= processors;
   if (by_wgmma(x, filled)) {
-    launch<Group>(bits, operands, e, processors, stream);
+    C10_CUDA_CHECK(launch_multiply<Group>(bits, operands, e, processors, stream));
   } else if (filled) {
-    launch<Large>(bits, operands, e, processors, stream);
-  } else {
-    launch<Small>(bits, operands, e, processors, stream);  // four times the tiles, where large ones leave some idle
+    C10_CUDA_CHECK(launch_multiply<Large>(bits, operands, e, processors, stream));
+  } else {  // four times the tiles, where large ones leave some multiprocessors idle
+    C10_CUDA_CHECK(launch_multiply<Small>(bits, operands, e, processors, stream));
   }
   return result;
 }

@@ -1,5 +1,5 @@
-// dfqvit_cuda::quant_attention: memory and launches of the kernel in dfqvit/quant_attention.cuh. Scales and zero points
-// are read on the device only, so nothing waits for the GPU. Values are not checked here.
+// dfqvit_cuda::quant_attention: memory for the kernel of quant_attention_kernels.cu. Scales and zero points are read on
+// the device only, so nothing waits for the GPU. Values are not checked here.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -10,7 +10,7 @@
 #include <limits>
 #include <optional>
 
-#include "dfqvit/quant_attention.cuh"
+#include "dfqvit/quant_attention_launch.h"
 
 namespace dfqvit {
 namespace quant {
@@ -18,24 +18,6 @@ namespace attention {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
-
-template <int kDepth, bool kAddends>
-void launch(const Heads& p, int64_t blocks, cudaStream_t stream) {
-  const int bytes = shared_bytes<kDepth>(p.tokens);
-  const auto kernel = attention_kernel<kDepth, kAddends>;
-  if (bytes > 48 << 10) {  // more than a kernel has unasked
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  }
-  C10_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  kernel<<<static_cast<unsigned>(blocks), 32 * warps_for<kDepth, kAddends>(p.tokens), bytes, stream>>>(p);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <int kDepth>
-void launch(const Heads& p, int64_t blocks, cudaStream_t stream) {
-  p.bias || p.mask ? launch<kDepth, true>(p, blocks, stream) : launch<kDepth, false>(p, blocks, stream);
-}
 
 at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tensor& in_scale, const at::Tensor& in_zero,
                            double scale, const Optional& bias, const Optional& mask, const Optional& index,
@@ -74,15 +56,7 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
   const int64_t blocks = batch * windows * heads;
   TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "quant_attention: qkv had ", blocks,
               " heads of all images; CUDA takes 2^31 - 1");
-  if (p.depth <= 32) {
-    launch<32>(p, blocks, stream);
-  } else if (p.depth <= 64) {
-    launch<64>(p, blocks, stream);
-  } else if (p.depth <= 96) {
-    launch<96>(p, blocks, stream);
-  } else {
-    launch<128>(p, blocks, stream);
-  }
+  C10_CUDA_CHECK(launch_attention(p, blocks, stream));
   return out;
 }
 

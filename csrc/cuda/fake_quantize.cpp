@@ -1,4 +1,4 @@
-// dfqvit_cuda::fake_quantize and its backward: memory and launches of the kernel in dfqvit/fake_quantize.cuh.
+// dfqvit_cuda::fake_quantize and its backward: memory for the kernel of fake_quantize_kernels.cu.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -6,8 +6,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "dfqvit/fake_quantize.cuh"
-#include "dfqvit/torch_dispatch.h"
+#include "dfqvit/fake_quantize_launch.h"
+#include "dfqvit/torch_dispatch_cuda.h"
 
 namespace dfqvit {
 namespace {
@@ -24,18 +24,15 @@ at::Tensor launch(const at::Tensor* grad, const at::Tensor& x, const at::Tensor&
   if (n == 0) return output;
   int64_t inner = 1;
   for (int64_t d = axis + 1; d < input.dim(); ++d) inner *= input.size(d);
-  const int blocks = static_cast<int>(fake_quantize_blocks(n));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   DFQVIT_DISPATCH_FLOATS(input.scalar_type(), "fake_quantize", [&] {
     using Element = DeviceType<scalar_t>;
-    const auto kernel = grad ? fake_quantize_kernel<Element, true> : fake_quantize_kernel<Element, false>;
-    kernel<<<blocks, kFakeThreads, 0, stream>>>(
-        grad ? reinterpret_cast<const Element*>(grad_input.const_data_ptr<scalar_t>()) : nullptr,
-        reinterpret_cast<const Element*>(input.const_data_ptr<scalar_t>()),
-        reinterpret_cast<Element*>(output.mutable_data_ptr<scalar_t>()), scales.const_data_ptr<float>(),
-        zero_points.const_data_ptr<float>(), n, scales.numel(), inner, static_cast<float>(quant_min),
-        static_cast<float>(quant_max));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    C10_CUDA_CHECK(
+        launch_fake_quantize(grad ? reinterpret_cast<const Element*>(grad_input.const_data_ptr<scalar_t>()) : nullptr,
+                             reinterpret_cast<const Element*>(input.const_data_ptr<scalar_t>()),
+                             reinterpret_cast<Element*>(output.mutable_data_ptr<scalar_t>()),
+                             scales.const_data_ptr<float>(), zero_points.const_data_ptr<float>(), n, scales.numel(),
+                             inner, static_cast<float>(quant_min), static_cast<float>(quant_max), stream));
   });
   return output;
 }

@@ -1,0 +1,18 @@
+// The kernels of quant_linear on every CPU path, and the choice among them. No torch headers.
+#include "dfqvit/quant_linear.h"
+
+namespace dfqvit {
+namespace quant {
+
+Kernels kernels_for(Isa isa) {
+#if DFQVIT_X86
+  if (isa == Isa::amx) return {amx::quantize, amx::linear};
+  if (isa == Isa::avx512 && has_avx512_vnni()) return {avx512::quantize, avx512::linear};
+  if (isa >= Isa::avx2) return {avx2::quantize, avx2::linear};  // bytes without VNNI: AVX-512 would gain little
+#endif
+  (void)isa;
+  return {portable::quantize, portable::linear};
+}
+
+}  // namespace quant
+}  // namespace dfqvit
