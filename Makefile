@@ -39,7 +39,7 @@ lint: setup
 # they must agree on what the tests are.
 TEST_JOBS ?= $(shell nproc)
 PYTEST := DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" OMP_NUM_THREADS=1 \
-  $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
+  $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 

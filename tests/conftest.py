@@ -43,12 +43,20 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_classes": 7,
     },
 }
-SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split())  # files, and tests by file::name
+# Files, and tests by file::name, the files that take longest first.
+SLOW = tuple((Path(__file__).parent / "slow.txt").read_text().split())
+SLOW_FILES = tuple(dict.fromkeys(name.partition("::")[0] for name in SLOW))
 QUICK = ["--samples", "2", "--iters", "2"]  # of a synthesis on the command line
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that `-m gpu` selects: those of which one parameter is a GPU or a backend that runs on one; and the slow."""
+    """Marks the tests that `-m gpu` selects: those of which one parameter is a GPU or a backend that runs on one; and the slow.
+
+    Slow files come first: each runs in one process, and a long one that starts last leaves the other cores idle.
+    """
+    files = [item.nodeid.partition("::")[0] for item in items]
+    place = {file: SLOW_FILES.index(file) if file in SLOW_FILES else len(SLOW_FILES) for file in set(files)}
+    items[:] = [item for _, item in sorted(zip(files, items, strict=True), key=lambda pair: place[pair[0]])]
     on_gpu = {"cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda", "triton"}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
