@@ -49,6 +49,7 @@ CPU_SOURCES = [
     "csrc/cpu/quant_linear_layer.cpp",
     "csrc/cpu/quantize_heads.cpp",
     "csrc/cpu/quantize_heads_kernels.cpp",
+    "csrc/cpu/remembered_block.cpp",
     "csrc/cpu/roll_resize.cpp",
     "csrc/cpu/round_second_order.cpp",
     "csrc/cpu/total_variation.cpp",
@@ -186,7 +187,10 @@ def extension() -> tuple[list, dict, str]:
     }
     # -ffp-contract=off: the arithmetic is a contract between backends, so no fused multiply-add behind its back.
     cxx_flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall"]
-    cxx_flags += ["-fopenmp-simd", "-g0"]  # loops marked as vectors, no OpenMP is linked; Python asks for -g, ten times the size
+    cxx_flags += [
+        "-fopenmp-simd",
+        "-g0",
+    ]  # loops marked as vectors, no OpenMP is linked; Python asks for -g, ten times the size
     cxx_flags += ["-fno-semantic-interposition"] if sys.platform != "darwin" else []
     # With flags of architectures among these, torch adds none of its own.
     nvcc_flags = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", "-Xptxas=-v", "--threads=2", *gencode(wanted)]

@@ -41,11 +41,16 @@ class BackendFallbackWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an operator. `run` and `supports` take the operator's own arguments."""
+    """One implementation of an operator. `run` and `supports` take the operator's own arguments.
+
+    `supports_traced`, where there is one, asks of them what `supports` does, in words that torch.compile can follow: device
+    and build apart.
+    """
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., Verdict]
+    supports_traced: Callable[..., Verdict] | None = None
 
 
 class Operator:
@@ -76,10 +81,29 @@ class Operator:
         torch.library.register_fake(f"dfqvit::{self.name}", fake, lib=_LIBRARY)
         for name in _COMPILED.keys() & self.backends.keys():
             _define(_COMPILED[name], schema)
+            torch.library.register_fake(f"dfqvit_{name}::{self.name}", fake, lib=_COMPILED[name])
         self._torch_op = getattr(torch.ops.dfqvit, self.name)
         _OPERATORS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
+        return self._while_compiling(*args) if torch.compiler.is_compiling() else self._torch_op(*args)
+
+    def _while_compiling(self, *args: Any) -> Any:
+        """Chooses the compiled backend of a CPU now, not in every call; an exported program may yet move to another device.
+
+        Choosing by Python costs a call some 30 microseconds. torch.compile looks again when `set_backend` is called.
+        """
+        cpu = self.backends.get("cpu")
+        if (
+            not _asked
+            and cpu is not None
+            and cpu.supports_traced is not None
+            and self.tune is None
+            and _compiles_for_cpu()
+        ):
+            on_cpu = [arg.device.type == "cpu" for arg in args if isinstance(arg, torch.Tensor)]
+            if all(on_cpu) and cpu.supports_traced(*args)[0]:
+                return getattr(torch.ops.dfqvit_cpu, self.name)(*args)
         return self._torch_op(*args)
 
     @property
@@ -166,7 +190,13 @@ def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backen
             found.append(getattr(getattr(torch.ops, f"dfqvit_{device}"), name).default)
         return found[0](*args)
 
-    return Backend(device, run, supported)
+    return Backend(device, run, supported, supports if device == "cpu" else None)
+
+
+@torch.compiler.assume_constant_result  # within a trace torch takes its own `is_exporting` for True
+def _compiles_for_cpu() -> bool:
+    """Whether a trace may name the compiled backend: it is built, and nothing is exported."""
+    return extension.supports_cpu()[0] and not torch.compiler.is_exporting()
 
 
 def in_triton(name: str, package: str, supports: Callable[..., Verdict]) -> Backend:

@@ -8,10 +8,12 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <fstream>
 #include <string>
@@ -22,8 +24,11 @@
 #include <immintrin.h>
 #endif
 
-#if AT_PARALLEL_OPENMP
-extern "C" void omp_set_num_threads(int);  // of the calling thread; found in the runtime that torch loads
+#if AT_PARALLEL_OPENMP  // all found in the runtime that torch loads
+#include <dlfcn.h>
+extern "C" void omp_set_num_threads(int);  // of the calling thread
+extern "C" int omp_get_num_procs(void);
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
 #endif
 
 namespace dfqvit {
@@ -34,6 +39,27 @@ void set_torch_threads(int threads) {
   omp_set_num_threads(threads);
 #else
   (void)threads;
+#endif
+}
+
+// Threads of OpenMP spin for milliseconds after each of its regions, on the processors that ours want. GNU's runtime
+// has them sleep at once when it knows of more threads than there are processors. With ours there are, so it is told:
+// one thread holds as many of its own, all asleep, until the process ends. For code that torch.compile or AOTInductor
+// made, whose regions SerialTorch cannot keep on one thread. Not where the user decided on waiting.
+void let_openmp_sleep() {
+#if AT_PARALLEL_OPENMP
+  Dl_info found{};
+  const bool gnu = GOMP_parallel != nullptr && dladdr(reinterpret_cast<const void*>(&GOMP_parallel), &found) != 0 &&
+                   std::strstr(found.dli_fname, "libgomp") != nullptr;
+  const auto chosen = [](const char* name) {
+    const char* value = std::getenv(name);
+    return value != nullptr && *value != 0;
+  };
+  if (!gnu || chosen("OMP_WAIT_POLICY") || chosen("GOMP_SPINCOUNT")) return;
+  std::thread([] {
+    GOMP_parallel([](void*) {}, nullptr, static_cast<unsigned>(omp_get_num_procs()) + 1, 0);
+    for (;;) pause();
+  }).detach();
 #endif
 }
 
@@ -138,6 +164,7 @@ class Pool {
 
   // On up to `helpers` threads beside the caller.
   void run(Job& job, int64_t helpers) {
+    if (torch_threads == 0 && !told_openmp_) tell_openmp();
     const Clock::time_point begin = Clock::now();
     if (begin.time_since_epoch().count() < alone_until_) return job.help();
     Slot* slot = nullptr;
@@ -186,12 +213,26 @@ class Pool {
 
   void grow(int64_t threads) {
     if (threads <= started_) return;
+    starting([&] {
+      for (; started_ < threads; ++started_) std::thread([this] { serve(); }).detach();
+    });
+  }
+
+  void tell_openmp() {
+    starting([this] {
+      if (!told_openmp_.exchange(true)) let_openmp_sleep();
+    });
+  }
+
+  // Starts threads that take no signals: these are for the program's own.
+  template <typename Start>
+  void starting(const Start& start) {
     const std::lock_guard<std::mutex> lock(growing_);
-    sigset_t all, before;  // signals are for the program's own threads
+    sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      for (; started_ < threads; ++started_) std::thread([this] { serve(); }).detach();
+      start();
     } catch (const std::system_error&) {  // no more threads to be had: fewer do
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -224,6 +265,7 @@ class Pool {
   std::atomic<int64_t> alone_until_{0}, rest_{kLeastRest.count()};
   std::mutex growing_;
   std::atomic<int64_t> started_{0};
+  std::atomic<bool> told_openmp_{false};
   double quota_;
   int64_t fixed_, all_cpus_ = std::thread::hardware_concurrency();
 };

@@ -46,6 +46,7 @@ struct Block::Stages {
   const float* x;
   float* out;
   int64_t image, rows;  // of an image, and of all
+  const Weights& weights;
   uint8_t *normed, *between, *attended, *hidden;
   Heads heads;
   Kernels kernels;
@@ -58,8 +59,9 @@ struct Block::Stages {
            aligned(rows * b.fc2_.stride());
   }
 
-  Stages(const Block& b, const float* x, float* out, int64_t image, int64_t rows, uint8_t* memory)
-      : block(b), x(x), out(out), image(image), rows(rows) {
+  Stages(const Block& b, const Weights& weights, const float* x, float* out, int64_t image, int64_t rows,
+         uint8_t* memory)
+      : block(b), x(x), out(out), image(image), rows(rows), weights(weights) {
     const auto take = [&](int64_t bytes) { return std::exchange(memory, memory + aligned(bytes)); };
     normed = take(rows * std::max(b.qkv_.stride(), b.fc1_.stride()));
     between = take(rows * b.qkv_.out_features + kDepth);
@@ -78,9 +80,8 @@ struct Block::Stages {
   // Scratch of a thread for any of the stages.
   int64_t scratch() const {
     int64_t most = Workspace::bytes(heads);
-    for (const LinearLayer* layer : {&block.qkv_, &block.proj_, &block.fc1_, &block.fc2_}) {
-      most = std::max(most, layer->weight.scratch_bytes(layer->count()));
-    }
+    const LinearLayer* layers[] = {&block.qkv_, &block.proj_, &block.fc1_, &block.fc2_};
+    for (int i = 0; i < 4; ++i) most = std::max(most, weights[i].scratch_bytes(layers[i]->count()));
     for (const NormLayer* layer : {&block.norm1_, &block.norm2_}) {
       most = std::max<int64_t>(most, layer->norm.line() * sizeof(float));
     }
@@ -90,7 +91,7 @@ struct Block::Stages {
   // Rows begin to end of everything before attention.
   void before(int64_t begin, int64_t end, uint8_t* scratch) const {
     apply(block.norm1_, block.qkv_, x, begin, end, scratch);
-    apply(block.qkv_, normed, begin, end, nullptr, between, block.qkv_.out_features, scratch);
+    apply(block.qkv_, weights[0], normed, begin, end, nullptr, between, block.qkv_.out_features, scratch);
   }
   // Attention of rows begin to end, of whatever images they belong to; all rows of these are through `before`.
   void attend(int64_t begin, int64_t end, uint8_t* scratch) const {
@@ -107,10 +108,10 @@ struct Block::Stages {
   // Rows begin to end of everything after attention.
   void after(int64_t begin, int64_t end, uint8_t* scratch) const {
     const int64_t channels = block.proj_.out_features;
-    apply(block.proj_, attended, begin, end, x, out, channels, scratch);
+    apply(block.proj_, weights[1], attended, begin, end, x, out, channels, scratch);
     apply(block.norm2_, block.fc1_, out, begin, end, scratch);
-    apply(block.fc1_, normed, begin, end, nullptr, hidden, block.fc2_.stride(), scratch);
-    apply(block.fc2_, hidden, begin, end, out, out, channels, scratch);
+    apply(block.fc1_, weights[2], normed, begin, end, nullptr, hidden, block.fc2_.stride(), scratch);
+    apply(block.fc2_, weights[3], hidden, begin, end, out, out, channels, scratch);
   }
 
  private:
@@ -125,16 +126,15 @@ struct Block::Stages {
     norm(from + begin * channels, Type::f32, end - begin, layer.norm, normed + begin * next.stride(), next.stride(),
          reinterpret_cast<float*>(scratch));
   }
-  void apply(const LinearLayer& layer, const uint8_t* from, int64_t begin, int64_t end, const float* residual, void* to,
-             int64_t to_stride, uint8_t* scratch) const {
+  void apply(const LinearLayer& layer, const Weight& weight, const uint8_t* from, int64_t begin, int64_t end,
+             const float* residual, void* to, int64_t to_stride, uint8_t* scratch) const {
     Epilogue e = layer.epilogue;
     e.columns = layer.columns.data();
     e.residual = residual;
     e.out = to;
     e.out_stride = to_stride;
     e.first_row = begin;
-    kernels.linear(from + begin * layer.stride(), layer.stride(), end - begin, layer.weight, 0, layer.count(), scratch,
-                   e);
+    kernels.linear(from + begin * layer.stride(), layer.stride(), end - begin, weight, 0, layer.count(), scratch, e);
   }
 };
 
@@ -201,9 +201,16 @@ Block::Block(const BlockArguments& a, bool gather)
   if (gather) fc2_.gather_acm();
 }
 
+void Block::drop_weights() {
+  for (LinearLayer* layer : {&qkv_, &proj_, &fc1_, &fc2_}) {
+    layer->blocks = at::Tensor();
+    layer->weight.rows = nullptr;
+  }
+}
+
 // With enough images every thread takes some of them through all stages in its own memory. Otherwise the threads share
 // the rows, and wait for each other before attention, which needs the keys and values of a whole image.
-at::Tensor Block::run(const at::Tensor& x) const {
+at::Tensor Block::run(const at::Tensor& x, const Weights& weights) const {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.dim() == 3 && x.size(2) == norm1_.norm.channels, "x was ",
                     x.scalar_type(), " ", x.sizes(), "; it must be float32 [B, T, ", norm1_.norm.channels, "]");
   TORCH_CHECK_VALUE(!attention_.places.defined() || attention_.places.numel() == x.size(1), "x had ", x.size(1),
@@ -223,10 +230,11 @@ at::Tensor Block::run(const at::Tensor& x) const {
     parallel_pieces((batch + most - 1) / most, [&](int64_t piece) {
       const int64_t first = piece * most, own = std::min(most, batch - first) * image;
       const int64_t between = Stages::bytes(*this, most * image);
-      const Stages sizes(*this, nullptr, nullptr, image, own, nullptr);
+      const Stages sizes(*this, weights, nullptr, nullptr, image, own, nullptr);
       uint8_t* memory = thread_memory(between + sizes.scratch());
       uint8_t* scratch = memory + between;
-      const Stages stages(*this, from + first * image * channels, to + first * image * channels, image, own, memory);
+      const Stages stages(*this, weights, from + first * image * channels, to + first * image * channels, image, own,
+                          memory);
       stages.before(0, own, scratch);
       if (windows == 1) {
         stages.attend(0, own, scratch);
@@ -241,7 +249,7 @@ at::Tensor Block::run(const at::Tensor& x) const {
   const at::Tensor shared = at::empty({Stages::bytes(*this, rows) + kDepth}, input.options().dtype(at::kByte));
   uint8_t* memory = shared.mutable_data_ptr<uint8_t>();
   memory += -reinterpret_cast<uintptr_t>(memory) % kDepth;
-  const Stages stages(*this, from, to, image, rows, memory);
+  const Stages stages(*this, weights, from, to, image, rows, memory);
   // One part of the rows for each thread: every part reads all the weights.
   const int64_t share = (rows + threads - 1) / threads;
   const int64_t parts = (rows + share - 1) / share, scratch = stages.scratch();
@@ -282,7 +290,8 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
   const BlockArguments a{norms.vec(),  eps.vec(),   weights.vec(), biases.vec(), weight_scales.vec(),    w_bits.vec(),
                          scales.vec(), zeros.vec(), a_bits.vec(),  heads,        attention_scale,        position_bias,
                          mask,         index,       acm,           hidden_scale, std::string(activation)};
-  return Block(a, false).run(x);
+  const std::shared_ptr<const RememberedBlock> remembered = RememberedBlock::find(a);
+  return remembered ? remembered->run(x, a.weights) : Block(a, false).run(x);
 }
 
 }  // namespace

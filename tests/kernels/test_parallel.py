@@ -300,3 +300,34 @@ def _runs(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@compiled
+@linux
+def test_torch_threads_sleep_once_an_operator_has_shared_its_work():
+    """Code of torch.compile has regions of OpenMP between our operators; its threads spin for milliseconds after each.
+
+    Counted in processor time, which other processes do not add to. A user's own setting of the spinning stays.
+    """
+    code = """
+import time
+if not torch.__config__.parallel_info().count("OpenMP"):
+    print(1, 0), sys.exit()
+torch.set_num_threads(2)
+torch.randn(1 << 20).sin()
+
+def spun():
+    rounds, taken = 30, time.process_time()
+    for _ in range(rounds):
+        torch.ones(1 << 16).add_(1)
+        time.sleep(0.01)
+    return (time.process_time() - taken) / rounds
+
+before = spun()
+list(results())
+time.sleep(0.05)
+print(before, spun())
+"""
+    environment = dict.fromkeys(("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"), "")
+    before, after = map(float, python(code, OMP_NUM_THREADS="2", DFQVIT_CPUS="2", **environment))
+    assert after < 0.5 * before, (before, after)

@@ -9,6 +9,7 @@ import torch
 
 from dfqvit.kernels import block_weight, extension, pack_weight, quant_block, use_backend
 from dfqvit.kernels.quant_block.op import forward
+from dfqvit.kernels.quant_linear.blocked import unblock_weight
 
 from ..conftest import ACTIVATIONS
 
@@ -146,3 +147,50 @@ def test_the_operator_itself_checks_what_it_reads(seed, name):
     names = [argument.name for argument in torch.ops.dfqvit.quant_block.default._schema.arguments[1:]]
     with use_backend("cpu"), pytest.raises((ValueError, TypeError, RuntimeError)):
         forward(x, *({**named, name: change}[key] for key in names))
+
+
+@compiled
+@pytest.mark.parametrize("windows", [0, 2])
+def test_constants_that_change_between_calls_count(seed, windows):
+    """The compiled operator keeps what it made of them, and must see every change in place."""
+    rng = random.Random(seed)
+    x, named = sample(rng, 2, 24, 2, 12, 30, windows=windows, acm=True)
+    named["hidden_scale"] = 0.02 + torch.rand(30) * 0.05
+    named["biases"] = [torch.randn(len(scale)) * 0.1 for scale in named["weight_scales"]]
+    changes = [
+        (name, i) for name in ("norms", "weight_scales", "biases", "scales", "zeros") for i in range(len(named[name]))
+    ]
+    changes += [(name, None) for name in ("acm", "hidden_scale", *(("position_bias", "mask") if windows else ()))]
+    quant_block(x, **named)
+    for name, place in [*changes, *((name, place) for name, place in changes if rng.random() < 0.3)]:
+        tensor = named[name] if place is None else named[name][place]
+        if name == "zeros":
+            tensor += 1
+        else:
+            tensor *= 1.25
+        found = quant_block(x, **named)
+        with use_backend("reference", "quant_block"):
+            assert torch.equal(found, quant_block(x, **named)), (name, place)
+
+
+@compiled
+def test_other_weights_in_the_same_memory_count(seed):
+    """Integers of other values, with the same sums and with others; and other constants that are no tensors."""
+    x, named = sample(random.Random(seed), 1, 9, 2, 16, 40, w_bits=8)
+
+    def exact(**changed):
+        found = quant_block(x, **{**named, **changed})
+        with use_backend("reference", "quant_block"):
+            assert torch.equal(found, quant_block(x, **{**named, **changed}))
+
+    channels = named["norms"][0].numel()
+    for weight, scale, inputs in zip(
+        named["weights"], named["weight_scales"], (channels, 32, channels, 40), strict=True
+    ):
+        integers = unblock_weight(weight, inputs, 8)[: len(scale)].float()
+        for values in (integers[:, torch.randperm(inputs)], integers.flip(0)):  # the sums stay; they do not
+            exact()
+            weight.copy_(block_weight(pack_weight(values, torch.ones(len(scale)), 8), inputs, 8))
+            exact()
+    for changed in ({"eps": [1e-3, 1e-5]}, {"heads": 4}, {"attention_scale": 0.5}, {"activation": "gelu_tanh"}):
+        exact(**changed)

@@ -15,7 +15,7 @@ import torch
 from timm.models import VisionTransformer
 from torch.export import Dim
 
-from dfqvit.kernels import extension
+from dfqvit.kernels import extension, use_backend
 from dfqvit.runtime import accelerate
 
 from ..conftest import MODELS, small_swin, small_vit
@@ -53,6 +53,29 @@ def test_compiles_as_one_graph_and_for_every_batch_after_the_second(integer):
             x = torch.randn(batch, *images.shape[1:])
             assert torch.equal(compiled(x), qmodel(x))
     assert len(graphs) <= 2
+
+
+@pytest.mark.skipif(extension.load()[0] is None, reason="dfqvit._C is not built")
+def test_compiled_models_name_the_backend_unless_one_is_asked_for(integer):
+    """A choice in every call costs; a later `use_backend` still counts, and an exported program stays free."""
+    qmodel, images = integer
+    graphs = []
+
+    def keep(module, example):
+        graphs.append({str(node.target) for node in module.graph.nodes if "quant_block" in str(node.target)})
+        return module.forward
+
+    compiled = torch.compile(qmodel, fullgraph=True, backend=keep)
+    with torch.no_grad():
+        expected = qmodel(images)
+        assert torch.equal(compiled(images), expected)
+        with use_backend("reference"):
+            assert not torch.equal(compiled(images), expected)  # of the float path's kind: other roundings
+            assert torch.allclose(compiled(images), qmodel(images), atol=1e-5)
+        assert torch.equal(compiled(images), expected)
+        program = torch.export.export(qmodel, (images,), strict=True)
+    assert ["dfqvit_cpu" in "".join(names) for names in graphs] == [True, False]
+    assert not any("dfqvit_cpu" in str(node.target) for node in program.graph.nodes)
 
 
 def test_a_compiled_model_follows_what_is_loaded_into_it(integer):

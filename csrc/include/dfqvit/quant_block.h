@@ -5,7 +5,10 @@
 // What lies between the operators stays in the caches of the thread that computes it, and few threads wait for others.
 #pragma once
 
+#include <array>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "dfqvit/layers.h"
 
@@ -36,7 +39,13 @@ class Block {
   Block(const BlockArguments& arguments, bool gather);
 
   // float32 [B, T, C] to the same, contiguous.
-  at::Tensor run(const at::Tensor& x) const;
+  at::Tensor run(const at::Tensor& x) const { return run(x, own_weights()); }
+  // With other weights of the same form, sums and scales, in the order of BlockArguments::weights.
+  using Weights = std::array<Weight, 4>;
+  at::Tensor run(const at::Tensor& x, const Weights& weights) const;
+  Weights own_weights() const { return {qkv_.weight, proj_.weight, fc1_.weight, fc2_.weight}; }
+  // Lets go of the weights: from now on it runs with those that it is given.
+  void drop_weights();
 
  private:
   struct Stages;
@@ -44,6 +53,27 @@ class Block {
   NormLayer norm1_, norm2_;
   LinearLayer qkv_, proj_, fc1_, fc2_;
   AttentionLayer attention_;
+};
+
+// A block whose constants were made for an earlier call of the operator. It serves again where every argument has the
+// same values, compared bit by bit with copies: neither an address nor a version counter is believed. Weights are not
+// held, and of them only form and sums are compared, for nothing else of them is in the constants.
+class RememberedBlock {
+ public:
+  // One for these arguments, remembered or made; null where the constants are made from whole weights (not blocked, or
+  // not contiguous), or anything is not on a CPU.
+  static std::shared_ptr<const RememberedBlock> find(const BlockArguments& arguments);
+
+  at::Tensor run(const at::Tensor& x, const std::vector<at::Tensor>& weights) const;
+
+ private:
+  explicit RememberedBlock(const BlockArguments& copies);
+  bool fits(const BlockArguments& arguments) const;
+
+  BlockArguments constants_;  // without weights
+  std::vector<std::vector<int64_t>> shapes_;
+  std::vector<std::vector<int32_t>> sums_;  // of the weights
+  Block block_;
 };
 
 }  // namespace quant
