@@ -193,10 +193,14 @@ def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backen
     return Backend(device, run, supported, supports if device == "cpu" else None)
 
 
-@torch.compiler.assume_constant_result  # within a trace torch takes its own `is_exporting` for True
 def _compiles_for_cpu() -> bool:
     """Whether a trace may name the compiled backend: it is built, and nothing is exported."""
     return extension.supports_cpu()[0] and not torch.compiler.is_exporting()
+
+
+# Called while torch traces, not traced: within, torch takes its own `is_exporting` for True. This is all that
+# torch.compiler.assume_constant_result does, but that imports the whole of torch.compile, which takes longer than torch.
+_compiles_for_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def in_triton(name: str, package: str, supports: Callable[..., Verdict]) -> Backend:
