@@ -8,8 +8,8 @@
 namespace dfqvit {
 namespace quant {
 
-// A function of its own: it would be copied into every product. GCC's scheduler would load more vectors ahead than there
-// are registers for, and keep sums on the stack.
+// A function of its own: it would be copied into every product. GCC's scheduler would load more vectors ahead than
+// there are registers for, and keep sums on the stack.
 #if defined(__clang__)
 #define DFQVIT_APART inline __attribute__((noinline))
 #else
