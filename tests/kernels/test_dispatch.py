@@ -110,6 +110,18 @@ def test_operators_import_neither_timm_nor_the_method():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(("system", "reason"), [("win32", "there is none for Windows"), ("linux", "install with a C")])
+def test_a_module_that_was_not_built_is_explained(monkeypatch, system, reason):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(extension.importlib, "import_module", missing)
+    monkeypatch.setattr(extension.sys, "platform", system)
+    module, said = extension.load.__wrapped__()
+    assert module is None
+    assert reason in said
+
+
 def test_isa_can_be_asked_for_and_is_checked():
     module, reason = extension.load()
     if module is None:
