@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).with_name("without_torch")
 HEADERS = (
     "ATen/core/Tensor.h",
+    "ATen/ops/clone.h",
     "ATen/ops/empty.h",
     "ATen/ops/empty_like.h",
     "ATen/ops/zeros.h",

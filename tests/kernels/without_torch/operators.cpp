@@ -14,6 +14,7 @@
 #include "../../../csrc/cpu/quant_linear_layer.cpp"
 #include "../../../csrc/cpu/quantize_heads.cpp"
 #include "../../../csrc/cpu/quantize_heads_kernels.cpp"
+#include "../../../csrc/cpu/remembered_block.cpp"
 #include "../../../csrc/cpu/roll_resize.cpp"
 #include "../../../csrc/cpu/round_second_order.cpp"
 #include "../../../csrc/cpu/total_variation.cpp"

@@ -75,6 +75,9 @@ class ArrayRef {
 };
 using IntArrayRef = ArrayRef<int64_t>;
 
+inline bool operator==(IntArrayRef a, IntArrayRef b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
 inline std::ostream& operator<<(std::ostream& out, IntArrayRef values) {
   for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "[") << values[i];
   return out << (values.size() ? "]" : "[]");
@@ -86,6 +89,9 @@ struct TensorOptions {
   TensorOptions dtype(ScalarType other) const { return other; }
 };
 enum class MemoryFormat { Contiguous };
+struct Device {
+  bool is_cpu() const { return true; }
+};
 
 class Tensor {
  public:
@@ -125,12 +131,18 @@ class Tensor {
     return static_cast<const T*>(mutable_data_ptr());
   }
 
-  Tensor detach() const { return *this; }
-  Tensor contiguous() const {
+  Device device() const { return {}; }
+  bool is_conj() const { return false; }
+  bool is_neg() const { return false; }
+  bool is_contiguous() const {
     int64_t count = 1;
     bool whole = true;
     for (int64_t d = dim() - 1; d >= 0; count *= sizes_[d--]) whole &= strides_[d] == count || sizes_[d] == 1;
-    if (whole) return *this;
+    return whole;
+  }
+  Tensor detach() const { return *this; }
+  Tensor contiguous() const { return is_contiguous() ? *this : clone(MemoryFormat::Contiguous); }
+  Tensor clone(MemoryFormat) const {
     Tensor result(sizes_, type_);
     char* to = static_cast<char*>(result.mutable_data_ptr());
     each([&](int64_t place, int64_t i) {
