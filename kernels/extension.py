@@ -18,6 +18,8 @@ def load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("dfqvit._C")  # and libdfqvit_ops, which it is linked to
     except ModuleNotFoundError:
+        if sys.platform == "win32":
+            return None, "the compiled module dfqvit._C is not built (there is none for Windows: it needs GCC or Clang)"
         return None, "the compiled module dfqvit._C is not built (install with a C++ compiler and DFQVIT_BUILD unset)"
     except ImportError as error:  # built, but for another torch or Python: the loader's own words say which symbol
         return None, f"the compiled module dfqvit._C does not load: {str(error).splitlines()[0]}"

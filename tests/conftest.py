@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ os.environ.setdefault("DFQVIT_CPUS", "8")  # tests that ask for more threads tha
 DATA = Path(os.environ.get("DFQVIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The CPU paths of this architecture, each with what those before it have, and how an error lists them.
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+PATHS = ["portable", "neon", "dotprod", "i8mm"] if ARM else ["portable", "avx2", "avx512", "amx"]
+PATHS_SAID = "'{}', '{}', '{}' or '{}'".format(*PATHS)
 # What quant_linear's activations are, in the dtype of y: QuickGELU as a fraction, not as its backends write it.
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -96,7 +101,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+@pytest.fixture(params=PATHS)
 def isa(request: pytest.FixtureRequest) -> Any:
     """Every CPU path that this processor can run, one after the other."""
     module, reason = extension.load()

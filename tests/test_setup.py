@@ -104,6 +104,45 @@ def test_the_summary_line_says_what_was_changed(build, monkeypatch, asked, line)
     assert "sm_75" not in flags
 
 
+@pytest.mark.parametrize(
+    ("machine", "paths"),
+    [
+        ("x86_64", "AMX, AVX-512, AVX2, portable"),
+        ("AMD64", "AMX, AVX-512, AVX2, portable"),
+        ("aarch64", "i8mm, dotprod, NEON, portable"),
+        ("arm64", "i8mm, dotprod, NEON, portable"),
+        ("riscv64", "portable"),
+    ],
+)
+def test_the_summary_line_names_the_paths_of_the_machine(build, machine, paths):
+    assert build.cpu_paths(machine) == paths
+
+
+def test_windows_gets_the_python_and_the_reason(build, monkeypatch):
+    monkeypatch.delenv("DFQVIT_BUILD", raising=False)
+    monkeypatch.setattr(build.sys, "platform", "win32")
+    modules, commands, summary = build.extension()
+    assert (modules, commands) == ([], {})
+    assert summary == ("no compiled module (the kernels need GCC or Clang on Linux or macOS; MSVC does not take them)")
+
+
+def test_macos_links_the_module_to_a_library(build, monkeypatch):
+    """As far as that can be seen elsewhere: no -l of a name that its linker does not look for; names relative to the package."""
+    monkeypatch.delenv("DFQVIT_BUILD", raising=False)
+    monkeypatch.setenv("DFQVIT_CUDA", "0")
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+    (operators, module), _, _ = build.extension()
+    assert "-Wl,-install_name,@rpath/libdfqvit_ops.so" in operators.extra_link_args
+    assert "-Wl,-z,nodelete" not in operators.extra_link_args
+    assert "dfqvit_ops" not in module.libraries
+    assert module.extra_link_args == ["-Wl,-rpath,@loader_path"]
+
+
+def test_nothing_is_built_for_this_machine_alone(build):
+    flags = [word for word in (ROOT / "setup.py").read_text().split() if "-march" in word or "-mcpu" in word]
+    assert not flags
+
+
 def test_torch_adds_no_architectures_of_its_own(build):
     from torch.utils import cpp_extension
 

@@ -53,7 +53,7 @@ void run_portable(const T* grad, const T* x, T* y, int64_t n, float scale, float
 
 template <typename T>
 auto run_for(Isa isa) {
-  return isa >= Isa::avx512 ? run_avx512<T> : isa == Isa::avx2 ? run_avx2<T> : run_portable<T>;
+  return version_for(isa, run_avx512<T>, run_avx2<T>, run_portable<T>);
 }
 
 at::Tensor launch(const at::Tensor* grad, const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,

@@ -34,23 +34,54 @@ DFQVIT_TARGET_VNNI int64_t multiply_vectors() {
   for (auto& t : total) asm volatile("" : : "v"(t));
   return kRounds * 12 * 64;
 }
+
+int64_t multiply_once(Isa isa) {
+  if (isa < Isa::avx512 || !has_avx512_vnni()) return 0;
+  return isa == Isa::amx ? multiply_tiles() : multiply_vectors();
+}
+#elif DFQVIT_ARM
+DFQVIT_TARGET_DOTPROD int64_t multiply_dots() {
+  int32x4_t total[24];
+  for (auto& t : total) t = vdupq_n_s32(0);
+  const int8x16_t x = vdupq_n_s8(3);
+  for (int64_t i = 0; i < kRounds; ++i) {
+    for (auto& t : total) t = vdotq_laneq_s32(t, x, x, 1);
+  }
+  for (auto& t : total) asm volatile("" : : "w"(t));
+  return kRounds * 24 * 16;
+}
+
+DFQVIT_TARGET_I8MM int64_t multiply_matrices() {
+  int32x4_t total[24];
+  for (auto& t : total) t = vdupq_n_s32(0);
+  const int8x16_t x = vdupq_n_s8(3);
+  for (int64_t i = 0; i < kRounds; ++i) {
+    for (auto& t : total) t = vusmmlaq_s32(t, vreinterpretq_u8_s8(x), x);
+  }
+  for (auto& t : total) asm volatile("" : : "w"(t));
+  return kRounds * 24 * 32;
+}
+
+int64_t multiply_once(Isa isa) {
+  return isa == Isa::i8mm ? multiply_matrices() : isa == Isa::dotprod ? multiply_dots() : 0;
+}
+#else
+int64_t multiply_once(Isa) {
+  return 0;
+}
 #endif
 
 }  // namespace
 
 double int8_peak(Isa isa) {
   double best = 0;
-#if DFQVIT_X86
-  if (isa < Isa::avx512 || !has_avx512_vnni()) return 0;
   for (int i = 0; i < 20; ++i) {
     const auto begin = std::chrono::steady_clock::now();
-    const int64_t products = isa == Isa::amx ? multiply_tiles() : multiply_vectors();
+    const int64_t products = multiply_once(isa);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    if (products == 0) return 0;
     best = std::max(best, static_cast<double>(products) / seconds.count());
   }
-#else
-  (void)isa;
-#endif
   return best;
 }
 

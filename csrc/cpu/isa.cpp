@@ -1,6 +1,7 @@
 #include "dfqvit/isa.h"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -8,15 +9,48 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif DFQVIT_ARM && defined(__linux__)
+#include <sys/auxv.h>
+#elif DFQVIT_ARM && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace dfqvit {
 
 namespace {
 
+#if defined(__aarch64__) || defined(_M_ARM64)
+constexpr const char* kNames[] = {"portable", "neon", "dotprod", "i8mm"};
+#else
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+#endif
+
+#if DFQVIT_ARM
+#if defined(__APPLE__)
+bool has(const char* feature) {
+  int32_t value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
+
+// Elsewhere than on Linux and macOS neon has to do.
+Isa detect() {
+  bool dots = false, matrices = false;
+#if defined(__linux__)
+  constexpr unsigned long kDots = 1ul << 20, kMatrices = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+  dots = (getauxval(AT_HWCAP) & kDots) != 0;
+  matrices = (getauxval(AT_HWCAP2) & kMatrices) != 0;
+#elif defined(__APPLE__)
+  dots = has("hw.optional.arm.FEAT_DotProd");
+  matrices = has("hw.optional.arm.FEAT_I8MM");
+#endif
+  return !dots ? Isa::neon : matrices ? Isa::i8mm : Isa::dotprod;
+}
+#elif DFQVIT_X86
 // AMX: the processor's int8 tiles, and Linux's permission for this process to hold tile state, which is asked for here.
 bool amx_granted() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;      // of CPUID leaf 7, EDX
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -29,15 +63,18 @@ bool amx_granted() {
 }
 
 Isa detect() {
-#if DFQVIT_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     return amx_granted() ? Isa::amx : Isa::avx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
   return Isa::portable;
 }
+#else
+Isa detect() {
+  return Isa::portable;
+}
+#endif
 
 }  // namespace
 
@@ -55,23 +92,15 @@ Isa detected_isa() {
 }
 
 const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::amx:
-      return "amx";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx2:
-      return "avx2";
-    default:
-      return "portable";
-  }
+  return kNames[static_cast<int>(isa)];
 }
 
 Isa isa_from_name(const std::string& name) {
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}) {
-    if (name == isa_name(isa)) return isa;
+  for (int i = 0; i < 4; ++i) {
+    if (name == kNames[i]) return static_cast<Isa>(i);
   }
-  throw std::invalid_argument("isa was '" + name + "'; it may be 'portable', 'avx2', 'avx512' or 'amx'");
+  throw std::invalid_argument("isa was '" + name + "'; it may be '" + kNames[0] + "', '" + kNames[1] + "', '" +
+                              kNames[2] + "' or '" + kNames[3] + "'");
 }
 
 namespace {

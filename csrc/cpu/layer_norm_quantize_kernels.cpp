@@ -8,6 +8,8 @@ NormKernel norm_kernel_for(Isa isa) {
 #if DFQVIT_X86
   if (isa >= Isa::avx512 && has_avx512_vnni()) return avx512::norm;
   if (isa >= Isa::avx2) return avx2::norm;
+#elif DFQVIT_ARM
+  if (isa != Isa::portable) return neon::norm;
 #endif
   (void)isa;
   return portable::norm;

@@ -9,6 +9,10 @@ AttentionKernels attention_kernels_for(Isa isa) {
   if (isa == Isa::amx) return {amx::pack, amx::attend};
   if (isa == Isa::avx512 && has_avx512_vnni()) return {avx512::pack, avx512::attend};
   if (isa >= Isa::avx2) return {avx2::pack, avx2::attend};
+#elif DFQVIT_ARM
+  if (isa == Isa::i8mm) return {i8mm::pack, i8mm::attend};
+  if (isa == Isa::dotprod) return {dotprod::pack, dotprod::attend};
+  if (isa == Isa::neon) return {neon::pack, neon::attend};
 #endif
   (void)isa;
   return {portable::pack, portable::attend};

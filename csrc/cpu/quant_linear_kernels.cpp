@@ -9,6 +9,10 @@ Kernels kernels_for(Isa isa) {
   if (isa == Isa::amx) return {amx::quantize, amx::linear};
   if (isa == Isa::avx512 && has_avx512_vnni()) return {avx512::quantize, avx512::linear};
   if (isa >= Isa::avx2) return {avx2::quantize, avx2::linear};  // bytes without VNNI: AVX-512 would gain little
+#elif DFQVIT_ARM
+  if (isa == Isa::i8mm) return {neon::quantize, i8mm::linear};
+  if (isa == Isa::dotprod) return {neon::quantize, dotprod::linear};
+  if (isa == Isa::neon) return {neon::quantize, neon::linear};
 #endif
   (void)isa;
   return {portable::quantize, portable::linear};

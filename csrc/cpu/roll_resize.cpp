@@ -88,7 +88,7 @@ inline __attribute__((always_inline)) void backward_body(const float* grad, int6
     NAME##_body(from, width, rows, columns, line, to);                                                             \
   }                                                                                                                \
   auto NAME##_for(Isa isa) {                                                                                       \
-    return isa >= Isa::avx512 ? NAME##_avx512 : isa == Isa::avx2 ? NAME##_avx2 : NAME##_portable;                  \
+    return version_for(isa, NAME##_avx512, NAME##_avx2, NAME##_portable);                                          \
   }
 DFQVIT_PATHS(forward)
 DFQVIT_PATHS(backward)

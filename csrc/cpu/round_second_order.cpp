@@ -38,8 +38,7 @@ void add_scaled_portable(float* to, const float* from, float factor, int64_t cou
 using AddScaled = void (*)(float* to, const float* from, float factor, int64_t count);
 
 AddScaled add_scaled() {
-  const Isa isa = active_isa();
-  return isa >= Isa::avx512 ? add_scaled_avx512 : isa == Isa::avx2 ? add_scaled_avx2 : add_scaled_portable;
+  return version_for(active_isa(), add_scaled_avx512, add_scaled_avx2, add_scaled_portable);
 }
 
 // A block of columns of the weight, transposed: each [columns, rows].

@@ -110,8 +110,7 @@ at::Tensor total_variation(const at::Tensor& images) {
   if (input.numel() == 0) return norms.zero_();
   std::vector<double> sums(batch * channels * kDirections, 0.0);
   const float* data = input.const_data_ptr<float>();
-  const Isa isa = active_isa();
-  const auto run = isa >= Isa::avx512 ? plane_sums_avx512 : isa == Isa::avx2 ? plane_sums_avx2 : plane_sums_portable;
+  const auto run = version_for(active_isa(), plane_sums_avx512, plane_sums_avx2, plane_sums_portable);
   parallel_pieces(batch * channels,
                   [&](int64_t p) { run({data + p * height * width, height, width}, sums.data() + p * kDirections); });
   float* result = norms.mutable_data_ptr<float>();
@@ -133,10 +132,7 @@ at::Tensor total_variation_backward(const at::Tensor& weights, const at::Tensor&
   const float* data = input.const_data_ptr<float>();
   const float* factor = factors.const_data_ptr<float>();
   float* result = gradient.mutable_data_ptr<float>();
-  const Isa isa = active_isa();
-  const auto run = isa >= Isa::avx512 ? plane_gradient_avx512
-                   : isa == Isa::avx2 ? plane_gradient_avx2
-                                      : plane_gradient_portable;
+  const auto run = version_for(active_isa(), plane_gradient_avx512, plane_gradient_avx2, plane_gradient_portable);
   if (input.numel() != 0) {
     parallel_pieces(input.size(0) * channels, [&](int64_t p) {
       const int64_t offset = p * height * width;

@@ -8,7 +8,7 @@ import torch
 
 from dfqvit.kernels import layer_norm_quantize, use_backend
 
-from ..conftest import DTYPES
+from ..conftest import DTYPES, PATHS
 
 SHAPES = [(3, 5, 192), (7, 1), (2, 17), (1, 13, 33), (0, 8), (300, 768)]
 
@@ -53,7 +53,7 @@ def test_all_cpu_paths_agree_bit_for_bit(seed):
     x, weight, bias = sample((50, 100), torch.float32)
     before, results = module.active_isa(), []
     try:
-        for name in ("portable", "avx2", "avx512"):
+        for name in PATHS:
             try:
                 module.set_isa(name)
             except ValueError:

@@ -23,12 +23,12 @@ from dfqvit import kernels
 from dfqvit.kernels import dispatch, extension
 from dfqvit.kernels.patch_similarity_entropy import op, reference
 
-from ..conftest import threads
+from ..conftest import PATHS, threads
 from .interpreter import INTERPRETED
 
 SEED = int(os.environ.setdefault("DFQVIT_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
-PATHS = ("avx512", "avx2", "portable")
-BACKENDS = [*(f"cpu-{path}" for path in PATHS), "reference", "triton", "cuda"]
+FLOATS = [path for path in PATHS if path not in ("amx", "dotprod", "i8mm")]  # the others multiply integers otherwise
+BACKENDS = [*(f"cpu-{path}" for path in reversed(FLOATS)), "reference", "triton", "cuda"]
 SEEDS = [SEED + k for k in range(2 if INTERPRETED else 6)]
 
 

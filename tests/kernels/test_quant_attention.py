@@ -8,7 +8,7 @@ import torch
 
 from dfqvit.kernels import extension, quant_attention, use_backend
 
-from ..conftest import threads
+from ..conftest import PATHS, threads
 
 CASES = [  # batch, heads, depth, windows, tokens of a window
     (2, 3, 64, 1, 197),
@@ -21,7 +21,7 @@ CASES = [  # batch, heads, depth, windows, tokens of a window
 ]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "amx", "reference"])
+@pytest.fixture(params=[*PATHS, "reference"])
 def path(request):
     """Every CPU path that this processor can run, and the reference."""
     module, reason = extension.load()

@@ -18,7 +18,7 @@ from dfqvit.kernels import (
     use_backend,
 )
 
-from ..conftest import ACTIVATIONS, mirrored, threads
+from ..conftest import ACTIVATIONS, PATHS, mirrored, threads
 
 pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=extension.load()[1])
 
@@ -259,7 +259,7 @@ def test_paths_that_fuse_give_the_same_bytes(seed, activation):
     """Models on different processors agree to the bit; `portable` rounds multiply-adds twice."""
     module, y, found = extension.load()[0], torch.randn(4000, 33) * 4, []
     before = module.active_isa()
-    for path in ("avx2", "avx512", "amx"):
+    for path in PATHS[1:]:
         try:
             module.set_isa(path)
         except ValueError:

@@ -21,7 +21,7 @@ from dfqvit.runtime import accelerate
 from dfqvit.runtime.attention import IntegerOperands
 from dfqvit.runtime.block import IntegerBlock
 
-from ..conftest import small_clip, small_swin, small_vit
+from ..conftest import PATHS, small_clip, small_swin, small_vit
 from ..conftest import threads as set_threads
 
 
@@ -212,7 +212,7 @@ def test_paths_of_the_processor_give_the_same_bits(model):
     qmodel, images = quantized(model, 4, acm="sequential")
     accelerate(qmodel)
     before, found = module.active_isa(), {}
-    for path in ("portable", "avx2", "avx512", "amx"):
+    for path in PATHS:
         try:
             module.set_isa(path)
         except ValueError:

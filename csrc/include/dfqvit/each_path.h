@@ -1,6 +1,6 @@
 // Includes the file that DFQVIT_BODY names once for each CPU path, with DFQVIT_PATH (a namespace), DFQVIT_SIMD (one of
-// simd.h) and DFQVIT_TARGET set; for amx too if DFQVIT_WITH_AMX is defined. Meant to be included again: no include
-// guard.
+// simd.h) and DFQVIT_TARGET set. amx, dotprod and i8mm differ from the path before them in products of integers alone:
+// only if DFQVIT_WITH_PRODUCTS is defined. Meant to be included again: no include guard.
 #define DFQVIT_PATH portable
 #define DFQVIT_SIMD portable
 #define DFQVIT_TARGET
@@ -26,7 +26,7 @@
 #undef DFQVIT_SIMD
 #undef DFQVIT_TARGET
 
-#ifdef DFQVIT_WITH_AMX
+#ifdef DFQVIT_WITH_PRODUCTS
 #define DFQVIT_PATH amx
 #define DFQVIT_SIMD avx512
 #define DFQVIT_TARGET DFQVIT_TARGET_AMX
@@ -37,5 +37,33 @@
 #endif
 #endif
 
+#if DFQVIT_ARM
+#define DFQVIT_PATH neon
+#define DFQVIT_SIMD neon
+#define DFQVIT_TARGET
+#include DFQVIT_BODY
+#undef DFQVIT_PATH
+#undef DFQVIT_SIMD
+#undef DFQVIT_TARGET
+
+#ifdef DFQVIT_WITH_PRODUCTS
+#define DFQVIT_PATH dotprod
+#define DFQVIT_SIMD neon
+#define DFQVIT_TARGET DFQVIT_TARGET_DOTPROD
+#include DFQVIT_BODY
+#undef DFQVIT_PATH
+#undef DFQVIT_SIMD
+#undef DFQVIT_TARGET
+
+#define DFQVIT_PATH i8mm
+#define DFQVIT_SIMD neon
+#define DFQVIT_TARGET DFQVIT_TARGET_I8MM
+#include DFQVIT_BODY
+#undef DFQVIT_PATH
+#undef DFQVIT_SIMD
+#undef DFQVIT_TARGET
+#endif
+#endif
+
 #undef DFQVIT_BODY
-#undef DFQVIT_WITH_AMX
+#undef DFQVIT_WITH_PRODUCTS

@@ -70,6 +70,14 @@ struct Kernels {
 #undef DFQVIT_TARGET
 #endif
 
+#if DFQVIT_ARM
+#define DFQVIT_PATH neon
+#define DFQVIT_TARGET
+#include "dfqvit/patch_similarity_entropy_body.h"
+#undef DFQVIT_PATH
+#undef DFQVIT_TARGET
+#endif
+
 namespace dfqvit {
 namespace entropy {
 
@@ -77,6 +85,8 @@ inline const Kernels& kernels_for(Isa isa) {
 #if DFQVIT_X86
   if (isa >= Isa::avx512) return avx512::kKernels;
   if (isa == Isa::avx2) return avx2::kKernels;
+#elif DFQVIT_ARM
+  if (isa != Isa::portable) return neon::kKernels;
 #endif
   (void)isa;
   return portable::kKernels;

@@ -39,7 +39,8 @@ struct Source {
 struct Packed {
   uint8_t* queries;  // [N, chunks of D * 64], or null: they are read in place
   Weight keys, values;
-  int32_t* key_starts;  // -q_zero * sum_d k, for each key, padded to a block
+  int32_t* key_starts;    // (the path's kOffset - q_zero) * sum_d k, for each key, padded to a block
+  int32_t* value_starts;  // kOffset * sum over the tokens of v, for each channel; padded to a block
 };
 
 // One head of one window, packed.
@@ -97,6 +98,7 @@ struct Workspace {
     packed.keys = {integers(key_blocks * key_stride), key_stride, key_chunks, 8};
     packed.values = {integers(value_blocks * value_stride), value_stride, value_chunks, 8};
     packed.key_starts = integers(key_blocks * kOutputs);
+    packed.value_starts = integers(value_blocks * kOutputs);
     strip.scores = integers(kHeadroom + kStripRows * key_blocks * kOutputs) + kHeadroom;
     strip.steps = take(kStripRows * value_chunks * kDepth);
     strip.ones = reinterpret_cast<int8_t*>(take(value_chunks * kDepth));
@@ -109,7 +111,7 @@ struct Workspace {
 }  // namespace dfqvit
 
 #define DFQVIT_BODY "dfqvit/quant_attention_body.h"
-#define DFQVIT_WITH_AMX
+#define DFQVIT_WITH_PRODUCTS
 #include "dfqvit/each_path.h"
 
 namespace dfqvit {

@@ -29,7 +29,7 @@ DFQVIT_TARGET inline void pack(const Source& from, const Heads& heads, const Pac
       simd::pack_outputs(rows, std::min<int64_t>(kDepth, depth - c * kDepth), bytes, sums);
       for (const uint8_t*& r : rows) r += kDepth;
     }
-    for (int64_t i = 0; i < kOutputs; ++i) sums[i] = first + i < tokens ? -heads.q_zero * sums[i] : kNoKey;
+    for (int64_t i = 0; i < kOutputs; ++i) sums[i] = first + i < tokens ? (kOffset - heads.q_zero) * sums[i] : kNoKey;
   }
   uint8_t nothing[kDepth];  // 0, once its highest bit is flipped
   std::memset(nothing, 0x80, sizeof(nothing));
@@ -40,6 +40,16 @@ DFQVIT_TARGET inline void pack(const Source& from, const Heads& heads, const Pac
       uint8_t* bytes = const_cast<uint8_t*>(to.values.values(c / kOutputs)) + t * kOutputs;
       simd::pack_depths(rows, std::min<int64_t>(kDepth, depth - c), bytes, to.values.stride * 4);
     }
+  }
+  for (int64_t block = 0; block < blocks_of(depth); ++block) {
+    int32_t sums[kOutputs] = {};
+    const int8_t* line = reinterpret_cast<const int8_t*>(to.values.values(block));
+    for (int64_t t = 0; t < tokens && kOffset != 0; t += 4, line += 4 * kOutputs) {
+      for (int n = 0; n < kOutputs; ++n) {
+        sums[n] += kOffset * (line[4 * n] + line[4 * n + 1] + line[4 * n + 2] + line[4 * n + 3]);
+      }
+    }
+    std::memcpy(to.value_starts + block * kOutputs, sums, sizeof(sums));
   }
 }
 
@@ -165,19 +175,18 @@ DFQVIT_TARGET inline void results_row(const int32_t* sums, const Heads& heads, i
 
 // `rows` rows of a from r on, times all blocks of `weight`: sums[block][kRows][16].
 DFQVIT_TARGET inline void products(const uint8_t* a, int64_t stride, int64_t r, int64_t rows, const Weight& weight,
-                                   int64_t blocks, const int32_t* starts, int64_t starts_step, int32_t* sums) {
+                                   int64_t blocks, const int32_t* starts, int32_t* sums) {
   asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
   for (int64_t block = 0; block < blocks; block += 2) {
     const int count = static_cast<int>(std::min<int64_t>(2, blocks - block));
     const uint8_t* panels[2] = {weight.values(block), weight.values(block + count - 1)};
-    const int32_t* begin[2] = {starts + block * starts_step, starts + (block + count - 1) * starts_step};
+    const int32_t* begin[2] = {starts + block * kOutputs, starts + (block + count - 1) * kOutputs};
     multiply(a, stride, r, rows, panels, begin, count, weight.chunks, sums + block * kHop);
   }
 }
 
 // The query rows begin to end of one head of one window.
 DFQVIT_TARGET inline void attend(const Head& head, const Heads& heads, int64_t begin, int64_t end, const Strip& strip) {
-  constexpr int32_t kZeros[kOutputs] = {};
   const Weight &keys = head.packed.keys, &values = head.packed.values;
   const int64_t key_blocks = blocks_of(heads.tokens), value_blocks = blocks_of(heads.depth);
   const int64_t steps_stride = values.chunks * kDepth;
@@ -186,7 +195,7 @@ DFQVIT_TARGET inline void attend(const Head& head, const Heads& heads, int64_t b
   for (int64_t first = begin; first < end; first += kStrip) {
     const int64_t rows = std::min<int64_t>(kStrip, end - first);
     products(head.queries, head.query_stride, first, std::min(first + kStrip, heads.tokens), keys, key_blocks,
-             head.packed.key_starts, kOutputs, strip.scores);
+             head.packed.key_starts, strip.scores);
     for (int64_t r = 0; complete && r < rows; ++r) {
       const int64_t place = (first + r) * heads.tokens;
       add_biases(strip.scores + r * kOutputs, heads, head.bias ? head.bias + place : nullptr,
@@ -198,8 +207,8 @@ DFQVIT_TARGET inline void attend(const Head& head, const Heads& heads, int64_t b
       softmax<false>(strip.scores, rows, key_blocks, heads.factor * kLog2E, strip.steps, steps_stride);
     }
     // A whole tile even where there are fewer rows: stale ones do no harm.
-    products(strip.steps, steps_stride, 0, std::min<int64_t>(kStrip, heads.tokens), values, value_blocks, kZeros, 0,
-             strip.results);
+    products(strip.steps, steps_stride, 0, std::min<int64_t>(kStrip, heads.tokens), values, value_blocks,
+             head.packed.value_starts, strip.results);
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t total = simd::sum_bytes(strip.steps + r * steps_stride, strip.ones, values.chunks);
       const int64_t place = (head.index ? head.index[first + r] : first + r) * heads.out_stride;

@@ -92,7 +92,7 @@ struct Epilogue {
 #include "dfqvit/quant_linear_multiply.h"
 
 #define DFQVIT_BODY "dfqvit/quant_linear_body.h"
-#define DFQVIT_WITH_AMX
+#define DFQVIT_WITH_PRODUCTS
 #include "dfqvit/each_path.h"
 
 namespace dfqvit {

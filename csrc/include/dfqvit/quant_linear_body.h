@@ -330,6 +330,12 @@ DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const We
       const int blocks = static_cast<int>(std::min<int64_t>(2, end - block));
       const uint8_t* panels[2] = {values + (block - begin) * step, values + (block - begin + blocks - 1) * step};
       const int32_t* starts[2] = {finish.start(block), finish.start(block + blocks - 1)};
+      int32_t moved[2][kOutputs];
+      for (int j = 0; j < 2 && kOffset != 0; ++j) {
+        const int32_t* total = weight.sums(block + std::min(j, blocks - 1));
+        for (int n = 0; n < kOutputs; ++n) moved[j][n] = starts[j][n] + kOffset * total[n];
+        starts[j] = moved[j];
+      }
       for (int64_t t = first; t < std::min(tiles, first + part); ++t) {
         int32_t* sums = buffers[last.sums == buffers[0] + kHeadroom] + kHeadroom;
         const int64_t r = order[t], count = std::min<int64_t>(kRows, rows - r);

@@ -1,6 +1,7 @@
 // The integer products of each CPU path: `multiply` sums some rows times one or two blocks. No torch headers.
 //
-// Each path has kRows, the most rows of a tile, and
+// Each path has kRows, the most rows of a tile; kOffset, what it takes from each value of a, so that the caller's
+// `starts` have kOffset times the sum of each output's weights more; and
 //   prepare(rows), release()   around all the tiles of a product with `rows` rows, on the thread that computes them;
 //   multiply(a, stride, r, rows, panels, starts, blocks, chunks, sums)
 //     rows r to min(r + kRows, rows) of a, uint8 with `stride` bytes from row to row, readable to chunks * 64;
@@ -27,6 +28,7 @@ constexpr int kHeadroom = 256;
 namespace portable {
 
 constexpr int kRows = 1;
+constexpr int32_t kOffset = 0;
 inline void prepare(int64_t) {}
 inline void release() {}
 
@@ -53,6 +55,7 @@ inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const
 namespace avx2 {
 
 constexpr int kRows = 2;
+constexpr int32_t kOffset = 0;
 inline void prepare(int64_t) {}
 inline void release() {}
 
@@ -92,6 +95,7 @@ DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_
 namespace avx512 {
 
 constexpr int kRows = 8;
+constexpr int32_t kOffset = 0;
 inline void prepare(int64_t) {}
 inline void release() {}
 
@@ -130,6 +134,7 @@ DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* a, int64_t stride, int64_
 namespace amx {
 
 constexpr int kRows = 32;
+constexpr int32_t kOffset = 0;
 
 // Tiles 0 to 3: sums; 4, 5: rows of a; 6, 7: panels.
 struct alignas(64) TileConfig {
@@ -207,3 +212,7 @@ DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a, int64_t stride, int64_t
 
 }  // namespace quant
 }  // namespace dfqvit
+
+#if DFQVIT_ARM
+#include "dfqvit/quant_linear_multiply_arm.h"
+#endif

@@ -1,7 +1,7 @@
 // A vector of floats for each CPU path, with the few operations that float kernels need. No torch headers.
 //
-// One namespace a path (simd::avx512, simd::avx2, simd::portable), the same names in each, so that a kernel is written
-// once and compiled for each path: it includes its body with DFQVIT_PATH and DFQVIT_TARGET set (see
+// One namespace a path (simd::avx512, simd::avx2, simd::neon, simd::portable), the same names in each, so that a kernel
+// is written once and compiled for each path: it includes its body with DFQVIT_PATH and DFQVIT_TARGET set (see
 // patch_similarity_entropy_body.h). Multiply-adds are fused where the instruction set can.
 #pragma once
 
@@ -213,3 +213,7 @@ DFQVIT_INLINE vec exp2_nonpositive(vec t) {
 
 }  // namespace simd
 }  // namespace dfqvit
+
+#if DFQVIT_ARM
+#include "dfqvit/simd_neon.h"
+#endif

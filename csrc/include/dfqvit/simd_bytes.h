@@ -195,3 +195,7 @@ DFQVIT_INLINE void store_bytes(uint8_t* p, const vec* a) {
 
 }  // namespace simd
 }  // namespace dfqvit
+
+#if DFQVIT_ARM
+#include "dfqvit/simd_neon_bytes.h"
+#endif

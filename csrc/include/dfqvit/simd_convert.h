@@ -282,3 +282,7 @@ DFQVIT_INLINE void finish_stream() {}
 
 }  // namespace simd
 }  // namespace dfqvit
+
+#if DFQVIT_ARM
+#include "dfqvit/simd_neon_convert.h"
+#endif

@@ -1,0 +1,173 @@
+"""The CPU operators compiled for 64-bit ARM and run by an emulator of that processor, in the place of the backend "cpu".
+
+`tests/kernels/without_torch` is one program of all operators, which stands in for torch too: it answers requests on its standard
+input. It is the operators' own code, from the check of their arguments to their loops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dfqvit.kernels import dispatch
+
+ROOT = Path(__file__).parents[2]
+SOURCES = Path(__file__).with_name("without_torch")
+HEADERS = (
+    "ATen/core/Tensor.h",
+    "ATen/ops/clone.h",
+    "ATen/ops/empty.h",
+    "ATen/ops/empty_like.h",
+    "ATen/ops/zeros.h",
+    "ATen/ops/matmul.h",
+    "ATen/Dispatch.h",
+    "ATen/Parallel.h",
+    "torch/library.h",
+)
+TYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float64,
+]  # in the order of ScalarType in without_torch/tensor.h
+# What setup.py gives the compiler, but for the level: -O1 takes half as long.
+FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp-simd"]
+
+
+def tool(variable: str, *names: str) -> str | None:
+    """The program that the environment variable names, or the first of `names` on the PATH."""
+    return os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
+
+
+COMPILER = tool("CXX_AARCH64", "aarch64-linux-gnu-g++")
+EMULATOR = tool("QEMU_AARCH64", "qemu-aarch64-static", "qemu-aarch64")
+OBJDUMP = tool("OBJDUMP_AARCH64", "aarch64-linux-gnu-objdump")
+
+
+def needed(*tools: tuple[str | None, str]) -> None:
+    """Skips where a tool is missing; on Debian they are in g++-aarch64-linux-gnu and qemu-user-static."""
+    missing = [name for found, name in tools if found is None]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)}: ARM64 is not tested here")
+
+
+def compile_operators(folder: Path, compiler: str, *flags: str) -> Path:
+    """The program of all operators, linked statically."""
+    for header in HEADERS:
+        path = folder / "include" / header
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('#include "tensor.h"\n')
+    program = folder / "operators"
+    includes = [f"-I{folder / 'include'}", f"-I{SOURCES}", f"-I{ROOT / 'csrc' / 'include'}"]
+    source = str(SOURCES / "operators.cpp")
+    subprocess.run([compiler, *FLAGS, *flags, *includes, "-static", "-pthread", "-o", str(program), source], check=True)
+    return program
+
+
+def compile_products(folder: Path, compiler: str) -> Path:
+    """An object file of the integer products alone, compiled as setup.py does."""
+    source, result = folder / "products.cpp", folder / "products.o"
+    names = ", ".join(f"(void*)dfqvit::quant::{path}::multiply" for path in ("neon", "dotprod", "i8mm"))
+    source.write_text(f'#include "dfqvit/quant_linear_multiply.h"\nvoid* used[] = {{{names}}};\n')
+    include = f"-I{ROOT / 'csrc' / 'include'}"
+    subprocess.run([compiler, *FLAGS, "-O3", include, "-c", "-o", str(result), str(source)], check=True)
+    return result
+
+
+class Operators:
+    """The running program; a call is that of torch's operator of the name."""
+
+    def __init__(self, *command: str) -> None:
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def call(self, name: str, *arguments: tuple[str, Any]) -> list[torch.Tensor]:
+        """Runs `name` with arguments of these types of a schema; the exceptions are the operator's own."""
+        into, out = self.process.stdin, self.process.stdout
+        assert into is not None
+        assert out is not None
+        with contextlib.suppress(BrokenPipeError):
+            into.write(_text(name) + b"".join(_encoded(kind, value) for kind, value in arguments))
+            into.flush()
+        kind = out.read(1)
+        if kind == b"R":
+            return [_tensor(out) for _ in range(_number(out))]
+        if kind == b"E":
+            error, _, message = out.read(_number(out)).decode().partition(": ")
+            raise {"ValueError": ValueError, "TypeError": TypeError}.get(error, RuntimeError)(message or error)
+        raise RuntimeError(f"the emulated {name} ended with status {self.process.wait()}")
+
+    def detected_isa(self) -> str:
+        return bytes(self.call("detected_isa")[0].tolist()).decode()
+
+    def set_isa(self, name: str) -> None:
+        self.call("set_isa", ("str", name))
+
+    def run(self, name: str, *values: Any) -> Any:
+        """The operator dfqvit::<name>, its optional arguments at the end left out or not."""
+        schema = getattr(torch.ops.dfqvit, name).default._schema
+        values += tuple(argument.default_value for argument in schema.arguments[len(values) :])
+        pairs = zip(schema.arguments, values, strict=True)
+        found = self.call(name, *((str(argument.type), value) for argument, value in pairs))
+        return found[0] if len(found) == 1 else tuple(found)
+
+    @contextlib.contextmanager
+    def as_cpu(self) -> Iterator[None]:
+        """Within, every operator's backend "cpu" is this program."""
+        before = {each: each.backends["cpu"] for each in dispatch._OPERATORS.values() if "cpu" in each.backends}
+        try:
+            for operator, backend in before.items():
+                run = lambda *args, name=operator.name: self.run(name, *args)  # noqa: E731
+                operator.backends["cpu"] = dispatch.Backend("cpu", run, backend.supports)
+            yield
+        finally:
+            for operator, backend in before.items():
+                operator.backends["cpu"] = backend
+
+
+def _text(value: str) -> bytes:
+    return struct.pack("<q", len(value.encode())) + value.encode()
+
+
+def _encoded(kind: str, value: Any) -> bytes:
+    if kind.startswith("Optional["):
+        return struct.pack("<q", value is not None) + (b"" if value is None else _encoded(kind[9:-1], value))
+    if kind.startswith("List["):
+        return struct.pack("<q", len(value)) + b"".join(_encoded(kind[5:-1], each) for each in value)
+    if kind == "Tensor":
+        whole = value.detach().contiguous()
+        head = struct.pack(f"<{2 + whole.dim()}q", TYPES.index(whole.dtype), whole.dim(), *whole.shape)
+        return head + ctypes.string_at(whole.data_ptr(), whole.nbytes) if whole.numel() else head
+    if kind == "str":
+        return _text(value)
+    return struct.pack("<d" if kind == "float" else "<q", value)
+
+
+def _number(stream: Any) -> int:
+    return struct.unpack("<q", stream.read(8))[0]
+
+
+def _tensor(stream: Any) -> torch.Tensor:
+    dtype = TYPES[_number(stream)]
+    shape = [_number(stream) for _ in range(_number(stream))]
+    result = torch.empty(shape, dtype=dtype)
+    if result.numel():
+        data = stream.read(result.nbytes)
+        ctypes.memmove(result.data_ptr(), data, len(data))
+    return result
