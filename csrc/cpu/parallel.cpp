@@ -42,10 +42,9 @@ void set_torch_threads(int threads) {
 #endif
 }
 
-// Threads of OpenMP spin for milliseconds after each of its regions, on the processors that ours want. GNU's runtime
-// has them sleep at once when it knows of more threads than there are processors. With ours there are, so it is told:
-// one thread holds as many of its own, all asleep, until the process ends. For code that torch.compile or AOTInductor
-// made, whose regions SerialTorch cannot keep on one thread. Not where the user decided on waiting.
+// GNU's runtime lets its threads sleep at once when it knows of more threads than there are processors. With ours there
+// are, so it is told: one thread holds as many of its own, all asleep, until the process ends. Not where the user
+// decided on waiting.
 void let_openmp_sleep() {
 #if AT_PARALLEL_OPENMP
   Dl_info found{};
@@ -164,7 +163,6 @@ class Pool {
 
   // On up to `helpers` threads beside the caller.
   void run(Job& job, int64_t helpers) {
-    if (torch_threads == 0 && !told_openmp_) tell_openmp();
     const Clock::time_point begin = Clock::now();
     if (begin.time_since_epoch().count() < alone_until_) return job.help();
     Slot* slot = nullptr;
@@ -184,6 +182,13 @@ class Pool {
     slot->close();
     slot->release();
     learn(begin, Clock::now());
+  }
+
+  void tell_openmp() {
+    if (told_openmp_) return;
+    starting([this] {
+      if (!told_openmp_.exchange(true)) let_openmp_sleep();
+    });
   }
 
  private:
@@ -215,12 +220,6 @@ class Pool {
     if (threads <= started_) return;
     starting([&] {
       for (; started_ < threads; ++started_) std::thread([this] { serve(); }).detach();
-    });
-  }
-
-  void tell_openmp() {
-    starting([this] {
-      if (!told_openmp_.exchange(true)) let_openmp_sleep();
     });
   }
 
@@ -331,6 +330,10 @@ SerialTorch::~SerialTorch() {
 
 void SerialTorch::lift() {
   if (torch_threads > 1 && at::get_num_threads() == 1) set_torch_threads(torch_threads);
+}
+
+void calm_openmp() {
+  if (torch_threads == 0 && parallel_threads() > 1) Pool::get().tell_openmp();
 }
 
 void run_pieces(int64_t pieces, int64_t threads, void (*run)(const void* work, int64_t piece), const void* work) {

@@ -290,6 +290,7 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
   const BlockArguments a{norms.vec(),  eps.vec(),   weights.vec(), biases.vec(), weight_scales.vec(),    w_bits.vec(),
                          scales.vec(), zeros.vec(), a_bits.vec(),  heads,        attention_scale,        position_bias,
                          mask,         index,       acm,           hidden_scale, std::string(activation)};
+  calm_openmp();
   const std::shared_ptr<const RememberedBlock> remembered = RememberedBlock::find(a);
   return remembered ? remembered->run(x, a.weights) : Block(a, false).run(x);
 }

@@ -18,6 +18,12 @@ namespace dfqvit {
 // (affinity and the quota of its control groups, rounded up); 1 within a piece or a parallel region of torch's.
 int64_t parallel_threads();
 
+// For operators that stand in code of torch.compile or AOTInductor, whose own loops are regions of OpenMP that no
+// SerialTorch keeps on one thread: its threads spin for milliseconds after each, on the processors that ours want. From
+// now on they sleep, in the whole process, which costs models of many small operators of torch's up to half their
+// speed.
+void calm_openmp();
+
 // While it lives, torch's own operators run in one thread where this thread calls them; those of dfqvit have as many as
 // before. For small operators of torch's between ours: its threads (OpenMP's) wait for each other, and for more work,
 // by spinning for milliseconds, on the processors that our threads want.
