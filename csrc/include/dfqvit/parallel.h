@@ -20,7 +20,7 @@ int64_t parallel_threads();
 
 // For operators that stand in code of torch.compile or AOTInductor, whose own loops are regions of OpenMP that no
 // SerialTorch keeps on one thread: its threads spin for milliseconds after each, on the processors that ours want. From
-// now on they sleep, in the whole process, which costs models of many small operators of torch's up to half their
+// now on they sleep, in the whole process, which costs models of many small operators of torch's a third of their
 // speed.
 void calm_openmp();
 
