@@ -81,7 +81,7 @@ def test_the_build_farm_is_configured_for_every_architecture():
     assert farm["linux"]["repair-wheel-command"].split()[1] == "scripts/wheel.py"
     assert "--exclude libtorch" in farm["macos"]["repair-wheel-command"]
     for system in (farm["linux"], farm["macos"]):  # a table of a system takes the place of the common one
-        assert system["environment"]["DFQVIT_CUDA"] == farm["environment"]["DFQVIT_CUDA"] == "0"
+        assert system.get("environment", farm["environment"])["DFQVIT_CUDA"] == "0"
 
 
 def test_the_workflow_runs_the_farm():
