@@ -185,7 +185,7 @@ class Pool {
   }
 
   void tell_openmp() {
-    if (told_openmp_) return;
+    if (told_openmp_ || parallel_threads() == 1) return;
     starting([this] {
       if (!told_openmp_.exchange(true)) let_openmp_sleep();
     });
@@ -333,7 +333,7 @@ void SerialTorch::lift() {
 }
 
 void calm_openmp() {
-  if (torch_threads == 0 && parallel_threads() > 1) Pool::get().tell_openmp();
+  if (torch_threads == 0) Pool::get().tell_openmp();
 }
 
 void run_pieces(int64_t pieces, int64_t threads, void (*run)(const void* work, int64_t piece), const void* work) {

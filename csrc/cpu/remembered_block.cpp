@@ -78,10 +78,7 @@ BlockArguments copied(BlockArguments a) {
 }  // namespace
 
 RememberedBlock::RememberedBlock(const BlockArguments& copies) : constants_(copies), block_(copies, true) {
-  for (const at::Tensor& weight : constants_.weights) {
-    shapes_.push_back(weight.sizes().vec());
-    sums_.push_back(sums_of(weight));
-  }
+  for (const at::Tensor& weight : constants_.weights) sums_.push_back(sums_of(weight));
   constants_.weights.clear();
   block_.drop_weights();
 }
@@ -90,9 +87,12 @@ bool RememberedBlock::fits(const BlockArguments& a) const {
   const BlockArguments& c = constants_;
   bool alike = a.eps == c.eps && a.w_bits == c.w_bits && a.a_bits == c.a_bits && a.heads == c.heads &&
                a.attention_scale == c.attention_scale && a.activation == c.activation &&
-               a.weights.size() == shapes_.size();
-  for (size_t i = 0; alike && i < shapes_.size(); ++i) {
-    alike = a.weights[i].sizes() == at::IntArrayRef(shapes_[i]) && same_sums(sums_[i], a.weights[i]);
+               a.weights.size() == sums_.size();
+  const Block::Weights own = block_.own_weights();
+  for (size_t i = 0; alike && i < sums_.size(); ++i) {
+    const at::Tensor& weight = a.weights[i];
+    alike = weight.size(0) * kOutputs == static_cast<int64_t>(sums_[i].size()) && weight.size(1) == own[i].stride &&
+            same_sums(sums_[i], weight);
   }
   return alike && same(a.norms, c.norms) && same(a.biases, c.biases) && same(a.weight_scales, c.weight_scales) &&
          same(a.scales, c.scales) && same(a.zeros, c.zeros) && same(a.position_bias, c.position_bias) &&

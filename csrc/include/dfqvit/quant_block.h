@@ -70,8 +70,7 @@ class RememberedBlock {
   explicit RememberedBlock(const BlockArguments& copies);
   bool fits(const BlockArguments& arguments) const;
 
-  BlockArguments constants_;  // without weights
-  std::vector<std::vector<int64_t>> shapes_;
+  BlockArguments constants_;                // without weights
   std::vector<std::vector<int32_t>> sums_;  // of the weights
   Block block_;
 };
