@@ -18,6 +18,8 @@
 #include "dfqvit/isa.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/quant_block.h"
+#include "dfqvit/quant_conv_block.h"
+#include "dfqvit/results.h"
 
 namespace py = pybind11;
 
@@ -25,26 +27,40 @@ namespace {
 
 using dfqvit::quant::Block;
 using dfqvit::quant::BlockArguments;
+using dfqvit::quant::ConvBlock;
+using dfqvit::quant::ConvBlockArguments;
 using dfqvit::quant::OptionalTensor;
 
-BlockArguments arguments_of(const py::tuple& a) {
-  return {a[0].cast<std::vector<at::Tensor>>(),
-          a[1].cast<std::vector<double>>(),
-          a[2].cast<std::vector<at::Tensor>>(),
-          a[3].cast<std::vector<at::Tensor>>(),
-          a[4].cast<std::vector<at::Tensor>>(),
-          a[5].cast<std::vector<int64_t>>(),
-          a[6].cast<std::vector<at::Tensor>>(),
-          a[7].cast<std::vector<at::Tensor>>(),
-          a[8].cast<std::vector<int64_t>>(),
-          a[9].cast<int64_t>(),
-          a[10].cast<double>(),
-          a[11].cast<OptionalTensor>(),
-          a[12].cast<OptionalTensor>(),
-          a[13].cast<OptionalTensor>(),
-          a[14].cast<OptionalTensor>(),
-          a[15].cast<OptionalTensor>(),
-          a[16].cast<std::string>()};
+Block block_of(const py::tuple& a) {
+  const BlockArguments arguments{a[0].cast<std::vector<at::Tensor>>(),
+                                 a[1].cast<std::vector<double>>(),
+                                 a[2].cast<std::vector<at::Tensor>>(),
+                                 a[3].cast<std::vector<at::Tensor>>(),
+                                 a[4].cast<std::vector<at::Tensor>>(),
+                                 a[5].cast<std::vector<int64_t>>(),
+                                 a[6].cast<std::vector<at::Tensor>>(),
+                                 a[7].cast<std::vector<at::Tensor>>(),
+                                 a[8].cast<std::vector<int64_t>>(),
+                                 a[9].cast<int64_t>(),
+                                 a[10].cast<double>(),
+                                 a[11].cast<OptionalTensor>(),
+                                 a[12].cast<OptionalTensor>(),
+                                 a[13].cast<OptionalTensor>(),
+                                 a[14].cast<OptionalTensor>(),
+                                 a[15].cast<OptionalTensor>(),
+                                 a[16].cast<std::string>(),
+                                 a[17].cast<OptionalTensor>(),
+                                 a[18].cast<bool>()};
+  return Block(arguments, true);
+}
+
+ConvBlock conv_block_of(const py::tuple& a) {
+  return ConvBlock({a[0].cast<at::Tensor>(), a[1].cast<OptionalTensor>(), a[2].cast<at::Tensor>(),
+                    a[3].cast<at::Tensor>(), a[4].cast<double>(), a[5].cast<std::vector<at::Tensor>>(),
+                    a[6].cast<std::vector<at::Tensor>>(), a[7].cast<std::vector<at::Tensor>>(),
+                    a[8].cast<std::vector<int64_t>>(), a[9].cast<std::vector<at::Tensor>>(),
+                    a[10].cast<std::vector<at::Tensor>>(), a[11].cast<std::vector<int64_t>>(),
+                    a[12].cast<OptionalTensor>(), a[13].cast<std::string>()});
 }
 
 // Whether anything would see the call if it went through torch's dispatcher: a trace, a mode, a transform, a profiler.
@@ -72,8 +88,8 @@ bool usual(const at::Tensor& x) {
 class Watch {
  public:
   Watch(const std::vector<at::Tensor>& values, const py::list& places, const py::list& empty, const py::list& absent,
-        int64_t channels)
-      : channels_(channels) {
+        int64_t channels, int64_t dims)
+      : channels_(channels), dims_(dims) {
     for (const at::Tensor& value : values) {
       live_.push_back(value);
       held_.push_back(value.detach().clone(at::MemoryFormat::Contiguous));
@@ -115,11 +131,11 @@ class Watch {
     return true;
   }
 
-  // Whether it holds for a call with x, float32 [B, T, C], and with other tensors.
+  // Whether it holds for a call with x, float32 [..., C] of `dims` dimensions, and with other tensors.
   bool holds(const py::handle& x, const py::args& others) const {
     if (!THPVariable_CheckExact(x.ptr())) return false;
     const at::Tensor& input = THPVariable_Unpack(x.ptr());
-    if (!usual(input) || input.scalar_type() != at::kFloat || input.dim() != 3 || input.size(2) != channels_)
+    if (!usual(input) || input.scalar_type() != at::kFloat || input.dim() != dims_ || input.size(-1) != channels_)
       return false;
     const bool gradients = c10::GradMode::is_enabled();
     if (gradients && input.requires_grad()) return false;
@@ -145,19 +161,28 @@ class Watch {
     PyTypeObject* type;
   };
 
-  int64_t channels_;
+  int64_t channels_, dims_;
   std::vector<at::Tensor> live_, held_;
   std::vector<Place> places_;
   std::vector<py::dict> empty_;
   std::vector<std::pair<py::dict, py::object>> absent_;
 };
 
-// dfqvit::quant_block with constants that were prepared once. It answers only while it knows that the answer is the
-// operator's; otherwise it returns None.
-class QuantBlock {
+// A block of the runtime, Block or ConvBlock, with constants that were prepared once. It answers only while it knows
+// that the answer is the operator's; otherwise it returns None.
+template <class Kind>
+class Prepared {
  public:
-  QuantBlock(std::shared_ptr<Watch> watch, const py::tuple& arguments)
-      : QuantBlock(std::move(watch), arguments_of(arguments)) {}
+  Prepared(std::shared_ptr<Watch> watch, const py::tuple& arguments, Kind block)
+      : watch_(std::move(watch)), block_(std::move(block)) {
+    for (const py::handle argument : arguments) {
+      if (py::isinstance<py::list>(argument)) {
+        for (const py::handle each : argument.cast<py::list>()) hold(each);
+      } else {
+        hold(argument);
+      }
+    }
+  }
 
   bool current() const { return watch_->current() && in_place(); }
 
@@ -173,17 +198,12 @@ class QuantBlock {
   }
 
  private:
-  QuantBlock(std::shared_ptr<Watch> watch, const BlockArguments& a) : watch_(std::move(watch)), block_(a, true) {
-    for (const auto* tensors : {&a.norms, &a.weights, &a.biases, &a.weight_scales, &a.scales, &a.zeros}) {
-      for (const at::Tensor& tensor : *tensors) hold(tensor);
-    }
-    for (const auto* tensor : {&a.position_bias, &a.mask, &a.index, &a.acm, &a.hidden_scale}) {
-      if (*tensor) hold(**tensor);
-    }
+  // The block may read this tensor's memory, which torch may move: to share it with a process, for one.
+  void hold(const py::handle& argument) {
+    if (!THPVariable_Check(argument.ptr())) return;
+    const at::Tensor& tensor = THPVariable_Unpack(argument.ptr());
+    memory_.emplace_back(tensor, tensor.const_data_ptr());
   }
-
-  // The block reads this tensor's memory, which torch may move: to share it with a process, for one.
-  void hold(const at::Tensor& tensor) { memory_.emplace_back(tensor, tensor.const_data_ptr()); }
 
   bool in_place() const {
     for (const auto& [tensor, address] : memory_) {
@@ -193,9 +213,20 @@ class QuantBlock {
   }
 
   std::shared_ptr<Watch> watch_;
-  Block block_;
+  Kind block_;
   std::vector<std::pair<at::Tensor, const void*>> memory_;
 };
+
+template <class Kind>
+void define(const py::module& m, const char* name, const char* doc, Kind (*block_of)(const py::tuple&)) {
+  py::class_<Prepared<Kind>>(m, name, doc)
+      .def(py::init([block_of](std::shared_ptr<Watch> watch, const py::tuple& arguments) {
+             return std::make_unique<Prepared<Kind>>(std::move(watch), arguments, block_of(arguments));
+           }),
+           py::arg("watch"), py::arg("arguments"))
+      .def("current", &Prepared<Kind>::current, "Whether all that it was made from is still there and as it was.")
+      .def("__call__", &Prepared<Kind>::call, py::arg("x"), "The operator's result for x, or None: see the class.");
+}
 
 // An operator with most of its arguments given beforehand, called without Python's choice of a backend.
 class PreparedCall {
@@ -278,21 +309,32 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_quota", [](const std::string& root) { return dfqvit::cpu_quota(root.c_str()); }, py::arg("root") = "",
       "CPUs that the control groups below `root` grant this process, 0 for no limit.");
+  m.def(
+      "gathered",
+      [](const at::Tensor& x) {
+        const py::gil_scoped_release release;
+        return dfqvit::empty_result(x.sizes(), x.scalar_type()).copy_(x);
+      },
+      py::arg("x"), "A contiguous copy in memory that the operators keep for their results.");
   m.def("watched", &watched, "Whether a trace, a mode, a transform or a profiler would see calls of operators now.");
   py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch",
                                             "Whether what was prepared from modules and tensors still holds; see "
                                             "dfqvit/runtime/prepared.py.")
-      .def(py::init<const std::vector<at::Tensor>&, const py::list&, const py::list&, const py::list&, int64_t>(),
-           py::arg("values"), py::arg("places"), py::arg("empty"), py::arg("absent"), py::arg("channels"))
+      .def(py::init<const std::vector<at::Tensor>&, const py::list&, const py::list&, const py::list&, int64_t,
+                    int64_t>(),
+           py::arg("values"), py::arg("places"), py::arg("empty"), py::arg("absent"), py::arg("channels"),
+           py::arg("dims"))
       .def("current", &Watch::current, "Whether all that it was made from is still there and as it was.")
       .def("__call__", &Watch::holds, py::arg("x"),
-           "Whether it holds for a call with x, float32 [B, T, C], and with the other tensors.");
-  py::class_<QuantBlock>(m, "QuantBlock",
-                         "dfqvit::quant_block with prepared constants, for calls that nothing watches; see "
-                         "dfqvit/runtime/block.py.")
-      .def(py::init<std::shared_ptr<Watch>, const py::tuple&>(), py::arg("watch"), py::arg("arguments"))
-      .def("current", &QuantBlock::current, "Whether all that it was made from is still there and as it was.")
-      .def("__call__", &QuantBlock::call, py::arg("x"), "float32 [B, T, C] to the same, or None: see the class.");
+           "Whether it holds for a call with x, float32 [..., C] of `dims` dimensions, and with the other tensors.");
+  define<Block>(m, "QuantBlock",
+                "dfqvit::quant_block with prepared constants, for calls that nothing watches; see "
+                "dfqvit/runtime/block.py.",
+                block_of);
+  define<ConvBlock>(m, "QuantConvBlock",
+                    "dfqvit::quant_conv_block with prepared constants, for calls that nothing watches; see "
+                    "dfqvit/runtime/block.py.",
+                    conv_block_of);
   py::class_<PreparedCall>(m, "PreparedCall",
                            "A compiled operator with most of its arguments given beforehand, for calls that nothing "
                            "watches; see dfqvit/runtime/prepared.py.")

@@ -5,6 +5,7 @@
     quant_attention            attention on integers, of whole images or of windows
     quant_linear               integer matrix product; bias, ACM, activation, residual, requantization in the epilogue
     quant_block                a transformer block of these three in one call
+    quant_conv_block           a ConvNeXt block: depthwise convolution, LayerNorm, integer MLP, in one call
     quantize_heads             Q, K and V as integers for the attention, rotated on the way
     patch_similarity_entropy   the entropy of patch similarities that drives synthesis
     similarity_range           the range that its density is taken over, for batches processed in parts
@@ -28,6 +29,7 @@ if __name__ != "kernels":
     from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
     from .quant_attention import quant_attention
     from .quant_block import quant_block
+    from .quant_conv_block import quant_conv_block
     from .quant_linear import block_weight, quant_linear, weight_sums
     from .quantize_heads import quantize_heads
     from .roll_resize import roll_resize
@@ -45,6 +47,7 @@ if __name__ != "kernels":
         "patch_similarity_entropy",
         "quant_attention",
         "quant_block",
+        "quant_conv_block",
         "quant_linear",
         "quantize_heads",
         "roll_resize",

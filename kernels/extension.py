@@ -60,3 +60,18 @@ def cpu_name() -> str:
     except OSError:
         pass  # not Linux: the platform module's name has to do
     return platform.processor() or platform.machine() or sys.platform
+
+
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy: where nothing watches, in memory that the operators keep for their results (csrc/cpu/results.cpp).
+
+    Args:
+        x: of any dtype and strides, such as patches of an image.
+
+    Returns:
+        The same values, contiguous; also where x is.
+    """
+    module = None if torch.compiler.is_compiling() or x.device.type != "cpu" else load()[0]
+    if module is None or module.watched() or (torch.is_grad_enabled() and x.requires_grad):
+        return x.clone(memory_format=torch.contiguous_format)
+    return module.gathered(x)

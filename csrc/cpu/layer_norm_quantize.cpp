@@ -3,11 +3,11 @@
 #include "dfqvit/layer_norm_quantize.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
+#include "dfqvit/results.h"
 #include "dfqvit/thread_memory.h"
 
 namespace dfqvit {
@@ -31,17 +31,18 @@ namespace {
 at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps,
                                const at::Tensor& scale, const at::Tensor& zero_point, int64_t bits) {
   const at::Tensor input = x.contiguous();
-  at::Tensor output = at::empty(input.sizes(), input.options().dtype(at::kByte));
+  at::Tensor output = empty_result(input.sizes(), at::kByte);
   if (input.numel() == 0) return output;
   const NormLayer layer(weight, bias, eps, scale, zero_point, bits);
   const int64_t channels = layer.norm.channels;
-  const NormKernel kernel = norm_kernel_for(layer.ordinary ? active_isa() : Isa::portable);
+  const NormKernels kernels = norm_kernels_for(layer.ordinary ? active_isa() : Isa::portable);
   const char* from = static_cast<const char*>(input.const_data_ptr());
   uint8_t* to = output.mutable_data_ptr<uint8_t>();
   const int64_t grain = std::max<int64_t>(1, 16384 / channels);
   parallel_ranges(input.numel() / channels, grain, [&](int64_t begin, int64_t end) {
-    kernel(from + begin * channels * input.element_size(), type_of(input.scalar_type()), end - begin, layer.norm,
-           to + begin * channels, channels, reinterpret_cast<float*>(thread_memory(layer.norm.line() * sizeof(float))));
+    kernels.quantize(from + begin * channels * input.element_size(), type_of(input.scalar_type()), end - begin,
+                     layer.norm, to + begin * channels, channels,
+                     reinterpret_cast<float*>(thread_memory(layer.norm.line() * sizeof(float))));
   });
   return output;
 }

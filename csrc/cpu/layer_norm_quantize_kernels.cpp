@@ -4,15 +4,15 @@
 namespace dfqvit {
 namespace quant {
 
-NormKernel norm_kernel_for(Isa isa) {
+NormKernels norm_kernels_for(Isa isa) {
 #if DFQVIT_X86
-  if (isa >= Isa::avx512 && has_avx512_vnni()) return avx512::norm;
-  if (isa >= Isa::avx2) return avx2::norm;
+  if (isa >= Isa::avx512 && has_avx512_vnni()) return {avx512::norm, avx512::norm_and_add};
+  if (isa >= Isa::avx2) return {avx2::norm, avx2::norm_and_add};
 #elif DFQVIT_ARM
-  if (isa != Isa::portable) return neon::norm;
+  if (isa != Isa::portable) return {neon::norm, neon::norm_and_add};
 #endif
   (void)isa;
-  return portable::norm;
+  return {portable::norm, portable::norm_and_add};
 }
 
 }  // namespace quant

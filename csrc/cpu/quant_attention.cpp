@@ -1,11 +1,11 @@
 // dfqvit_cpu::quant_attention. Here: the arguments as the kernels want them, and the division of work among threads;
 // the kernels are in dfqvit/quant_attention_body.h.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
+#include "dfqvit/results.h"
 #include "dfqvit/thread_memory.h"
 
 namespace dfqvit {
@@ -113,7 +113,7 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
                            int64_t out_bits, const OptionalTensor& head_scale) {
   const at::Tensor input = qkv.contiguous();
   const int64_t batch = input.size(0), image = input.size(1), channels = input.size(2) / 3;
-  at::Tensor result = at::empty({batch, image, channels}, input.options().dtype(out_scale ? at::kByte : at::kFloat));
+  at::Tensor result = empty_result({batch, image, channels}, out_scale ? at::kByte : at::kFloat);
   if (result.numel() == 0) return result;
   const AttentionLayer layer(heads, in_scale, in_zero, scale, bias, mask, index, out_scale, out_zero, out_bits,
                              head_scale);

@@ -2,24 +2,23 @@
 #include "dfqvit/quant_block.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <utility>
 
 #include "dfqvit/parallel.h"
+#include "dfqvit/quantize_heads.h"
+#include "dfqvit/results.h"
 #include "dfqvit/thread_memory.h"
 
 namespace dfqvit {
 namespace quant {
 namespace {
 
-constexpr int64_t kRowsTogether = 400;  // of whole images that a thread takes through all stages, about
-
-int64_t aligned(int64_t bytes) {
-  return (bytes + 63) / 64 * 64;
-}
+constexpr int64_t kRowsTogether = 400;      // of whole images that a thread takes through all stages, about
+constexpr int64_t kMostTogether = 416;      // that go through the layers before or after attention at once
+constexpr int64_t kWideTogether = 3 << 17;  // bytes of floats q, k and v that do, about: they stay in the second cache
 
 // Parts of the rows, of which a thread takes that which it had last, if nobody else has: its caches still hold the
 // rows, from one stage to the next and from block to block.
@@ -40,62 +39,84 @@ class Parts {
 
 }  // namespace
 
-// The stages for the rows of some images: x and out at the first of them; what lies between in `memory`.
+// The stages for the rows of some images: x and out at the first of them; what all rows have between the stages in
+// `shared`, of `shared_bytes`, and what a thread has while it computes in memory of its own, of `own_bytes`.
 struct Block::Stages {
   const Block& block;
   const float* x;
   float* out;
   int64_t image, rows;  // of an image, and of all
+  int64_t together;     // rows that go through the layers before or after attention at once
   const Weights& weights;
-  uint8_t *normed, *between, *attended, *hidden;
+  uint8_t *between, *attended;  // integers of q, k and v, and what attention makes of them
   Heads heads;
   Kernels kernels;
   AttentionKernels attention;
-  NormKernel norm;
+  NormKernels norms;
+  HeadsKernel to_heads;
 
-  static int64_t bytes(const Block& b, int64_t rows) {
-    const int64_t attended = b.proj_.stride(), normed = std::max(b.qkv_.stride(), b.fc1_.stride());
-    return aligned(rows * normed) + aligned(rows * b.qkv_.out_features + kDepth) + aligned(rows * attended) +
-           aligned(rows * b.fc2_.stride());
+  static int64_t shared_bytes(const Block& b, int64_t rows) {
+    return aligned(rows * b.qkv_.out_features + kDepth) + aligned(rows * b.proj_.stride());
   }
 
   Stages(const Block& b, const Weights& weights, const float* x, float* out, int64_t image, int64_t rows,
-         uint8_t* memory)
-      : block(b), x(x), out(out), image(image), rows(rows), weights(weights) {
-    const auto take = [&](int64_t bytes) { return std::exchange(memory, memory + aligned(bytes)); };
-    normed = take(rows * std::max(b.qkv_.stride(), b.fc1_.stride()));
-    between = take(rows * b.qkv_.out_features + kDepth);
-    attended = take(rows * b.proj_.stride());
-    hidden = take(rows * b.fc2_.stride());
+         uint8_t* shared)
+      : block(b),
+        x(x),
+        out(out),
+        image(image),
+        rows(rows),
+        together(most_together(b, rows)),
+        weights(weights),
+        between(shared),
+        attended(shared + aligned(rows * b.qkv_.out_features + kDepth)) {
     heads = b.attention_.heads_of(image, b.proj_.in_features);
     heads.out_stride = b.proj_.stride();
     const bool ordinary = b.norm1_.ordinary && b.norm2_.ordinary && b.qkv_.ordinary && b.proj_.ordinary &&
-                          b.fc1_.ordinary && b.fc2_.ordinary && b.attention_.ordinary;
+                          b.fc1_.ordinary && b.fc2_.ordinary && b.attention_.ordinary && b.ordinary_heads();
     const Isa isa = ordinary ? active_isa() : Isa::portable;
     kernels = kernels_for(isa);
     attention = attention_kernels_for(isa);
-    norm = norm_kernel_for(isa);
+    norms = norm_kernels_for(isa);
+    to_heads = heads_kernel_for(isa);
   }
 
-  // Scratch of a thread for any of the stages.
-  int64_t scratch() const {
-    int64_t most = Workspace::bytes(heads);
-    const LinearLayer* layers[] = {&block.qkv_, &block.proj_, &block.fc1_, &block.fc2_};
-    for (int i = 0; i < 4; ++i) most = std::max(most, weights[i].scratch_bytes(layers[i]->count()));
-    for (const NormLayer* layer : {&block.norm1_, &block.norm2_}) {
-      most = std::max<int64_t>(most, layer->norm.line() * sizeof(float));
-    }
-    return aligned(most);
+  // A thread's memory.
+  struct Own {
+    uint8_t *normed, *hidden, *scratch;
+    float* floats;  // what a layer gives where more is to come before it is rounded or added
+  };
+  int64_t own_bytes() const { return normed_bytes() + hidden_bytes() + float_bytes() + scratch_bytes(); }
+  Own own(uint8_t* memory) const {
+    uint8_t *hidden = memory + normed_bytes(), *floats = hidden + hidden_bytes();
+    return {memory, hidden, floats + float_bytes(), reinterpret_cast<float*>(floats)};
   }
 
   // Rows begin to end of everything before attention.
-  void before(int64_t begin, int64_t end, uint8_t* scratch) const {
-    apply(block.norm1_, block.qkv_, x, begin, end, scratch);
-    apply(block.qkv_, weights[0], normed, begin, end, nullptr, between, block.qkv_.out_features, scratch);
+  void before(int64_t begin, int64_t end, const Own& own) const {
+    const LinearLayer& qkv = block.qkv_;
+    each_part(begin, end, [&](int64_t first, int64_t last) {
+      to_bytes(block.norm1_, qkv, x, first, last, own);
+      if (!block.cosine_) {
+        apply(qkv, weights[0], own.normed, first, last, nullptr, between, qkv.out_features, own.scratch);
+        return;
+      }
+      apply(qkv, weights[0], own.normed, 0, last - first, nullptr, own.floats, qkv.out_features, own.scratch);
+      const int64_t width = qkv.out_features / 3, depth = heads.depth;
+      bool finite = true;
+      for (int64_t row = first; row < last; ++row) {
+        for (int i = 0; i < 3; ++i) {
+          const float* values = own.floats + (row - first) * 3 * width + i * width;
+          finite &= to_heads({values, width / depth, depth, depth, i < 2}, {nullptr, 0, false}, block.heads_[i],
+                             between + row * 3 * width + i * width, reinterpret_cast<float*>(own.scratch));
+        }
+      }
+      TORCH_CHECK_VALUE(finite, "q, k or v became NaN or Inf; they must be finite");
+    });
   }
   // Attention of rows begin to end, of whatever images they belong to; all rows of these are through `before`.
-  void attend(int64_t begin, int64_t end, uint8_t* scratch) const {
-    const Workspace work(heads, scratch);
+  void attend(int64_t begin, int64_t end, const Own& own) const {
+    const Workspace work(heads, own.scratch);
     for (int64_t first = begin / image * image; first < end; first += image) {
       const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, image);
       for (int64_t h = 0; h < block.attention_.heads; ++h) attend(first, h, 0, from, to, work);
@@ -106,35 +127,89 @@ struct Block::Stages {
     for (int64_t h = 0; h < block.attention_.heads; ++h) attend(image_index * image, h, window, 0, heads.tokens, work);
   }
   // Rows begin to end of everything after attention.
-  void after(int64_t begin, int64_t end, uint8_t* scratch) const {
-    const int64_t channels = block.proj_.out_features;
-    apply(block.proj_, weights[1], attended, begin, end, x, out, channels, scratch);
-    apply(block.norm2_, block.fc1_, out, begin, end, scratch);
-    apply(block.fc1_, weights[2], normed, begin, end, nullptr, hidden, block.fc2_.stride(), scratch);
-    apply(block.fc2_, weights[3], hidden, begin, end, out, out, channels, scratch);
+  void after(int64_t begin, int64_t end, const Own& own) const {
+    const LinearLayer& fc1 = block.fc1_;
+    each_part(begin, end, [&](int64_t first, int64_t last) {
+      add(block.norm1_, block.proj_, weights[1], attended + first * block.proj_.stride(), first, last, x, own);
+      to_bytes(block.norm2_, fc1, out, first, last, own);
+      apply(fc1, weights[2], own.normed, 0, last - first, nullptr, own.hidden, block.fc2_.stride(), own.scratch);
+      add(block.norm2_, block.fc2_, weights[3], own.hidden, first, last, out, own);
+    });
   }
 
  private:
+  static int64_t most_together(const Block& b, int64_t rows) {
+    const int64_t wide = kWideTogether / (b.qkv_.out_features * static_cast<int64_t>(sizeof(float)));
+    const int64_t most = b.cosine_ ? std::clamp<int64_t>(wide, 64, kMostTogether) : kMostTogether;
+    return std::min(rows, most);
+  }
+  int64_t normed_bytes() const { return aligned(together * std::max(block.qkv_.stride(), block.fc1_.stride())); }
+  int64_t hidden_bytes() const { return aligned(together * block.fc2_.stride()); }
+  int64_t float_bytes() const {
+    const int64_t wide = block.cosine_ ? block.qkv_.out_features : block.post_norm_ ? block.proj_.out_features : 0;
+    return aligned(together * wide * static_cast<int64_t>(sizeof(float)));
+  }
+  // Of any of the stages.
+  int64_t scratch_bytes() const {
+    int64_t most = std::max<int64_t>(Workspace::bytes(heads), block.proj_.in_features * sizeof(float));
+    const LinearLayer* layers[] = {&block.qkv_, &block.proj_, &block.fc1_, &block.fc2_};
+    for (int i = 0; i < 4; ++i) most = std::max(most, weights[i].scratch_bytes(layers[i]->count()));
+    for (const NormLayer* layer : {&block.norm1_, &block.norm2_}) {
+      most = std::max<int64_t>(most, layer->norm.line() * sizeof(float));
+    }
+    return aligned(most);
+  }
+
+  // work(first, last) for parts of begin to end of about the same size, `together` at most.
+  template <class Work>
+  void each_part(int64_t begin, int64_t end, const Work& work) const {
+    const int64_t parts = (end - begin + together - 1) / together;
+    for (int64_t part = 0; part < parts; ++part) {
+      work(begin + (end - begin) * part / parts, begin + (end - begin) * (part + 1) / parts);
+    }
+  }
   void attend(int64_t first, int64_t head, int64_t window, int64_t begin, int64_t end, const Workspace& work) const {
     const int64_t channels = block.proj_.in_features;
     block.attention_.run(attention, heads, work, head, window, begin, end, between + first * 3 * channels, 3 * channels,
                          between + rows * 3 * channels + kDepth, attended + first * heads.out_stride);
   }
-  void apply(const NormLayer& layer, const LinearLayer& next, const float* from, int64_t begin, int64_t end,
-             uint8_t* scratch) const {
+  // Rows first to last of what `next` takes, to own.normed.
+  void to_bytes(const NormLayer& layer, const LinearLayer& next, const float* from, int64_t first, int64_t last,
+                const Own& own) const {
     const int64_t channels = layer.norm.channels;
-    norm(from + begin * channels, Type::f32, end - begin, layer.norm, normed + begin * next.stride(), next.stride(),
-         reinterpret_cast<float*>(scratch));
+    const float* begin = from + first * channels;
+    if (!block.post_norm_) {
+      norms.quantize(begin, Type::f32, last - first, layer.norm, own.normed, next.stride(),
+                     reinterpret_cast<float*>(own.scratch));
+      return;
+    }
+    const bool finite =
+        kernels.quantize(begin, Type::f32, last - first, channels, next.input, own.normed, next.stride());
+    TORCH_CHECK_VALUE(finite, "x held NaN or Inf; every value must be finite");
   }
-  void apply(const LinearLayer& layer, const Weight& weight, const uint8_t* from, int64_t begin, int64_t end,
+  // Rows first to last of out: the residual, plus what a layer makes of `from`, its row 0 the first; through the norm
+  // where that comes last.
+  void add(const NormLayer& norm, const LinearLayer& layer, const Weight& weight, const uint8_t* from, int64_t first,
+           int64_t last, const float* residual, const Own& own) const {
+    const int64_t channels = norm.norm.channels;
+    if (!block.post_norm_) {
+      apply(layer, weight, from, first, last, residual, out, channels, own.scratch);
+      return;
+    }
+    apply(layer, weight, from, 0, last - first, nullptr, own.floats, channels, own.scratch);
+    norms.add(own.floats, last - first, norm.norm, residual + first * channels, out + first * channels,
+              reinterpret_cast<float*>(own.scratch));
+  }
+  // A layer's result in the rows first to last of `to`; `from`: its row 0 is the first of them.
+  void apply(const LinearLayer& layer, const Weight& weight, const uint8_t* from, int64_t first, int64_t last,
              const float* residual, void* to, int64_t to_stride, uint8_t* scratch) const {
     Epilogue e = layer.epilogue;
     e.columns = layer.columns.data();
     e.residual = residual;
     e.out = to;
     e.out_stride = to_stride;
-    e.first_row = begin;
-    kernels.linear(from + begin * layer.stride(), layer.stride(), end - begin, weight, 0, layer.count(), scratch, e);
+    e.first_row = first;
+    kernels.linear(from, layer.stride(), last - first, weight, 0, layer.count(), scratch, e);
   }
 };
 
@@ -161,6 +236,7 @@ const BlockArguments& checked(const BlockArguments& a) {
   }
   TORCH_CHECK_VALUE(!a.hidden_scale || a.hidden_scale->numel() == outs[2], "hidden_scale had ",
                     a.hidden_scale ? a.hidden_scale->numel() : 0, " values; it must have ", outs[2]);
+  TORCH_CHECK_VALUE(!a.post_norm || !a.acm, "acm was given with post_norm, whose norm would change it");
   TORCH_CHECK_VALUE(a.heads > 0 && ins[1] > 0 && ins[1] % a.heads == 0, "heads was ", a.heads, "; the ", ins[1],
                     " channels of q must be a multiple of it");
   return a;
@@ -187,18 +263,29 @@ at::Tensor three(const std::vector<at::Tensor>& values) {
 }  // namespace
 
 Block::Block(const BlockArguments& a, bool gather)
-    : norm1_(checked(a).norms[0], a.norms[1], a.eps[0], a.scales[0], a.zeros[0], a.a_bits[0]),
+    : post_norm_(checked(a).post_norm),
+      cosine_(a.head_scale.has_value()),
+      norm1_(a.norms[0], a.norms[1], a.eps[0], a.scales[0], a.zeros[0], a.a_bits[0]),
       norm2_(a.norms[2], a.norms[3], a.eps[1], a.scales[5], a.zeros[5], a.a_bits[5]),
-      qkv_(linear_of(a, 0, a.norms[0].numel(), 0, {}, "none", three(a.scales), three(a.zeros), a.a_bits[1])),
+      qkv_(linear_of(a, 0, a.norms[0].numel(), 0, {}, "none", cosine_ ? OptionalTensor() : three(a.scales),
+                     cosine_ ? OptionalTensor() : three(a.zeros), a.a_bits[1])),
       proj_(linear_of(a, 1, a.weight_scales[0].numel() / 3, 4, {}, "none", {}, {}, 8)),
       fc1_(linear_of(a, 2, a.norms[0].numel(), 5, {}, a.activation.c_str(),
                      a.hidden_scale ? *a.hidden_scale : a.scales[6], a.zeros[6], a.a_bits[6])),
       fc2_(linear_of(a, 3, a.weight_scales[2].numel(), 6, a.acm, "none", {}, {}, 8)),
       attention_(a.heads, three(a.scales), three(a.zeros), a.attention_scale, a.position_bias, a.mask, a.index,
-                 a.scales[4], a.zeros[4], a.a_bits[4]) {
+                 a.scales[4], a.zeros[4], a.a_bits[4], a.head_scale) {
   TORCH_CHECK_VALUE(a.a_bits[1] == a.a_bits[2] && a.a_bits[1] == a.a_bits[3], "a_bits had ", a.a_bits[1], ", ",
                     a.a_bits[2], " and ", a.a_bits[3], " for q, k and v; they must be the same");
+  for (int i = 0; i < 3; ++i) {
+    const float step = scalar_of("a scale", a.scales[i + 1]), zero = scalar_of("a zero point", a.zeros[i + 1]);
+    heads_[i] = {step, 1.0f / step, zero, static_cast<float>((1 << a.a_bits[1]) - 1)};
+  }
   if (gather) fc2_.gather_acm();
+}
+
+bool Block::ordinary_heads() const {
+  return std::all_of(heads_.begin(), heads_.end(), [](const Quantizer& q) { return ordinary_divisor(q.scale); });
 }
 
 void Block::drop_weights() {
@@ -219,7 +306,7 @@ at::Tensor Block::run(const at::Tensor& x, const Weights& weights) const {
                     fc2_.epilogue.tokens, " tokens an image; these have ", x.size(1), ": quantize for this input size");
   attention_.check_tokens(x.size(1));
   const at::Tensor input = x.contiguous();
-  at::Tensor result = at::empty_like(input);
+  at::Tensor result = empty_result(input.sizes(), at::kFloat);
   if (input.numel() == 0) return result;
   const int64_t batch = input.size(0), image = input.size(1), channels = input.size(2), rows = batch * image;
   const int64_t threads = parallel_threads(), windows = attention_.windows;
@@ -229,40 +316,40 @@ at::Tensor Block::run(const at::Tensor& x, const Weights& weights) const {
     const int64_t most = std::max<int64_t>(1, std::min(kRowsTogether / image, (batch + threads - 1) / threads));
     parallel_pieces((batch + most - 1) / most, [&](int64_t piece) {
       const int64_t first = piece * most, own = std::min(most, batch - first) * image;
-      const int64_t between = Stages::bytes(*this, most * image);
+      const int64_t shared = Stages::shared_bytes(*this, own);
       const Stages sizes(*this, weights, nullptr, nullptr, image, own, nullptr);
-      uint8_t* memory = thread_memory(between + sizes.scratch());
-      uint8_t* scratch = memory + between;
+      uint8_t* memory = thread_memory(shared + sizes.own_bytes());
       const Stages stages(*this, weights, from + first * image * channels, to + first * image * channels, image, own,
                           memory);
-      stages.before(0, own, scratch);
+      const Stages::Own mine = stages.own(memory + shared);
+      stages.before(0, own, mine);
       if (windows == 1) {
-        stages.attend(0, own, scratch);
+        stages.attend(0, own, mine);
       } else {
-        const Workspace work(stages.heads, scratch);
+        const Workspace work(stages.heads, mine.scratch);
         for (int64_t i = 0; i < own / image * windows; ++i) stages.attend_window(i / windows, i % windows, work);
       }
-      stages.after(0, own, scratch);
+      stages.after(0, own, mine);
     });
     return result;
   }
-  const at::Tensor shared = at::empty({Stages::bytes(*this, rows) + kDepth}, input.options().dtype(at::kByte));
+  const at::Tensor shared = empty_result({Stages::shared_bytes(*this, rows) + kDepth}, at::kByte);
   uint8_t* memory = shared.mutable_data_ptr<uint8_t>();
   memory += -reinterpret_cast<uintptr_t>(memory) % kDepth;
   const Stages stages(*this, weights, from, to, image, rows, memory);
   // One part of the rows for each thread: every part reads all the weights.
   const int64_t share = (rows + threads - 1) / threads;
-  const int64_t parts = (rows + share - 1) / share, scratch = stages.scratch();
+  const int64_t parts = (rows + share - 1) / share;
   const int64_t shared_windows = windows > 1 ? batch * windows : 0;
   Countdown before(parts), attended(shared_windows);
   Parts first_half(parts), second_half(parts);
   parallel_pieces(2 * parts + shared_windows, [&](int64_t piece) {
-    uint8_t* own = thread_memory(scratch);
+    const Stages::Own own = stages.own(thread_memory(stages.own_bytes()));
     if (piece >= parts) before.wait();
     if (piece >= parts && piece < parts + shared_windows) {
       const Countdown::Piece counted(attended);
       const int64_t window = piece - parts;
-      stages.attend_window(window / windows, window % windows, Workspace(stages.heads, own));
+      stages.attend_window(window / windows, window % windows, Workspace(stages.heads, own.scratch));
       return;
     }
     const int64_t part = (piece < parts ? first_half : second_half).take();
@@ -286,10 +373,11 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
                        at::TensorList scales, at::TensorList zeros, at::IntArrayRef a_bits, int64_t heads,
                        double attention_scale, const OptionalTensor& position_bias, const OptionalTensor& mask,
                        const OptionalTensor& index, const OptionalTensor& acm, const OptionalTensor& hidden_scale,
-                       c10::string_view activation) {
-  const BlockArguments a{norms.vec(),  eps.vec(),   weights.vec(), biases.vec(), weight_scales.vec(),    w_bits.vec(),
-                         scales.vec(), zeros.vec(), a_bits.vec(),  heads,        attention_scale,        position_bias,
-                         mask,         index,       acm,           hidden_scale, std::string(activation)};
+                       c10::string_view activation, const OptionalTensor& head_scale, bool post_norm) {
+  const BlockArguments a{norms.vec(),  eps.vec(),   weights.vec(), biases.vec(), weight_scales.vec(),     w_bits.vec(),
+                         scales.vec(), zeros.vec(), a_bits.vec(),  heads,        attention_scale,         position_bias,
+                         mask,         index,       acm,           hidden_scale, std::string(activation), head_scale,
+                         post_norm};
   calm_openmp();
   const std::shared_ptr<const RememberedBlock> remembered = RememberedBlock::find(a);
   return remembered ? remembered->run(x, a.weights) : Block(a, false).run(x);

@@ -17,6 +17,7 @@
 
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
+#include "dfqvit/results.h"
 #include "dfqvit/thread_memory.h"
 #include "dfqvit/torch_dispatch.h"
 
@@ -91,7 +92,7 @@ bool run(const Input& input, const Weight& weight, Epilogue e, int64_t blocks) {
   at::Tensor shared;
   uint8_t* integers = nullptr;
   if (!input.ready()) {
-    shared = at::empty({std::max<int64_t>(rows * input.stride, 1)}, at::kByte);
+    shared = empty_result({std::max<int64_t>(rows * input.stride, 1)}, at::kByte);
     integers = shared.mutable_data_ptr<uint8_t>();
   }
   e.first_row = 0;
@@ -140,7 +141,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
     TORCH_CHECK_VALUE(most < 1 << a_bits, "x held ", static_cast<int>(most), "; it must be a whole number from 0 to ",
                       (1 << a_bits) - 1);
   }
-  at::Tensor result = at::empty(shape, x.options().dtype(out_dtype));
+  at::Tensor result = empty_result(shape, out_dtype);
   ask_for_huge_pages(result);
   TORCH_CHECK_VALUE(!residual || residual->numel() == rows * layer.out_features, "residual had shape ",
                     residual ? residual->sizes() : at::IntArrayRef(), "; the result has ", at::IntArrayRef(shape));

@@ -3,7 +3,6 @@
 #include "dfqvit/quantize_heads.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <array>
@@ -11,6 +10,7 @@
 
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
+#include "dfqvit/results.h"
 #include "dfqvit/thread_memory.h"
 
 namespace dfqvit {
@@ -26,7 +26,7 @@ at::Tensor readable(const at::Tensor& tensor) {
 at::Tensor quantize_heads(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& in_scale,
                           const at::Tensor& in_zero, int64_t bits, const OptionalTensor& rope, bool half) {
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), depth = q.size(3), width = heads * depth;
-  at::Tensor result = at::empty({batch, tokens, 3 * width}, q.options().dtype(at::kByte));
+  at::Tensor result = empty_result({batch, tokens, 3 * width}, at::kByte);
   if (result.numel() == 0) return result;
   const std::array<at::Tensor, 3> parts{readable(q), readable(k), readable(v)};
   const at::Tensor turns = rope ? rope->to(at::kFloat).contiguous() : at::Tensor();
@@ -54,7 +54,7 @@ at::Tensor quantize_heads(const at::Tensor& q, const at::Tensor& k, const at::Te
         const at::Tensor& part = parts[i];
         const float* values = part.const_data_ptr<float>() + image * part.stride(0) + token * part.stride(2);
         const float* sines = i < 2 && turn >= 0 && turned > 0 ? first_turn + turn * 2 * depth : nullptr;
-        if (!kernel({values, heads, depth, part.stride(1)}, {sines, turn_stride, half}, quantizers[i],
+        if (!kernel({values, heads, depth, part.stride(1), false}, {sines, turn_stride, half}, quantizers[i],
                     to + (3 * row + i) * width, line)) {
           finite = false;
         }

@@ -19,7 +19,7 @@ void each_constant(Arguments& a, const Visit& visit) {
   for (auto* tensors : {&a.norms, &a.biases, &a.weight_scales, &a.scales, &a.zeros}) {
     for (auto& tensor : *tensors) visit(tensor);
   }
-  for (auto* tensor : {&a.position_bias, &a.mask, &a.index, &a.acm, &a.hidden_scale}) {
+  for (auto* tensor : {&a.position_bias, &a.mask, &a.index, &a.acm, &a.hidden_scale, &a.head_scale}) {
     if (*tensor) visit(**tensor);
   }
 }
@@ -86,7 +86,7 @@ RememberedBlock::RememberedBlock(const BlockArguments& copies) : constants_(copi
 bool RememberedBlock::fits(const BlockArguments& a) const {
   const BlockArguments& c = constants_;
   bool alike = a.eps == c.eps && a.w_bits == c.w_bits && a.a_bits == c.a_bits && a.heads == c.heads &&
-               a.attention_scale == c.attention_scale && a.activation == c.activation &&
+               a.attention_scale == c.attention_scale && a.activation == c.activation && a.post_norm == c.post_norm &&
                a.weights.size() == sums_.size();
   const Block::Weights own = block_.own_weights();
   for (size_t i = 0; alike && i < sums_.size(); ++i) {
@@ -96,7 +96,8 @@ bool RememberedBlock::fits(const BlockArguments& a) const {
   }
   return alike && same(a.norms, c.norms) && same(a.biases, c.biases) && same(a.weight_scales, c.weight_scales) &&
          same(a.scales, c.scales) && same(a.zeros, c.zeros) && same(a.position_bias, c.position_bias) &&
-         same(a.mask, c.mask) && same(a.index, c.index) && same(a.acm, c.acm) && same(a.hidden_scale, c.hidden_scale);
+         same(a.mask, c.mask) && same(a.index, c.index) && same(a.acm, c.acm) && same(a.hidden_scale, c.hidden_scale) &&
+         same(a.head_scale, c.head_scale);
 }
 
 std::shared_ptr<const RememberedBlock> RememberedBlock::find(const BlockArguments& a) {

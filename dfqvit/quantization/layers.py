@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import block_weight, extension, quant_linear, weight_sums
-from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest
+from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest, unpack_weight
 from ..kernels.quant_linear.op import forward as linear_operator
 from .precision import KeepsPrecision
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
 from .rounding import SecondMoments, round_together
 
 PREPARED = ("weight_blocked", "weight_sums", "acm_float")  # buffers that a frozen layer makes for its kernels
+
+_MANY_CHANNELS = 8  # an image has 1 to 4
 
 
 class QuantLinear(KeepsPrecision):
@@ -122,11 +124,15 @@ class QuantLinear(KeepsPrecision):
         """Makes the buffers that the kernels of this device want from the weight and the ACM as they are now."""
         packed, acm, made = self._buffers.get("weight_packed"), self._buffers["acm"], dict.fromkeys(PREPARED)
         if packed is not None and packed.device.type == "cpu" and extension.supports_cpu()[0]:
-            made["weight_blocked"] = block_weight(packed, self.in_features, self.w_bits)
+            made["weight_blocked"] = block_weight(self.arranged(packed), self.in_features, self.w_bits)
         elif packed is not None and packed.device.type == "cuda":
             made["weight_sums"] = weight_sums(packed, self.in_features, self.w_bits)
             made["acm_float"] = None if acm is None else acm.float()
         self._buffers.update(made)
+
+    def arranged(self, packed: torch.Tensor) -> torch.Tensor:
+        """The packed weight with its inputs in the order that `weight_blocked` has them."""
+        return packed
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(weight, acm, w_sums) in the form that the kernels of this device run fastest with."""
@@ -165,11 +171,14 @@ class QuantLinear(KeepsPrecision):
         super().__setstate__(state)
         self.prepare()
 
+    def divided(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] by the factors of its channels, if there are any."""
+        factor = self.factor
+        return x if factor is None else x / factor
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        factor = self.factor
-        if factor is not None:
-            x = x / factor
+        x = self.divided(x)
         if self.weight is not None:
             y = F.linear(self.input(x), self.weight, self.bias)
             if self._moments is not None and y.requires_grad:
@@ -196,7 +205,11 @@ class QuantLinear(KeepsPrecision):
 
 
 class QuantPatchProjection(QuantLinear):
-    """Stands in for the convolution of a patch embedding (stride = kernel size): a linear layer over flattened patches."""
+    """Stands in for the convolution of a patch embedding (stride = kernel size): a linear layer over flattened patches.
+
+    A patch is flattened channel by channel, as the convolution's weight is. `weight_blocked` has the pixels' channels together
+    instead where there are many, as inside a network: patches of channels-last memory are then whole runs of it.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> None:
         super().__init__(weight.flatten(1), bias, *args)
@@ -207,13 +220,42 @@ class QuantPatchProjection(QuantLinear):
         """The stand-in for an `nn.Conv2d` whose patches do not overlap."""
         return cls(conv.weight, conv.bias, w_bits, a_bits, quantizer)
 
+    @property
+    def by_pixels(self) -> bool:
+        """Whether the weight that it multiplies by now has a pixel's channels together."""
+        return self.weight_blocked is not None and self.operands()[0] is self.weight_blocked and self._many()
+
+    def _many(self) -> bool:
+        area = self.kernel_size[0] * self.kernel_size[1]
+        return area > 1 and self.in_features // area >= _MANY_CHANNELS
+
+    def _pixels_first(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., channels * pixels] to [..., pixels * channels]."""
+        area = self.kernel_size[0] * self.kernel_size[1]
+        return inputs.unflatten(-1, (-1, area)).transpose(-1, -2).flatten(-2)
+
+    def arranged(self, packed: torch.Tensor) -> torch.Tensor:
+        """As QuantLinear's."""
+        if not self._many():
+            return packed
+        integers = unpack_weight(packed, self.w_bits, self.in_features)
+        return pack_integers(self._pixels_first(integers), self.w_bits)
+
+    def divided(self, x: torch.Tensor) -> torch.Tensor:
+        """As QuantLinear's."""
+        factor = self.factor
+        if factor is None:
+            return x
+        return x / (self._pixels_first(factor) if self.by_pixels else factor)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] to [B, embed_dim, H / patch, W / patch]."""
         (height, width), (batch, channels, *_) = self.kernel_size, x.shape
         rows, columns = x.shape[2] // height, x.shape[3] // width
         x = x[:, :, : rows * height, : columns * width]
-        patches = x.reshape(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-        tokens = super().forward(patches.reshape(batch, rows * columns, self.in_features))
+        patches = x.reshape(batch, channels, rows, height, columns, width)
+        patches = patches.permute(*((0, 2, 4, 3, 5, 1) if self.by_pixels else (0, 2, 4, 1, 3, 5)))
+        tokens = super().forward(extension.gathered(patches).view(batch, rows * columns, self.in_features))
         return tokens.transpose(1, 2).reshape(batch, self.out_features, rows, columns)
 
 

@@ -1,9 +1,9 @@
 """What the integer blocks of all families have in common: when they run in integers, and how.
 
-An integer block is timm's block under another class: its layers, parameters and state_dict stay. It computes
-`quant_block` of what it holds at that moment, through torch's dispatcher, so that a trace, a mode or a transform sees one
-registered operator. Where nothing watches, a compiled object with prepared constants stands for the same call; it looks
-first whether all that it was made from is still there and as it was (csrc/module.cpp).
+An integer block is timm's block under another class: its layers, parameters and state_dict stay. It computes its operator
+(`quant_block`, or another that its family names) of what it holds at that moment, through torch's dispatcher, so that a trace,
+a mode or a transform sees one registered operator. Where nothing watches, a compiled object with prepared constants stands
+for the same call; it looks first whether all that it was made from is still there and as it was (csrc/module.cpp).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from ..kernels import extension
-from ..kernels.dispatch import asked_table
-from ..kernels.quant_block.op import forward as operator
+from ..kernels.dispatch import Operator, asked_table
+from ..kernels.quant_block.op import forward as quant_block
 from ..quantization.layers import check_tokens
 from .company import lift
-from .parts import Parts, parts_of, watched_or_differentiated
+from .parts import parts_of, watched_or_differentiated
 from .prepared import may_prepare, watch
 
 _ASKED = asked_table()
@@ -32,6 +32,9 @@ class IntegerBlock(nn.Module):
     """
 
     family: ClassVar[type]  # timm's class of the block
+    operator: ClassVar[Operator] = quant_block
+    compiled: ClassVar[str] = "QuantBlock"  # the class of dfqvit._C that prepares a call of the operator
+    dims: ClassVar[int] = 3  # of what the operator takes
 
     @classmethod
     def take(cls, block: nn.Module) -> None:
@@ -39,13 +42,18 @@ class IntegerBlock(nn.Module):
         block.__class__ = cls
 
     @classmethod
+    def parts(cls, block: Any) -> Any:
+        """What the block is made of, with `arguments` and `values`, or why it cannot run in integers."""
+        return parts_of(block)
+
+    @classmethod
     def why_not(cls, block: Any) -> str:
         """Why this block of the family does not run in integers, or ""."""
-        parts = parts_of(block)
+        parts = cls.parts(block)
         return parts if isinstance(parts, str) else ""
 
-    def geometry(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(bias, mask, index) of `quant_attention`, of the block as it is now."""
+    def geometry(self) -> tuple[torch.Tensor | None, ...]:
+        """What the arguments need beyond the parts, of the block as it is now: (bias, mask, index) of `quant_attention`."""
         return None, None, None
 
     def sources(self) -> list[torch.Tensor]:
@@ -53,35 +61,35 @@ class IntegerBlock(nn.Module):
         return []
 
     def integer(self, x: torch.Tensor) -> torch.Tensor | None:
-        """[B, T, C] to float32 [B, T, C] in integers, or None where the block is to compute as simulated."""
+        """What the operator takes to what it gives, or None where the block is to compute as simulated."""
         prepare = not _ASKED and not torch.compiler.is_compiling()
         if prepare:
             prepared = self.__dict__.get("_prepared")
             found = None if prepared is None else prepared(x)
             if found is not None:
                 return found
-        if watched_or_differentiated(self, x) or self.why_not(self):
+        parts = "it is watched" if watched_or_differentiated(self, x) else self.parts(self)
+        if isinstance(parts, str) or self.why_not(self):
             lift()
             return None
-        parts = parts_of(self)
-        assert isinstance(parts, Parts)
         check_tokens(parts.linears[-1].acm, x)
         arguments = parts.arguments(*self.geometry())
         if prepare:
             found = self._prepare(parts, arguments, x)
             if found is not None:
                 return found
-        return operator(x.float(), *arguments)
+        return self.operator(x.float(), *arguments)
 
-    def _prepare(self, parts: Parts, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor | None:
+    def _prepare(self, parts: Any, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor | None:
         """The result by a prepared call that later calls find too; None where there can be none, or something watches."""
         module, _ = extension.load()
         if module is None or not may_prepare(x):
             return None
         held = self.__dict__.get("_prepared")
         if held is None or not held.current():
-            watching = watch(self, [*parts.values(), *self.sources()], parts.norms[0].weight.numel())
-            held = module.QuantBlock(watching, arguments)
+            channels = parts.norms[0].weight.numel()
+            watching = watch(self, [*parts.values(), *self.sources()], channels, self.dims)
+            held = getattr(module, self.compiled)(watching, arguments)
             self.__dict__["_prepared"] = held
         return held(x)
 

@@ -27,14 +27,17 @@ from ..quantization.model import QuantizedForward, quantized
 from .attention import IntegerOperands
 from .block import IntegerBlock
 from .company import SerialTorch
+from .convnext import IntegerConvNeXtBlock, IntegerDownsample
 from .mlp import IntegerMlp
 from .residual import RESIDUAL, IntegerResidual
-from .swin import IntegerSwinBlock
+from .swin import IntegerSwinBlock, IntegerSwinV2Block, take_mergings
 from .vit import IntegerVitBlock
 
 RUNTIMES = ("auto", "integer", "simulated")
 OPERATORS = (norm_operator, linear_operator, attention_operator)
-FAMILIES: dict[type, type[IntegerBlock]] = {kind.family: kind for kind in (IntegerVitBlock, IntegerSwinBlock)}
+FAMILIES: dict[type, type[IntegerBlock]] = {
+    kind.family: kind for kind in (IntegerVitBlock, IntegerSwinBlock, IntegerSwinV2Block, IntegerConvNeXtBlock)
+}
 
 
 def check_runtime(runtime: str) -> None:
@@ -79,6 +82,8 @@ def accelerate(model: nn.Module) -> dict[str, str]:
         kind = RESIDUAL.get(type(block))
         if kind is not None and not kind.why_not(block):
             kind.take(block)
+    IntegerDownsample.take_all(model)
+    take_mergings(model)
     kinds = [isinstance(block, (IntegerBlock, IntegerResidual)) for _, block in named]
     if isinstance(model, QuantizedForward) and kinds and all(kinds) and not is_network(model):
         quantized(model, SerialTorch)  # of other models torch computes more than torch's threads cost

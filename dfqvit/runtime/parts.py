@@ -11,6 +11,7 @@ from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, LayerScale, Ml
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ..models.adapters.attentions import QuantWindowAttentionV2
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
@@ -21,7 +22,7 @@ NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # the same arithmetic on float
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a pre-norm block with one attention and one two-layer MLP."""
+    """The parts of a block with one attention and one two-layer MLP."""
 
     norms: tuple[nn.LayerNorm, nn.LayerNorm]
     linears: tuple[QuantLinear, QuantLinear, QuantLinear, QuantLinear]  # qkv, proj, fc1, fc2
@@ -30,6 +31,8 @@ class Parts:
     scale: float
     activation: str
     gains: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # LayerScale, of the results of proj and fc2
+    head_scale: torch.Tensor | None = None  # [heads], of attention by cosines
+    post_norm: bool = False  # whether the norms come last within the residual sums
 
     @property
     def sites(self) -> tuple[ActivationQuantizer, ...]:
@@ -62,14 +65,11 @@ class Parts:
             mask,
             index,
             operands[-1][1],
-            self.hidden_scale(),
+            hidden_scale(self.linears[-1]),
             self.activation,
+            self.head_scale,
+            self.post_norm,
         )
-
-    def hidden_scale(self) -> torch.Tensor | None:
-        """[H], what fc1 rounds its result by where fc2 has factors of its own for the channels."""
-        fc2 = self.linears[-1]
-        return None if fc2.factor is None else fc2.input.scale * fc2.factor
 
     def values(self) -> Iterator[torch.Tensor]:
         """The small tensors among the arguments: all but the packed weights."""
@@ -94,10 +94,16 @@ def scaled(tensor: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     return tensor if gain is None else tensor * torch.where(gain.abs() < _LEAST, _LEAST, gain)
 
 
-def parts_of(block: Any) -> Parts | str:
+def hidden_scale(fc2: QuantLinear) -> torch.Tensor | None:
+    """[H], what fc1 rounds its result by where fc2 has factors of its own for the channels."""
+    return None if fc2.factor is None else fc2.input.scale * fc2.factor
+
+
+def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
     """The parts of a block whose own class and attention are known, or why it cannot run in integers.
 
-    Every part is asked what it is, by exact class: a part that is not known could compute anything.
+    `post_norm`: whether its norms come last within its residual sums. Every part is asked what it is, by exact class: a part
+    that is not known could compute anything.
     """
     attention, mlp = block.attn, block.mlp
     if not isinstance(getattr(attention, "operands", None), AttentionOperands):
@@ -109,6 +115,8 @@ def parts_of(block: Any) -> Parts | str:
         return "its linear layers are not all quantized"
     if linears[0].acm is not None or linears[1].acm is not None or linears[2].acm is not None:
         return "a layer before the last has a correction"
+    if post_norm and linears[3].acm is not None:
+        return "a correction lies before a norm"
     if any(layer.exponents is not None for layer in linears[:3]):
         return "a layer before the last has factors for its channels"
     if attention.operands.steps != 255:
@@ -140,14 +148,17 @@ def parts_of(block: Any) -> Parts | str:
         return f"its activation is {type(mlp.act).__name__}"
     if other := replaced_forward(block):
         return other
+    cosines = isinstance(attention, QuantWindowAttentionV2)
     return Parts(
         norms,
         linears,
         attention.operands,
         attention.num_heads,
-        float(attention.scale),
+        1.0 if cosines else float(attention.scale),
         activation,
         (gains[0], gains[1]),
+        attention.scales_of_heads().float() if cosines else None,
+        post_norm,
     )
 
 

@@ -75,8 +75,8 @@ class Trying:
         return call
 
 
-def watch(module: nn.Module, values: list[torch.Tensor], channels: int) -> Any:
-    """The watch over a module whose constants were made from `values`, for inputs [B, T, channels]."""
+def watch(module: nn.Module, values: list[torch.Tensor], channels: int, dims: int = 3) -> Any:
+    """The watch over a module whose constants were made from `values`, for inputs [..., channels] of `dims` dimensions."""
     compiled_module, _ = extension.load()
     assert compiled_module is not None
     places: list[tuple[dict[str, Any], str, Any]] = []
@@ -89,7 +89,7 @@ def watch(module: nn.Module, values: list[torch.Tensor], channels: int) -> Any:
         if child is not module:
             empty += [getattr(child, name) for name in _HOOKS]
             absent.append((child.__dict__, "forward"))
-    return compiled_module.Watch(values, places, empty, absent, channels)
+    return compiled_module.Watch(values, places, empty, absent, channels, dims)
 
 
 def small_tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -1,23 +1,28 @@
-"""timm's Swin block in integers."""
+"""timm's Swin, of both versions, in integers: its blocks, and the layers between its stages."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, window_partition
+from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from torch import nn
 
+from ..kernels import extension
 from .block import IntegerBlock
+from .linear import normed, product, quantized
+from .parts import parts_of, replaced_forward, watched_or_differentiated
 
 
-class IntegerSwinBlock(IntegerBlock, SwinTransformerBlock):
-    """timm's block in integers; shift and windows are lists of token indices that the attention reads by.
+class _Windows(IntegerBlock):
+    """Mixed in before timm's block; shift and windows are lists of token indices that the attention reads by.
 
     Buffers, in no state_dict: `window_index` int32 [W, N] and `window_mask` float32 [W, N, N] or None, as `quant_attention` takes
     them. timm's `set_input_size` makes them anew.
     """
 
-    family: ClassVar = SwinTransformerBlock
     attn: Any
     norm1: Any
     input_resolution: Any
@@ -29,7 +34,7 @@ class IntegerSwinBlock(IntegerBlock, SwinTransformerBlock):
 
     @classmethod
     def take(cls, block: Any) -> None:
-        """Turns a SwinTransformerBlock into one of this class, in place."""
+        """Turns one of timm's blocks into one of this class, in place."""
         super().take(block)
         block._make_windows()
 
@@ -46,15 +51,12 @@ class IntegerSwinBlock(IntegerBlock, SwinTransformerBlock):
         return super().forward(x) if found is None else found.view_as(x)
 
     def geometry(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """The relative position bias as the table gives it now; mask and index of the windows."""
-        return self.attn._get_rel_pos_bias()[0].contiguous(), self.window_mask, self.window_index
-
-    def sources(self) -> list[torch.Tensor]:
-        """The table of the relative position bias."""
-        return [self.attn.relative_position_bias_table]
+        """The position bias as the attention gives it now; mask and index of the windows."""
+        bias = self.attn.position_bias()
+        return bias.view(-1, *bias.shape[-2:]).float().contiguous(), self.window_mask, self.window_index
 
     def _init_buffers(self) -> None:
-        super()._init_buffers()
+        super()._init_buffers()  # type: ignore[misc]
         self._make_windows()
 
     def _make_windows(self) -> None:
@@ -66,3 +68,72 @@ class IntegerSwinBlock(IntegerBlock, SwinTransformerBlock):
         index = None if padded else window_partition(rolled, self.window_size).flatten(1).contiguous()
         self.register_buffer("window_index", index, persistent=False)
         self.register_buffer("window_mask", self.get_attn_mask(device=device, dtype=torch.float32), persistent=False)
+
+
+class IntegerSwinBlock(_Windows, SwinTransformerBlock):
+    """Of Swin."""
+
+    family: ClassVar = SwinTransformerBlock
+
+    def sources(self) -> list[torch.Tensor]:
+        """The table of the relative position bias."""
+        return [self.attn.relative_position_bias_table]
+
+
+class IntegerSwinV2Block(_Windows, SwinTransformerV2Block):
+    """Of Swin V2: attention by cosines, norms that come last."""
+
+    family: ClassVar = SwinTransformerV2Block
+
+    @classmethod
+    def parts(cls, block: Any) -> Any:
+        """As IntegerBlock's."""
+        return parts_of(block, post_norm=True)
+
+    def sources(self) -> list[torch.Tensor]:
+        """The scales of the heads, and the network of the relative position bias with what it takes."""
+        return [self.attn.logit_scale, self.attn.relative_coords_table, *self.attn.cpb_mlp.parameters()]
+
+
+class _Merging(nn.Module):
+    """Mixed in before timm's merging of 2 x 2 patches: bytes from the norm where it comes first, and no padding by nothing.
+
+    As simulated in training, where a gradient is wanted, where a hook waits on a part, and for sizes that are odd.
+    """
+
+    norm_first: ClassVar[bool]
+    norm: Any
+    reduction: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, C] to float32 [B, H / 2, W / 2, C']."""
+        batch, height, width, channels = x.shape
+        odd, known = height % 2 or width % 2, quantized(self.reduction) and not replaced_forward(self)
+        if odd or not known or watched_or_differentiated(self, x):
+            return super().forward(x)
+        pairs = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        x = extension.gathered(pairs.permute(0, 1, 3, 4, 2, 5)).flatten(3)
+        reduce = product(self.reduction)
+        return reduce(normed(self.norm, self.reduction)(x)) if self.norm_first else self.norm(reduce(x))
+
+
+class IntegerMerging(_Merging, PatchMerging):
+    """Of Swin."""
+
+    norm_first: ClassVar = True
+
+
+class IntegerMergingV2(_Merging, PatchMergingV2):
+    """Of Swin V2."""
+
+    norm_first: ClassVar = False
+
+
+MERGINGS: dict[type, type] = {PatchMerging: IntegerMerging, PatchMergingV2: IntegerMergingV2}
+
+
+def take_mergings(model: nn.Module) -> None:
+    """Turns all quantized mergings of a model into integer ones, in place."""
+    for module in model.modules():
+        if type(module) in MERGINGS and quantized(module.reduction):
+            module.__class__ = MERGINGS[type(module)]

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled, on_device, triton_available
-from ..pack_weight import packed_row_bytes
-from ..quant_linear.blocked import blocked_shape
+from .. import blocks, checks
+from ..dispatch import Operator
 from . import reference
 
 LINEARS = ("qkv", "proj", "fc1", "fc2")  # the order of weights, biases, weight_scales, w_bits
@@ -37,11 +35,18 @@ def quant_block(
     acm: torch.Tensor | None = None,
     hidden_scale: torch.Tensor | None = None,
     activation: str | None = "gelu",
+    head_scale: torch.Tensor | None = None,
+    post_norm: bool = False,
 ) -> torch.Tensor:
-    """A pre-norm transformer block with 8-bit integers between its operators; no gradient.
+    """A transformer block with 8-bit integers between its operators; no gradient.
 
         h = x + proj(attention(qkv(layer_norm(x))))
         result = h + fc2(activation(fc1(layer_norm(h)))) + acm
+
+    With `post_norm`, as Swin V2 has it:
+
+        h = x + layer_norm(proj(attention(qkv(x))))
+        result = h + layer_norm(fc2(activation(fc1(h))))
 
     Seven operators, with the arithmetic of `layer_norm_quantize`, `quant_linear` and `quant_attention`; what is their
     results' precision is this one's. One compiled call on CPUs, the same seven calls elsewhere.
@@ -66,6 +71,9 @@ def quant_block(
         hidden_scale: [H], float32, or None: the scales that fc1's result is rounded by, where its channels have scales of their
             own; by default that of fc2's input for all.
         activation: None, "gelu", "gelu_tanh" or "quick_gelu" (y * sigmoid(1.702 y), of OpenAI's CLIP).
+        head_scale: float32 [heads] or None: attention by cosines. Queries and keys have length 1 when they are quantized, and
+            a head's scores are multiplied by its scale too.
+        post_norm: whether the norms come last within the residual sums; then there is no acm.
 
     Returns:
         float32 [B, T, C].
@@ -76,14 +84,14 @@ def quant_block(
 
     Source: DFQ-ViT, arXiv 2507.14481 (ACM); integer arithmetic of arXiv 1712.05877.
     """
-    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
-        raise TypeError(f"x was {x.dtype if isinstance(x, torch.Tensor) else type(x).__name__}; it must be float32")
-    lengths = {"norms": norms, "eps": eps, "weights": weights, "biases": biases, "weight_scales": weight_scales}
-    wanted = {"norms": 4, "eps": 2, "scales": len(GRIDS), "zeros": len(GRIDS), "a_bits": len(GRIDS)}
-    for name, values in {**lengths, "w_bits": w_bits, "scales": scales, "zeros": zeros, "a_bits": a_bits}.items():
-        count = wanted.get(name, len(LINEARS))
-        if len(values) != count:
-            raise ValueError(f"{name} had {len(values)} entries; a block has {count}")
+    blocks.check_input(x)
+    lists: dict[str, tuple[Sequence[Any], int]] = {
+        "norms": (norms, 4), "eps": (eps, 2), "weights": (weights, len(LINEARS)), "biases": (biases, len(LINEARS)),
+        "weight_scales": (weight_scales, len(LINEARS)), "w_bits": (w_bits, len(LINEARS)), "scales": (scales, len(GRIDS)),
+        "zeros": (zeros, len(GRIDS)), "a_bits": (a_bits, len(GRIDS)),
+    }  # fmt: skip
+    for name, (values, count) in lists.items():
+        blocks.check_length(name, values, count)
     for bits in (*w_bits, *a_bits):
         checks.bits("bits", bits)
     if len(set(a_bits[1:4])) > 1:
@@ -91,80 +99,36 @@ def quant_block(
     channels = norms[0].numel()
     if x.dim() != 3 or x.shape[2] != channels:
         raise ValueError(f"x had shape {tuple(x.shape)}; it must be [B, T, {channels}]")
-    _check_tensors(x, norms, weights, biases, weight_scales, w_bits, heads)
-    for name, values in (("scales", scales), ("zeros", zeros)):
-        for place, value in zip(GRIDS, values, strict=True):
-            if value.numel() != 1 or value.dtype != torch.float32 or value.device != x.device:
-                raise ValueError(f"{name} of {place} was {value.dtype} {tuple(value.shape)} on {value.device}; "
-                                 f"it must be one float32 value on {x.device}")  # fmt: skip
-    if acm is not None and acm.shape != x.shape[1:]:
-        raise ValueError(f"acm had shape {tuple(acm.shape)}; it must be {list(x.shape[1:])}, [tokens, channels]")
-    if hidden_scale is not None and hidden_scale.shape != weight_scales[2].shape:
-        raise ValueError(
-            f"hidden_scale had shape {tuple(hidden_scale.shape)}; it must be {list(weight_scales[2].shape)}"
-        )
-    if activation not in (None, "gelu", "gelu_tanh", "quick_gelu"):
-        raise ValueError(f"activation was {activation!r}; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'")
-    given = [x.new_empty(0) if bias is None else bias for bias in biases]  # the operator's form
-    tensors = (x, *norms, *biases, acm, position_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise ValueError("a gradient is wanted of quant_block, which has none: use torch.no_grad()")
-    return forward(
-        x, list(norms), list(eps), list(weights), given, list(weight_scales), list(w_bits), list(scales), list(zeros),
-        list(a_bits), heads, float(attention_scale), position_bias, mask, index, acm, hidden_scale, activation or "none",
-    )  # fmt: skip
-
-
-def _check_tensors(
-    x: torch.Tensor,
-    norms: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    weight_scales: Sequence[torch.Tensor],
-    w_bits: Sequence[int],
-    heads: int,
-) -> None:
-    """ValueError unless the tensors of norms and linear layers fit each other."""
-    channels, inner, hidden = norms[0].numel(), weight_scales[0].numel() // 3, weight_scales[2].numel()
+    inner, hidden = weight_scales[0].numel() // 3, weight_scales[2].numel()
     for norm in norms:
-        if norm.shape != (channels,) or norm.dtype != torch.float32:
-            raise ValueError(f"norms held {norm.dtype} {tuple(norm.shape)}; they must be float32 [{channels}]")
+        blocks.check_channels("norms", norm, channels)
     if heads < 1 or inner % heads:
         raise ValueError(f"heads was {heads}; the {inner} channels of q must be a multiple of it")
     sizes = ((3 * inner, channels), (channels, inner), (hidden, channels), (channels, hidden))
-    for place, name in enumerate(LINEARS):
-        weight, bias, (outputs, inputs) = weights[place], biases[place], sizes[place]
-        checks.same_device(x=x, weight=weight, bias=bias, weight_scale=weight_scales[place])
-        forms = {
-            torch.int32: blocked_shape(outputs, inputs, w_bits[place]),
-            torch.uint8: (outputs, packed_row_bytes(inputs, w_bits[place])),
-        }
-        wanted = forms.get(weight.dtype, (outputs, inputs))
-        if weight.shape != wanted:
-            raise ValueError(f"weight of {name} was {weight.dtype} {tuple(weight.shape)}; it must be {list(wanted)}")
-        if weight_scales[place].shape != (outputs,):
-            raise ValueError(f"weight_scales of {name} was {tuple(weight_scales[place].shape)}; it must be [{outputs}]")
-        if bias is not None and bias.shape != (outputs,):
-            raise ValueError(f"bias of {name} had shape {tuple(bias.shape)}; it must be [{outputs}]")
-
-
-def _supports(x: torch.Tensor, *_: Any) -> Verdict:
-    return (x.dtype == torch.float32, f"x is {x.dtype}, not float32")
-
-
-def _supports_triton(*args: Any) -> Verdict:
-    able, reason = triton_available()
-    return on_device("cuda")(*args) if able and args[0].device.type != "cpu" else (able, reason)
+    for layer in zip(LINEARS, [x] * 4, weights, biases, weight_scales, w_bits, sizes, strict=True):
+        blocks.check_linear(*layer)
+    blocks.check_grids(x, GRIDS, scales, zeros)
+    if acm is not None and acm.shape != x.shape[1:]:
+        raise ValueError(f"acm had shape {tuple(acm.shape)}; it must be {list(x.shape[1:])}, [tokens, channels]")
+    if acm is not None and post_norm:
+        raise ValueError("acm was given with post_norm, whose norm would change it; it must be None")
+    if head_scale is not None and (head_scale.shape != (heads,) or head_scale.dtype != torch.float32):
+        raise ValueError(f"head_scale was {head_scale.dtype} {tuple(head_scale.shape)}; it must be float32 [{heads}]")
+    blocks.check_hidden(hidden_scale, weight_scales[2])
+    blocks.check_activation(activation)
+    blocks.check_no_gradient("quant_block", (x, *norms, *biases, acm, position_bias, head_scale))
+    return forward(
+        x, list(norms), list(eps), list(weights), blocks.given(x, biases), list(weight_scales), list(w_bits), list(scales),
+        list(zeros), list(a_bits), heads, float(attention_scale), position_bias, mask, index, acm, hidden_scale,
+        activation or "none", head_scale, post_norm,
+    )  # fmt: skip
 
 
 forward = Operator(
     "quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "
     "int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
-    "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation) -> Tensor",
+    "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, Tensor? head_scale=None, "
+    "bool post_norm=False) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    backends=[
-        Backend("triton", reference.quant_block, _supports_triton),
-        compiled("quant_block", "cpu", _supports),
-        Backend("reference", reference.quant_block, anything),
-    ],
+    backends=blocks.backends("quant_block", reference.quant_block),
 )

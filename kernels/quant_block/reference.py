@@ -1,4 +1,4 @@
-"""`quant_block` as seven calls of its operators, each on the backend that serves it: the reference's, or Triton's and CUDA's."""
+"""`quant_block` as calls of its operators, each on the backend that serves it: the reference's, or Triton's and CUDA's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..layer_norm_quantize.op import forward as layer_norm_quantize
 from ..quant_attention.op import forward as quant_attention
 from ..quant_linear.op import forward as quant_linear
+from ..quantize_heads.op import forward as quantize_heads
 
 
 def quant_block(
@@ -31,11 +33,15 @@ def quant_block(
     acm: torch.Tensor | None,
     hidden_scale: torch.Tensor | None,
     activation: str,
+    head_scale: torch.Tensor | None = None,
+    post_norm: bool = False,
 ) -> torch.Tensor:
     """The formula of `op.quant_block`; a bias of no values is none."""
 
     def norm(place: int, grid: int, x: torch.Tensor) -> torch.Tensor:
         weight, bias = norms[2 * place : 2 * place + 2]
+        if post_norm:
+            return x  # which the layer rounds
         return layer_norm_quantize.resolved(x, weight, bias, eps[place], scales[grid], zeros[grid], a_bits[grid])
 
     def linear(
@@ -63,12 +69,26 @@ def quant_block(
         )
         return quant_linear.resolved(*head, a_bits[grid], w_bits[place], activation, residual, *tail)
 
+    def add(
+        place: int, grid: int, x: torch.Tensor, residual: torch.Tensor, acm: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not post_norm:
+            return linear(place, grid, x, residual=residual, acm=acm)
+        weight, bias = norms[place - 1 : place + 1]
+        return residual + F.layer_norm(linear(place, grid, x), weight.shape, weight, bias, eps[place // 2])
+
     in_scale, in_zero = torch.stack(list(scales[1:4])), torch.stack(list(zeros[1:4]))
-    qkv = linear(0, 0, norm(0, 0, x), (in_scale, in_zero, a_bits[1]))
+    if head_scale is None:
+        qkv = linear(0, 0, norm(0, 0, x), (in_scale, in_zero, a_bits[1]))
+    else:
+        q, k, v = linear(0, 0, norm(0, 0, x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        qkv = quantize_heads.resolved(q, k, v, in_scale, in_zero, a_bits[1], None, False)
     attended = quant_attention.resolved(
-        qkv, heads, in_scale, in_zero, attention_scale, position_bias, mask, index, scales[4], zeros[4], a_bits[4]
-    )
-    x = linear(1, 4, attended, residual=x)
+        qkv, heads, in_scale, in_zero, attention_scale, position_bias, mask, index, scales[4], zeros[4], a_bits[4],
+        head_scale,
+    )  # fmt: skip
+    x = add(1, 4, attended, x)
     rounded = (scales[6] if hidden_scale is None else hidden_scale, zeros[6], a_bits[6])
     hidden = linear(2, 5, norm(1, 5, x), rounded, activation=activation)
-    return linear(3, 6, hidden, residual=x, acm=acm)
+    return add(3, 6, hidden, x, acm)

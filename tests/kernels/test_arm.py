@@ -20,6 +20,7 @@ from dfqvit.kernels import (
     patch_similarity_entropy,
     quant_attention,
     quant_block,
+    quant_conv_block,
     quant_linear,
     similarity_range,
     use_backend,
@@ -31,6 +32,7 @@ from . import (
     test_patch_similarity_entropy,
     test_quant_attention,
     test_quant_block,
+    test_quant_conv_block,
     test_quant_linear_cpu,
     test_quantize_heads,
     test_roll_resize,
@@ -45,7 +47,8 @@ AGAIN = {
     test_layer_norm_quantize: ["extreme_values_are_clamped"],
     test_patch_similarity_entropy: ["random_cases", "half_precision", "zero_vectors_have_similarity_0"],
     test_quant_attention: ["float_result_matches_the_oracle", "integer_result_is_the_float_result_rounded"],
-    test_quant_block: ["one_call_gives_the_bits_of_seven"],
+    test_quant_block: ["one_call_gives_the_bits_of_seven", "cosines_and_norms_that_come_last"],
+    test_quant_conv_block: ["close_to_the_operators_one_by_one", "the_convolution_is_that_of_float64"],
     test_quant_linear_cpu: [
         "same_bits_as_the_reference",
         "tiles_in_the_order_of_their_tokens",
@@ -130,6 +133,9 @@ def sums_of_everything(seed):
     yield layer_norm_quantize(x, weight, bias, scale=0.02, zero_point=100)
     x, named = test_quant_block.sample(rng, 2, 24, 2, 20, 70, windows=2, acm=True)
     yield quant_block(x, **named)
+    yield quant_block(x, **test_quant_block.swin_v2(rng, x, named)[1])
+    x, named = test_quant_conv_block.sample(rng, (2, 9, 11, 21), 40)
+    yield quant_conv_block(x, **named)
     features = torch.randn(2, 3, 70, 33)
     yield similarity_range(features)
 

@@ -52,6 +52,8 @@ def sample(rng, batch, tokens, heads, depth, hidden, *, w_bits=4, a_bits=8, wind
         "acm": torch.randn(tokens, channels).half() if acm else None,
         "hidden_scale": 0.02 + torch.rand(hidden) * 0.05 if rng.random() < 0.5 else None,
         "activation": rng.choice([None, *ACTIVATIONS]),
+        "head_scale": None,
+        "post_norm": False,
     }
     return torch.randn(batch, tokens, channels), named
 
@@ -74,6 +76,65 @@ def test_one_call_gives_the_bits_of_seven(seed, isa, w_bits):
         with use_backend("reference", "quant_block"):  # its operators run on the CPU still
             expected = quant_block(x, **named)
         assert torch.equal(found, expected)
+
+
+def swin_v2(rng, x, named):
+    """The same arguments with attention by cosines, or norms that come last, or both."""
+    cosine, last = rng.choice([(True, False), (False, True), (True, True)])
+    named.update(post_norm=last, acm=None if last else named["acm"])
+    if cosine:
+        steps = (1 << named["a_bits"][0]) - 1
+        for place in (1, 2):
+            named["scales"][place] = torch.tensor(2.0 / steps)
+        named.update(head_scale=1 + 9 * torch.rand(named["heads"]), attention_scale=1.0)
+    return x, named
+
+
+@compiled
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_cosines_and_norms_that_come_last(seed, isa, w_bits):
+    """torch's sums of squares have another order, so a byte may round to its neighbour, seldom."""
+    rng = random.Random(seed)
+    for _ in range(8):
+        windows = rng.choice([0, 2, 3])
+        tokens = (windows or 1) * rng.randint(1, 200 if rng.random() < 0.3 else 30)
+        x, named = sample(
+            rng, rng.randint(1, 5), tokens, rng.randint(1, 3), rng.randint(1, 40), rng.randint(1, 100),
+            w_bits=w_bits, windows=windows, acm=rng.random() < 0.5, blocked=rng.random() < 0.7,
+        )  # fmt: skip
+        x, named = swin_v2(rng, x, named)
+        found = quant_block(x, **named)
+        with use_backend("reference", "quant_block"):  # its operators run on the CPU still
+            expected = quant_block(x, **named)
+        off = (found - expected).abs()
+        assert float(off.mean()) < 2e-3 * float((expected - x).std() + 0.1), (named["post_norm"], "head_scale" in named)
+        assert float((off > 1e-5 * (1 + expected.abs())).float().mean()) < 0.3
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["plain", "Swin V2"])
+def test_bits_depend_neither_on_threads_nor_on_the_batch(seed, kind):
+    rng = random.Random(seed)
+    x, named = sample(rng, 5, 450, 2, 32, 64, windows=9)
+    if kind == "Swin V2":
+        x, named = swin_v2(rng, x, named)
+    whole, threads = quant_block(x, **named), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(quant_block(x, **named), whole)
+            assert torch.equal(quant_block(x[2:3], **named), whole[2:3])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@compiled
+def test_values_that_are_not_finite_are_refused(seed):
+    rng = random.Random(seed)
+    x, named = sample(rng, 2, 12, 2, 8, 20)
+    x[1, 3, 2] = float("nan")
+    with pytest.raises(ValueError, match="x held NaN or Inf"):
+        quant_block(x, **{**named, "acm": None, "post_norm": True})
 
 
 @compiled
@@ -119,6 +180,8 @@ def test_empty_batch_and_strided_input(seed):
         ({"w_bits": [4, 4, 4, 9]}, "bits was 9; it may be a whole number from 2 to 8"),
         ({"heads": 3}, "heads was 3; the 8 channels of q must be a multiple of it"),
         ({"acm": torch.zeros(5, 8)}, r"acm had shape \(5, 8\); it must be \[6, 8\]"),
+        ({"acm": torch.zeros(6, 8), "post_norm": True}, "acm was given with post_norm"),
+        ({"head_scale": torch.ones(3)}, r"head_scale was torch.float32 \(3,\); it must be float32 \[2\]"),
         ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'"),
         ({"biases": [torch.zeros(7), None, None, None]}, r"bias of qkv had shape \(7,\); it must be \[24\]"),
         ({"scales": [torch.ones(2)] * 7}, "scales of qkv input was"),
@@ -136,12 +199,14 @@ def test_bad_input(change, message):
 
 
 @compiled
-@pytest.mark.parametrize("name", ["weights", "weight_scales", "norms", "zeros", "index", "mask", "position_bias"])
+@pytest.mark.parametrize(
+    "name", ["weights", "weight_scales", "norms", "zeros", "index", "mask", "position_bias", "head_scale"]
+)
 def test_the_operator_itself_checks_what_it_reads(seed, name):
     """As a C++ program calls it, without the checks in Python: too little memory is refused, not read beyond."""
     x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, windows=2)
     named["biases"] = [torch.zeros(len(scale)) for scale in named["weight_scales"]]
-    named["activation"] = "none"
+    named["activation"], named["head_scale"] = "none", torch.ones(2)
     short = [value[:1] if value.dim() else value for value in named[name]] if isinstance(named[name], list) else None
     change = {"zeros": named["zeros"][:6], "index": named["index"] + 1}.get(name, short or named[name][:1])
     names = [argument.name for argument in torch.ops.dfqvit.quant_block.default._schema.arguments[1:]]

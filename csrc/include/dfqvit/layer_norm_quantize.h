@@ -29,12 +29,16 @@ struct Norm {
 namespace dfqvit {
 namespace quant {
 
-// Rows of `type` to bytes, `stride` bytes from row to row; `line` is the scratch.
-using NormKernel = void (*)(const void* x, Type type, int64_t rows, const Norm&, uint8_t* out, int64_t stride,
-                            float* line);
+// The entry points of one path; `line` is the scratch.
+struct NormKernels {
+  // Rows of `type` to bytes, `stride` bytes from row to row.
+  void (*quantize)(const void* x, Type type, int64_t rows, const Norm&, uint8_t* out, int64_t stride, float* line);
+  // Rows [rows, channels] to what is normalised plus the residual, without rounding; `out` may be the residual.
+  void (*add)(const float* x, int64_t rows, const Norm&, const float* residual, float* out, float* line);
+};
 
 // Defined in csrc/cpu/layer_norm_quantize_kernels.cpp, so that the paths are compiled there alone.
-NormKernel norm_kernel_for(Isa isa);
+NormKernels norm_kernels_for(Isa isa);
 
 }  // namespace quant
 }  // namespace dfqvit

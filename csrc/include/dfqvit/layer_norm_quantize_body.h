@@ -19,30 +19,72 @@ DFQVIT_INLINE float sum_of(const vec* partial) {
   return lanes[0];
 }
 
-// n runs of 16 channels: (line - mean) * inverse * weight + bias, quantized.
+// n runs of 16 channels: (line - mean) * inverse * weight + bias.
 template <int n>
-DFQVIT_INLINE void normalise(const float* line, const float* weight, const float* bias, vec mean, vec inverse,
-                             const Quantizer& q, uint8_t* out) {
-  constexpr int count = n * kVectors;
-  const vec scale = simd::broadcast(q.scale), reciprocal = simd::broadcast(q.reciprocal);
-  const vec zero = simd::broadcast(q.zero);
-  vec y[count];
-  for (int i = 0; i < count; ++i) {
+DFQVIT_INLINE void normalise(const float* line, const float* weight, const float* bias, vec mean, vec inverse, vec* y) {
+  for (int i = 0; i < n * kVectors; ++i) {
     const int at = i * simd::kLanes;
     const vec normed = simd::mul(simd::sub(simd::load(line + at), mean), inverse);
     y[i] = simd::add(simd::mul(normed, simd::load(weight + at)), simd::load(bias + at));
   }
-  quantize_vectors<count, 1, true>(&out, y, &scale, &reciprocal, &zero, simd::broadcast(q.greatest));
 }
 
-template <class T>
-DFQVIT_TARGET void norm_rows(const T* x, int64_t rows, const Norm& norm, uint8_t* out, int64_t stride, float* line) {
+// Where a row goes: to bytes. put<n>(y, r, c): the results of n runs from channel c of row r on.
+struct ToBytes {
+  const Quantizer& q;
+  uint8_t* out;
+  int64_t stride;
+
+  template <int n>
+  DFQVIT_INLINE void put(const vec* y, int64_t r, int64_t c) const {
+    quantised<n>(y, out + r * stride + c);
+  }
+  DFQVIT_INLINE void put_some(const vec* y, int64_t r, int64_t c, int64_t some) const {
+    uint8_t bytes[kOutputs];
+    quantised<1>(y, bytes);
+    std::memcpy(out + r * stride + c, bytes, some);
+  }
+
+ private:
+  template <int n>
+  DFQVIT_INLINE void quantised(const vec* y, uint8_t* to) const {
+    const vec scale = simd::broadcast(q.scale), reciprocal = simd::broadcast(q.reciprocal);
+    const vec zero = simd::broadcast(q.zero);
+    vec z[n * kVectors];
+    for (int i = 0; i < n * kVectors; ++i) z[i] = y[i];
+    quantize_vectors<n * kVectors, 1, true>(&to, z, &scale, &reciprocal, &zero, simd::broadcast(q.greatest));
+  }
+};
+
+// To floats, with a residual added.
+struct ToSum {
+  const float* residual;
+  float* out;
+  int64_t channels;
+
+  template <int n>
+  DFQVIT_INLINE void put(const vec* y, int64_t r, int64_t c) const {
+    for (int i = 0; i < n * kVectors; ++i) {
+      const int64_t at = r * channels + c + i * simd::kLanes;
+      simd::store(out + at, simd::add(y[i], simd::load(residual + at)));
+    }
+  }
+  DFQVIT_INLINE void put_some(const vec* y, int64_t r, int64_t c, int64_t some) const {
+    float floats[kOutputs];
+    for (int v = 0; v < kVectors; ++v) simd::store(floats + v * simd::kLanes, y[v]);
+    const int64_t at = r * channels + c;
+    for (int64_t i = 0; i < some; ++i) out[at + i] = floats[i] + residual[at + i];
+  }
+};
+
+template <class T, class To>
+DFQVIT_TARGET void norm_rows(const T* x, int64_t rows, const Norm& norm, const To& to, float* line) {
   const int64_t channels = norm.channels, whole = channels / kOutputs * kOutputs, rest = channels - whole;
   const float count = static_cast<float>(channels);
   float weight[kOutputs] = {}, bias[kOutputs] = {};  // of the last, incomplete run
   std::memcpy(weight, norm.weight + whole, rest * sizeof(float));
   std::memcpy(bias, norm.bias + whole, rest * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r, x += channels, out += stride) {
+  for (int64_t r = 0; r < rows; ++r, x += channels) {
     vec sums[kVectors], squares[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = squares[v] = simd::broadcast(0.0f);
     if (rest > 0) {
@@ -71,30 +113,38 @@ DFQVIT_TARGET void norm_rows(const T* x, int64_t rows, const Norm& norm, uint8_t
       }
     }
     const vec inverse = simd::broadcast(1.0f / std::sqrt(sum_of(squares) / count + norm.eps));
+    vec y[4 * kVectors];
     int64_t c = 0;
     for (; c + 4 * kOutputs <= whole; c += 4 * kOutputs) {
-      normalise<4>(line + c, norm.weight + c, norm.bias + c, mean, inverse, norm.out, out + c);
+      normalise<4>(line + c, norm.weight + c, norm.bias + c, mean, inverse, y);
+      to.template put<4>(y, r, c);
     }
     for (; c < whole; c += kOutputs) {
-      normalise<1>(line + c, norm.weight + c, norm.bias + c, mean, inverse, norm.out, out + c);
+      normalise<1>(line + c, norm.weight + c, norm.bias + c, mean, inverse, y);
+      to.template put<1>(y, r, c);
     }
     if (rest > 0) {
-      uint8_t bytes[kOutputs];
-      normalise<1>(line + whole, weight, bias, mean, inverse, norm.out, bytes);
-      std::memcpy(out + whole, bytes, rest);
+      normalise<1>(line + whole, weight, bias, mean, inverse, y);
+      to.put_some(y, r, whole, rest);
     }
   }
 }
 
 DFQVIT_TARGET inline void norm(const void* x, Type type, int64_t rows, const Norm& norm, uint8_t* out, int64_t stride,
                                float* line) {
+  const ToBytes to{norm.out, out, stride};
   if (type == Type::bf16) {
-    norm_rows(static_cast<const ::dfqvit::simd::bfloat*>(x), rows, norm, out, stride, line);
+    norm_rows(static_cast<const ::dfqvit::simd::bfloat*>(x), rows, norm, to, line);
   } else if (type == Type::f16) {
-    norm_rows(static_cast<const ::dfqvit::simd::half*>(x), rows, norm, out, stride, line);
+    norm_rows(static_cast<const ::dfqvit::simd::half*>(x), rows, norm, to, line);
   } else {
-    norm_rows(static_cast<const float*>(x), rows, norm, out, stride, line);
+    norm_rows(static_cast<const float*>(x), rows, norm, to, line);
   }
+}
+
+DFQVIT_TARGET inline void norm_and_add(const float* x, int64_t rows, const Norm& norm, const float* residual,
+                                       float* out, float* line) {
+  norm_rows(x, rows, norm, ToSum{residual, out, norm.channels}, line);
 }
 
 #undef DFQVIT_INLINE

@@ -95,8 +95,8 @@ struct Workspace {
     };
     const auto integers = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(4 * count)); };
     packed.queries = take(tokens * key_chunks * kDepth);
-    packed.keys = {integers(key_blocks * key_stride), key_stride, key_chunks, 8};
-    packed.values = {integers(value_blocks * value_stride), value_stride, value_chunks, 8};
+    packed.keys = {integers(key_blocks * key_stride), key_stride, heads.depth, key_chunks, 8};
+    packed.values = {integers(value_blocks * value_stride), value_stride, tokens, value_chunks, 8};
     packed.key_starts = integers(key_blocks * kOutputs);
     packed.value_starts = integers(value_blocks * kOutputs);
     strip.scores = integers(kHeadroom + kStripRows * key_blocks * kOutputs) + kHeadroom;

@@ -2,6 +2,10 @@
 //
 //     x -> LayerNorm + quantize -> qkv -> attention -> proj + x -> LayerNorm + quantize -> fc1 -> fc2 + residual
 //
+// With post_norm (Swin V2) a LayerNorm follows proj and fc2 within the residual sum, and qkv and fc1 take what they
+// read quantized as it is. With head_scale, queries and keys have length 1 when they are quantized, and the scores of a
+// head its scale.
+//
 // What lies between the operators stays in the caches of the thread that computes it, and few threads wait for others.
 #pragma once
 
@@ -30,6 +34,8 @@ struct BlockArguments {
   OptionalTensor position_bias, mask, index, acm;
   OptionalTensor hidden_scale;  // of each channel of what fc2 takes, as fc1 rounds it; scales[6] for all without it
   std::string activation;
+  OptionalTensor head_scale;  // of each head: attention by cosines
+  bool post_norm = false;
 };
 
 class Block {
@@ -49,10 +55,13 @@ class Block {
 
  private:
   struct Stages;
+  bool ordinary_heads() const;
 
+  bool post_norm_, cosine_;
   NormLayer norm1_, norm2_;
   LinearLayer qkv_, proj_, fc1_, fc2_;
   AttentionLayer attention_;
+  std::array<Quantizer, 3> heads_;  // of q, k and v
 };
 
 // A block whose constants were made for an earlier call of the operator. It serves again where every argument has the

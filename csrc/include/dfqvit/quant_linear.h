@@ -34,6 +34,7 @@ enum class Activation : int { none, gelu, gelu_tanh, quick_gelu };
 struct Weight {
   const int32_t* rows;
   int64_t stride;  // int32 from row to row
+  int64_t depth;   // K
   int64_t chunks;  // of K
   int bits;        // 8, 4 or 3, as stored
 

@@ -3,9 +3,10 @@
 // Each path has kRows, the most rows of a tile; kOffset, what it takes from each value of a, so that the caller's
 // `starts` have kOffset times the sum of each output's weights more; and
 //   prepare(rows), release()   around all the tiles of a product with `rows` rows, on the thread that computes them;
-//   multiply(a, stride, r, rows, panels, starts, blocks, chunks, sums)
-//     rows r to min(r + kRows, rows) of a, uint8 with `stride` bytes from row to row, readable to chunks * 64;
-//     panels: `blocks` (1 or 2) unpacked blocks, chunks * 1024 bytes each;
+//   multiply(a, stride, r, rows, panels, starts, blocks, depth, sums)
+//     rows r to min(r + kRows, rows) of a, uint8 with `stride` bytes from row to row, readable to whole chunks of 64;
+//     depth: K; from there to whole chunks the panels are 0, and a path multiplies as little of it as it can;
+//     panels: `blocks` (1 or 2) unpacked blocks, 1024 bytes for each chunk;
 //     starts: for each block the 16 int32 that every row's sums begin at;
 //     sums: [blocks][kRows][16] int32. Rows beyond the last are not written, or hold nothing of use; kHeadroom int32
 //     before it may be written too.
@@ -33,13 +34,13 @@ inline void prepare(int64_t) {}
 inline void release() {}
 
 inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const uint8_t* const* panels,
-                     const int32_t* const* starts, int blocks, int64_t chunks, int32_t* sums) {
+                     const int32_t* const* starts, int blocks, int64_t depth, int32_t* sums) {
   for (int j = 0; j < blocks; ++j) {
     int32_t total[16];
     std::memcpy(total, starts[j], sizeof(total));
     const uint8_t* row = a + r * stride;
     const int8_t* panel = reinterpret_cast<const int8_t*>(panels[j]);
-    for (int64_t v = 0; v < chunks * 16; ++v, row += 4, panel += 64) {
+    for (int64_t v = 0; 4 * v < depth; ++v, row += 4, panel += 64) {
       for (int n = 0; n < 16; ++n) {
         const int8_t* w = panel + 4 * n;
         total[n] += row[0] * w[0] + row[1] * w[1] + row[2] * w[2] + row[3] * w[3];
@@ -62,7 +63,7 @@ inline void release() {}
 // Bytes are widened to 16 bits: products of bytes in pairs (vpmaddubsw) would saturate.
 DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                         const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                        int64_t chunks, int32_t* sums) {
+                                        int64_t depth, int32_t* sums) {
   const uint8_t* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
   for (int j = 0; j < blocks; ++j) {
@@ -70,7 +71,7 @@ DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_
     for (int i = 0; i < kRows; ++i) {
       for (int q = 0; q < 4; ++q) total[i][q] = _mm256_setzero_si256();
     }
-    for (int64_t v = 0; v < chunks * 16; ++v) {
+    for (int64_t v = 0; 4 * v < depth; ++v) {
       __m256i w[4];  // four outputs each, four weights an output
       const __m128i* bytes = reinterpret_cast<const __m128i*>(panels[j] + 64 * v);
       for (int q = 0; q < 4; ++q) w[q] = _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes + q));
@@ -101,12 +102,12 @@ inline void release() {}
 
 template <int kBlocks>
 DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t* const* panels,
-                                        const int32_t* const* starts, int64_t chunks, int32_t* sums) {
+                                        const int32_t* const* starts, int64_t depth, int32_t* sums) {
   __m512i total[kRows][kBlocks];
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kBlocks; ++j) total[i][j] = _mm512_loadu_si512(starts[j]);
   }
-  for (int64_t v = 0; v < chunks * 16; ++v) {
+  for (int64_t v = 0; 4 * v < depth; ++v) {
     __m512i w[kBlocks];
     for (int j = 0; j < kBlocks; ++j) w[j] = _mm512_loadu_si512(panels[j] + 64 * v);
     for (int i = 0; i < kRows; ++i) {
@@ -123,10 +124,10 @@ DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t
 
 DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                         const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                        int64_t chunks, int32_t* sums) {
+                                        int64_t depth, int32_t* sums) {
   const uint8_t* row[kRows];  // past the end the last row again
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
-  blocks == 2 ? multiply<2>(row, panels, starts, chunks, sums) : multiply<1>(row, panels, starts, chunks, sums);
+  blocks == 2 ? multiply<2>(row, panels, starts, depth, sums) : multiply<1>(row, panels, starts, depth, sums);
 }
 
 }  // namespace avx512
@@ -156,14 +157,14 @@ DFQVIT_TARGET_AMX inline void release() {
 
 template <int kTiles, int kBlocks>
 DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a0, const uint8_t* a1, int64_t stride, const uint8_t* w0,
-                                       const uint8_t* w1, const int32_t* const* starts, int64_t chunks, int32_t* to0,
+                                       const uint8_t* w1, const int32_t* const* starts, int64_t depth, int32_t* to0,
                                        int32_t* to1) {
   // with a stride of 0 every row of a tile is the same 16 values
   _tile_loadd(0, starts[0], 0);
   if (kBlocks == 2) _tile_loadd(1, starts[1], 0);
   if (kTiles == 2) _tile_loadd(2, starts[0], 0);
   if (kTiles == 2 && kBlocks == 2) _tile_loadd(3, starts[1], 0);
-  for (int64_t c = 0; c < chunks; ++c) {
+  for (int64_t k = 0; k < depth; k += 64) {
     _tile_loadd(6, w0, 64);
     _tile_loadd(4, a0, stride);
     _tile_dpbusd(0, 4, 6);
@@ -191,19 +192,19 @@ DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a0, const uint8_t* a1, int
 // in the headroom.
 DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                        const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                       int64_t chunks, int32_t* sums) {
+                                       int64_t depth, int32_t* sums) {
   const int64_t last = rows < 16 ? 0 : rows - 16;
   const int64_t r0 = r < last ? r : last, r1 = r + 16 < last ? r + 16 : last;
   const uint8_t *a0 = a + r0 * stride, *a1 = a + r1 * stride, *w0 = panels[0], *w1 = panels[blocks - 1];
   int32_t *to0 = sums + (r0 - r) * 16, *to1 = sums + (r1 - r) * 16;
   if (r + 16 < rows && blocks == 2) {
-    multiply<2, 2>(a0, a1, stride, w0, w1, starts, chunks, to0, to1);
+    multiply<2, 2>(a0, a1, stride, w0, w1, starts, depth, to0, to1);
   } else if (r + 16 < rows) {
-    multiply<2, 1>(a0, a1, stride, w0, w1, starts, chunks, to0, to1);
+    multiply<2, 1>(a0, a1, stride, w0, w1, starts, depth, to0, to1);
   } else if (blocks == 2) {
-    multiply<1, 2>(a0, a0, stride, w0, w1, starts, chunks, to0, to0);
+    multiply<1, 2>(a0, a0, stride, w0, w1, starts, depth, to0, to0);
   } else {
-    multiply<1, 1>(a0, a0, stride, w0, w1, starts, chunks, to0, to0);
+    multiply<1, 1>(a0, a0, stride, w0, w1, starts, depth, to0, to0);
   }
 }
 

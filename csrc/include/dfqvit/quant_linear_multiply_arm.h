@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) void add_line(const int8_t* line, const in
 }
 
 DFQVIT_APART void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows, const uint8_t* const* panels,
-                           const int32_t* const* starts, int blocks, int64_t chunks, int32_t* sums) {
+                           const int32_t* const* starts, int blocks, int64_t depth, int32_t* sums) {
   const ArmRows<kRows> from(a, stride, r, rows);
   for (int j = 0; j < blocks; ++j) {
     int32x4_t total[kRows][8];  // two partial sums of each output, side by side
@@ -60,7 +60,7 @@ DFQVIT_APART void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t 
       for (int t = 0; t < 8; ++t) total[i][t] = vdupq_n_s32(0);
     }
     const int8_t* line = reinterpret_cast<const int8_t*>(panels[j]);
-    for (int64_t k = 0; k < chunks * 64; k += 16, line += 256) {
+    for (int64_t k = 0; k < depth; k += 16, line += 256) {
       int8x16_t x[kRows];
       for (int i = 0; i < kRows; ++i) x[i] = from.signed_at(i, k);
       add_line<0>(line, x, total);
@@ -97,7 +97,7 @@ DFQVIT_TARGET_DOTPROD inline __attribute__((always_inline)) void add_line(const 
 
 DFQVIT_TARGET_DOTPROD DFQVIT_APART void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                                  const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                                 int64_t chunks, int32_t* sums) {
+                                                 int64_t depth, int32_t* sums) {
   const ArmRows<kRows> from(a, stride, r, rows);
   for (int j = 0; j < blocks; ++j) {
     int32x4_t total[kRows][4];
@@ -105,7 +105,7 @@ DFQVIT_TARGET_DOTPROD DFQVIT_APART void multiply(const uint8_t* a, int64_t strid
       for (int q = 0; q < 4; ++q) total[i][q] = vld1q_s32(starts[j] + 4 * q);
     }
     const int8_t* line = reinterpret_cast<const int8_t*>(panels[j]);
-    for (int64_t k = 0; k < chunks * 64; k += 16, line += 256) {
+    for (int64_t k = 0; k < depth; k += 16, line += 256) {
       int8x16_t x[kRows];
       for (int i = 0; i < kRows; ++i) x[i] = from.signed_at(i, k);
       add_line<0>(line, x, total);
@@ -133,7 +133,7 @@ inline void release() {}
 // words. Its sums are those of an output pair for the first row, then for the second.
 DFQVIT_TARGET_I8MM DFQVIT_APART void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                               const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                              int64_t chunks, int32_t* sums) {
+                                              int64_t depth, int32_t* sums) {
   const ArmRows<kRows> from(a, stride, r, rows);
   for (int j = 0; j < blocks; ++j) {
     int32x4_t total[kPairs][8];
@@ -142,7 +142,7 @@ DFQVIT_TARGET_I8MM DFQVIT_APART void multiply(const uint8_t* a, int64_t stride, 
       for (int p = 0; p < kPairs; ++p) total[p][t] = vcombine_s32(start, start);
     }
     const int32_t* line = reinterpret_cast<const int32_t*>(panels[j]);
-    for (int64_t k = 0; k < chunks * 64; k += 8, line += 32) {
+    for (int64_t k = 0; k < depth; k += 8, line += 32) {
       uint8x16_t x[kPairs];
       for (int p = 0; p < kPairs; ++p) {
         x[p] = vcombine_u8(vld1_u8(from.row[2 * p] + k), vld1_u8(from.row[2 * p + 1] + k));

@@ -7,10 +7,12 @@
 namespace dfqvit {
 namespace quant {
 
-// Q, K or V of one token: `heads` vectors of `depth` floats, `stride` floats from one to the next.
+// Q, K or V of one token: `heads` vectors of `depth` floats, `stride` floats from one to the next. `unit`: each is
+// first brought to length 1, as in cosine attention; not with a rotation.
 struct TokenHeads {
   const float* values;
   int64_t heads, depth, stride;
+  bool unit;
 };
 
 // The rotation of one token: sines, then cosines, `depth` of each; `stride` floats from head to head, 0 where all share

@@ -7,6 +7,11 @@
 
 namespace dfqvit {
 
+// So many bytes that what follows them lies at a multiple of 64 too.
+inline int64_t aligned(int64_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
 // At least `bytes` bytes at a multiple of 64. Valid until the thread asks for more; holds what was left there.
 inline uint8_t* thread_memory(int64_t bytes) {
   struct Free {

@@ -214,9 +214,12 @@ class QuantWindowAttentionV2(_Projecting, WindowAttentionV2):
     def mixed(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
         q, k, v = _apart(self.qkv(x), self.num_heads)
-        scale = self.logit_scale.clamp(max=_MOST_SCALE).exp().flatten()
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return self.normed(x, self.operands(q, k, v, scale, self.position_bias(), mask))
+        return self.normed(x, self.operands(q, k, v, self.scales_of_heads(), self.position_bias(), mask))
+
+    def scales_of_heads(self) -> torch.Tensor:
+        """[heads], of the cosines."""
+        return self.logit_scale.clamp(max=_MOST_SCALE).exp().flatten()
 
     def position_bias(self) -> torch.Tensor:
         """[heads, N, N], of the window as it is now."""

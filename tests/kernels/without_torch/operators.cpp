@@ -9,6 +9,8 @@
 #include "../../../csrc/cpu/quant_attention.cpp"
 #include "../../../csrc/cpu/quant_attention_kernels.cpp"
 #include "../../../csrc/cpu/quant_block.cpp"
+#include "../../../csrc/cpu/quant_conv_block.cpp"
+#include "../../../csrc/cpu/quant_conv_block_kernels.cpp"
 #include "../../../csrc/cpu/quant_linear.cpp"
 #include "../../../csrc/cpu/quant_linear_kernels.cpp"
 #include "../../../csrc/cpu/quant_linear_layer.cpp"
@@ -18,7 +20,12 @@
 #include "../../../csrc/cpu/roll_resize.cpp"
 #include "../../../csrc/cpu/round_second_order.cpp"
 #include "../../../csrc/cpu/total_variation.cpp"
+#include "dfqvit/results.h"
 #include "tensor.h"
+
+at::Tensor dfqvit::empty_result(at::IntArrayRef sizes, at::ScalarType type) {
+  return at::empty(sizes, type);
+}
 
 namespace {
 

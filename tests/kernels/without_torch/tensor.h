@@ -63,6 +63,7 @@ class ArrayRef {
  public:
   ArrayRef() = default;
   ArrayRef(const std::vector<T>& values) : data_(values.data()), size_(values.size()) {}
+  ArrayRef(const std::initializer_list<T>& values) : data_(std::data(values)), size_(values.size()) {}
   size_t size() const { return size_; }
   const T* begin() const { return data_; }
   const T* end() const { return data_ + size_; }

@@ -1,0 +1,112 @@
+"""The operator `quant_conv_block`: public function, checks, registration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import blocks, checks
+from ..dispatch import Operator
+from . import reference
+
+LINEARS = ("fc1", "fc2")  # the order of weights, biases, weight_scales, w_bits
+GRIDS = ("fc1 input", "fc2 input")  # the order of scales, zeros, a_bits
+
+
+def quant_conv_block(
+    x: torch.Tensor,
+    *,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    weight_scales: Sequence[torch.Tensor],
+    w_bits: Sequence[int],
+    scales: Sequence[torch.Tensor],
+    zeros: Sequence[torch.Tensor],
+    a_bits: Sequence[int],
+    hidden_scale: torch.Tensor | None = None,
+    activation: str | None = "gelu",
+) -> torch.Tensor:
+    """A ConvNeXt block: a depthwise convolution in float32, then an MLP on 8-bit integers; no gradient.
+
+        result = x + fc2(activation(fc1(layer_norm(depthwise(x)))))
+
+    The arithmetic after the convolution is that of `layer_norm_quantize` and `quant_linear`. One compiled call on CPUs, torch's
+    convolution and these operators elsewhere. ConvNeXt's factors for the channels of the result (`gamma`) belong into the
+    scales and the bias of fc2.
+
+    Args:
+        x: float32 [B, H, W, C].
+        conv_weight: float32 [C, 1, S, S], S odd; zeros stand around the image.
+        conv_bias: float32 [C] or None.
+        norm_weight: of the LayerNorm over the channels, float32 [C].
+        norm_bias: of it, float32 [C].
+        eps: of it.
+        weights: of `LINEARS`, in a form that `quant_linear` takes: [H, C], [C, H].
+        biases: of `LINEARS`, float32 or None.
+        weight_scales: of `LINEARS`, one for each output, not 0.
+        w_bits: of `LINEARS`, 2 to 8.
+        scales: of `GRIDS`, scalars, positive: the quantizers of what the layers take.
+        zeros: of `GRIDS`, scalars, whole numbers.
+        a_bits: of `GRIDS`, 2 to 8.
+        hidden_scale: [H], float32, or None: the scales that fc1's result is rounded by, where its channels have scales of their
+            own; by default that of fc2's input for all.
+        activation: None, "gelu", "gelu_tanh" or "quick_gelu".
+
+    Returns:
+        float32 [B, H, W, C].
+
+    Raises:
+        TypeError: x is not float32.
+        ValueError: lengths, shapes, devices or values do not fit; or a gradient is wanted.
+
+    Source: ConvNeXt, arXiv 2201.03545; integer arithmetic of arXiv 1712.05877.
+    """
+    blocks.check_input(x)
+    lists: dict[str, Sequence[Any]] = {
+        "weights": weights, "biases": biases, "weight_scales": weight_scales, "w_bits": w_bits, "scales": scales,
+        "zeros": zeros, "a_bits": a_bits,
+    }  # fmt: skip
+    for name, values in lists.items():
+        blocks.check_length(name, values, 2)
+    for bits in (*w_bits, *a_bits):
+        checks.bits("bits", bits)
+    channels = norm_weight.numel()
+    if x.dim() != 4 or x.shape[3] != channels:
+        raise ValueError(f"x had shape {tuple(x.shape)}; it must be [B, H, W, {channels}]")
+    checks.same_device(x=x, conv_weight=conv_weight, conv_bias=conv_bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    for name, tensor in (("conv_bias", conv_bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        blocks.check_channels(name, tensor, channels)
+    size = conv_weight.shape[-1] if conv_weight.dim() else 0
+    if conv_weight.shape != (channels, 1, size, size) or size % 2 == 0 or conv_weight.dtype != torch.float32:
+        raise ValueError(
+            f"conv_weight was {conv_weight.dtype} {tuple(conv_weight.shape)}; "
+            f"it must be float32 [{channels}, 1, S, S] of an odd S"
+        )
+    hidden = weight_scales[0].numel()
+    sizes = ((hidden, channels), (channels, hidden))
+    for layer in zip(LINEARS, [x] * 2, weights, biases, weight_scales, w_bits, sizes, strict=True):
+        blocks.check_linear(*layer)
+    blocks.check_grids(x, GRIDS, scales, zeros)
+    blocks.check_hidden(hidden_scale, weight_scales[0])
+    blocks.check_activation(activation)
+    blocks.check_no_gradient("quant_conv_block", (x, conv_weight, conv_bias, norm_weight, norm_bias, *biases))
+    return forward(
+        x, conv_weight, conv_bias, norm_weight, norm_bias, eps, list(weights), blocks.given(x, biases),
+        list(weight_scales), list(w_bits), list(scales), list(zeros), list(a_bits), hidden_scale, activation or "none",
+    )  # fmt: skip
+
+
+forward = Operator(
+    "quant_conv_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, float eps, "
+    "Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, "
+    "Tensor? hidden_scale, str activation) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    backends=blocks.backends("quant_conv_block", reference.quant_conv_block),
+)

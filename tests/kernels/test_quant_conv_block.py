@@ -1,0 +1,178 @@
+"""`quant_conv_block`: torch's convolution in float64 and the operators called one by one are the oracle; and its contract."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dfqvit.kernels import block_weight, extension, pack_weight, quant_conv_block, use_backend
+from dfqvit.kernels.quant_conv_block.op import forward
+
+from ..conftest import ACTIVATIONS
+
+compiled = pytest.mark.skipif(extension.load()[0] is None, reason="dfqvit._C is not built")
+
+
+def sample(rng, shape, hidden, *, size=7, w_bits=4, a_bits=8, blocked=True):
+    """Random x [B, H, W, C] of a shape, and the other arguments of `quant_conv_block` by name."""
+    channels = shape[-1]
+    weights, scales = [], []
+    for outputs, inputs in ((hidden, channels), (channels, hidden)):
+        scale = (torch.rand(outputs) + 0.5) * 4 / inputs**0.5 / (1 << w_bits)
+        packed = pack_weight(torch.randn(outputs, inputs) / inputs**0.5, scale, w_bits)
+        weights.append(block_weight(packed, inputs, w_bits) if blocked else packed)
+        scales.append(scale)
+    steps = (1 << a_bits) - 1
+    named = {
+        "conv_weight": torch.randn(channels, 1, size, size) / size,
+        "conv_bias": torch.randn(channels) if rng.random() < 0.7 else None,
+        "norm_weight": 1 + torch.randn(channels) * 0.2,
+        "norm_bias": torch.randn(channels) * 0.2,
+        "eps": 1e-6,
+        "weights": weights,
+        "biases": [torch.randn(len(scale)) * 0.1 if rng.random() < 0.8 else None for scale in scales],
+        "weight_scales": scales,
+        "w_bits": [w_bits] * 2,
+        "scales": [torch.tensor(6.0 / steps * (0.8 + 0.4 * rng.random())) for _ in range(2)],
+        "zeros": [torch.tensor(float(steps // 2)), torch.tensor(float(steps // 20))],
+        "a_bits": [a_bits] * 2,
+        "hidden_scale": 0.02 + torch.rand(hidden) * 0.05 if rng.random() < 0.5 else None,
+        "activation": rng.choice([None, *ACTIVATIONS]),
+    }
+    return torch.randn(*shape), named
+
+
+def shape_of(rng):
+    return rng.randint(1, 4), rng.randint(1, 17), rng.randint(1, 19), rng.choice([rng.randint(1, 40), 16, 48])
+
+
+def expected_of(x, named):
+    """torch's convolution in float64, and the operators after it on the backends that serve them."""
+    weight, bias = named["conv_weight"].double(), named["conv_bias"]
+    convolved = F.conv2d(
+        x.double().permute(0, 3, 1, 2), weight, None if bias is None else bias.double(),
+        padding=weight.shape[-1] // 2, groups=x.shape[-1],
+    ).permute(0, 2, 3, 1).float()  # fmt: skip
+    centre = torch.zeros(x.shape[-1], 1, 1, 1)
+    with use_backend(
+        "reference", "quant_conv_block"
+    ):  # a convolution of nothing, whose bias is what there is: one pixel an image
+        pixels = convolved.reshape(-1, x.shape[-1])
+        rows = [
+            quant_conv_block(pixel.view(1, 1, 1, -1), **{**named, "conv_weight": centre, "conv_bias": pixel}) - pixel
+            for pixel in pixels
+        ]
+    return x + torch.cat([row.flatten(0, 2) for row in rows]).view_as(x)
+
+
+@compiled
+@pytest.mark.parametrize("w_bits", [8, 4, 3])
+def test_close_to_the_operators_one_by_one(seed, isa, w_bits):
+    """The convolution's sums have another order than torch's, so a byte may round to its neighbour, seldom."""
+    rng = random.Random(seed)
+    for _ in range(8):
+        x, named = sample(
+            rng, shape_of(rng), rng.randint(1, 100), size=rng.choice([7, 7, 1, 3, 5, 9]), w_bits=w_bits,
+            a_bits=rng.randint(6, 8), blocked=rng.random() < 0.7,
+        )  # fmt: skip
+        found = quant_conv_block(x, **named)
+        with use_backend("reference", "quant_conv_block"):  # its operators run on the CPU still
+            expected = quant_conv_block(x, **named)
+        off = (found - expected).abs()
+        assert float((off > 1e-5 * (1 + expected.abs())).float().mean()) < 0.02
+        assert float(off.mean()) < 1e-3 * float((expected - x).std() + 0.1)
+
+
+@compiled
+def test_the_convolution_is_that_of_float64(seed, isa):
+    rng = random.Random(seed)
+    for _ in range(3):
+        x, named = sample(rng, (1, rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 20)), 8, w_bits=8)
+        off = (quant_conv_block(x, **named) - expected_of(x, named)).abs()
+        assert float((off > 1e-4).float().mean()) < 0.02
+
+
+@compiled
+def test_bits_depend_on_nothing_but_the_pixels_around(seed, isa):
+    """Neither on the number of threads, nor on what else is in the batch."""
+    rng = random.Random(seed)
+    x, named = sample(rng, (5, 12, 13, 24), 40)
+    whole, threads = quant_conv_block(x, **named), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(quant_conv_block(x, **named), whole)
+            assert torch.equal(quant_conv_block(x[2:3], **named), whole[2:3])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@compiled
+def test_layouts_and_empty_batches(seed):
+    rng = random.Random(seed)
+    x, named = sample(rng, (3, 5, 6, 9), 20)
+    expected = quant_conv_block(x, **named)
+    channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert torch.equal(quant_conv_block(channels_first, **named), expected)
+    named["conv_weight"] = named["conv_weight"].repeat_interleave(2, -1)[..., ::2]
+    assert not named["conv_weight"].is_contiguous()
+    assert torch.equal(quant_conv_block(x, **named), expected)
+    assert quant_conv_block(x[:0], **named).shape == x[:0].shape
+
+
+def test_opcheck(seed):
+    x, named = sample(random.Random(seed), (2, 4, 5, 8), 20, blocked=False)
+    captured = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.dfqvit.quant_conv_block.default:
+                captured.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        quant_conv_block(x, **named)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.dfqvit.quant_conv_block, captured[0], test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4, 4, 8, dtype=torch.float64)}, "x was torch.float64; it must be float32"),
+        ({"x": torch.zeros(2, 4, 8)}, r"x had shape \(2, 4, 8\); it must be \[B, H, W, 8\]"),
+        ({"weights": []}, "weights had 0 entries; a block has 2"),
+        ({"a_bits": [8, 9]}, "bits was 9; it may be a whole number from 2 to 8"),
+        ({"conv_weight": torch.zeros(8, 1, 4, 4)}, r"conv_weight was torch.float32 \(8, 1, 4, 4\)"),
+        ({"conv_weight": torch.zeros(8, 2, 3, 3)}, r"it must be float32 \[8, 1, S, S\] of an odd S"),
+        ({"conv_bias": torch.zeros(7)}, r"conv_bias held torch.float32 \(7,\); they must be float32 \[8\]"),
+        ({"norm_bias": torch.zeros(8).half()}, "norm_bias held torch.float16"),
+        ({"biases": [torch.zeros(7), None]}, r"bias of fc1 had shape \(7,\); it must be \[12\]"),
+        ({"scales": [torch.ones(2)] * 2}, "scales of fc1 input was"),
+        ({"hidden_scale": torch.ones(3)}, r"hidden_scale had shape \(3,\); it must be \[12\]"),
+        ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'"),
+        ({"x": torch.zeros(2, 4, 4, 8, requires_grad=True)}, "a gradient is wanted of quant_conv_block"),
+    ],
+)
+def test_bad_input(change, message):
+    x, named = sample(random.Random(0), (2, 4, 4, 8), 12)
+    with pytest.raises((TypeError, ValueError), match=message):
+        quant_conv_block(**{"x": x, **named, **change})
+
+
+@compiled
+@pytest.mark.parametrize("name", ["conv_weight", "conv_bias", "weights", "weight_scales", "norm_weight", "zeros"])
+def test_the_operator_itself_checks_what_it_reads(seed, name):
+    """As a C++ program calls it, without the checks in Python: too little memory is refused, not read beyond."""
+    x, named = sample(random.Random(seed), (2, 4, 4, 8), 20)
+    named["biases"] = [torch.zeros(len(scale)) for scale in named["weight_scales"]]
+    named["conv_bias"], named["activation"] = torch.zeros(8), "none"
+    value = named[name]
+    short = value[:1] if isinstance(value, torch.Tensor) else [each[:1] if each.dim() else each for each in value]
+    change = named["zeros"][:1] if name == "zeros" else short
+    names = [argument.name for argument in torch.ops.dfqvit.quant_conv_block.default._schema.arguments[1:]]
+    with use_backend("cpu"), pytest.raises((ValueError, TypeError, RuntimeError)):
+        forward(x, *({**named, name: change}[key] for key in names))
