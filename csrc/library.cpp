@@ -49,7 +49,7 @@ const Definition kDefinitions[] = {
      "int[] "
      "w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
      "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, Tensor? head_scale=None, bool "
-     "post_norm=False) -> Tensor",
+     "post_norm=False, bool half=False, Tensor? rope=None) -> Tensor",
      true, false},
     {"quant_conv_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, float "
      "eps, "

@@ -50,7 +50,9 @@ Block block_of(const py::tuple& a) {
                                  a[15].cast<OptionalTensor>(),
                                  a[16].cast<std::string>(),
                                  a[17].cast<OptionalTensor>(),
-                                 a[18].cast<bool>()};
+                                 a[18].cast<bool>(),
+                                 a[19].cast<bool>(),
+                                 !a[20].is_none()};
   return Block(arguments, true);
 }
 
@@ -186,12 +188,18 @@ class Prepared {
 
   bool current() const { return watch_->current() && in_place(); }
 
-  py::object call(const py::handle& x) const {
-    if (!watch_->holds(x, py::args()) || !in_place()) return py::none();
+  // `rope`: of a Block that calls come with one to, else nothing.
+  py::object call(const py::handle& x, const py::args& rope) const {
+    if (!watch_->holds(x, rope) || !in_place()) return py::none();
     const at::Tensor& input = THPVariable_Unpack(x.ptr());
     at::Tensor result;
-    {
-      py::gil_scoped_release release;
+    if constexpr (std::is_same_v<Kind, Block>) {
+      const auto turns = rope.empty() ? OptionalTensor() : rope[0].cast<OptionalTensor>();
+      if (turns.has_value() != block_.rotated()) return py::none();
+      const py::gil_scoped_release release;
+      result = block_.run(input, turns);
+    } else {
+      const py::gil_scoped_release release;
       result = block_.run(input);
     }
     return py::cast(result);

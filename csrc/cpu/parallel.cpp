@@ -31,8 +31,22 @@ extern "C" int omp_get_num_procs(void);
 extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
 #endif
 
+#ifdef __linux__
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
+#endif
+
 namespace dfqvit {
 namespace {
+
+// MKL, which computes sines and products for torch where torch was built with it, counts its threads for itself. 0: as
+// many as for all.
+void set_mkl_threads(int threads) {
+#ifdef __linux__
+  if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(threads);
+#else
+  (void)threads;
+#endif
+}
 
 void set_torch_threads(int threads) {
 #if AT_PARALLEL_OPENMP
@@ -320,6 +334,7 @@ SerialTorch::SerialTorch() : outermost_(torch_threads == 0) {
   if (!outermost_) return;
   torch_threads = at::get_num_threads();
   set_torch_threads(1);
+  set_mkl_threads(1);
 }
 
 SerialTorch::~SerialTorch() {
@@ -329,6 +344,7 @@ SerialTorch::~SerialTorch() {
 }
 
 void SerialTorch::lift() {
+  if (torch_threads > 0) set_mkl_threads(0);
   if (torch_threads > 1 && at::get_num_threads() == 1) set_torch_threads(torch_threads);
 }
 

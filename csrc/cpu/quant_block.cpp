@@ -37,6 +37,23 @@ class Parts {
   std::vector<std::atomic<bool>> taken_;
 };
 
+// How the last `tokens` of every image are turned: sines and cosines of the first of them, `stride` floats from head to
+// head, 0 where all share one.
+struct Turns {
+  const float* sines = nullptr;
+  int64_t tokens = 0, stride = 0;
+};
+
+Turns turns_of(const at::Tensor& rope, int64_t image, int64_t heads, int64_t channels) {
+  const int64_t width = 2 * (channels / heads);
+  const bool each = rope.dim() == 3;
+  TORCH_CHECK_VALUE((rope.dim() == 2 || (each && rope.size(0) == heads)) && rope.size(-1) == width &&
+                        rope.size(-2) <= image && width % 4 == 0,
+                    "rope had shape ", rope.sizes(), "; it must be [R, ", width, "] or [", heads, ", R, ", width,
+                    "] with R up to ", image, " tokens, and heads of an even depth");
+  return {rope.const_data_ptr<float>(), rope.size(-2), each ? rope.size(-2) * width : 0};
+}
+
 }  // namespace
 
 // The stages for the rows of some images: x and out at the first of them; what all rows have between the stages in
@@ -49,6 +66,7 @@ struct Block::Stages {
   int64_t together;     // rows that go through the layers before or after attention at once
   const Weights& weights;
   uint8_t *between, *attended;  // integers of q, k and v, and what attention makes of them
+  Turns turns;
   Heads heads;
   Kernels kernels;
   AttentionKernels attention;
@@ -60,7 +78,7 @@ struct Block::Stages {
   }
 
   Stages(const Block& b, const Weights& weights, const float* x, float* out, int64_t image, int64_t rows,
-         uint8_t* shared)
+         const Turns& turns, uint8_t* shared)
       : block(b),
         x(x),
         out(out),
@@ -69,7 +87,8 @@ struct Block::Stages {
         together(most_together(b, rows)),
         weights(weights),
         between(shared),
-        attended(shared + aligned(rows * b.qkv_.out_features + kDepth)) {
+        attended(shared + aligned(rows * b.qkv_.out_features + kDepth)),
+        turns(turns) {
     heads = b.attention_.heads_of(image, b.proj_.in_features);
     heads.out_stride = b.proj_.stride();
     const bool ordinary = b.norm1_.ordinary && b.norm2_.ordinary && b.qkv_.ordinary && b.proj_.ordinary &&
@@ -97,7 +116,7 @@ struct Block::Stages {
     const LinearLayer& qkv = block.qkv_;
     each_part(begin, end, [&](int64_t first, int64_t last) {
       to_bytes(block.norm1_, qkv, x, first, last, own);
-      if (!block.cosine_) {
+      if (!block.wide()) {
         apply(qkv, weights[0], own.normed, first, last, nullptr, between, qkv.out_features, own.scratch);
         return;
       }
@@ -105,10 +124,13 @@ struct Block::Stages {
       const int64_t width = qkv.out_features / 3, depth = heads.depth;
       bool finite = true;
       for (int64_t row = first; row < last; ++row) {
+        const int64_t turn = row % image - (image - turns.tokens);
         for (int i = 0; i < 3; ++i) {
+          const float* sines = i < 2 && turns.tokens > 0 && turn >= 0 ? turns.sines + turn * 2 * depth : nullptr;
           const float* values = own.floats + (row - first) * 3 * width + i * width;
-          finite &= to_heads({values, width / depth, depth, depth, i < 2}, {nullptr, 0, false}, block.heads_[i],
-                             between + row * 3 * width + i * width, reinterpret_cast<float*>(own.scratch));
+          finite &= to_heads({values, width / depth, depth, depth, i < 2 && block.cosine_},
+                             {sines, turns.stride, block.half_}, block.heads_[i], between + row * 3 * width + i * width,
+                             reinterpret_cast<float*>(own.scratch));
         }
       }
       TORCH_CHECK_VALUE(finite, "q, k or v became NaN or Inf; they must be finite");
@@ -140,13 +162,14 @@ struct Block::Stages {
  private:
   static int64_t most_together(const Block& b, int64_t rows) {
     const int64_t wide = kWideTogether / (b.qkv_.out_features * static_cast<int64_t>(sizeof(float)));
-    const int64_t most = b.cosine_ ? std::clamp<int64_t>(wide, 64, kMostTogether) : kMostTogether;
+    const int64_t most = b.wide() ? std::clamp<int64_t>(wide, 64, kMostTogether) : kMostTogether;
     return std::min(rows, most);
   }
   int64_t normed_bytes() const { return aligned(together * std::max(block.qkv_.stride(), block.fc1_.stride())); }
   int64_t hidden_bytes() const { return aligned(together * block.fc2_.stride()); }
   int64_t float_bytes() const {
-    const int64_t wide = block.cosine_ ? block.qkv_.out_features : block.post_norm_ ? block.proj_.out_features : 0;
+    const int64_t heads = block.wide() ? block.qkv_.out_features : 0;
+    const int64_t wide = std::max(heads, block.post_norm_ ? block.proj_.out_features : 0);
     return aligned(together * wide * static_cast<int64_t>(sizeof(float)));
   }
   // Of any of the stages.
@@ -265,10 +288,12 @@ at::Tensor three(const std::vector<at::Tensor>& values) {
 Block::Block(const BlockArguments& a, bool gather)
     : post_norm_(checked(a).post_norm),
       cosine_(a.head_scale.has_value()),
+      half_(a.half),
+      rotated_(a.rotated),
       norm1_(a.norms[0], a.norms[1], a.eps[0], a.scales[0], a.zeros[0], a.a_bits[0]),
       norm2_(a.norms[2], a.norms[3], a.eps[1], a.scales[5], a.zeros[5], a.a_bits[5]),
-      qkv_(linear_of(a, 0, a.norms[0].numel(), 0, {}, "none", cosine_ ? OptionalTensor() : three(a.scales),
-                     cosine_ ? OptionalTensor() : three(a.zeros), a.a_bits[1])),
+      qkv_(linear_of(a, 0, a.norms[0].numel(), 0, {}, "none", wide() ? OptionalTensor() : three(a.scales),
+                     wide() ? OptionalTensor() : three(a.zeros), a.a_bits[1])),
       proj_(linear_of(a, 1, a.weight_scales[0].numel() / 3, 4, {}, "none", {}, {}, 8)),
       fc1_(linear_of(a, 2, a.norms[0].numel(), 5, {}, a.activation.c_str(),
                      a.hidden_scale ? *a.hidden_scale : a.scales[6], a.zeros[6], a.a_bits[6])),
@@ -297,7 +322,7 @@ void Block::drop_weights() {
 
 // With enough images every thread takes some of them through all stages in its own memory. Otherwise the threads share
 // the rows, and wait for each other before attention, which needs the keys and values of a whole image.
-at::Tensor Block::run(const at::Tensor& x, const Weights& weights) const {
+at::Tensor Block::run(const at::Tensor& x, const OptionalTensor& rope, const Weights& weights) const {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.dim() == 3 && x.size(2) == norm1_.norm.channels, "x was ",
                     x.scalar_type(), " ", x.sizes(), "; it must be float32 [B, T, ", norm1_.norm.channels, "]");
   TORCH_CHECK_VALUE(!attention_.places.defined() || attention_.places.numel() == x.size(1), "x had ", x.size(1),
@@ -305,6 +330,10 @@ at::Tensor Block::run(const at::Tensor& x, const Weights& weights) const {
   TORCH_CHECK_VALUE(!fc2_.corrections.defined() || fc2_.epilogue.tokens == x.size(1), "acm was made for ",
                     fc2_.epilogue.tokens, " tokens an image; these have ", x.size(1), ": quantize for this input size");
   attention_.check_tokens(x.size(1));
+  TORCH_CHECK_VALUE(rope.has_value() == rotated_, "rope was ", rope ? "given" : "None", " to a block made for ",
+                    rotated_ ? "one" : "none");
+  const at::Tensor turned = rope ? rope->to(at::kFloat).contiguous() : at::Tensor();
+  const Turns turns = turned.defined() ? turns_of(turned, x.size(1), attention_.heads, proj_.in_features) : Turns{};
   const at::Tensor input = x.contiguous();
   at::Tensor result = empty_result(input.sizes(), at::kFloat);
   if (input.numel() == 0) return result;
@@ -317,10 +346,10 @@ at::Tensor Block::run(const at::Tensor& x, const Weights& weights) const {
     parallel_pieces((batch + most - 1) / most, [&](int64_t piece) {
       const int64_t first = piece * most, own = std::min(most, batch - first) * image;
       const int64_t shared = Stages::shared_bytes(*this, own);
-      const Stages sizes(*this, weights, nullptr, nullptr, image, own, nullptr);
+      const Stages sizes(*this, weights, nullptr, nullptr, image, own, turns, nullptr);
       uint8_t* memory = thread_memory(shared + sizes.own_bytes());
       const Stages stages(*this, weights, from + first * image * channels, to + first * image * channels, image, own,
-                          memory);
+                          turns, memory);
       const Stages::Own mine = stages.own(memory + shared);
       stages.before(0, own, mine);
       if (windows == 1) {
@@ -336,7 +365,7 @@ at::Tensor Block::run(const at::Tensor& x, const Weights& weights) const {
   const at::Tensor shared = empty_result({Stages::shared_bytes(*this, rows) + kDepth}, at::kByte);
   uint8_t* memory = shared.mutable_data_ptr<uint8_t>();
   memory += -reinterpret_cast<uintptr_t>(memory) % kDepth;
-  const Stages stages(*this, weights, from, to, image, rows, memory);
+  const Stages stages(*this, weights, from, to, image, rows, turns, memory);
   // One part of the rows for each thread: every part reads all the weights.
   const int64_t share = (rows + threads - 1) / threads;
   const int64_t parts = (rows + share - 1) / share;
@@ -373,14 +402,32 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
                        at::TensorList scales, at::TensorList zeros, at::IntArrayRef a_bits, int64_t heads,
                        double attention_scale, const OptionalTensor& position_bias, const OptionalTensor& mask,
                        const OptionalTensor& index, const OptionalTensor& acm, const OptionalTensor& hidden_scale,
-                       c10::string_view activation, const OptionalTensor& head_scale, bool post_norm) {
-  const BlockArguments a{norms.vec(),  eps.vec(),   weights.vec(), biases.vec(), weight_scales.vec(),     w_bits.vec(),
-                         scales.vec(), zeros.vec(), a_bits.vec(),  heads,        attention_scale,         position_bias,
-                         mask,         index,       acm,           hidden_scale, std::string(activation), head_scale,
-                         post_norm};
+                       c10::string_view activation, const OptionalTensor& head_scale, bool post_norm, bool half,
+                       const OptionalTensor& rope) {
+  const BlockArguments a{norms.vec(),
+                         eps.vec(),
+                         weights.vec(),
+                         biases.vec(),
+                         weight_scales.vec(),
+                         w_bits.vec(),
+                         scales.vec(),
+                         zeros.vec(),
+                         a_bits.vec(),
+                         heads,
+                         attention_scale,
+                         position_bias,
+                         mask,
+                         index,
+                         acm,
+                         hidden_scale,
+                         std::string(activation),
+                         head_scale,
+                         post_norm,
+                         half,
+                         rope.has_value()};
   calm_openmp();
   const std::shared_ptr<const RememberedBlock> remembered = RememberedBlock::find(a);
-  return remembered ? remembered->run(x, a.weights) : Block(a, false).run(x);
+  return remembered ? remembered->run(x, rope, a.weights) : Block(a, false).run(x, rope);
 }
 
 }  // namespace

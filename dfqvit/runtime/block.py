@@ -60,12 +60,15 @@ class IntegerBlock(nn.Module):
         """What `geometry` is computed from, beyond buffers."""
         return []
 
-    def integer(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What the operator takes to what it gives, or None where the block is to compute as simulated."""
+    def integer(self, x: torch.Tensor, *rope: torch.Tensor) -> torch.Tensor | None:
+        """What the operator takes to what it gives, or None where the block is to compute as simulated.
+
+        `rope`: one, or none, of this call; the last of the operator's arguments.
+        """
         prepare = not _ASKED and not torch.compiler.is_compiling()
         if prepare:
             prepared = self.__dict__.get("_prepared")
-            found = None if prepared is None else prepared(x)
+            found = None if prepared is None else prepared(x, *rope)
             if found is not None:
                 return found
         parts = "it is watched" if watched_or_differentiated(self, x) else self.parts(self)
@@ -73,14 +76,16 @@ class IntegerBlock(nn.Module):
             lift()
             return None
         check_tokens(parts.linears[-1].acm, x)
-        arguments = parts.arguments(*self.geometry())
+        arguments = parts.arguments(*self.geometry(), *rope)
         if prepare:
-            found = self._prepare(parts, arguments, x)
+            found = self._prepare(parts, arguments, x, *rope)
             if found is not None:
                 return found
         return self.operator(x.float(), *arguments)
 
-    def _prepare(self, parts: Any, arguments: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor | None:
+    def _prepare(
+        self, parts: Any, arguments: tuple[Any, ...], x: torch.Tensor, *rope: torch.Tensor
+    ) -> torch.Tensor | None:
         """The result by a prepared call that later calls find too; None where there can be none, or something watches."""
         module, _ = extension.load()
         if module is None or not may_prepare(x):
@@ -91,7 +96,7 @@ class IntegerBlock(nn.Module):
             watching = watch(self, [*parts.values(), *self.sources()], channels, self.dims)
             held = getattr(module, self.compiled)(watching, arguments)
             self.__dict__["_prepared"] = held
-        return held(x)
+        return held(x, *rope)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the prepared call, which a copy makes for itself."""

@@ -30,13 +30,15 @@ from .company import SerialTorch
 from .convnext import IntegerConvNeXtBlock, IntegerDownsample
 from .mlp import IntegerMlp
 from .residual import RESIDUAL, IntegerResidual
+from .rotary import IntegerRotaryBlock
 from .swin import IntegerSwinBlock, IntegerSwinV2Block, take_mergings
 from .vit import IntegerVitBlock
 
 RUNTIMES = ("auto", "integer", "simulated")
 OPERATORS = (norm_operator, linear_operator, attention_operator)
 FAMILIES: dict[type, type[IntegerBlock]] = {
-    kind.family: kind for kind in (IntegerVitBlock, IntegerSwinBlock, IntegerSwinV2Block, IntegerConvNeXtBlock)
+    kind.family: kind
+    for kind in (IntegerVitBlock, IntegerRotaryBlock, IntegerSwinBlock, IntegerSwinV2Block, IntegerConvNeXtBlock)
 }
 
 

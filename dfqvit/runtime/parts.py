@@ -33,6 +33,7 @@ class Parts:
     gains: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # LayerScale, of the results of proj and fc2
     head_scale: torch.Tensor | None = None  # [heads], of attention by cosines
     post_norm: bool = False  # whether the norms come last within the residual sums
+    half: bool = False  # whether the partners that a rope turns lie half a head apart
 
     @property
     def sites(self) -> tuple[ActivationQuantizer, ...]:
@@ -41,7 +42,11 @@ class Parts:
         return (qkv.input, self.operands.q, self.operands.k, self.operands.v, proj.input, fc1.input, fc2.input)
 
     def arguments(
-        self, bias: torch.Tensor | None = None, mask: torch.Tensor | None = None, index: torch.Tensor | None = None
+        self,
+        bias: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        rope: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
         """The arguments of the operator `quant_block` after x, as its schema orders them."""
         operands = [linear.operands() for linear in self.linears]
@@ -69,6 +74,8 @@ class Parts:
             self.activation,
             self.head_scale,
             self.post_norm,
+            self.half,
+            rope,
         )
 
     def values(self) -> Iterator[torch.Tensor]:
@@ -113,6 +120,8 @@ def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
     linears = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
     if not all(type(layer) is QuantLinear and layer.frozen for layer in linears):
         return "its linear layers are not all quantized"
+    if linears[0].out_features != 3 * linears[1].in_features:
+        return "its attention has fewer heads of keys than of queries"
     if linears[0].acm is not None or linears[1].acm is not None or linears[2].acm is not None:
         return "a layer before the last has a correction"
     if post_norm and linears[3].acm is not None:
@@ -131,10 +140,10 @@ def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
         if type(getattr(parent, name, _NOTHING)) is not nn.Identity:
             return f"it has a {name}"
     gains: list[torch.Tensor | None] = []
-    for name, linear in (("ls1", attention.proj), ("ls2", mlp.fc2)):
+    for name, gamma, linear in (("ls1", "gamma_1", attention.proj), ("ls2", "gamma_2", mlp.fc2)):
         scale: Any = getattr(block, name, _NOTHING)
-        gain = scale.gamma if type(scale) is LayerScale else None
-        if gain is None and type(scale) is not nn.Identity:
+        gain = scale.gamma if type(scale) is LayerScale else getattr(block, gamma, None)
+        if type(scale) not in (LayerScale, nn.Identity):
             return f"it has a {name} of class {type(scale).__name__}"
         if gain is not None and gain.dtype != torch.float32:
             return f"its {name} holds {gain.dtype}, not float32"
@@ -159,6 +168,7 @@ def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
         (gains[0], gains[1]),
         attention.scales_of_heads().float() if cosines else None,
         post_norm,
+        bool(getattr(attention, "rotate_half", False)),
     )
 
 

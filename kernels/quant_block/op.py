@@ -9,6 +9,7 @@ import torch
 
 from .. import blocks, checks
 from ..dispatch import Operator
+from ..quantize_heads.op import check_rope
 from . import reference
 
 LINEARS = ("qkv", "proj", "fc1", "fc2")  # the order of weights, biases, weight_scales, w_bits
@@ -37,6 +38,8 @@ def quant_block(
     activation: str | None = "gelu",
     head_scale: torch.Tensor | None = None,
     post_norm: bool = False,
+    half: bool = False,
+    rope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A transformer block with 8-bit integers between its operators; no gradient.
 
@@ -74,6 +77,8 @@ def quant_block(
         head_scale: float32 [heads] or None: attention by cosines. Queries and keys have length 1 when they are quantized, and
             a head's scores are multiplied by its scale too.
         post_norm: whether the norms come last within the residual sums; then there is no acm.
+        half: as there is in `quantize_heads`.
+        rope: as there: what the queries and keys of the last tokens of each image are turned by; not with head_scale.
 
     Returns:
         float32 [B, T, C].
@@ -114,13 +119,18 @@ def quant_block(
         raise ValueError("acm was given with post_norm, whose norm would change it; it must be None")
     if head_scale is not None and (head_scale.shape != (heads,) or head_scale.dtype != torch.float32):
         raise ValueError(f"head_scale was {head_scale.dtype} {tuple(head_scale.shape)}; it must be float32 [{heads}]")
+    if rope is not None:
+        if head_scale is not None:
+            raise ValueError("rope was given with head_scale; one of them must be None")
+        checks.same_device(x=x, rope=rope)
+        check_rope(rope, heads, x.shape[1], inner // heads)
     blocks.check_hidden(hidden_scale, weight_scales[2])
     blocks.check_activation(activation)
-    blocks.check_no_gradient("quant_block", (x, *norms, *biases, acm, position_bias, head_scale))
+    blocks.check_no_gradient("quant_block", (x, *norms, *biases, acm, position_bias, head_scale, rope))
     return forward(
         x, list(norms), list(eps), list(weights), blocks.given(x, biases), list(weight_scales), list(w_bits), list(scales),
         list(zeros), list(a_bits), heads, float(attention_scale), position_bias, mask, index, acm, hidden_scale,
-        activation or "none", head_scale, post_norm,
+        activation or "none", head_scale, post_norm, half, rope,
     )  # fmt: skip
 
 
@@ -128,7 +138,7 @@ forward = Operator(
     "quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "
     "int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
     "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, Tensor? head_scale=None, "
-    "bool post_norm=False) -> Tensor",
+    "bool post_norm=False, bool half=False, Tensor? rope=None) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     backends=blocks.backends("quant_block", reference.quant_block),
 )

@@ -35,6 +35,8 @@ def quant_block(
     activation: str,
     head_scale: torch.Tensor | None = None,
     post_norm: bool = False,
+    half: bool = False,
+    rope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula of `op.quant_block`; a bias of no values is none."""
 
@@ -78,12 +80,13 @@ def quant_block(
         return residual + F.layer_norm(linear(place, grid, x), weight.shape, weight, bias, eps[place // 2])
 
     in_scale, in_zero = torch.stack(list(scales[1:4])), torch.stack(list(zeros[1:4]))
-    if head_scale is None:
+    if head_scale is None and rope is None:
         qkv = linear(0, 0, norm(0, 0, x), (in_scale, in_zero, a_bits[1]))
     else:
         q, k, v = linear(0, 0, norm(0, 0, x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        qkv = quantize_heads.resolved(q, k, v, in_scale, in_zero, a_bits[1], None, False)
+        if head_scale is not None:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        qkv = quantize_heads.resolved(q, k, v, in_scale, in_zero, a_bits[1], rope, half)
     attended = quant_attention.resolved(
         qkv, heads, in_scale, in_zero, attention_scale, position_bias, mask, index, scales[4], zeros[4], a_bits[4],
         head_scale,

@@ -69,14 +69,14 @@ def quantize_heads(
     checks.positive("in_scale", parameters[0])
     checks.whole("in_zero", parameters[1], (1 << bits) - 1)
     if rope is not None:
-        _check_rope(rope, q)
+        check_rope(rope, *q.shape[1:])
         rope = rope.detach().to(parameters[0].dtype)
     return forward(q.detach(), k.detach(), v.detach(), *parameters, bits, rope, half)
 
 
-def _check_rope(rope: torch.Tensor, q: torch.Tensor) -> None:
+def check_rope(rope: torch.Tensor, heads: int, tokens: int, depth: int) -> None:
+    """TypeError or ValueError unless rope turns heads of so many channels, in at most so many tokens."""
     checks.floating("rope", rope)
-    heads, tokens, depth = q.shape[1:]
     fits = rope.dim() in (2, 3) and rope.shape[-1] == 2 * depth and rope.shape[-2] <= tokens
     if not fits or (rope.dim() == 3 and rope.shape[0] != heads):
         raise ValueError(

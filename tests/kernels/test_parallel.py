@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dfqvit.evaluation.neighbours import neighbours
 from dfqvit.kernels import extension
@@ -331,3 +333,26 @@ print(before, spun())
     environment = dict.fromkeys(("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"), "")
     before, after = map(float, python(code, OMP_NUM_THREADS="2", DFQVIT_CPUS="2", **environment))
     assert after < 0.5 * before, (before, after)
+
+
+def test_mathematics_of_mkl_has_one_thread_between_our_operators():
+    """It counts its threads for itself: sines of a rope waited for OpenMP's, on the processors that ours spin on."""
+    module, reason = extension.load()
+    if module is None:
+        pytest.skip(reason)
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    set_local = getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", None) if library.exists() else None
+    if set_local is None:
+        pytest.skip("this torch has no MKL")
+    seen = []
+
+    def note():
+        before = set_local(0)
+        set_local(before)
+        seen.append(before)
+
+    note()
+    module.serial_torch(note)
+    module.serial_torch(lambda: (module.lift_serial_torch(), note()))
+    note()
+    assert seen == [0, 1, 0, 0]

@@ -54,6 +54,8 @@ def sample(rng, batch, tokens, heads, depth, hidden, *, w_bits=4, a_bits=8, wind
         "activation": rng.choice([None, *ACTIVATIONS]),
         "head_scale": None,
         "post_norm": False,
+        "half": False,
+        "rope": None,
     }
     return torch.randn(batch, tokens, channels), named
 
@@ -76,6 +78,30 @@ def test_one_call_gives_the_bits_of_seven(seed, isa, w_bits):
         with use_backend("reference", "quant_block"):  # its operators run on the CPU still
             expected = quant_block(x, **named)
         assert torch.equal(found, expected)
+
+
+def rotated(rng, x, named):
+    """The same arguments with a rope, of some or all tokens."""
+    heads, depth = named["heads"], named["weight_scales"][0].numel() // 3 // named["heads"]
+    angles = torch.randn(*rng.choice([(), (heads,)]), rng.randint(0, x.shape[1]), depth)
+    return x, {**named, "half": rng.random() < 0.5, "rope": torch.cat((angles.sin(), angles.cos()), -1)}
+
+
+@compiled
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_a_rope_gives_the_bits_of_the_operators_one_by_one(seed, isa, w_bits):
+    rng = random.Random(seed)
+    for _ in range(8):
+        windows = rng.choice([0, 0, 2])
+        tokens = (windows or 1) * rng.randint(1, 150 if rng.random() < 0.3 else 30)
+        x, named = sample(
+            rng, rng.randint(1, 5), tokens, rng.randint(1, 3), 2 * rng.randint(1, 20), rng.randint(1, 100),
+            w_bits=w_bits, windows=windows, acm=rng.random() < 0.5, blocked=rng.random() < 0.7,
+        )  # fmt: skip
+        x, named = rotated(rng, x, named)
+        found = quant_block(x, **named)
+        with use_backend("reference", "quant_block"):
+            assert torch.equal(found, quant_block(x, **named))
 
 
 def swin_v2(rng, x, named):
@@ -180,6 +206,9 @@ def test_empty_batch_and_strided_input(seed):
         ({"w_bits": [4, 4, 4, 9]}, "bits was 9; it may be a whole number from 2 to 8"),
         ({"heads": 3}, "heads was 3; the 8 channels of q must be a multiple of it"),
         ({"acm": torch.zeros(5, 8)}, r"acm had shape \(5, 8\); it must be \[6, 8\]"),
+        ({"rope": torch.zeros(6, 6)}, r"rope had shape \(6, 6\); it must be \[R, 8\] or \[2, R, 8\], R up to 6"),
+        ({"rope": torch.zeros(7, 8)}, r"rope had shape \(7, 8\)"),
+        ({"rope": torch.zeros(6, 8), "head_scale": torch.ones(2)}, "rope was given with head_scale"),
         ({"acm": torch.zeros(6, 8), "post_norm": True}, "acm was given with post_norm"),
         ({"head_scale": torch.ones(3)}, r"head_scale was torch.float32 \(3,\); it must be float32 \[2\]"),
         ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'"),
@@ -200,15 +229,19 @@ def test_bad_input(change, message):
 
 @compiled
 @pytest.mark.parametrize(
-    "name", ["weights", "weight_scales", "norms", "zeros", "index", "mask", "position_bias", "head_scale"]
+    "name", ["weights", "weight_scales", "norms", "zeros", "index", "mask", "position_bias", "head_scale", "rope"]
 )
 def test_the_operator_itself_checks_what_it_reads(seed, name):
     """As a C++ program calls it, without the checks in Python: too little memory is refused, not read beyond."""
     x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, windows=2)
     named["biases"] = [torch.zeros(len(scale)) for scale in named["weight_scales"]]
-    named["activation"], named["head_scale"] = "none", torch.ones(2)
+    named["activation"] = "none"
+    named["head_scale" if name == "head_scale" else "rope"] = (
+        torch.ones(2) if name == "head_scale" else torch.zeros(12, 16)
+    )
     short = [value[:1] if value.dim() else value for value in named[name]] if isinstance(named[name], list) else None
-    change = {"zeros": named["zeros"][:6], "index": named["index"] + 1}.get(name, short or named[name][:1])
+    others = {"zeros": named["zeros"][:6], "index": named["index"] + 1, "rope": torch.zeros(13, 16)}
+    change = others.get(name, short or named[name][:1])
     names = [argument.name for argument in torch.ops.dfqvit.quant_block.default._schema.arguments[1:]]
     with use_backend("cpu"), pytest.raises((ValueError, TypeError, RuntimeError)):
         forward(x, *({**named, name: change}[key] for key in names))

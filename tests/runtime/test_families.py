@@ -19,6 +19,7 @@ from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 from dfqvit.runtime.block import IntegerBlock
 from dfqvit.runtime.convnext import IntegerConvNeXtBlock, IntegerDownsample
+from dfqvit.runtime.rotary import IntegerRotaryBlock
 from dfqvit.runtime.swin import MERGINGS, IntegerSwinV2Block, take_mergings
 
 from ..conftest import PATHS
@@ -26,12 +27,14 @@ from .test_blocks import Operators, close
 
 SWIN_V2 = {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 7}
 CONVNEXT = {"dims": (16, 24, 32, 40), "depths": (1, 2, 2, 1), "num_classes": 7}
+ROTARY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 MAKE = {
+    "dinov3": ("vit_small_patch16_dinov3", {**ROTARY, "init_values": 0.5}),
+    "rope of each head": ("vit_small_patch16_rope_mixed_224", ROTARY),
     "swinv2": ("swinv2_tiny_window8_256", SWIN_V2),
     "convnext": ("convnext_tiny", CONVNEXT),
     "convnext of 1x1 convolutions": ("convnext_atto", CONVNEXT),
 }
-OPERATOR = {"swinv2": "dfqvit::quant_block", "convnext": "dfqvit::quant_conv_block"}
 
 
 def make(name):
@@ -59,7 +62,7 @@ def family(request, seed):
 def quantized(name, w_bits=8):
     """(float model, quantized and simulated, images)."""
     model = make(name)
-    _, *size = Preprocessing.of(model).input_size if name == "swinv2" else (3, 64, 64)
+    _, *size = (3, 64, 64) if "convnext" in name else Preprocessing.of(model).input_size
     images = torch.randn(12, 3, *size)
     qmodel = convert(model, Recipe(w_bits))
     calibrate(qmodel, images[:8], Recipe(w_bits))
@@ -77,10 +80,10 @@ def test_as_simulated_and_near_float(family, isa, w_bits):
     assert accelerate(qmodel) == {}
     blocks = find_adapter(qmodel).blocks()
     assert integer(qmodel) == list(blocks)
-    assert {type(block) for block in blocks} <= {IntegerSwinV2Block, IntegerConvNeXtBlock}
+    assert {type(block) for block in blocks} <= {IntegerSwinV2Block, IntegerConvNeXtBlock, IntegerRotaryBlock}
     with Operators() as operators:
         found = qmodel(images)
-    assert OPERATOR[family.split()[0]] in operators.called
+    assert ("dfqvit::quant_conv_block" if "convnext" in family else "dfqvit::quant_block") in operators.called
     assert "aten::softmax" not in operators.called
     assert close(found, expected)
     assert torch.equal(qmodel(images), found)  # prepared by now
@@ -128,6 +131,7 @@ def test_copied_pickled_saved_and_exported(family, tmp_path):
 
 CHANGES = {
     "swinv2": ["attn.logit_scale", "attn.cpb_mlp.0.weight", "norm1.weight", "norm2.bias", "mlp.fc1.bias"],
+    "dinov3": ["gamma_1", "attn.qkv.weight_scale", "norm2.weight"],
     "convnext": ["conv_dw.weight", "conv_dw.bias", "norm.weight", "gamma", "mlp.fc2.weight_scale"],
 }
 
@@ -163,8 +167,33 @@ def test_gradients_hooks_and_training_are_simulated(family):
     assert seen == [1]
     handle.remove()
     assert torch.equal(qmodel(images), found)
-    block.forward = lambda x: x * 2  # a user's own
+    block.forward = lambda x, **_: x * 2  # a user's own
     assert not torch.equal(qmodel(images), found)
+
+
+def test_a_rope_counts_in_every_call(seed):
+    """It is no constant: of other positions, of half the tokens, for each head or for all; with a gradient, simulated."""
+    _, qmodel, _ = quantized("dinov3")
+    accelerate(qmodel)
+    block, x = qmodel.blocks[0], torch.randn(2, 21, 48)
+    for shape in ((16, 32), (21, 32), (3, 16, 32), (9, 32)):
+        angles = torch.randn(*shape[:-1], 16)
+        rope = torch.cat((angles.sin(), angles.cos()), -1)
+        with torch.no_grad():
+            found = [block(x, rope=rope) for _ in range(2)]
+            with use_backend("reference"):
+                expected = block(x, rope=rope)
+        assert torch.equal(*found)
+        assert close(found[0], expected)
+        assert not torch.equal(block(x, rope=rope.roll(1, -2)), found[0])
+        assert not torch.equal(block(x), found[0])
+    leaf = rope.clone().requires_grad_()
+    block(x, rope=leaf).square().sum().backward()
+    assert float(leaf.grad.abs().sum()) > 0
+    with torch.no_grad(), pytest.raises(ValueError, match="rope had shape"):
+        block(x, rope=rope[:, :-2])
+    mask = torch.ones(21, 21, dtype=torch.bool).tril()
+    assert not torch.equal(block(x, rope=rope, attn_mask=mask), found[0])
 
 
 def test_other_sizes_of_image(seed):

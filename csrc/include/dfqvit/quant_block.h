@@ -4,7 +4,7 @@
 //
 // With post_norm (Swin V2) a LayerNorm follows proj and fc2 within the residual sum, and qkv and fc1 take what they
 // read quantized as it is. With head_scale, queries and keys have length 1 when they are quantized, and the scores of a
-// head its scale.
+// head its scale. With a rope (DINOv3) queries and keys are turned first.
 //
 // What lies between the operators stays in the caches of the thread that computes it, and few threads wait for others.
 #pragma once
@@ -36,6 +36,8 @@ struct BlockArguments {
   std::string activation;
   OptionalTensor head_scale;  // of each head: attention by cosines
   bool post_norm = false;
+  bool half = false;     // whether the partners that a rope turns lie half a head apart, else side by side
+  bool rotated = false;  // whether calls come with a rope
 };
 
 class Block {
@@ -44,11 +46,13 @@ class Block {
   // holds of the arguments stays alive with it; where it is float32 and contiguous it is not copied.
   Block(const BlockArguments& arguments, bool gather);
 
-  // float32 [B, T, C] to the same, contiguous.
-  at::Tensor run(const at::Tensor& x) const { return run(x, own_weights()); }
+  // float32 [B, T, C] to the same, contiguous. `rope`, where calls come with one: [R, 2 * D] or [heads, R, 2 * D],
+  // sines and then cosines for the last R tokens of each image.
+  at::Tensor run(const at::Tensor& x, const OptionalTensor& rope = {}) const { return run(x, rope, own_weights()); }
+  bool rotated() const { return rotated_; }
   // With other weights of the same form, sums and scales, in the order of BlockArguments::weights.
   using Weights = std::array<Weight, 4>;
-  at::Tensor run(const at::Tensor& x, const Weights& weights) const;
+  at::Tensor run(const at::Tensor& x, const OptionalTensor& rope, const Weights& weights) const;
   Weights own_weights() const { return {qkv_.weight, proj_.weight, fc1_.weight, fc2_.weight}; }
   // Lets go of the weights: from now on it runs with those that it is given.
   void drop_weights();
@@ -56,8 +60,10 @@ class Block {
  private:
   struct Stages;
   bool ordinary_heads() const;
+  // Whether q, k and v are floats before they are rounded.
+  bool wide() const { return cosine_ || rotated_; }
 
-  bool post_norm_, cosine_;
+  bool post_norm_, cosine_, half_, rotated_;
   NormLayer norm1_, norm2_;
   LinearLayer qkv_, proj_, fc1_, fc2_;
   AttentionLayer attention_;
@@ -73,7 +79,7 @@ class RememberedBlock {
   // not contiguous), or anything is not on a CPU.
   static std::shared_ptr<const RememberedBlock> find(const BlockArguments& arguments);
 
-  at::Tensor run(const at::Tensor& x, const std::vector<at::Tensor>& weights) const;
+  at::Tensor run(const at::Tensor& x, const OptionalTensor& rope, const std::vector<at::Tensor>& weights) const;
 
  private:
   explicit RememberedBlock(const BlockArguments& copies);
