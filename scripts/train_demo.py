@@ -3,6 +3,8 @@
     python scripts/train_demo.py --write-data
     python scripts/train_demo.py --model vit
     python scripts/train_demo.py --model swin
+    python scripts/train_demo.py --model deit3
+    python scripts/train_demo.py --model convnext
 
 The data is Debian's package dataset-fashion-mnist (MIT licence). The test images are used for nothing but the figure
 printed after each epoch: the last average of the weights is saved, not the best. As DeiT, the models are distilled from a
@@ -30,7 +32,7 @@ from dfqvit import demo
 from dfqvit.storage.atomic import atomic
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-NAMES = {"vit": "dfqvit_demo_vit", "swin": "dfqvit_demo_swin"}
+NAMES = {kind: f"dfqvit_demo_{kind}" for kind in ("vit", "swin", "deit3", "convnext")}
 MEAN, STD = 0.2860, 0.3530
 
 

@@ -80,7 +80,9 @@ def test_installs_without_compiling_and_still_works(tmp_path):
     assert found.startswith("(1, 10) the compiled module dfqvit._C is not built")
 
 
-@pytest.mark.parametrize(("name", "least"), [("demo", 91.0), ("demo-swin", 90.0)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("demo", 91.0), ("demo-swin", 90.0), ("demo-deit3", 92.0), ("demo-convnext", 91.0)]
+)
 def test_embedded_models_reach_their_accuracy(name, least):
     """On all 10,000 test images of Fashion-MNIST, in float32."""
     from dfqvit.evaluation import evaluate

@@ -66,7 +66,7 @@ class _Commands(click.Group):
 def program() -> None:
     """Data-free quantization of timm vision transformers.
 
-    MODEL is a timm name of the ViT, DeiT or Swin families, or `demo` / `demo-swin`, the embedded models.
+    MODEL is a timm name of a transformer or a ConvNeXt, or `demo`, `demo-swin`, `demo-deit3`, `demo-convnext`, the embedded models.
     """
 
 

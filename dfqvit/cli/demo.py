@@ -1,4 +1,4 @@
-"""`dfqvit demo`: the main job on an embedded model, with accuracies."""
+"""`dfqvit demo`: the main job on the embedded models, with accuracies."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from ..api import quantize
 from ..calibration.images import COMPANIONS, with_companions
+from ..errors import UsageError
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.data import batches, open_images, spread_images
 from ..evaluation.energy import Energy
 from ..evaluation.speed import Speed, race
 from ..models import Preprocessing, load_model
 from ..models import demo as embedded
+from ..models.adapters import find_adapter
 from ..storage import save
 from ..synthesis import SynthesisConfig
 from .dense import demo_dense
@@ -33,6 +35,7 @@ _PAPERS = {
 }  # the literature's quantizer, which feels what it is calibrated on
 _ROWS: dict[str, tuple[int, dict[str, Any]]] = {f"W{bits}/A8": (bits, {}) for bits in _BITS}
 _ROWS["W3/A8, PSAQ-ViT's"] = (3, _PAPERS)
+_PAPERS_TOLD = "PSAQ-ViT's: the literature's quantizer, simulated; what it is calibrated on matters more to it\n"
 _REPORTED = 4  # bits of the model that the report is about
 _BATCH, _ROUNDS, _SECONDS = 32, 7, 0.1  # of the comparison of speeds: the turns of each model, and how long one is
 
@@ -45,8 +48,9 @@ SPEED = "x float32"  # the column
     type=click.Choice(list(embedded.ALIASES)),
     default="demo",
     show_default=True,
-    help="A small DeiT or a small Swin.",
+    help="A small DeiT, Swin, DeiT III or ConvNeXt.",
 )
+@click.option("--all", "all_models", is_flag=True, help="All four, one after the other, each in a folder of its own.")
 @click.option("--dense", is_flag=True, help="A small detector and a small segmenter instead: mAP@50 and mIoU.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images to make.")
 @click.option("--iters", type=click.IntRange(1), default=300, show_default=True, help="Steps of the synthesis.")
@@ -60,18 +64,31 @@ SPEED = "x float32"  # the column
 )
 @common
 def command(**options: Any) -> None:
-    """Quantize an embedded model to W8/A8, W4/A8 and W3/A8 and print top-1 on Fashion-MNIST's test images.
+    """Quantize an embedded model, or all, to W8/A8, W4/A8 and W3/A8 and print top-1 on Fashion-MNIST's test images.
 
     Calibration on real training images, on noise, and on synthetic images (data-free) stand side by side. Needs no network.
     With --dense: mAP@50 of a detector and mIoU of a segmenter, on scenes composed from these images.
     Replaces its own results of an earlier run.
     """
-    device, out = pick_device(options["device"]), options["out"]
+    device = pick_device(options["device"])
     if options["dense"]:
+        if options["all_models"]:
+            raise UsageError("--all was given with --dense, which has models of its own; it may be given without it")
         demo_dense(options, device)
         return
+    if not options["all_models"]:
+        record, text = _run(options["model"], options["out"], options, device)
+    else:
+        found = {name: _run(name, options["out"] / name, options, device) for name in embedded.ALIASES}
+        record = {"models": {name: record for name, (record, _) in found.items()}}
+        text = "\n\n".join(text for _, text in found.values())
+    emit(options["as_json"], record, text)
+
+
+def _run(name: str, out: Path, options: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], str]:
+    """Quantizes an embedded model in all ways, into the folder `out`; (record, what is told of it)."""
     started, energy = time.perf_counter(), Energy(device)
-    model = load_model(options["model"], device=device)
+    model = load_model(name, device=device)
     preprocessing = Preprocessing.of(model)
     test = open_images(embedded.TEST_IMAGES, preprocessing)
     loaded = [(x, y) for x, y in batches(torch.utils.data.Subset(test, range(options["images"])), 250)]
@@ -80,12 +97,14 @@ def command(**options: Any) -> None:
     with energy.account() as cost:
         synthetic = run_synthesis(model, preprocessing, config, out, resume=False)
 
+    placements = find_adapter(model).placements
+    kinds = {kind: row for kind, row in _ROWS.items() if row[1].get("placement", "gemm") in placements}
     sources: dict[str, str | torch.Tensor] = {"real images": real, "noise": "noise", "data-free": synthetic}
     results: dict[str, dict[str, Any]] = {}
     made: dict[str, torch.nn.Module] = {}
     with tqdm(
-        total=len(loaded) * (1 + len(_ROWS) * len(sources)),
-        desc="quantize and evaluate",
+        total=len(loaded) * (1 + len(kinds) * len(sources)),
+        desc=f"quantize and evaluate {name}",
         unit="batch",
         dynamic_ncols=True,
     ) as bar:
@@ -94,10 +113,10 @@ def command(**options: Any) -> None:
             return evaluate(candidate, loaded, against, lambda _: bar.update())
 
         base = measure(model, None)
-        for name, (bits, settings) in _ROWS.items():
+        for kind, (bits, settings) in kinds.items():
             row: dict[str, Any] = {"float": base.top1, "MB": None, SPEED: ""}
             for source, images in sources.items():
-                bar.set_postfix_str(f"{name}, calibrated on {source}")
+                bar.set_postfix_str(f"{kind}, calibrated on {source}")
                 if source == "data-free" and not settings:
                     images = with_companions(synthetic, COMPANIONS, config.seed, preprocessing)
                 with energy.account() as one:
@@ -119,10 +138,10 @@ def command(**options: Any) -> None:
                     )
                     path = save(qmodel, out / f"w{bits}a8.safetensors")
                     row["MB"] = path.stat().st_size / 1e6
-                    made[name] = qmodel
+                    made[kind] = qmodel
                     if bits == _REPORTED:
                         reported, file, cost = qmodel, path, cost + one
-            results[name] = row
+            results[kind] = row
     with tqdm(total=(1 + len(made)) * _ROUNDS, desc="speed", unit="turn", dynamic_ncols=True) as bar:
         contenders = {"float32": model, **made}
         speeds = race(
@@ -137,7 +156,7 @@ def command(**options: Any) -> None:
     for speed in speeds[1:]:
         results[speed.model][SPEED] = _ratio(speed)
     headers = ["top-1 %", "float", *sources, "MB", SPEED]
-    rows = [[name, *(row[key] for key in headers[1:])] for name, row in results.items()]
+    rows = [[kind, *(row[key] for key in headers[1:])] for kind, row in results.items()]
     table = tabulate(
         rows,
         headers=headers,
@@ -145,7 +164,7 @@ def command(**options: Any) -> None:
     )
     page = make_report(
         out,
-        options["model"],
+        name,
         model,
         reported,
         {"synthetic": synthetic, "real": real.to(device)},
@@ -161,16 +180,15 @@ def command(**options: Any) -> None:
     )
     floats = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
     text = (
-        f"{table}\n\n{options['model']}: {base.images} test images of Fashion-MNIST; float32: {floats:.2f} MB; "
+        f"{table}\n\n{name}: {base.images} test images of Fashion-MNIST; float32: {floats:.2f} MB; "
         f"{config.samples} synthetic images, {config.iters} steps; {time.perf_counter() - started:.0f} s in all\n"
-        "PSAQ-ViT's: the literature's quantizer, simulated; what it is calibrated on matters more to it\n"
+        f"{_PAPERS_TOLD if len(kinds) == len(_ROWS) else ''}"
         f"{SPEED}: times as fast as float32 beside it, batch {_BATCH}: median of {_ROUNDS} turns, least to greatest in brackets\n"
         f"models:   {out}/w8a8.safetensors, w4a8.safetensors, w3a8.safetensors\n"
         f"report:   {page}\n"
         f"pictures: {out / 'samples.png'}, {out / 'curriculum.png'}"
     )
-    record = {"model": options["model"], "images": base.images, "top1": results, "out": str(out), "report": str(page)}
-    emit(options["as_json"], record, text)
+    return {"model": name, "images": base.images, "top1": results, "out": str(out), "report": str(page)}, text
 
 
 def _ratio(speed: Speed) -> str:

@@ -1,7 +1,8 @@
-"""The embedded models: a small DeiT-like ViT (`demo`) and a small Swin (`demo-swin`), trained on Fashion-MNIST.
+"""The embedded models, trained on Fashion-MNIST: a small DeiT-like ViT (`demo`), a small Swin (`demo-swin`), a small DeiT III
+(`demo-deit3`) and a small ConvNeXt (`demo-convnext`).
 
-They are ordinary timm models, registered under `dfqvit_demo_vit` and `dfqvit_demo_swin`, so that every command that takes a timm
-name takes them too. `scripts/train_demo.py` trains them; the weights and the test images ship in `dfqvit/models/assets`.
+They are ordinary timm models, registered under `dfqvit_demo_vit` and so on, so that every command that takes a timm name takes
+them too. `scripts/train_demo.py` trains them; the weights and the test images ship in `dfqvit/models/assets`.
 Fashion-MNIST is by Zalando Research, MIT licence (arXiv 1708.07747).
 """
 
@@ -10,14 +11,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from timm.models import SwinTransformer, VisionTransformer, register_model
+from timm.models import ConvNeXt, SwinTransformer, VisionTransformer, register_model
 
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS = {
     "dfqvit_demo_vit": ASSETS / "demo_vit.safetensors",
     "dfqvit_demo_swin": ASSETS / "demo_swin.safetensors",
+    "dfqvit_demo_deit3": ASSETS / "demo_deit3.safetensors",
+    "dfqvit_demo_convnext": ASSETS / "demo_convnext.safetensors",
 }
-ALIASES = {"demo": "dfqvit_demo_vit", "demo-swin": "dfqvit_demo_swin"}
+ALIASES = {
+    "demo": "dfqvit_demo_vit",
+    "demo-swin": "dfqvit_demo_swin",
+    "demo-deit3": "dfqvit_demo_deit3",
+    "demo-convnext": "dfqvit_demo_convnext",
+}
 TEST_IMAGES = (
     ASSETS / "fashion_mnist_test.npz"
 )  # images uint8 [10000, 1, 28, 28], labels int64 [10000]: the whole test split
@@ -76,6 +84,38 @@ def dfqvit_demo_swin(pretrained: bool = False, **kwargs: Any) -> SwinTransformer
         "window_size": 7,
     }
     return _build(SwinTransformer, _config("dfqvit_demo_swin", "patch_embed.proj", "head.fc"), defaults, kwargs)
+
+
+@register_model
+def dfqvit_demo_deit3(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """DeiT III's structure at 0.45 M parameters: that of `dfqvit_demo_vit` with LayerScale, and with four registers."""
+    defaults = {
+        "img_size": 28,
+        "patch_size": 4,
+        "in_chans": 1,
+        "num_classes": 10,
+        "embed_dim": 96,
+        "depth": 4,
+        "num_heads": 3,
+        "no_embed_class": True,
+        "reg_tokens": 4,
+        "init_values": 0.1,
+    }
+    return _build(VisionTransformer, _config("dfqvit_demo_deit3", "patch_embed.proj", "head"), defaults, kwargs)
+
+
+@register_model
+def dfqvit_demo_convnext(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
+    """ConvNeXt's structure at 0.55 M parameters: 28 x 28, 14 x 14, 7 x 7 and 3 x 3 pixels; 1, 1, 3 and 1 blocks."""
+    defaults = {
+        "in_chans": 1,
+        "num_classes": 10,
+        "patch_size": 1,
+        "depths": (1, 1, 3, 1),
+        "dims": (24, 48, 96, 160),
+        "ls_init_value": 0.1,
+    }
+    return _build(ConvNeXt, _config("dfqvit_demo_convnext", "stem.0", "head.fc"), defaults, kwargs)
 
 
 __all__ = ["ALIASES", "ASSETS", "CLASSES", "TEST_IMAGES", "TRAIN_SAMPLE", "WEIGHTS"]

@@ -45,7 +45,8 @@ def load_model(
 
     Args:
         name: a timm name of the ViT, DeiT or Swin families, also as `timm/NAME`; `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, as
-            `timm.create_model` takes them; "demo" / "demo-swin"; or "demo-detector" / "demo-segmenter", which are networks.
+            `timm.create_model` takes them; "demo", "demo-swin", "demo-deit3" or "demo-convnext"; or "demo-detector" /
+            "demo-segmenter", which are networks.
         checkpoint: what timm loads: a state_dict in a .safetensors or .pth file, a training script's checkpoint (averaged
             weights before raw ones), the family's original layout; without it, timm's pretrained weights (or the demo's own).
             Position embeddings are resized to `img_size`, an RGB stem is adapted to `in_chans`, as timm does.

@@ -102,6 +102,7 @@ def qdq_model(qmodel: nn.Module, opset: int = OPSET) -> nn.Module:
         elif isinstance(module, QuantLinear):
             integers = unpack_weight(module.weight_packed, module.w_bits, module.in_features)
             module.register_buffer("weight_integers", integers.T.contiguous())
+            module.register_buffer("factors", module.factor)  # ONNX has no shifts into the bits of a float
             module.opset = opset
             module.__class__ = _QdqPatchProjection if isinstance(module, QuantPatchProjection) else _QdqLinear
         elif isinstance(module, AttentionOperands):
@@ -134,12 +135,13 @@ class _QdqActivation(ActivationQuantizer):
 
 class _QdqLinear(QuantLinear):
     weight_integers: torch.Tensor  # int8 [in_features, out_features]
+    factors: torch.Tensor | None  # float32 [in_features]
     opset: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_tokens(self.acm, x)
-        if self.factor is not None:
-            x = x / self.factor
+        if self.factors is not None:
+            x = x / self.factors
         weight = torch.onnx.ops.symbolic(
             "DequantizeLinear",
             (self.weight_integers, self.weight_scale),
@@ -156,6 +158,8 @@ class _QdqLinear(QuantLinear):
 
 class _QdqPatchProjection(QuantPatchProjection, _QdqLinear):
     """Cuts patches as the former does, and multiplies them as the latter."""
+
+    by_pixels = False  # `weight_integers` has the order of the packed weight
 
 
 class _QdqAttentionOperands(AttentionOperands):

@@ -49,7 +49,7 @@ def test_size_budget(run, tmp_path):
     assert "size_budget was 0.01 MB; this model needs" in said(err)[0]
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-swin"])
+@pytest.mark.parametrize("name", list(demo.ALIASES))
 def test_quantize_evaluate_info(run, tmp_path, small_test, name):
     out = tmp_path / "out"
     status, stdout, _ = run("quantize", name, "--w-bits", 8, "--calib", demo.TRAIN_SAMPLE, "--out", out, "--json")
@@ -288,6 +288,25 @@ def test_demo_on_a_few_images(run, tmp_path, monkeypatch):
     assert (tmp_path / "w3a8.safetensors").exists()
     assert json.loads(stdout)["report"] == str(tmp_path / "report.html")
     assert "<h2>Accuracy</h2>" in (tmp_path / "report.html").read_text()
+
+
+def test_demo_of_all_models(run, tmp_path, monkeypatch):
+    """Of two here: one has no such places as PSAQ-ViT quantizes at."""
+    monkeypatch.setattr("dfqvit.cli.demo._SECONDS", 0.02)
+    monkeypatch.setattr(
+        "dfqvit.cli.demo.embedded.ALIASES", {n: demo.ALIASES[n] for n in ("demo-deit3", "demo-convnext")}
+    )
+    status, stdout, err = run("demo", "--all", "--images", 250, *QUICK, "--out", tmp_path, "--json")
+    assert status == 0, err
+    models = json.loads(stdout)["models"]
+    assert {name: len(record["top1"]) for name, record in models.items()} == {"demo-deit3": 4, "demo-convnext": 3}
+    for name, record in models.items():
+        assert record["report"] == str(tmp_path / name / "report.html")
+        assert record["top1"]["W8/A8"]["data-free"] > 85
+        assert (tmp_path / name / "w4a8.safetensors").exists()
+    status, _, err = run("demo", "--all", "--dense", "--out", tmp_path)
+    assert status == 2
+    assert "--all was given with --dense" in said(err)[0]
 
 
 def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(run, tmp_path):

@@ -59,6 +59,8 @@ ARCHITECTURES = {
     "swin_base_patch4_window12_384": {**SWIN, "img_size": 48, "window_size": 6},
     "swin_s3_tiny_224": {**SWIN, "img_size": 56, "window_size": (7, 7)},
     "dfqvit_demo_swin": {},
+    "dfqvit_demo_deit3": {},
+    "dfqvit_demo_convnext": {},
 }
 
 LOADER = """

@@ -50,6 +50,7 @@ class Adapter(abc.ABC):
     patchable: ClassVar[LayerNames]  # where `dfqvit.patch` takes linear layers over, beside MLPs
     element_acm_only: ClassVar[bool] = False  # whether blocks' outputs may be other than [B, ..., channels]
     whole_blocks: ClassVar[bool] = True  # whether a block's output depends on its one input alone
+    placements: ClassVar[tuple[str, ...]] = ("gemm", "psaq")  # of quantizers; see `Recipe`
     mixins: ClassVar[tuple[type, ...]] = ()  # of the quantized model's class, beside `QuantizedModel`
 
     def __init__(self, model: nn.Module, compat: str = "") -> None:

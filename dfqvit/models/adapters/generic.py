@@ -37,6 +37,7 @@ class GenericAdapter(Adapter):
     patchable: ClassVar = {}
     element_acm_only: ClassVar = True
     whole_blocks: ClassVar = False
+    placements: ClassVar = ("gemm",)
 
     def __init__(self, model: nn.Module, compat: str = "") -> None:
         super().__init__(model, compat)
