@@ -135,6 +135,7 @@ at::Tensor quant_conv_block(const at::Tensor& x, const at::Tensor& conv_weight, 
                             at::TensorList weights, at::TensorList biases, at::TensorList weight_scales,
                             at::IntArrayRef w_bits, at::TensorList scales, at::TensorList zeros, at::IntArrayRef a_bits,
                             const OptionalTensor& hidden_scale, c10::string_view activation) {
+  calm_openmp();
   return ConvBlock({conv_weight, conv_bias, norm_weight, norm_bias, eps, weights.vec(), biases.vec(),
                     weight_scales.vec(), w_bits.vec(), scales.vec(), zeros.vec(), a_bits.vec(), hidden_scale,
                     std::string(activation)})
