@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 ROWS = ROOT / "benchmarks" / "results" / "epyc-avx512-2-cores"
 
-SPEED_RUN = "5675613"  # the commit of its rows
+SPEED_RUN = "d653201"  # the commit of its rows
 SPEED_MODEL = "deit_tiny"
 CONTENDERS = {
     "eager-float32": "PyTorch float32",
