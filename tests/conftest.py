@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfqvit import cli
 from dfqvit.kernels import extension
@@ -150,6 +151,21 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def arguments_of(operator: Any, call: Callable[[], Any]) -> tuple[Any, ...]:
+    """What `call` calls an operator with, by position."""
+    captured = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is operator:
+                captured.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        call()
+    return captured[0]
 
 
 def mirrored(scale: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
-#include <utility>
 
 #include "dfqvit/parallel.h"
 #include "dfqvit/quantize_heads.h"
@@ -73,8 +73,9 @@ struct Block::Stages {
   NormKernels norms;
   HeadsKernel to_heads;
 
+  static int64_t between_bytes(const Block& b, int64_t rows) { return aligned(rows * b.qkv_.out_features + kDepth); }
   static int64_t shared_bytes(const Block& b, int64_t rows) {
-    return aligned(rows * b.qkv_.out_features + kDepth) + aligned(rows * b.proj_.stride());
+    return between_bytes(b, rows) + aligned(rows * b.proj_.stride());
   }
 
   Stages(const Block& b, const Weights& weights, const float* x, float* out, int64_t image, int64_t rows,
@@ -87,7 +88,7 @@ struct Block::Stages {
         together(most_together(b, rows)),
         weights(weights),
         between(shared),
-        attended(shared + aligned(rows * b.qkv_.out_features + kDepth)),
+        attended(shared + between_bytes(b, rows)),
         turns(turns) {
     heads = b.attention_.heads_of(image, b.proj_.in_features);
     heads.out_stride = b.proj_.stride();
@@ -126,7 +127,7 @@ struct Block::Stages {
       for (int64_t row = first; row < last; ++row) {
         const int64_t turn = row % image - (image - turns.tokens);
         for (int i = 0; i < 3; ++i) {
-          const float* sines = i < 2 && turns.tokens > 0 && turn >= 0 ? turns.sines + turn * 2 * depth : nullptr;
+          const float* sines = i < 2 && turn >= 0 ? turns.sines + turn * 2 * depth : nullptr;
           const float* values = own.floats + (row - first) * 3 * width + i * width;
           finite &= to_heads({values, width / depth, depth, depth, i < 2 && block.cosine_},
                              {sines, turns.stride, block.half_}, block.heads_[i], between + row * 3 * width + i * width,

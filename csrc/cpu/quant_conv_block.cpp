@@ -6,7 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <utility>
+#include <algorithm>
 
 #include "dfqvit/parallel.h"
 #include "dfqvit/results.h"

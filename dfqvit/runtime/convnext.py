@@ -15,7 +15,7 @@ from ..kernels.layer_norm_quantize.op import forward as layer_norm_quantize
 from ..kernels.quant_conv_block.op import forward as operator
 from ..quantization.layers import QuantLinear, QuantPatchProjection
 from .block import IntegerBlock
-from .parts import NORMS, activation_of, hidden_scale, replaced_forward, scaled, watched_or_differentiated
+from .parts import NORMS, activation_of, folded, hidden_scale, replaced_forward, watched_or_differentiated
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class ConvParts:
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments of the operator `quant_conv_block` after x, as its schema orders them."""
-        (norm,), sites, gains = self.norms, [linear.input for linear in self.linears], (None, self.gain)
+        (norm,), sites = self.norms, [linear.input for linear in self.linears]
+        biases, scales = folded(self.linears, (None, self.gain))
         return (
             self.conv.weight,
             self.conv.bias,
@@ -38,11 +39,8 @@ class ConvParts:
             norm.bias,
             norm.eps,
             [linear.operands()[0] for linear in self.linears],
-            [
-                linear.weight_scale.new_empty(0) if linear.bias is None else scaled(linear.bias, gain)
-                for linear, gain in zip(self.linears, gains, strict=True)
-            ],
-            [scaled(linear.weight_scale, gain) for linear, gain in zip(self.linears, gains, strict=True)],
+            biases,
+            scales,
             [linear.w_bits for linear in self.linears],
             [site.scale for site in sites],
             [site.zero_point for site in sites],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +50,13 @@ class Parts:
     ) -> tuple[Any, ...]:
         """The arguments of the operator `quant_block` after x, as its schema orders them."""
         operands = [linear.operands() for linear in self.linears]
-        gains = (None, self.gains[0], None, self.gains[1])
+        biases, scales = folded(self.linears, (None, self.gains[0], None, self.gains[1]))
         return (
             [tensor for norm in self.norms for tensor in (norm.weight, norm.bias)],
             [norm.eps for norm in self.norms],
             [weight for weight, _, _ in operands],
-            [
-                linear.weight_scale.new_empty(0) if linear.bias is None else scaled(linear.bias, gain)
-                for linear, gain in zip(self.linears, gains, strict=True)
-            ],
-            [scaled(linear.weight_scale, gain) for linear, gain in zip(self.linears, gains, strict=True)],
+            biases,
+            scales,
             [linear.w_bits for linear in self.linears],
             [site.scale for site in self.sites],
             [site.zero_point for site in self.sites],
@@ -101,6 +98,29 @@ def scaled(tensor: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     return tensor if gain is None else tensor * torch.where(gain.abs() < _LEAST, _LEAST, gain)
 
 
+def folded(
+    linears: Sequence[QuantLinear], gains: Sequence[torch.Tensor | None]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(biases, of no values for none; scales of the weights) of layers, with what multiplies their results."""
+    pairs = list(zip(linears, gains, strict=True))
+    biases = [
+        linear.weight_scale.new_empty(0) if linear.bias is None else scaled(linear.bias, gain) for linear, gain in pairs
+    ]
+    return biases, [scaled(linear.weight_scale, gain) for linear, gain in pairs]
+
+
+def gains_of(block: Any) -> tuple[Any, Any]:
+    """LayerScale of both results of a block: tensors, or None; anything else is not known."""
+    found = []
+    for scale, gamma in (("ls1", "gamma_1"), ("ls2", "gamma_2")):
+        module = getattr(block, scale, None)
+        if module is None or type(module) is nn.Identity:
+            found.append(getattr(block, gamma, None))
+        else:
+            found.append(module.gamma if type(module) is LayerScale else module)
+    return found[0], found[1]
+
+
 def hidden_scale(fc2: QuantLinear) -> torch.Tensor | None:
     """[H], what fc1 rounds its result by where fc2 has factors of its own for the channels."""
     return None if fc2.factor is None else fc2.input.scale * fc2.factor
@@ -139,17 +159,14 @@ def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
     for parent, name in ((attention, "q_norm"), (attention, "k_norm"), (attention, "norm"), (mlp, "norm")):
         if type(getattr(parent, name, _NOTHING)) is not nn.Identity:
             return f"it has a {name}"
-    gains: list[torch.Tensor | None] = []
-    for name, gamma, linear in (("ls1", "gamma_1", attention.proj), ("ls2", "gamma_2", mlp.fc2)):
-        scale: Any = getattr(block, name, _NOTHING)
-        gain = scale.gamma if type(scale) is LayerScale else getattr(block, gamma, None)
-        if type(scale) not in (LayerScale, nn.Identity):
-            return f"it has a {name} of class {type(scale).__name__}"
+    gains = gains_of(block)
+    for name, gain, linear in zip(("ls1", "ls2"), gains, (attention.proj, mlp.fc2), strict=True):
+        if isinstance(gain, nn.Module):
+            return f"it has a {name} of class {type(gain).__name__}"
         if gain is not None and gain.dtype != torch.float32:
             return f"its {name} holds {gain.dtype}, not float32"
         if gain is not None and linear.acm is not None:
             return f"a correction lies before its {name}"
-        gains.append(gain)
     if getattr(attention, "gate", None) is not None:
         return "its attention has a gate"
     activation = activation_of(mlp.act)
@@ -165,7 +182,7 @@ def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
         attention.num_heads,
         1.0 if cosines else float(attention.scale),
         activation,
-        (gains[0], gains[1]),
+        gains,
         attention.scales_of_heads().float() if cosines else None,
         post_norm,
         bool(getattr(attention, "rotate_half", False)),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
+from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
@@ -23,7 +23,7 @@ from .attention import IntegerOperands
 from .company import lift
 from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
-from .parts import replaced_forward, watched_or_differentiated
+from .parts import gains_of, replaced_forward, watched_or_differentiated
 from .prepared import Bind, Call, Trying, compiled, may_prepare, small_tensors, through_torch, watch
 
 _ASKED = asked_table()
@@ -49,7 +49,7 @@ class IntegerResidual(nn.Module):
             return "the products of its attention are not in integers"
         if type(mlp) not in (Mlp, IntegerMlp, *_GATED):
             return f"its MLP is a {type(mlp).__name__}"
-        gains = _gains(block)
+        gains = gains_of(block)
         for layer, gain in zip((attention.proj, mlp.fc2), gains, strict=True):
             if not quantized(layer):
                 return "a last layer is not quantized"
@@ -88,7 +88,7 @@ class _Steps:
     """What a residual block computes, one function a step, with all that is constant in it taken from the block once."""
 
     def __init__(self, block: Any, bind: Bind) -> None:
-        attention, mlp, (first, second) = block.attn, block.mlp, _gains(block)
+        attention, mlp, (first, second) = block.attn, block.mlp, gains_of(block)
         alone = getattr(attention, "gate", None) is None
         self.attention = attention
         self.norm1 = normed(block.norm1, getattr(attention, "qkv", None) if alone else None, bind)
@@ -116,18 +116,6 @@ def _once(function: Callable[[], torch.Tensor | None], bind: Bind) -> Callable[[
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-
-
-def _gains(block: Any) -> tuple[Any, Any]:
-    """LayerScale of both results: tensors, or None; anything else is not known."""
-    found = []
-    for scale, gamma in (("ls1", "gamma_1"), ("ls2", "gamma_2")):
-        module = getattr(block, scale, None)
-        if module is None or type(module) is nn.Identity:
-            found.append(getattr(block, gamma, None))
-        else:
-            found.append(module.gamma if type(module) is LayerScale else module)
-    return found[0], found[1]
 
 
 def _hidden(mlp: Any, bind: Bind) -> Call:

@@ -23,6 +23,7 @@ class _Windows(IntegerBlock):
     them. timm's `set_input_size` makes them anew.
     """
 
+    post_norm: ClassVar[bool] = False  # whether its norms come last
     attn: Any
     norm1: Any
     input_resolution: Any
@@ -39,11 +40,9 @@ class _Windows(IntegerBlock):
         block._make_windows()
 
     @classmethod
-    def why_not(cls, block: Any) -> str:
-        """As IntegerBlock's; and windows that are padded."""
-        if any(size % window for size, window in zip(block.input_resolution, block.window_size, strict=True)):
-            return "its windows are padded"
-        return super().why_not(block)
+    def parts(cls, block: Any) -> Any:
+        """As IntegerBlock's; not of windows that are padded."""
+        return "its windows are padded" if _padded(block) else parts_of(block, post_norm=cls.post_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, W, C] to float32 [B, H, W, C]."""
@@ -64,10 +63,14 @@ class _Windows(IntegerBlock):
         device = self.norm1.weight.device
         places = torch.arange(height * width, dtype=torch.int32, device=device).view(1, height, width, 1)
         rolled = places.roll((-self.shift_size[0], -self.shift_size[1]), (1, 2))
-        padded = any(size % window for size, window in zip(self.input_resolution, self.window_size, strict=True))
-        index = None if padded else window_partition(rolled, self.window_size).flatten(1).contiguous()
+        index = None if _padded(self) else window_partition(rolled, self.window_size).flatten(1).contiguous()
         self.register_buffer("window_index", index, persistent=False)
         self.register_buffer("window_mask", self.get_attn_mask(device=device, dtype=torch.float32), persistent=False)
+
+
+def _padded(block: Any) -> bool:
+    """Whether its windows are."""
+    return any(size % window for size, window in zip(block.input_resolution, block.window_size, strict=True))
 
 
 class IntegerSwinBlock(_Windows, SwinTransformerBlock):
@@ -84,11 +87,7 @@ class IntegerSwinV2Block(_Windows, SwinTransformerV2Block):
     """Of Swin V2: attention by cosines, norms that come last."""
 
     family: ClassVar = SwinTransformerV2Block
-
-    @classmethod
-    def parts(cls, block: Any) -> Any:
-        """As IntegerBlock's."""
-        return parts_of(block, post_norm=True)
+    post_norm: ClassVar = True
 
     def sources(self) -> list[torch.Tensor]:
         """The scales of the heads, and the network of the relative position bias with what it takes."""

@@ -11,7 +11,7 @@ from dfqvit.kernels import block_weight, extension, pack_weight, quant_block, us
 from dfqvit.kernels.quant_block.op import forward
 from dfqvit.kernels.quant_linear.blocked import unblock_weight
 
-from ..conftest import ACTIVATIONS
+from ..conftest import ACTIVATIONS, arguments_of, threads
 
 
 def parameter(low, high):
@@ -144,14 +144,11 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(seed, kind):
     x, named = sample(rng, 5, 450, 2, 32, 64, windows=9)
     if kind == "Swin V2":
         x, named = swin_v2(rng, x, named)
-    whole, threads = quant_block(x, **named), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    whole = quant_block(x, **named)
+    for count in (1, 2, 3):
+        with threads(count):
             assert torch.equal(quant_block(x, **named), whole)
             assert torch.equal(quant_block(x[2:3], **named), whole[2:3])
-    finally:
-        torch.set_num_threads(threads)
 
 
 @compiled
@@ -176,18 +173,9 @@ def test_close_to_the_float_reference(seed, activation):
 
 def test_opcheck(seed):
     x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, windows=2, acm=True, blocked=False)
-    captured = []
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.dfqvit.quant_block.default:
-                captured.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Spy():
-        quant_block(x, **named)
+    arguments = arguments_of(torch.ops.dfqvit.quant_block.default, lambda: quant_block(x, **named))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.dfqvit.quant_block, captured[0], test_utils=tests)
+    torch.library.opcheck(torch.ops.dfqvit.quant_block, arguments, test_utils=tests)
 
 
 def test_empty_batch_and_strided_input(seed):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dfqvit.kernels import block_weight, extension, pack_weight, quant_conv_block, use_backend
 from dfqvit.kernels.quant_conv_block.op import forward
 
-from ..conftest import ACTIVATIONS
+from ..conftest import ACTIVATIONS, arguments_of, threads
 
 compiled = pytest.mark.skipif(extension.load()[0] is None, reason="dfqvit._C is not built")
 
@@ -57,9 +57,8 @@ def expected_of(x, named):
         padding=weight.shape[-1] // 2, groups=x.shape[-1],
     ).permute(0, 2, 3, 1).float()  # fmt: skip
     centre = torch.zeros(x.shape[-1], 1, 1, 1)
-    with use_backend(
-        "reference", "quant_conv_block"
-    ):  # a convolution of nothing, whose bias is what there is: one pixel an image
+    with use_backend("reference", "quant_conv_block"):
+        # a convolution of nothing, whose bias is what there is: one pixel an image
         pixels = convolved.reshape(-1, x.shape[-1])
         rows = [
             quant_conv_block(pixel.view(1, 1, 1, -1), **{**named, "conv_weight": centre, "conv_bias": pixel}) - pixel
@@ -100,14 +99,11 @@ def test_bits_depend_on_nothing_but_the_pixels_around(seed, isa):
     """Neither on the number of threads, nor on what else is in the batch."""
     rng = random.Random(seed)
     x, named = sample(rng, (5, 12, 13, 24), 40)
-    whole, threads = quant_conv_block(x, **named), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    whole = quant_conv_block(x, **named)
+    for count in (1, 2, 3):
+        with threads(count):
             assert torch.equal(quant_conv_block(x, **named), whole)
             assert torch.equal(quant_conv_block(x[2:3], **named), whole[2:3])
-    finally:
-        torch.set_num_threads(threads)
 
 
 @compiled
@@ -125,18 +121,9 @@ def test_layouts_and_empty_batches(seed):
 
 def test_opcheck(seed):
     x, named = sample(random.Random(seed), (2, 4, 5, 8), 20, blocked=False)
-    captured = []
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.dfqvit.quant_conv_block.default:
-                captured.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Spy():
-        quant_conv_block(x, **named)
+    arguments = arguments_of(torch.ops.dfqvit.quant_conv_block.default, lambda: quant_conv_block(x, **named))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.dfqvit.quant_conv_block, captured[0], test_utils=tests)
+    torch.library.opcheck(torch.ops.dfqvit.quant_conv_block, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize(

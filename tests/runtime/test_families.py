@@ -1,4 +1,4 @@
-"""Blocks of Swin V2 and ConvNeXt as one operator each: as simulated, near float, and never of what they were before."""
+"""Swin V2's, ConvNeXt's and rotary blocks as one operator each: as simulated, near float, and never of what they were before."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from dfqvit.runtime.convnext import IntegerConvNeXtBlock, IntegerDownsample
 from dfqvit.runtime.rotary import IntegerRotaryBlock
 from dfqvit.runtime.swin import MERGINGS, IntegerSwinV2Block, take_mergings
 
-from ..conftest import PATHS
-from .test_blocks import Operators, close
+from .test_blocks import Operators, check_paths, close
 
 SWIN_V2 = {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 7}
 CONVNEXT = {"dims": (16, 24, 32, 40), "depths": (1, 2, 2, 1), "num_classes": 7}
@@ -96,23 +95,9 @@ def test_as_simulated_and_near_float(family, isa, w_bits):
 
 
 def test_paths_of_the_processor_give_the_same_bits(family):
-    """All but `portable`, whose exponentials are the C library's and whose products and sums are not fused."""
-    module, reason = extension.load()
-    if module is None:
-        pytest.skip(reason)
     _, qmodel, images = quantized(family, 4)
     accelerate(qmodel)
-    before, found = module.active_isa(), {}
-    for path in PATHS:
-        try:
-            module.set_isa(path)
-        except ValueError:
-            continue
-        found[path] = qmodel(images)
-    module.set_isa(before)
-    fast = [logits for path, logits in found.items() if path != "portable"]
-    assert all(torch.equal(logits, fast[0]) for logits in fast)
-    assert all(close(found["portable"], logits) for logits in fast)
+    check_paths(qmodel, images)
 
 
 def test_copied_pickled_saved_and_exported(family, tmp_path):

@@ -87,8 +87,7 @@ DFQVIT_TARGET inline void depthwise(const float* image, const Depthwise& conv, i
   while (begin < end) {
     const int64_t y = begin / conv.width, x = begin % conv.width, run = std::min(conv.width - x, end - begin);
     const int64_t tiles = (run + 7) / 8, pixels = (run + tiles - 1) / tiles;  // of about the same size
-    const int64_t taken = std::min(pixels, run);
-    switch (taken) {
+    switch (pixels) {
       case 8:
         tile_of_all_channels<8>(image, conv, y, x, out);
         break;
@@ -113,8 +112,8 @@ DFQVIT_TARGET inline void depthwise(const float* image, const Depthwise& conv, i
       default:
         tile_of_all_channels<1>(image, conv, y, x, out);
     }
-    begin += taken;
-    out += taken * conv.channels;
+    begin += pixels;
+    out += pixels * conv.channels;
   }
 }
 
