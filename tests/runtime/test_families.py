@@ -43,7 +43,7 @@ def make(name):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "gamma" in key:
-                parameter.normal_().mul_(0.5)
+                parameter.normal_().mul_(0.2)
             elif "logit_scale" in key:
                 parameter.uniform_(0.5, 5)  # some beyond the bound
             elif parameter.dim() == 1:
@@ -133,8 +133,8 @@ def test_a_change_in_place_is_taken_up(seed, place):
         tensors[name].mul_(0.5)
         found = qmodel(images)
         assert not torch.equal(found, before)
-        with use_backend("reference"):
-            assert close(found, qmodel(images))
+        with use_backend("reference" if extension.load()[0] is None else "cpu"):  # the operators, with nothing prepared
+            assert torch.equal(found, qmodel(images))
 
 
 def test_gradients_hooks_and_training_are_simulated(family):
