@@ -116,14 +116,16 @@ class Soak:
             self.wrong.append(f"logits of {len(chosen)} images differ by up to {worst:.3g}")
 
     def _cancel(self, calls: int) -> int:
-        """Calls in this thread that a timer cuts off, each followed by a whole one; how many were cut off."""
+        """Calls in this thread that a timer cuts off, each followed by a whole one; how many were cut off.
+
+        Gradients are off around all of it: a cut within `no_grad` itself would leave them off for good.
+        """
         draw, cut = random.Random(self.seed), 0
-        with _timer() as start:
+        with torch.no_grad(), _timer() as start:
             for _ in range(calls // 2):
                 try:
                     start(draw.uniform(1e-4, 5e-3))
-                    with torch.no_grad():
-                        self.model(self.images[: draw.randint(1, LARGEST)])
+                    self.model(self.images[: draw.randint(1, LARGEST)])
                     start(0)
                 except Cancelled:
                     cut += 1

@@ -34,6 +34,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "quick_gelu": lambda y: y / (1 + torch.exp(-1.702 * y)),
+    "silu": lambda y: y / (1 + torch.exp(-y)),
 }
 # What makes a model of each family small, as `timm.create_model` takes it.
 SMALL: dict[str, dict[str, Any]] = {
@@ -85,6 +86,16 @@ def few_crops() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dfqvit.calibration.observation.VIEWS", 32)
         yield
+
+
+@pytest.fixture(autouse=True)
+def modes_are_as_before() -> Iterator[None]:
+    """A test that leaves one of torch's modes on fails itself, instead of whichever comes after it in its process."""
+    yield
+    left = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    assert left == [True, False, torch.float32], "gradients, inference mode or the default dtype were left changed"
 
 
 @pytest.fixture
