@@ -39,6 +39,8 @@ CPU_SOURCES = [
     "csrc/library.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/fake_quantize.cpp",
+    "csrc/cpu/gate_quantize.cpp",
+    "csrc/cpu/gate_quantize_kernels.cpp",
     "csrc/cpu/int8_peak.cpp",
     "csrc/cpu/layer_norm_quantize.cpp",
     "csrc/cpu/layer_norm_quantize_kernels.cpp",

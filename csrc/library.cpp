@@ -23,6 +23,8 @@ const Definition kDefinitions[] = {
     {"fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int "
      "axis) -> Tensor",
      true, true},
+    {"gate_quantize(Tensor gate, Tensor value, Tensor scale, Tensor zero_point, int bits, str activation) -> Tensor",
+     true, false},
     {"layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, Tensor scale, Tensor zero_point, int bits) "
      "-> "
      "Tensor",
@@ -49,7 +51,7 @@ const Definition kDefinitions[] = {
      "int[] "
      "w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
      "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, Tensor? head_scale=None, bool "
-     "post_norm=False, bool half=False, Tensor? rope=None) -> Tensor",
+     "post_norm=False, bool half=False, str gate='none', Tensor? rope=None) -> Tensor",
      true, false},
     {"quant_conv_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, float "
      "eps, "

@@ -52,7 +52,8 @@ Block block_of(const py::tuple& a) {
                                  a[17].cast<OptionalTensor>(),
                                  a[18].cast<bool>(),
                                  a[19].cast<bool>(),
-                                 !a[20].is_none()};
+                                 a[20].cast<std::string>(),
+                                 !a[21].is_none()};
   return Block(arguments, true);
 }
 

@@ -2,6 +2,7 @@
 
     fake_quantize              quantize and dequantize, straight-through gradient
     layer_norm_quantize        LayerNorm and quantization in one pass
+    gate_quantize              activation(gate) * value as integers, of SwiGLU and its kin
     quant_attention            attention on integers, of whole images or of windows
     quant_linear               integer matrix product; bias, ACM, activation, residual, requantization in the epilogue
     quant_block                a transformer block of these three in one call
@@ -24,6 +25,7 @@ This package never imports the method (`dfqvit.synthesis`, ...) and never import
 if __name__ != "kernels":
     from .dispatch import BackendError, BackendFallbackWarning, backends, set_backend, use_backend
     from .fake_quantize import fake_quantize
+    from .gate_quantize import gate_quantize
     from .layer_norm_quantize import layer_norm_quantize
     from .pack_weight import pack_weight, unpack_weight
     from .patch_similarity_entropy import patch_similarity_entropy, similarity_range
@@ -42,6 +44,7 @@ if __name__ != "kernels":
         "backends",
         "block_weight",
         "fake_quantize",
+        "gate_quantize",
         "layer_norm_quantize",
         "pack_weight",
         "patch_similarity_entropy",

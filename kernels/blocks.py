@@ -12,8 +12,6 @@ from .dispatch import Backend, Verdict, anything, compiled, on_device, triton_av
 from .pack_weight import packed_row_bytes
 from .quant_linear.blocked import blocked_shape
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu")
-
 
 def check_input(x: torch.Tensor) -> None:
     """TypeError unless x is float32."""
@@ -66,16 +64,10 @@ def check_grids(
                                  f"it must be one float32 value on {x.device}")  # fmt: skip
 
 
-def check_hidden(hidden_scale: torch.Tensor | None, weight_scale: torch.Tensor) -> None:
-    """ValueError unless scales of the hidden channels, where they are given, are as many as these."""
-    if hidden_scale is not None and hidden_scale.shape != weight_scale.shape:
-        raise ValueError(f"hidden_scale had shape {tuple(hidden_scale.shape)}; it must be {list(weight_scale.shape)}")
-
-
-def check_activation(activation: str | None) -> None:
-    """ValueError for the name of none."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation was {activation!r}; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'")
+def check_hidden(hidden_scale: torch.Tensor | None, channels: int) -> None:
+    """ValueError unless there is a scale for each hidden channel, where they are given."""
+    if hidden_scale is not None and hidden_scale.shape != (channels,):
+        raise ValueError(f"hidden_scale had shape {tuple(hidden_scale.shape)}; it must be [{channels}]")
 
 
 def check_no_gradient(name: str, tensors: Sequence[torch.Tensor | None]) -> None:

@@ -16,9 +16,10 @@ namespace dfqvit {
 namespace quant {
 namespace {
 
-constexpr int64_t kRowsTogether = 400;      // of whole images that a thread takes through all stages, about
-constexpr int64_t kMostTogether = 416;      // that go through the layers before or after attention at once
-constexpr int64_t kWideTogether = 3 << 17;  // bytes of floats q, k and v that do, about: they stay in the second cache
+constexpr int64_t kRowsTogether = 400;  // of whole images that a thread takes through all stages, about
+constexpr int64_t kMostTogether = 416;  // that go through the layers before or after attention at once
+constexpr int64_t kWideTogether =
+    3 << 17;  // bytes of floats between layers that do, about: they stay in the second cache
 
 // Parts of the rows, of which a thread takes that which it had last, if nobody else has: its caches still hold the
 // rows, from one stage to the next and from block to block.
@@ -72,6 +73,7 @@ struct Block::Stages {
   AttentionKernels attention;
   NormKernels norms;
   HeadsKernel to_heads;
+  GateKernel to_hidden;
 
   static int64_t between_bytes(const Block& b, int64_t rows) { return aligned(rows * b.qkv_.out_features + kDepth); }
   static int64_t shared_bytes(const Block& b, int64_t rows) {
@@ -93,12 +95,14 @@ struct Block::Stages {
     heads = b.attention_.heads_of(image, b.proj_.in_features);
     heads.out_stride = b.proj_.stride();
     const bool ordinary = b.norm1_.ordinary && b.norm2_.ordinary && b.qkv_.ordinary && b.proj_.ordinary &&
-                          b.fc1_.ordinary && b.fc2_.ordinary && b.attention_.ordinary && b.ordinary_heads();
+                          b.fc1_.ordinary && b.fc2_.ordinary && b.attention_.ordinary && b.ordinary_heads() &&
+                          (!b.gate_ || b.gate_->ordinary);
     const Isa isa = ordinary ? active_isa() : Isa::portable;
     kernels = kernels_for(isa);
     attention = attention_kernels_for(isa);
     norms = norm_kernels_for(isa);
     to_heads = heads_kernel_for(isa);
+    to_hidden = gate_kernel_for(isa);
   }
 
   // A thread's memory.
@@ -155,24 +159,25 @@ struct Block::Stages {
     each_part(begin, end, [&](int64_t first, int64_t last) {
       add(block.norm1_, block.proj_, weights[1], attended + first * block.proj_.stride(), first, last, x, own);
       to_bytes(block.norm2_, fc1, out, first, last, own);
-      apply(fc1, weights[2], own.normed, 0, last - first, nullptr, own.hidden, block.fc2_.stride(), own.scratch);
+      if (block.gate_) {
+        apply(fc1, weights[2], own.normed, 0, last - first, nullptr, own.floats, fc1.out_features, own.scratch);
+        gate(last - first, own);
+      } else {
+        apply(fc1, weights[2], own.normed, 0, last - first, nullptr, own.hidden, block.fc2_.stride(), own.scratch);
+      }
       add(block.norm2_, block.fc2_, weights[3], own.hidden, first, last, out, own);
     });
   }
 
  private:
   static int64_t most_together(const Block& b, int64_t rows) {
-    const int64_t wide = kWideTogether / (b.qkv_.out_features * static_cast<int64_t>(sizeof(float)));
-    const int64_t most = b.wide() ? std::clamp<int64_t>(wide, 64, kMostTogether) : kMostTogether;
+    const int64_t wide = kWideTogether / std::max<int64_t>(b.float_width() * sizeof(float), 1);
+    const int64_t most = b.wide() || b.gate_ ? std::clamp<int64_t>(wide, 64, kMostTogether) : kMostTogether;
     return std::min(rows, most);
   }
   int64_t normed_bytes() const { return aligned(together * std::max(block.qkv_.stride(), block.fc1_.stride())); }
   int64_t hidden_bytes() const { return aligned(together * block.fc2_.stride()); }
-  int64_t float_bytes() const {
-    const int64_t heads = block.wide() ? block.qkv_.out_features : 0;
-    const int64_t wide = std::max(heads, block.post_norm_ ? block.proj_.out_features : 0);
-    return aligned(together * wide * static_cast<int64_t>(sizeof(float)));
-  }
+  int64_t float_bytes() const { return aligned(together * block.float_width() * static_cast<int64_t>(sizeof(float))); }
   // Of any of the stages.
   int64_t scratch_bytes() const {
     int64_t most = std::max<int64_t>(Workspace::bytes(heads), block.proj_.in_features * sizeof(float));
@@ -196,6 +201,15 @@ struct Block::Stages {
     const int64_t channels = block.proj_.in_features;
     block.attention_.run(attention, heads, work, head, window, begin, end, between + first * 3 * channels, 3 * channels,
                          between + rows * 3 * channels + kDepth, attended + first * heads.out_stride);
+  }
+  // What fc2 takes in `count` rows, of the floats that fc1 gave.
+  void gate(int64_t count, const Own& own) const {
+    const int64_t width = block.fc1_.out_features, half = width / 2;
+    const float *gates = own.floats + (block.gate_last_ ? half : 0),
+                *values = own.floats + (block.gate_last_ ? 0 : half);
+    const bool finite =
+        to_hidden(gates, width, values, width, count, block.gate_->gate, own.hidden, block.fc2_.stride());
+    TORCH_CHECK_VALUE(finite, "what fc1 gives became NaN or Inf; it must be finite");
   }
   // Rows first to last of what `next` takes, to own.normed.
   void to_bytes(const NormLayer& layer, const LinearLayer& next, const float* from, int64_t first, int64_t last,
@@ -250,16 +264,19 @@ const BlockArguments& checked(const BlockArguments& a) {
   counted("biases", a.biases, 4), counted("weight_scales", a.weight_scales, 4), counted("w_bits", a.w_bits, 4);
   counted("scales", a.scales, 7), counted("zeros", a.zeros, 7), counted("a_bits", a.a_bits, 7);
   const int64_t channels = a.norms[0].numel();
-  const int64_t ins[] = {channels, a.weight_scales[0].numel() / 3, channels, a.weight_scales[2].numel()};
-  const int64_t outs[] = {3 * ins[1], channels, ins[3], channels};
+  TORCH_CHECK_VALUE(a.gate == "none" || a.gate == "first" || a.gate == "last", "gate was '", a.gate,
+                    "'; it may be 'none', 'first' or 'last'");
+  const int64_t halves = a.gate == "none" ? 1 : 2, hidden = a.weight_scales[2].numel() / halves;
+  const int64_t ins[] = {channels, a.weight_scales[0].numel() / 3, channels, hidden};
+  const int64_t outs[] = {3 * ins[1], channels, halves * hidden, channels};
   for (int i = 0; i < 4; ++i) {
     TORCH_CHECK_VALUE(a.norms[i].numel() == channels, "norms[", i, "] had ", a.norms[i].numel(),
                       " values; the first has ", channels);
     TORCH_CHECK_VALUE(a.weight_scales[i].numel() == outs[i], "weight_scales[", i, "] had ", a.weight_scales[i].numel(),
                       " values; it must have ", outs[i]);
   }
-  TORCH_CHECK_VALUE(!a.hidden_scale || a.hidden_scale->numel() == outs[2], "hidden_scale had ",
-                    a.hidden_scale ? a.hidden_scale->numel() : 0, " values; it must have ", outs[2]);
+  TORCH_CHECK_VALUE(!a.hidden_scale || a.hidden_scale->numel() == hidden, "hidden_scale had ",
+                    a.hidden_scale ? a.hidden_scale->numel() : 0, " values; it must have ", hidden);
   TORCH_CHECK_VALUE(!a.post_norm || !a.acm, "acm was given with post_norm, whose norm would change it");
   TORCH_CHECK_VALUE(a.heads > 0 && ins[1] > 0 && ins[1] % a.heads == 0, "heads was ", a.heads, "; the ", ins[1],
                     " channels of q must be a multiple of it");
@@ -278,6 +295,17 @@ LinearLayer linear_of(const BlockArguments& a, int i, int64_t in_features, int g
           out_bits,      out_scale ? at::kByte : at::kFloat};
 }
 
+at::Tensor hidden_scale_of(const BlockArguments& a) {
+  return a.hidden_scale ? *a.hidden_scale : a.scales[6];
+}
+
+// fc1 gives what fc2 takes, or, where a gate follows, floats.
+LinearLayer fc1_of(const BlockArguments& a) {
+  const int64_t channels = a.norms[0].numel();
+  if (a.gate != "none") return linear_of(a, 2, channels, 5, {}, "none", {}, {}, 8);
+  return linear_of(a, 2, channels, 5, {}, a.activation.c_str(), hidden_scale_of(a), a.zeros[6], a.a_bits[6]);
+}
+
 at::Tensor three(const std::vector<at::Tensor>& values) {
   at::Tensor result = at::empty({3}, at::kFloat);
   for (int i = 0; i < 3; ++i) result.mutable_data_ptr<float>()[i] = scalar_of("a scale or zero point", values[i + 1]);
@@ -291,14 +319,14 @@ Block::Block(const BlockArguments& a, bool gather)
       cosine_(a.head_scale.has_value()),
       half_(a.half),
       rotated_(a.rotated),
+      gate_last_(a.gate == "last"),
       norm1_(a.norms[0], a.norms[1], a.eps[0], a.scales[0], a.zeros[0], a.a_bits[0]),
       norm2_(a.norms[2], a.norms[3], a.eps[1], a.scales[5], a.zeros[5], a.a_bits[5]),
       qkv_(linear_of(a, 0, a.norms[0].numel(), 0, {}, "none", wide() ? OptionalTensor() : three(a.scales),
                      wide() ? OptionalTensor() : three(a.zeros), a.a_bits[1])),
       proj_(linear_of(a, 1, a.weight_scales[0].numel() / 3, 4, {}, "none", {}, {}, 8)),
-      fc1_(linear_of(a, 2, a.norms[0].numel(), 5, {}, a.activation.c_str(),
-                     a.hidden_scale ? *a.hidden_scale : a.scales[6], a.zeros[6], a.a_bits[6])),
-      fc2_(linear_of(a, 3, a.weight_scales[2].numel(), 6, a.acm, "none", {}, {}, 8)),
+      fc1_(fc1_of(a)),
+      fc2_(linear_of(a, 3, fc1_.out_features / (a.gate == "none" ? 1 : 2), 6, a.acm, "none", {}, {}, 8)),
       attention_(a.heads, three(a.scales), three(a.zeros), a.attention_scale, a.position_bias, a.mask, a.index,
                  a.scales[4], a.zeros[4], a.a_bits[4], a.head_scale) {
   TORCH_CHECK_VALUE(a.a_bits[1] == a.a_bits[2] && a.a_bits[1] == a.a_bits[3], "a_bits had ", a.a_bits[1], ", ",
@@ -307,7 +335,17 @@ Block::Block(const BlockArguments& a, bool gather)
     const float step = scalar_of("a scale", a.scales[i + 1]), zero = scalar_of("a zero point", a.zeros[i + 1]);
     heads_[i] = {step, 1.0f / step, zero, static_cast<float>((1 << a.a_bits[1]) - 1)};
   }
+  if (a.gate != "none") {
+    gate_.emplace(hidden_scale_of(a), a.zeros[6], a.a_bits[6], fc2_.in_features, a.activation);
+  }
   if (gather) fc2_.gather_acm();
+}
+
+int64_t Block::float_width() const {
+  int64_t width = wide() ? qkv_.out_features : 0;
+  if (post_norm_) width = std::max(width, proj_.out_features);
+  if (gate_) width = std::max(width, fc1_.out_features);
+  return width;
 }
 
 bool Block::ordinary_heads() const {
@@ -404,7 +442,7 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
                        double attention_scale, const OptionalTensor& position_bias, const OptionalTensor& mask,
                        const OptionalTensor& index, const OptionalTensor& acm, const OptionalTensor& hidden_scale,
                        c10::string_view activation, const OptionalTensor& head_scale, bool post_norm, bool half,
-                       const OptionalTensor& rope) {
+                       c10::string_view gate, const OptionalTensor& rope) {
   const BlockArguments a{norms.vec(),
                          eps.vec(),
                          weights.vec(),
@@ -425,6 +463,7 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
                          head_scale,
                          post_norm,
                          half,
+                         std::string(gate),
                          rope.has_value()};
   calm_openmp();
   const std::shared_ptr<const RememberedBlock> remembered = RememberedBlock::find(a);

@@ -127,6 +127,27 @@ void check_weight(const at::Tensor& weight, int64_t outputs, int64_t columns, in
 
 }  // namespace
 
+void set_activation(c10::string_view name, Activation& activation, float& slope) {
+  struct Named {
+    const char* name;
+    Activation activation;
+    float slope;
+  };
+  constexpr Named all[] = {{"none", Activation::none, 0.0f},
+                           {"gelu", Activation::gelu, 0.0f},
+                           {"gelu_tanh", Activation::gelu_tanh, 0.0f},
+                           {"quick_gelu", Activation::swish, 1.702f},
+                           {"silu", Activation::swish, 1.0f}};
+  for (const Named& each : all) {
+    if (name != each.name) continue;
+    activation = each.activation;
+    slope = each.slope;
+    return;
+  }
+  TORCH_CHECK_VALUE(false, "activation was '", std::string(name),
+                    "'; it may be 'none', 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'");
+}
+
 LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias, const OptionalTensor& acm,
                          const at::Tensor& x_scale, const at::Tensor& x_zero, const at::Tensor& w_scale,
                          int64_t in_features, int64_t a_bits, int64_t w_bits, c10::string_view activation,
@@ -184,12 +205,7 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
   epilogue = Epilogue{};
   epilogue.columns = columns.data();
   epilogue.out_features = epilogue.out_stride = out_features;
-  epilogue.activation = activation == "gelu"         ? Activation::gelu
-                        : activation == "gelu_tanh"  ? Activation::gelu_tanh
-                        : activation == "quick_gelu" ? Activation::quick_gelu
-                                                     : Activation::none;
-  TORCH_CHECK_VALUE(epilogue.activation != Activation::none || activation == "none", "activation was '",
-                    std::string(activation), "'; it may be 'none', 'gelu', 'gelu_tanh' or 'quick_gelu'");
+  set_activation(activation, epilogue.activation, epilogue.slope);
   if (acm) {
     TORCH_CHECK_VALUE(acm->dim() == 2 && acm->size(1) == out_features && acm->size(0) > 0, "acm had shape ",
                       acm->sizes(), "; it must be [tokens, ", out_features, "]");

@@ -87,7 +87,7 @@ bool RememberedBlock::fits(const BlockArguments& a) const {
   const BlockArguments& c = constants_;
   bool alike = a.eps == c.eps && a.w_bits == c.w_bits && a.a_bits == c.a_bits && a.heads == c.heads &&
                a.attention_scale == c.attention_scale && a.activation == c.activation && a.post_norm == c.post_norm &&
-               a.half == c.half && a.rotated == c.rotated && a.weights.size() == sums_.size();
+               a.half == c.half && a.gate == c.gate && a.rotated == c.rotated && a.weights.size() == sums_.size();
   const Block::Weights own = block_.own_weights();
   for (size_t i = 0; alike && i < sums_.size(); ++i) {
     const at::Tensor& weight = a.weights[i];

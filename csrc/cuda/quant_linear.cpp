@@ -149,6 +149,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   e.activation = activation == "gelu"         ? Activation::gelu
                  : activation == "gelu_tanh"  ? Activation::gelu_tanh
                  : activation == "quick_gelu" ? Activation::quick_gelu
+                 : activation == "silu"       ? Activation::silu
                                               : Activation::none;
   e.residual = residual ? addend.const_data_ptr() : nullptr;
   e.residual_type = residual ? type_of(addend.scalar_type()) : Type::f32;

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, LayerScale, Mlp, QuickGELU
+from timm.layers import GELU, GELUTanh, GluMlp, LayerNorm, LayerNormFp32, LayerScale, Mlp, QuickGELU
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -17,6 +17,7 @@ from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 
 _LEAST = 1e-20
+_ACTIVATIONS = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.SiLU: "silu", nn.Identity: "none"}
 NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # the same arithmetic on float32
 
 
@@ -34,6 +35,7 @@ class Parts:
     head_scale: torch.Tensor | None = None  # [heads], of attention by cosines
     post_norm: bool = False  # whether the norms come last within the residual sums
     half: bool = False  # whether the partners that a rope turns lie half a head apart
+    gate: str = "none"  # or "first" or "last": the half of fc1's result that goes through the activation
 
     @property
     def sites(self) -> tuple[ActivationQuantizer, ...]:
@@ -72,6 +74,7 @@ class Parts:
             self.head_scale,
             self.post_norm,
             self.half,
+            self.gate,
             rope,
         )
 
@@ -135,7 +138,7 @@ def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
     attention, mlp = block.attn, block.mlp
     if not isinstance(getattr(attention, "operands", None), AttentionOperands):
         return "its attention is not quantized (placement 'psaq', or an attention of another kind)"
-    if type(mlp) is not Mlp:
+    if type(mlp) not in (Mlp, GluMlp):
         return f"its MLP is a {type(mlp).__name__}"
     linears = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
     if not all(type(layer) is QuantLinear and layer.frozen for layer in linears):
@@ -186,10 +189,18 @@ def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
         attention.scales_of_heads().float() if cosines else None,
         post_norm,
         bool(getattr(attention, "rotate_half", False)),
+        gate_of(mlp),
     )
 
 
 _NOTHING = nn.Identity()
+
+
+def gate_of(mlp: nn.Module) -> str:
+    """Which half of fc1's result goes through the activation, as `quant_block` has it."""
+    if type(mlp) is not GluMlp:
+        return "none"
+    return "last" if mlp.gate_last else "first"
 
 
 def watched_or_differentiated(module: nn.Module, x: torch.Tensor) -> bool:
@@ -218,4 +229,4 @@ def activation_of(module: nn.Module) -> str | None:
     """The name of an activation for `quant_linear`, or None."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.Identity: "none"}.get(type(module))
+    return _ACTIVATIONS.get(type(module))

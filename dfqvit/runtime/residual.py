@@ -18,12 +18,13 @@ from timm.models.vision_transformer_relpos import RelPosBlock
 from torch import nn
 
 from ..kernels.dispatch import asked_table
+from ..kernels.gate_quantize.op import forward as gate_quantize
 from ..models.adapters.attentions import QUANTIZED, Parts
 from .attention import IntegerOperands
 from .company import lift
 from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
-from .parts import gains_of, replaced_forward, watched_or_differentiated
+from .parts import activation_of, gains_of, replaced_forward, watched_or_differentiated
 from .prepared import Bind, Call, Trying, compiled, may_prepare, small_tensors, through_torch, watch
 
 _ASKED = asked_table()
@@ -125,16 +126,33 @@ def _hidden(mlp: Any, bind: Bind) -> Call:
     if isinstance(mlp, Mlp):
         fc1 = linear(mlp.fc1, bind)
         return lambda x: mlp.norm(mlp.act(fc1(x)))
-    if isinstance(mlp, GluMlp):
-        both = linear(mlp.fc1, bind)
+    halves, activation = _halves(mlp, bind), activation_of(mlp.act)
+    if activation is None or type(mlp.norm) is not nn.Identity:
+        norm = normed(mlp.norm, mlp.fc2, bind)
 
-        def packed(x: torch.Tensor) -> torch.Tensor:
-            first, second = both(x).chunk(2, dim=-1)
-            return mlp.norm(first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second)
+        def through_norm(x: torch.Tensor) -> torch.Tensor:
+            gate, value = halves(x)
+            return norm(mlp.act(gate) * value)
 
-        return packed
-    gate, values = linear(mlp.fc1_g, bind), linear(mlp.fc1_x, bind)
-    return lambda x: mlp.norm(mlp.act(gate(x)) * values(x))
+        return through_norm
+    site, factor = mlp.fc2.input, mlp.fc2.factor
+    scale = (site.scale if factor is None else site.scale * factor).reshape(-1)
+    run = bind(gate_quantize, (None, None, scale, site.zero_point, site.bits, activation), (0, 1))
+    return lambda x: run(*halves(x))
+
+
+def _halves(mlp: Any, bind: Bind) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """(what goes through the activation, what that is multiplied by) of a gated MLP."""
+    if isinstance(mlp, SwiGLU):
+        gate, value = linear(mlp.fc1_g, bind), linear(mlp.fc1_x, bind)
+        return lambda x: (gate(x), value(x))
+    both, last = linear(mlp.fc1, bind), mlp.gate_last
+
+    def packed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = both(x).chunk(2, dim=-1)
+        return (second, first) if last else (first, second)
+
+    return packed
 
 
 class IntegerEvaBlock(IntegerResidual, EvaBlock):

@@ -11,7 +11,7 @@ from .block import IntegerBlock
 
 
 class IntegerRotaryBlock(IntegerBlock, EvaBlock):
-    """timm's EvaBlock in integers, with an ordinary MLP; masks go the simulated way."""
+    """timm's EvaBlock in integers, with a two-layer MLP, gated or not; masks go the simulated way."""
 
     family: ClassVar = EvaBlock
 

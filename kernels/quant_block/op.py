@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from .. import blocks, checks
+from ..activations import check_activation
 from ..dispatch import Operator
 from ..quantize_heads.op import check_rope
 from . import reference
 
 LINEARS = ("qkv", "proj", "fc1", "fc2")  # the order of weights, biases, weight_scales, w_bits
 GRIDS = ("qkv input", "q", "k", "v", "proj input", "fc1 input", "fc2 input")  # the order of scales, zeros, a_bits
+GATES = (None, "first", "last")
 
 
 def quant_block(
@@ -39,6 +41,7 @@ def quant_block(
     head_scale: torch.Tensor | None = None,
     post_norm: bool = False,
     half: bool = False,
+    gate: str | None = None,
     rope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A transformer block with 8-bit integers between its operators; no gradient.
@@ -51,14 +54,17 @@ def quant_block(
         h = x + layer_norm(proj(attention(qkv(x))))
         result = h + layer_norm(fc2(activation(fc1(h))))
 
-    Seven operators, with the arithmetic of `layer_norm_quantize`, `quant_linear` and `quant_attention`; what is their
-    results' precision is this one's. One compiled call on CPUs, the same seven calls elsewhere.
+    With a `gate` (SwiGLU) fc1 has twice the outputs that fc2 takes. Half of them go through the activation and are multiplied
+    by the others, which takes the place of `activation(fc1(...))`.
+
+    Seven operators, with the arithmetic of `layer_norm_quantize`, `quant_linear`, `quant_attention` and, with a gate,
+    `gate_quantize`; what is their results' precision is this one's. One compiled call on CPUs, the same seven calls elsewhere.
 
     Args:
         x: float32 [B, T, C].
         norms: weight and bias of the first LayerNorm, then of the second, float32 [C] each.
         eps: of the two.
-        weights: of `LINEARS`, in a form that `quant_linear` takes: [3 * D, C], [C, D], [H, C], [C, H].
+        weights: of `LINEARS`, in a form that `quant_linear` takes: [3 * D, C], [C, D], [H, C] ([2 * H, C] with a gate), [C, H].
         biases: of `LINEARS`, float32 or None.
         weight_scales: of `LINEARS`, one for each output, not 0.
         w_bits: of `LINEARS`, 2 to 8.
@@ -71,13 +77,14 @@ def quant_block(
         mask: as there.
         index: as there.
         acm: [T, C] or None, float: the correction of fc2's result.
-        hidden_scale: [H], float32, or None: the scales that fc1's result is rounded by, where its channels have scales of their
-            own; by default that of fc2's input for all.
-        activation: None, "gelu", "gelu_tanh" or "quick_gelu" (y * sigmoid(1.702 y), of OpenAI's CLIP).
+        hidden_scale: [H], float32, or None: the scales that what fc2 takes is rounded by, where its channels have scales of
+            their own; by default that of fc2's input for all.
+        activation: as there is in `quant_linear`.
         head_scale: float32 [heads] or None: attention by cosines. Queries and keys have length 1 when they are quantized, and
             a head's scores are multiplied by its scale too.
         post_norm: whether the norms come last within the residual sums; then there is no acm.
         half: as there is in `quantize_heads`.
+        gate: which half of fc1's result goes through the activation, "first" or "last"; None for an ordinary MLP.
         rope: as there: what the queries and keys of the last tokens of each image are turned by; not with head_scale.
 
     Returns:
@@ -109,7 +116,12 @@ def quant_block(
         blocks.check_channels("norms", norm, channels)
     if heads < 1 or inner % heads:
         raise ValueError(f"heads was {heads}; the {inner} channels of q must be a multiple of it")
-    sizes = ((3 * inner, channels), (channels, inner), (hidden, channels), (channels, hidden))
+    if gate not in GATES:
+        raise ValueError(f"gate was {gate!r}; it may be None, 'first' or 'last'")
+    if gate is not None and hidden % 2:
+        raise ValueError(f"gate was {gate!r} and fc1 had {hidden} outputs; a gate takes half of them")
+    taken = hidden // 2 if gate else hidden
+    sizes = ((3 * inner, channels), (channels, inner), (hidden, channels), (channels, taken))
     for layer in zip(LINEARS, [x] * 4, weights, biases, weight_scales, w_bits, sizes, strict=True):
         blocks.check_linear(*layer)
     blocks.check_grids(x, GRIDS, scales, zeros)
@@ -124,13 +136,13 @@ def quant_block(
             raise ValueError("rope was given with head_scale; one of them must be None")
         checks.same_device(x=x, rope=rope)
         check_rope(rope, heads, x.shape[1], inner // heads)
-    blocks.check_hidden(hidden_scale, weight_scales[2])
-    blocks.check_activation(activation)
+    blocks.check_hidden(hidden_scale, taken)
+    check_activation(activation)
     blocks.check_no_gradient("quant_block", (x, *norms, *biases, acm, position_bias, head_scale, rope))
     return forward(
         x, list(norms), list(eps), list(weights), blocks.given(x, biases), list(weight_scales), list(w_bits), list(scales),
         list(zeros), list(a_bits), heads, float(attention_scale), position_bias, mask, index, acm, hidden_scale,
-        activation or "none", head_scale, post_norm, half, rope,
+        activation or "none", head_scale, post_norm, half, gate or "none", rope,
     )  # fmt: skip
 
 
@@ -138,7 +150,7 @@ forward = Operator(
     "quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "
     "int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
     "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, Tensor? head_scale=None, "
-    "bool post_norm=False, bool half=False, Tensor? rope=None) -> Tensor",
+    "bool post_norm=False, bool half=False, str gate='none', Tensor? rope=None) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     backends=blocks.backends("quant_block", reference.quant_block),
 )

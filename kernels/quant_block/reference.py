@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..gate_quantize.op import forward as gate_quantize
 from ..layer_norm_quantize.op import forward as layer_norm_quantize
 from ..quant_attention.op import forward as quant_attention
 from ..quant_linear.op import forward as quant_linear
@@ -36,6 +37,7 @@ def quant_block(
     head_scale: torch.Tensor | None = None,
     post_norm: bool = False,
     half: bool = False,
+    gate: str = "none",
     rope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula of `op.quant_block`; a bias of no values is none."""
@@ -93,5 +95,10 @@ def quant_block(
     )  # fmt: skip
     x = add(1, 4, attended, x)
     rounded = (scales[6] if hidden_scale is None else hidden_scale, zeros[6], a_bits[6])
-    hidden = linear(2, 5, norm(1, 5, x), rounded, activation=activation)
+    if gate == "none":
+        hidden = linear(2, 5, norm(1, 5, x), rounded, activation=activation)
+    else:
+        first, last = linear(2, 5, norm(1, 5, x)).chunk(2, dim=-1)
+        halves = (first, last) if gate == "first" else (last, first)
+        hidden = gate_quantize.resolved(*halves, rounded[0].reshape(-1), *rounded[1:], activation)
     return add(3, 6, hidden, x, acm)

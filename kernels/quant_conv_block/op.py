@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import blocks, checks
+from ..activations import check_activation
 from ..dispatch import Operator
 from . import reference
 
@@ -57,7 +58,7 @@ def quant_conv_block(
         a_bits: of `GRIDS`, 2 to 8.
         hidden_scale: [H], float32, or None: the scales that fc1's result is rounded by, where its channels have scales of their
             own; by default that of fc2's input for all.
-        activation: None, "gelu", "gelu_tanh" or "quick_gelu".
+        activation: None, "gelu", "gelu_tanh", "quick_gelu" or "silu".
 
     Returns:
         float32 [B, H, W, C].
@@ -94,8 +95,8 @@ def quant_conv_block(
     for layer in zip(LINEARS, [x] * 2, weights, biases, weight_scales, w_bits, sizes, strict=True):
         blocks.check_linear(*layer)
     blocks.check_grids(x, GRIDS, scales, zeros)
-    blocks.check_hidden(hidden_scale, weight_scales[0])
-    blocks.check_activation(activation)
+    blocks.check_hidden(hidden_scale, weight_scales[0].numel())
+    check_activation(activation)
     blocks.check_no_gradient("quant_conv_block", (x, conv_weight, conv_bias, norm_weight, norm_bias, *biases))
     return forward(
         x, conv_weight, conv_bias, norm_weight, norm_bias, eps, list(weights), blocks.given(x, biases),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..activations import check_activation
 from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
 from ..pack_weight import packed_row_bytes
 from . import reference
@@ -62,7 +63,7 @@ def quant_linear(
             one step further above 0 than below.
         a_bits: 2 to 8.
         w_bits: 2 to 8.
-        activation: None, "gelu", "gelu_tanh" or "quick_gelu" (y * sigmoid(1.702 y), of OpenAI's CLIP).
+        activation: None, "gelu", "gelu_tanh", "quick_gelu" (y * sigmoid(1.702 y), of OpenAI's CLIP) or "silu".
         residual: [..., N] or None, float.
         out_scale: [N] or scalar, positive; None (default) for a float result.
         out_zero: [N] or scalar, whole numbers in [0, 2^out_bits - 1]; given if out_scale is.
@@ -96,8 +97,7 @@ def quant_linear(
     if w_scale.numel() not in (1, out_features):
         raise ValueError(f"w_scale had {w_scale.numel()} values; it must have 1 or {out_features}, one for each row")
     _check_addends(x, bias, acm, residual, out_features)
-    if activation is not None and activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation was {activation!r}; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'")
+    check_activation(activation)
     if (out_scale is None) != (out_zero is None):
         raise ValueError(f"out_zero was {out_zero!r}; it must be given if out_scale is, and only then")
     if out_scale is not None and out_zero is not None:

@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
+from ..activations import ACTIVATIONS, activation_backward
 from ..pack_weight import unpack_weight
 from .blocked import unblock_weight
-
-_QUICK = 1.702  # QuickGELU's approximation of GELU, as OpenAI's CLIP has it
-ACTIVATIONS = {
-    "none": lambda y: y,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "quick_gelu": lambda y: y * torch.sigmoid(_QUICK * y),
-}
 
 
 def quant_linear(
@@ -91,7 +83,7 @@ def quant_linear_backward(
     grad = grad.to(dtype)
     if activation != "none":
         inputs = (x, weight, bias, acm, x_scale, x_zero, w_scale, a_bits, w_bits, "none")
-        grad = _activation_backward(grad, quant_linear(*inputs, out_dtype=dtype), activation)
+        grad = activation_backward(grad, quant_linear(*inputs, out_dtype=dtype), activation)
     rows = grad.reshape(-1, grad.shape[-1])
     need_x, need_weight, need_bias, need_acm, need_x_scale, need_w_scale = needed
     results = [grad.new_empty(0)] * 6
@@ -129,15 +121,6 @@ def quant_linear_backward(
     if acm is not None and need_acm:
         results[3] = rows.reshape(-1, *acm.shape).sum(0).to(acm.dtype)
     return results
-
-
-def _activation_backward(grad: torch.Tensor, y: torch.Tensor, activation: str) -> torch.Tensor:
-    """The gradient of y, given that of activation(y)."""
-    if activation == "quick_gelu":
-        gate = torch.sigmoid(_QUICK * y)
-        return grad * gate * (1 + _QUICK * y * (1 - gate))
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(grad, y, approximate=approximate)
 
 
 def _integers(weight: torch.Tensor, w_bits: int, in_features: int, out_features: int) -> torch.Tensor:

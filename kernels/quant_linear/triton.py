@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..pack_weight import round_nearest
+from ..triton_activations import activate
 from ..triton_rounding import quantize
 
 
@@ -87,17 +88,6 @@ def _sums_kernel(weight, sums, count, row_bytes, depth, BITS: tl.constexpr, OUTP
 
 
 @triton.jit
-def _activate(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        y = y * 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    elif ACTIVATION == "quick_gelu":
-        y = y * tl.sigmoid(1.702 * y)
-    return y
-
-
-@triton.jit
 def _product_kernel(
     x, weight, sums, bias, acm, residual, out, x_scale, x_zero, w_scale, out_scale, out_zero, rows, count, tokens, row_bytes,
     depth: tl.constexpr, BITS: tl.constexpr, ACTIVATION: tl.constexpr, greatest: tl.constexpr,
@@ -128,7 +118,7 @@ def _product_kernel(
     if acm is not None:
         addend += tl.load(acm + (m % tokens)[:, None] * count + n[None, :], mask=cells, other=0.0).to(tl.float32)
     y += addend
-    y = _activate(y, ACTIVATION)
+    y = activate(y, ACTIVATION)
     place = m.to(tl.int64)[:, None] * count + n[None, :]
     if residual is not None:
         y += tl.load(residual + place, mask=cells, other=0.0).to(tl.float32)

@@ -16,6 +16,7 @@ import torch
 
 from dfqvit.kernels import (
     extension,
+    gate_quantize,
     layer_norm_quantize,
     patch_similarity_entropy,
     quant_attention,
@@ -28,6 +29,7 @@ from dfqvit.kernels import (
 
 from . import (
     test_fake_quantize,
+    test_gate_quantize,
     test_layer_norm_quantize,
     test_patch_similarity_entropy,
     test_quant_attention,
@@ -44,6 +46,7 @@ from .arm_emulator import COMPILER, EMULATOR, OBJDUMP, Operators, compile_operat
 PATHS = ["neon", "dotprod", "i8mm"]  # and portable, which scales without a fast quotient take
 AGAIN = {
     test_fake_quantize: ["matches_brute_force_on_every_cpu_path", "gradient_passes_where_nothing_was_clamped"],
+    test_gate_quantize: ["far_values", "a_scale_that_no_reciprocal_serves", "values_that_are_not_finite_are_refused"],
     test_layer_norm_quantize: ["extreme_values_are_clamped"],
     test_patch_similarity_entropy: ["random_cases", "half_precision", "zero_vectors_have_similarity_0"],
     test_quant_attention: ["float_result_matches_the_oracle", "integer_result_is_the_float_result_rounded"],
@@ -119,12 +122,15 @@ def sums_of_everything(seed):
     """Results whose bits every path that fuses multiply-adds must give, each from the same random arguments."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    for activation in (None, "gelu", "gelu_tanh", "quick_gelu"):
+    for activation in (None, "gelu", "gelu_tanh", "quick_gelu", "silu"):
         (x, weight, bias, acm), p = test_quant_linear_cpu.random_call(rng, 37, 41, 90)
         p = {key: value for key, value in p.items() if not key.startswith("out_")}
         yield quant_linear(x, weight, bias, acm, **p, activation=activation, out_scale=0.05, out_zero=99)
-        if activation in (None, "quick_gelu"):
+        if activation in (None, "quick_gelu", "silu"):
             yield quant_linear(x, weight, bias, acm, **p, activation=activation)
+    for activation in test_gate_quantize.ALL:
+        gate, value, options = test_gate_quantize.sample(((31,), 77))
+        yield gate_quantize(gate, value, **options, activation=activation)
     for case in ((2, 2, 24, 3, 21), (1, 1, 64, 1, 197), (1, 2, 5, 1, 70)):
         qkv, heads, options = test_quant_attention.sample(case)
         yield quant_attention(qkv, heads, **options)

@@ -6,6 +6,9 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.layers import GluMlp
+from torch import nn
 
 from dfqvit.kernels import block_weight, extension, pack_weight, quant_block, use_backend
 from dfqvit.kernels.quant_block.op import forward
@@ -18,10 +21,13 @@ def parameter(low, high):
     return torch.tensor(random.uniform(low, high))
 
 
-def sample(rng, batch, tokens, heads, depth, hidden, *, w_bits=4, a_bits=8, windows=0, acm=False, blocked=True):
+def sample(
+    rng, batch, tokens, heads, depth, hidden, *, w_bits=4, a_bits=8, windows=0, acm=False, blocked=True, gate=None
+):
     """Random arguments of `quant_block` by name, x apart; `windows` divides tokens, or 0 for whole images."""
+    both = 2 * hidden if gate else hidden
     inner, channels = heads * depth, heads * depth + rng.choice([0, 5])
-    shapes = ((3 * inner, channels), (channels, inner), (hidden, channels), (channels, hidden))
+    shapes = ((3 * inner, channels), (channels, inner), (both, channels), (channels, hidden))
     weights, scales = [], []
     for outputs, inputs in shapes:
         scale = (torch.rand(outputs) + 0.5) * 4 / inputs**0.5 / (1 << w_bits)
@@ -55,6 +61,7 @@ def sample(rng, batch, tokens, heads, depth, hidden, *, w_bits=4, a_bits=8, wind
         "head_scale": None,
         "post_norm": False,
         "half": False,
+        "gate": gate,
         "rope": None,
     }
     return torch.randn(batch, tokens, channels), named
@@ -73,6 +80,7 @@ def test_one_call_gives_the_bits_of_seven(seed, isa, w_bits):
         x, named = sample(
             rng, rng.randint(1, 5), tokens, rng.randint(1, 3), rng.randint(1, 40), rng.randint(1, 100),
             w_bits=w_bits, a_bits=rng.randint(4, 8), windows=windows, acm=rng.random() < 0.5, blocked=rng.random() < 0.7,
+            gate=rng.choice([None, "first", "last"]),
         )  # fmt: skip
         found = quant_block(x, **named)
         with use_backend("reference", "quant_block"):  # its operators run on the CPU still
@@ -97,6 +105,7 @@ def test_a_rope_gives_the_bits_of_the_operators_one_by_one(seed, isa, w_bits):
         x, named = sample(
             rng, rng.randint(1, 5), tokens, rng.randint(1, 3), 2 * rng.randint(1, 20), rng.randint(1, 100),
             w_bits=w_bits, windows=windows, acm=rng.random() < 0.5, blocked=rng.random() < 0.7,
+            gate=rng.choice([None, "first", "last"]),
         )  # fmt: skip
         x, named = rotated(rng, x, named)
         found = quant_block(x, **named)
@@ -127,6 +136,7 @@ def test_cosines_and_norms_that_come_last(seed, isa, w_bits):
         x, named = sample(
             rng, rng.randint(1, 5), tokens, rng.randint(1, 3), rng.randint(1, 40), rng.randint(1, 100),
             w_bits=w_bits, windows=windows, acm=rng.random() < 0.5, blocked=rng.random() < 0.7,
+            gate=rng.choice([None, "first", "last"]),
         )  # fmt: skip
         x, named = swin_v2(rng, x, named)
         found = quant_block(x, **named)
@@ -152,6 +162,56 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(seed, kind):
 
 
 @compiled
+@pytest.mark.parametrize("gate", ["first", "last"])
+def test_a_gate_is_timms(seed, gate):
+    """Of the whole block, with grids so fine that the MLP is timm's in float, and against its halves the wrong way round."""
+    x, named = sample(random.Random(seed), 2, 20, 2, 16, 48, w_bits=8, gate=gate)
+    named.update(activation="silu", hidden_scale=None)
+    widths = (named["norms"][0].numel(), 32, named["norms"][0].numel(), 48)
+    floats = [
+        unblock_weight(weight, inputs, 8)[: len(scale)].float() * scale[:, None]
+        for weight, scale, inputs in zip(named["weights"], named["weight_scales"], widths, strict=True)
+    ]
+    mlp = GluMlp(widths[0], 96, act_layer=nn.SiLU, gate_last=gate == "last").eval()
+    with torch.no_grad():
+        for layer, place in ((mlp.fc1, 2), (mlp.fc2, 3)):
+            layer.weight.copy_(floats[place])
+            layer.bias.copy_(torch.zeros(len(layer.bias)) if named["biases"][place] is None else named["biases"][place])
+        silent = {
+            **named,
+            "weight_scales": [
+                *named["weight_scales"][:1],
+                torch.full((widths[0],), 1e-20),
+                *named["weight_scales"][2:],
+            ],
+        }
+        silent["biases"] = [named["biases"][0], None, *named["biases"][2:]]  # attention adds nothing
+        normed = F.layer_norm(x, x.shape[2:], *named["norms"][2:], named["eps"][1])
+        hidden = mlp.fc1(normed).chunk(2, -1)
+        steps = float((hidden[0] * hidden[1]).abs().max()) / 100
+        silent["scales"], silent["zeros"] = (
+            [*named["scales"][:5], torch.tensor(10 / 255), torch.tensor(steps)],
+            [*named["zeros"][:6], torch.tensor(128.0)],
+        )
+        expected = x + mlp(normed)
+    off, wrong = (
+        float((quant_block(x, **{**silent, "gate": kind}) - expected).abs().mean())
+        for kind in (gate, {"first": "last", "last": "first"}[gate])
+    )
+    assert off < 0.08 * float((expected - x).std())
+    assert wrong > 5 * off
+
+
+@compiled
+def test_a_gate_of_what_is_not_finite(seed):
+    """A bias as large as float32 has makes fc1's result infinite in a row of weights that adds to it."""
+    x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, gate="first")
+    named["biases"][2] = torch.full((40,), float("inf"))
+    with pytest.raises(ValueError, match="what fc1 gives became NaN or Inf; it must be finite"):
+        quant_block(x, **named)
+
+
+@compiled
 def test_values_that_are_not_finite_are_refused(seed):
     rng = random.Random(seed)
     x, named = sample(rng, 2, 12, 2, 8, 20)
@@ -171,8 +231,9 @@ def test_close_to_the_float_reference(seed, activation):
     assert float((quant_block(x, **named) - expected).abs().mean()) < 0.01 * float(expected.std())
 
 
-def test_opcheck(seed):
-    x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, windows=2, acm=True, blocked=False)
+@pytest.mark.parametrize("gate", [None, "first"])
+def test_opcheck(seed, gate):
+    x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, windows=2, acm=True, blocked=False, gate=gate)
     arguments = arguments_of(torch.ops.dfqvit.quant_block.default, lambda: quant_block(x, **named))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.dfqvit.quant_block, arguments, test_utils=tests)
@@ -199,7 +260,8 @@ def test_empty_batch_and_strided_input(seed):
         ({"rope": torch.zeros(6, 8), "head_scale": torch.ones(2)}, "rope was given with head_scale"),
         ({"acm": torch.zeros(6, 8), "post_norm": True}, "acm was given with post_norm"),
         ({"head_scale": torch.ones(3)}, r"head_scale was torch.float32 \(3,\); it must be float32 \[2\]"),
-        ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'"),
+        ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'"),
+        ({"gate": "second"}, "gate was 'second'; it may be None, 'first' or 'last'"),
         ({"biases": [torch.zeros(7), None, None, None]}, r"bias of qkv had shape \(7,\); it must be \[24\]"),
         ({"scales": [torch.ones(2)] * 7}, "scales of qkv input was"),
         ({"x": torch.zeros(2, 6, 8, requires_grad=True)}, "a gradient is wanted of quant_block"),
@@ -215,6 +277,12 @@ def test_bad_input(change, message):
         quant_block(**{"x": x, **named, **change})
 
 
+def test_a_gate_takes_half_of_an_even_number(seed):
+    x, named = sample(random.Random(seed), 2, 6, 2, 4, 13)
+    with pytest.raises(ValueError, match="gate was 'last' and fc1 had 13 outputs; a gate takes half of them"):
+        quant_block(x, **{**named, "gate": "last"})
+
+
 @compiled
 @pytest.mark.parametrize(
     "name", ["weights", "weight_scales", "norms", "zeros", "index", "mask", "position_bias", "head_scale", "rope"]
@@ -223,7 +291,7 @@ def test_the_operator_itself_checks_what_it_reads(seed, name):
     """As a C++ program calls it, without the checks in Python: too little memory is refused, not read beyond."""
     x, named = sample(random.Random(seed), 2, 12, 2, 8, 20, windows=2)
     named["biases"] = [torch.zeros(len(scale)) for scale in named["weight_scales"]]
-    named["activation"] = "none"
+    named["activation"] = named["gate"] = "none"
     named["head_scale" if name == "head_scale" else "rope"] = (
         torch.ones(2) if name == "head_scale" else torch.zeros(12, 16)
     )
@@ -240,7 +308,7 @@ def test_the_operator_itself_checks_what_it_reads(seed, name):
 def test_constants_that_change_between_calls_count(seed, windows):
     """The compiled operator keeps what it made of them, and must see every change in place."""
     rng = random.Random(seed)
-    x, named = sample(rng, 2, 24, 2, 12, 30, windows=windows, acm=True)
+    x, named = sample(rng, 2, 24, 2, 12, 30, windows=windows, acm=True, gate="last" if windows else None)
     named["hidden_scale"] = 0.02 + torch.rand(30) * 0.05
     named["biases"] = [torch.randn(len(scale)) * 0.1 for scale in named["weight_scales"]]
     changes = [

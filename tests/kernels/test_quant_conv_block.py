@@ -140,7 +140,7 @@ def test_opcheck(seed):
         ({"biases": [torch.zeros(7), None]}, r"bias of fc1 had shape \(7,\); it must be \[12\]"),
         ({"scales": [torch.ones(2)] * 2}, "scales of fc1 input was"),
         ({"hidden_scale": torch.ones(3)}, r"hidden_scale had shape \(3,\); it must be \[12\]"),
-        ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'"),
+        ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'"),
         ({"x": torch.zeros(2, 4, 4, 8, requires_grad=True)}, "a gradient is wanted of quant_conv_block"),
     ],
 )

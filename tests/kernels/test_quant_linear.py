@@ -252,7 +252,7 @@ def test_non_contiguous_input(seed):
     )
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "silu"])
 def test_opcheck(seed, device, activation):
     x, weight, p = sample((2, 3, 8), 5)
     tensors = [t.to(device) for t in (x, weight, torch.randn(5), torch.randn(3, 5))]
@@ -268,7 +268,7 @@ def test_opcheck(seed, device, activation):
     torch.library.opcheck(torch.ops.dfqvit.quant_linear_backward, backward)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "silu"])
 def test_compiles_without_graph_breaks(seed, activation):
     x, weight, p = sample((2, 8), 5)
     x.requires_grad_()
@@ -331,7 +331,10 @@ BASE = {
         ({"x_scale": 0.0}, "x_scale held 0"),
         ({"x_scale": torch.ones(2)}, "x_scale had 2 values; it must be a scalar"),
         ({"w_scale": torch.ones(4)}, "w_scale had 4 values; it must have 1 or 5"),
-        ({"activation": "relu6"}, "activation was 'relu6'; it may be None, 'gelu', 'gelu_tanh' or 'quick_gelu'"),
+        (
+            {"activation": "relu6"},
+            "activation was 'relu6'; it may be None, 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'",
+        ),
         ({"weight": torch.zeros(5, 8, device="meta")}, "weight was on meta; it must be on cpu, like x"),
     ],
 )

@@ -254,7 +254,7 @@ def test_activations_with_every_addend_in_every_dtype(seed, isa, activation, dty
         assert float(((found - expected).abs() / (1 + expected.abs())).max()) <= off
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu"])
 def test_paths_that_fuse_give_the_same_bytes(seed, activation):
     """Models on different processors agree to the bit; `portable` rounds multiply-adds twice."""
     module, y, found = extension.load()[0], torch.randn(4000, 33) * 4, []
@@ -319,7 +319,7 @@ def test_strided_arguments(seed, isa):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "silu"])
 def test_operator_contract_on_this_backend(seed, activation):
     x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
     scales = (torch.tensor(0.03), torch.tensor(128.0), torch.rand(5) + 0.1)
@@ -352,7 +352,7 @@ def test_the_operator_names_the_activations_it_has():
         8,
         "float32",
     )
-    message = "activation was 'relu'; it may be 'none', 'gelu', 'gelu_tanh' or 'quick_gelu'"
+    message = "activation was 'relu'; it may be 'none', 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'"
     with use_backend("cpu"), pytest.raises(ValueError, match=message):
         torch.ops.dfqvit.quant_linear(*arguments)
 

@@ -77,7 +77,7 @@ class Kernels(Emulator):
         out.view(torch.uint8).fill_(0xAB)
         residual = None if residual is None else residual.contiguous()
         epilogue = (scale, offset, bias, acm, 1 if acm is None else len(acm))
-        kinds = {None: 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}[activation], residual
+        kinds = {None: 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}[activation], residual
         kinds = (*kinds, 0 if residual is None else TYPES[residual.dtype])
         results = (out_scale, out_zero, float((1 << out_bits) - 1), out, TYPES[out_dtype], int(outputs % 4 == 0))
         sizes = (a, a.shape[1], b, b.shape[1], rows, outputs, depth)

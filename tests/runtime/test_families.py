@@ -1,4 +1,4 @@
-"""Swin V2's, ConvNeXt's and rotary blocks as one operator each: as simulated, near float, and never of what they were before."""
+"""Swin V2's, ConvNeXt's, rotary and gated blocks as one operator each: as simulated, near float, never of what they were."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.layers import GluMlp
 
 import dfqvit
 from dfqvit.calibration import calibrate, convert
@@ -21,6 +22,7 @@ from dfqvit.runtime.block import IntegerBlock
 from dfqvit.runtime.convnext import IntegerConvNeXtBlock, IntegerDownsample
 from dfqvit.runtime.rotary import IntegerRotaryBlock
 from dfqvit.runtime.swin import MERGINGS, IntegerSwinV2Block, take_mergings
+from dfqvit.runtime.vit import IntegerVitBlock
 
 from .test_blocks import Operators, check_paths, close
 
@@ -30,6 +32,10 @@ ROTARY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_hea
 MAKE = {
     "dinov3": ("vit_small_patch16_dinov3", {**ROTARY, "init_values": 0.5}),
     "rope of each head": ("vit_small_patch16_rope_mixed_224", ROTARY),
+    "eva02": ("eva02_tiny_patch14_224", ROTARY),
+    "rope and gate": ("vit_base_patch16_rope_mixed_224", {**ROTARY, "init_values": 0.4, "swiglu_mlp": True}),
+    "gated vit": ("vit_tiny_patch16_224", {**ROTARY, "mlp_layer": GluMlp, "act_layer": "silu"}),
+    "gated by gelu": ("vit_tiny_patch16_224", {**ROTARY, "mlp_layer": GluMlp, "init_values": 0.5}),
     "swinv2": ("swinv2_tiny_window8_256", SWIN_V2),
     "convnext": ("convnext_tiny", CONVNEXT),
     "convnext of 1x1 convolutions": ("convnext_atto", CONVNEXT),
@@ -79,7 +85,8 @@ def test_as_simulated_and_near_float(family, isa, w_bits):
     assert accelerate(qmodel) == {}
     blocks = find_adapter(qmodel).blocks()
     assert integer(qmodel) == list(blocks)
-    assert {type(block) for block in blocks} <= {IntegerSwinV2Block, IntegerConvNeXtBlock, IntegerRotaryBlock}
+    kinds = {IntegerSwinV2Block, IntegerConvNeXtBlock, IntegerRotaryBlock, IntegerVitBlock}
+    assert {type(block) for block in blocks} <= kinds
     with Operators() as operators:
         found = qmodel(images)
     assert ("dfqvit::quant_conv_block" if "convnext" in family else "dfqvit::quant_block") in operators.called
@@ -117,6 +124,7 @@ def test_copied_pickled_saved_and_exported(family, tmp_path):
 CHANGES = {
     "swinv2": ["attn.logit_scale", "attn.cpb_mlp.0.weight", "norm1.weight", "norm2.bias", "mlp.fc1.bias"],
     "dinov3": ["gamma_1", "attn.qkv.weight_scale", "norm2.weight"],
+    "eva02": ["mlp.fc1.bias", "mlp.fc2.input.scale", "mlp.fc1.weight_scale"],
     "convnext": ["conv_dw.weight", "conv_dw.bias", "norm.weight", "gamma", "mlp.fc2.weight_scale"],
 }
 
@@ -154,6 +162,34 @@ def test_gradients_hooks_and_training_are_simulated(family):
     assert torch.equal(qmodel(images), found)
     block.forward = lambda x, **_: x * 2  # a user's own
     assert not torch.equal(qmodel(images), found)
+
+
+@pytest.mark.parametrize("change", ["gate_last", "act"])
+def test_a_gate_that_changes_counts(seed, change):
+    """Which half is the gate, and by which activation: an attribute and a module that were other ones before."""
+    _, qmodel, images = quantized("eva02")
+    simulated = copy.deepcopy(qmodel)
+    accelerate(qmodel)
+    before = [qmodel(images) for _ in range(2)][-1]
+    for each in (*qmodel.blocks, *simulated.blocks):
+        setattr(each.mlp, change, torch.nn.GELU() if change == "act" else not each.mlp.gate_last)
+    found = qmodel(images)
+    assert not torch.equal(found, before)
+    assert close(found, simulated(images))
+
+
+def test_a_gated_mlp_of_the_users_own_is_not_taken_for_timms(seed):
+    class Doubled(GluMlp):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    _, qmodel, images = quantized("gated vit")
+    qmodel.blocks[1].mlp.__class__ = Doubled
+    expected = qmodel(images)
+    accelerate(qmodel)
+    assert [type(block) for block in integer(qmodel)] == [IntegerVitBlock]
+    assert close(qmodel(images), expected)
+    assert "Doubled" in IntegerVitBlock.why_not(qmodel.blocks[1])
 
 
 def test_a_rope_counts_in_every_call(seed):

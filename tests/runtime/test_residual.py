@@ -24,11 +24,11 @@ def small(name, **options):
 
 
 MAKE = {
-    "eva": lambda: small("eva02_tiny_patch14_224"),
+    "eva": lambda: small("eva02_tiny_patch14_224", qk_norm=True),
     "eva, norms inside": lambda: small("eva02_base_patch16_clip_224"),
     "dinov3, norms of q and k": lambda: small("vit_small_patch16_dinov3", init_values=0.4, qk_norm=True),
     "dinov3, gated": lambda: small("vit_small_plus_patch16_dinov3", init_values=0.4),
-    "rope": lambda: small("vit_base_patch16_rope_mixed_224", init_values=0.4, swiglu_mlp=True),
+    "rope": lambda: small("vit_base_patch16_rope_mixed_224", init_values=0.4, swiglu_mlp=True, qk_norm=True),
     "beit": lambda: small("beit_base_patch16_224", init_values=0.3),
     "relative": lambda: small("vit_relpos_small_patch16_224", init_values=0.4),
     "norms of q and k": lambda: small_vit(qk_norm=True, init_values=0.4),

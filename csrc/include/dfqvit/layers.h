@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "dfqvit/gate_quantize.h"
 #include "dfqvit/layer_norm_quantize.h"
 #include "dfqvit/quant_attention.h"
 #include "dfqvit/quant_linear.h"
@@ -26,6 +27,9 @@ inline float scalar_of(const char* name, const at::Tensor& value) {
                     " values of ", value.scalar_type(), "; it must be one float32");
   return *value.const_data_ptr<float>();
 }
+
+// The activation of a name, and its slope; ValueError when there is none.
+void set_activation(c10::string_view name, Activation& activation, float& slope);
 
 // quant_linear without its input and residual; the arguments are the operator's. out_scale and out_zero may also have
 // fewer values than there are outputs, which share them evenly: q, k and v.
@@ -57,6 +61,16 @@ struct NormLayer {
 
   at::Tensor gain, offset;
   Norm norm;
+  bool ordinary;
+};
+
+// gate_quantize without its inputs.
+struct GateLayer {
+  GateLayer(const at::Tensor& scale, const at::Tensor& zero_point, int64_t bits, int64_t channels,
+            c10::string_view activation);
+
+  at::Tensor steps;  // what the pointers below point to
+  Gate gate;
   bool ordinary;
 };
 

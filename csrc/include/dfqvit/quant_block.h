@@ -4,13 +4,15 @@
 //
 // With post_norm (Swin V2) a LayerNorm follows proj and fc2 within the residual sum, and qkv and fc1 take what they
 // read quantized as it is. With head_scale, queries and keys have length 1 when they are quantized, and the scores of a
-// head its scale. With a rope (DINOv3) queries and keys are turned first.
+// head its scale. With a rope (DINOv3) queries and keys are turned first. With a gate (SwiGLU) half of fc1's result
+// goes through the activation and multiplies the other half.
 //
 // What lies between the operators stays in the caches of the thread that computes it, and few threads wait for others.
 #pragma once
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,12 +34,13 @@ struct BlockArguments {
   int64_t heads;
   double attention_scale;
   OptionalTensor position_bias, mask, index, acm;
-  OptionalTensor hidden_scale;  // of each channel of what fc2 takes, as fc1 rounds it; scales[6] for all without it
+  OptionalTensor hidden_scale;  // of each channel of what fc2 takes, as it is rounded; scales[6] for all without it
   std::string activation;
   OptionalTensor head_scale;  // of each head: attention by cosines
   bool post_norm = false;
-  bool half = false;     // whether the partners that a rope turns lie half a head apart, else side by side
-  bool rotated = false;  // whether calls come with a rope
+  bool half = false;          // whether the partners that a rope turns lie half a head apart, else side by side
+  std::string gate = "none";  // or "first" or "last": the half of fc1's result that goes through the activation
+  bool rotated = false;       // whether calls come with a rope
 };
 
 class Block {
@@ -62,12 +65,15 @@ class Block {
   bool ordinary_heads() const;
   // Whether q, k and v are floats before they are rounded.
   bool wide() const { return cosine_ || rotated_; }
+  // Floats of a row that lie between a layer and what rounds or adds them.
+  int64_t float_width() const;
 
-  bool post_norm_, cosine_, half_, rotated_;
+  bool post_norm_, cosine_, half_, rotated_, gate_last_;
   NormLayer norm1_, norm2_;
   LinearLayer qkv_, proj_, fc1_, fc2_;
   AttentionLayer attention_;
   std::array<Quantizer, 3> heads_;  // of q, k and v
+  std::optional<GateLayer> gate_;
 };
 
 // A block whose constants were made for an earlier call of the operator. It serves again where every argument has the

@@ -28,7 +28,7 @@ inline int64_t chunks_of(int64_t depth) {
 }
 
 enum class Type : int { f32, bf16, f16, u8 };
-enum class Activation : int { none, gelu, gelu_tanh, quick_gelu };
+enum class Activation : int { none, gelu, gelu_tanh, swish };  // the last: y * sigmoid(slope * y)
 
 // A blocked weight: rows of int32, each with 16 sums over k and then the values.
 struct Weight {
@@ -74,6 +74,7 @@ struct Epilogue {
   const Columns* columns;  // of block 0
   int64_t out_features;
   Activation activation;
+  float slope;      // of Activation::swish
   const void* acm;  // of `tokens` rows, or null
   Type acm_type;
   int64_t tokens, acm_row, acm_block;  // elements from row to row and from block to block of acm

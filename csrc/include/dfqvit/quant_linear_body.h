@@ -20,8 +20,8 @@ constexpr int kGroup = simd::kLanes == kOutputs ? 4 : 1;
 #define DFQVIT_EACH for (int i = 0; i < n; ++i)
 
 // x[i] / scale to bytes at places[i], or all at places[0], one after the other. The arguments `scale` to `zero` are one
-// vector for each x, or one for every `columns`.
-template <int n, int columns, bool kTogether = false>
+// vector for each x, or one for every `columns`; `zero` one for every `zeros`.
+template <int n, int columns, bool kTogether = false, int zeros = columns>
 DFQVIT_INLINE void quantize_vectors(uint8_t* const* places, vec* x, const vec* scale, const vec* reciprocal,
                                     const vec* zero, vec greatest) {
   if (!simd::round_alike<n, columns>(x, reciprocal)) {
@@ -31,7 +31,7 @@ DFQVIT_INLINE void quantize_vectors(uint8_t* const* places, vec* x, const vec* s
     }
     simd::exact_quotients<n, columns>(x, scale, reciprocal);
   }
-  simd::store_integers<n, columns, kTogether>(places, x, zero, greatest);
+  simd::store_integers<n, zeros, kTogether>(places, x, zero, greatest);
 }
 
 constexpr size_t kAhead =
@@ -245,7 +245,7 @@ struct Standard {
     if constexpr (kActivation == Activation::gelu_tanh && kBytes) gelu<n>(y, kCoarseGeluTanh);
     if constexpr (kActivation == Activation::gelu && !kBytes) gelu<n>(y, kGelu);
     if constexpr (kActivation == Activation::gelu_tanh && !kBytes) gelu<n>(y, kGeluTanh);
-    if constexpr (kActivation == Activation::quick_gelu) quick_gelu<n>(y);
+    if constexpr (kActivation == Activation::swish) swish<n>(y, e.slope);
     if constexpr (kResidual) add_rows<n>(y, residual, e.residual_type, stride);
     if constexpr (sizeof(T) == 1) {
       const vec greatest = simd::broadcast(e.out_greatest);
@@ -372,8 +372,8 @@ DFQVIT_TARGET inline void linear(const uint8_t* a, int64_t stride, int64_t rows,
     linear_with<Activation::gelu>(a, stride, rows, weight, begin, end, scratch, e);
   } else if (e.activation == Activation::gelu_tanh) {
     linear_with<Activation::gelu_tanh>(a, stride, rows, weight, begin, end, scratch, e);
-  } else if (e.activation == Activation::quick_gelu) {
-    linear_with<Activation::quick_gelu>(a, stride, rows, weight, begin, end, scratch, e);
+  } else if (e.activation == Activation::swish) {
+    linear_with<Activation::swish>(a, stride, rows, weight, begin, end, scratch, e);
   } else {
     linear_with<Activation::none>(a, stride, rows, weight, begin, end, scratch, e);
   }

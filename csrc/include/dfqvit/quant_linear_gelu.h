@@ -1,5 +1,5 @@
-// GELU and QuickGELU on n vectors side by side. A part of quant_linear_body.h, which includes it once for each CPU
-// path: no include guard.
+// GELU, and y * sigmoid(slope * y), on n vectors side by side. A part of quant_linear_body.h, which includes it once
+// for each CPU path: no include guard.
 
 // x (1/2 + x P(x^2) / Q(x^2)), x in the fraction cut to +-limit, and 0 below -limit. The fraction approximates
 // erf(x / sqrt 2) / 2, or its tanh form, fitted so that the greatest error of the whole is least (by reweighted least
@@ -72,16 +72,17 @@ DFQVIT_INLINE void gelu(vec* x, const CoarseGelu& c) {
   DFQVIT_EACH x[i] = simd::mul(x[i], simd::fma(cut[i], p[i], simd::broadcast(0.5f)));
 }
 
-// QuickGELU, x / (1 + e^(-1.702 x)), by e = 2^(-1.702 log2(e) |x|), which is at most 1: x / (1 + e), times e below 0.
-// The inverse of 1 + e is Newton's from the parabola nearest to it (off by 1/99, then 1e-4, then 1e-8), since the
-// processors' own approximations differ: on every path that fuses, the same bits. Error at most 6e-7 |x|. NaN stays
-// NaN.
-constexpr float kQuickSlope = 0x1.3a4cbep+1f;
-constexpr float kQuickLimit = -64.0f;  // where the result is as good as 0; of minus infinity it would be NaN
+// x / (1 + e^(-slope x)), with a slope of 1.702 QuickGELU and of 1 SiLU, by e = 2^(-slope log2(e) |x|), which is at
+// most 1: x / (1 + e), times e below 0. The inverse of 1 + e is Newton's from the parabola nearest to it (off by 1/99,
+// then 1e-4, then 1e-8), since the processors' own approximations differ: on every path that fuses, the same bits.
+// Error at most 6e-7 |x|. NaN stays NaN.
+constexpr float kLog2e = 0x1.715476p+0f;
+constexpr float kSwishLimit = -128.0f;  // where the result is as good as 0; of minus infinity it would be NaN
 
 template <int n>
-DFQVIT_INLINE void quick_gelu(vec* x) {
-  const vec slope = simd::broadcast(kQuickSlope), limit = simd::broadcast(kQuickLimit), none = simd::broadcast(0.0f);
+DFQVIT_INLINE void swish(vec* x, float steepness) {
+  const vec slope = simd::broadcast(steepness * kLog2e), limit = simd::broadcast(kSwishLimit),
+            none = simd::broadcast(0.0f);
   const vec minus_one = simd::broadcast(-1.0f), two = simd::broadcast(2.0f);
   vec e[n], d[n], r[n];
   DFQVIT_EACH {

@@ -64,6 +64,7 @@ inline void prepare(Epilogue& e) {
                     : Kind::general;
   const auto& coefficients = e.activation == Activation::gelu_tanh    ? kGeluTanh
                              : e.activation == Activation::quick_gelu ? kQuickGelu
+                             : e.activation == Activation::silu       ? kSilu
                                                                       : kGelu;
   for (int i = 0; i < 5; ++i) e.gelu[i] = coefficients[i];
 }

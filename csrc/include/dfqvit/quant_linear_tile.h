@@ -23,7 +23,7 @@ constexpr int kMmaChunks = 32 / kChunk;    // of its depth
 constexpr int kGroup = 128, kGroupM = 64;  // threads of a warpgroup (4 warps), and rows of its wgmma, also 32 deep
 
 enum class Type : int { f32, bf16, f16, u8 };
-enum class Activation : int { none, gelu, gelu_tanh, quick_gelu };
+enum class Activation : int { none, gelu, gelu_tanh, quick_gelu, silu };
 
 // What multiplies: every warp for itself, from registers (sm_80 on); or four together, from shared memory (sm_90a).
 enum class Product { mma_sync, wgmma };
@@ -191,10 +191,11 @@ constexpr float kLeastStep = 0x1p-20f, kGreatestStep = 0x1p100f;
 
 // GELU as y / (1 + 2^(y P(y^2))): the logarithm of a normal distribution's odds is y times an even function. P fitted
 // so that the greatest error over 1 + |GELU| is least (reweighted least squares): 2.9e-6; and GELU's tanh form and
-// QuickGELU, which are of this form themselves.
+// QuickGELU and SiLU, which are of this form themselves.
 constexpr float kGelu[5] = {-0x1.26a8fcp+1f, -0x1.af1a36p-4f, 0x1.841d8ep-12f, 0x1.6c174cp-14f, -0x1.a8e85cp-19f};
 constexpr float kGeluTanh[5] = {-0x1.26aec2p+1f, -0x1.a5a7d0p-4f, 0.0f, 0.0f, 0.0f};
 constexpr float kQuickGelu[5] = {-0x1.3a4cbep+1f, 0.0f, 0.0f, 0.0f, 0.0f};
+constexpr float kSilu[5] = {-0x1.715476p+0f, 0.0f, 0.0f, 0.0f, 0.0f};
 constexpr float kGeluLimit = 28.0f;  // of y^2: beyond, the odds are as good as 0 or infinite
 
 DFQVIT_HOST_DEVICE float activated(float y, Activation activation) {
@@ -203,6 +204,7 @@ DFQVIT_HOST_DEVICE float activated(float y, Activation activation) {
     return 0.5f * y * (1.0f + tanhf(0.79788456f * (y + 0.044715f * (y * y * y))));
   }
   if (activation == Activation::quick_gelu) return y / (1.0f + expf(-1.702f * y));
+  if (activation == Activation::silu) return y / (1.0f + expf(-y));
   return y;
 }
 

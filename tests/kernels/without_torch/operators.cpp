@@ -1,5 +1,7 @@
 // All CPU operators as one program, without torch: answers requests on its standard input until that ends.
 #include "../../../csrc/cpu/fake_quantize.cpp"
+#include "../../../csrc/cpu/gate_quantize.cpp"
+#include "../../../csrc/cpu/gate_quantize_kernels.cpp"
 #include "../../../csrc/cpu/int8_peak.cpp"
 #include "../../../csrc/cpu/isa.cpp"
 #include "../../../csrc/cpu/layer_norm_quantize.cpp"

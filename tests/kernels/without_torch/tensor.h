@@ -163,6 +163,17 @@ class Tensor {
     return *this;
   }
 
+  // One size may be -1, what the others leave.
+  Tensor reshape(std::vector<int64_t> sizes) const {
+    int64_t known = 1;
+    for (int64_t size : sizes) known *= size == -1 ? 1 : size;
+    for (int64_t& size : sizes) size = size == -1 ? numel() / known : size;
+    Tensor result = contiguous();
+    result.sizes_ = result.strides_ = sizes;
+    int64_t count = 1;
+    for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) result.strides_[d] = count;
+    return result;
+  }
   Tensor t() const {
     Tensor result = *this;
     std::swap(result.sizes_[0], result.sizes_[1]);
