@@ -4,6 +4,7 @@
     python scripts/coverage.py --short                                           static: a few dozen architectures
     python scripts/coverage.py --run [--only TEXT ...]                           a few dozen architectures, small, computed
     python scripts/coverage.py --merge FILE.json ... [--markdown FILE.md]        the tables of several parts; as docs/models.md
+                               [--speeds FILE.jsonl]                             with what benchmarks/models.py measured
 
 Static: the model of every tag on the meta device, through the steps of `dfqvit.quantize` and `dfqvit.load` that need no values:
 accepted (converted), integer (and every block known to the runtime), loads (what a file says builds the same structure).
@@ -227,8 +228,22 @@ def table(states: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, last])
 
 
-def markdown(states: dict[str, dict[str, Any]]) -> str:
-    """docs/models.md: by timm's files, with an example of each and what does not run in integers."""
+def measured(path: Path) -> dict[str, list[str]]:
+    """By timm's files, "architecture: ratio / ratio" for each that benchmarks/models.py timed, its batches ascending."""
+    ratios: dict[str, dict[int, float]] = collections.defaultdict(dict)
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if "times_float32" in row:
+            ratios[row["architecture"]][row["batch"]] = row["times_float32"]
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for architecture, by_batch in ratios.items():
+        times = " / ".join(f"{ratio:.1f}" for _, ratio in sorted(by_batch.items()))
+        found[module_of(architecture)].append(f"{architecture}: {times}")
+    return found
+
+
+def markdown(states: dict[str, dict[str, Any]], speeds: dict[str, list[str]]) -> str:
+    """docs/models.md: by timm's files, with an example of each, what it gains and what does not run in integers."""
     rows: dict[str, list[tuple[str, dict[str, Any]]]] = collections.defaultdict(list)
     for tag, state in states.items():
         rows[state["module"]].append((tag, state))
@@ -243,15 +258,19 @@ def markdown(states: dict[str, dict[str, Any]]) -> str:
         "`dfqvit.integer_report` says is empty; elsewhere the linear layers do, and the rest is named. Whether the weights",
         "of a tag survive few bits is another question: see [accuracy](accuracy.md) for those that were measured.",
         "",
-        "| timm file | for example | tags | accepted | integer | what else stays float |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
+        "*Times float32*: the speed of W8/A8 over that of the float32 model at batch 1 / 8, on two cores of an AMD EPYC",
+        "(AVX-512 VNNI), medians of turns beside each other (`benchmarks/models.py`).",
+        "",
+        "| timm file | for example | tags | accepted | integer | times float32 | what else stays float |",
+        "| --- | --- | ---: | ---: | ---: | --- | --- |",
     ]
     for module in sorted(rows):
         found = [state for _, state in rows[module]]
         reasons = collections.Counter(each["why"].split("; ")[0] for each in found if not each["integer"])
         counts = [len(found), *(sum(each[key] for each in found) for key in ("accepted", "integer"))]
         why = reasons.most_common(1)[0][0] if reasons else ""
-        lines.append(f"| {module} | `{min(tag for tag, _ in rows[module])}` | {' | '.join(map(str, counts))} | {why} |")
+        example, gained = min(tag for tag, _ in rows[module]), "<br>".join(speeds.get(module, []))
+        lines.append(f"| {module} | `{example}` | {' | '.join(map(str, counts))} | {gained} | {why} |")
     return "\n".join(lines) + "\n"
 
 
@@ -299,6 +318,7 @@ def main() -> int:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the architectures")
     parser.add_argument("--out", type=Path, help="JSON of every tag's state")
     parser.add_argument("--markdown", type=Path, help="where to write the table of docs/models.md")
+    parser.add_argument("--speeds", type=Path, help="rows of benchmarks/models.py, for --markdown")
     parser.add_argument("--merge", type=Path, nargs="+", help="files of --out")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -324,7 +344,7 @@ def main() -> int:
         states = survey([tag for tag in tags if registry.get_arch_name(tag) in chosen], args.out)
     print(table(states))
     if args.markdown:
-        args.markdown.write_text(markdown(states))
+        args.markdown.write_text(markdown(states, measured(args.speeds) if args.speeds else {}))
     return 0
 
 

@@ -83,6 +83,29 @@ def test_the_cost_of_acm_is_measured_in_pairs_beside_a_copy_without_any(tmp_path
         assert row["pairs"] >= 15
 
 
+def test_the_speed_of_a_family_is_that_of_its_float_model_beside_it(tmp_path):
+    """And the table of docs/models.md takes what was measured, by timm's file; a failure is a row, and no speed."""
+    out = tmp_path / "rows.jsonl"
+    short = ["--only", "efficientvit_m3", "--batches", "2", "1", "--seconds", "0.1"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    command = [sys.executable, str(BENCHMARKS / "models.py"), *short, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["batch"] for row in rows] == [2, 1]
+    for row in rows:
+        assert row["times_float32"] == pytest.approx(row["float32_p50_ms"] / row["dfqvit_p50_ms"])
+        assert 0 <= row["integer"] <= row["blocks"]
+    with out.open("a") as file:
+        file.write(json.dumps({"architecture": "swin_tiny_patch4_window7_224", "failed": "ValueError"}) + "\n")
+    code = "import coverage, json, pathlib, sys; print(json.dumps(coverage.measured(pathlib.Path(sys.argv[1]))))"
+    environment["PYTHONPATH"] += os.pathsep + str(BENCHMARKS.parent / "scripts")
+    command = [sys.executable, "-c", code, str(out)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    ratios = " / ".join(f"{row['times_float32']:.1f}" for row in reversed(rows))
+    assert found == {"efficientvit_msra": [f"efficientvit_m3: {ratios}"]}
+
+
 def accuracy_row(**values):
     row = {
         "model": "M",
