@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..evaluation.energy import Energy
 from ..models import Preprocessing, demo, load_model
 from ..models import dense as embedded
 from ..models.network import built
-from ..report import Report, write_report
+from ..report import Dense, Report, write_report
 from ..report.dense_pictures import save_boxes, save_masks
 from ..runtime.record import QuantizationRecord
 from ..storage import save
@@ -32,6 +32,7 @@ from .synthesize import run_synthesis
 
 _TASKS = {"demo-detector": ("detection", "mAP@50"), "demo-segmenter": ("segmentation", "mIoU")}
 _BITS, _DRAWN = (8, 4, 3), 8
+_KEPT = {8: 0.5, 4: 1.5, 3: 4.5}  # points of the figure that may be lost where a width is said to serve
 _HELD_OUT, _REAL_SEED = 500, 1  # scenes to measure on; seed of those of training items
 _BATCH = 50
 
@@ -86,6 +87,8 @@ def demo_dense(options: Mapping[str, Any], device: torch.device) -> None:
     table = tabulate(rows, headers=headers, floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f"))
     floats = sum(p.numel() * 4 for name in embedded.BUILDERS for p in embedded.BUILDERS[name]().parameters())
     files = [out / f"{name}-w4a8.safetensors" for name in embedded.BUILDERS]
+    shown = [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows]
+    dense = Dense(*conclude(rows), (headers, shown), pictures)
     report = Report(
         title="A detector and a segmenter",
         label="W4/A8",
@@ -93,19 +96,46 @@ def demo_dense(options: Mapping[str, Any], device: torch.device) -> None:
         float_bytes=floats,
         cost=cost,
         energy_note=energy.note,
-        pictures=pictures,
-        accuracy=(headers, [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows]),
+        dense=dense,
         settings={"samples": config.samples, "iters": config.iters, "seed": config.seed, "scenes": len(held)},
     )
     page = write_report(report, out / "report.html")
     text = (
-        f"{table}\n\n{len(held)} held-out scenes of Fashion-MNIST items; {config.samples} synthetic images, {config.iters} steps; "
+        f"{table}\n\n{dense.verdict} {' '.join(dense.conclusions)}\n"
+        f"{len(held)} held-out scenes of Fashion-MNIST items; {config.samples} synthetic images, {config.iters} steps; "
         f"{time.perf_counter() - started:.0f} s in all\nreport:   {page}\n"
         f"pictures: {', '.join(str(path) for path in pictures.values())}"
     )
     names = ("float", "data-free", "noise", "real images", "MB")
     figures = {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
     emit(options["as_json"], {"scenes": len(held), "figures": figures, "out": str(out), "report": str(page)}, text)
+
+
+def conclude(rows: Sequence[Sequence[Any]]) -> tuple[bool, str, list[str]]:
+    """Whether data-free quantization serves at W8 and W4, the verdict in a sentence, and what else the figures say.
+
+    `rows`: [what, float, data-free, noise, real images, MB], for each model one of each width, the widest first.
+    """
+    lost = {bits: [row[1] - row[2] for row in rows[place :: len(_BITS)]] for place, bits in enumerate(_BITS)}
+    serving = [bits for bits in _BITS if max(lost[bits]) <= _KEPT[bits]]
+    worst = {bits: max(0.0, *lost[bits]) for bits in _BITS}
+    widths = [f"W{bits}/A8" for bits in serving]
+    said = " and ".join([", ".join(widths[:-1]), widths[-1]] if len(widths) > 1 else widths)
+    verdict = (
+        f"Without data, both models keep their figures at {said}."
+        if serving
+        else "Without data, no width keeps the figures."
+    )
+    conclusions = [
+        f"At W{bits}/A8 the worse of the two loses {worst[bits]:.1f} points; up to {_KEPT[bits]} are allowed."
+        for bits in _BITS
+    ]
+    for place, source in ((3, "noise"), (4, "real images")):
+        changes = [row[place] - row[2] for row in rows]
+        conclusions.append(
+            f"With {source} instead of synthetic images the figures change by {min(changes):+.1f} to {max(changes):+.1f} points."
+        )
+    return {8, 4} <= set(serving), verdict, conclusions
 
 
 def _measured(

@@ -52,6 +52,17 @@ vertical-align:middle;border-top:3px solid var(--c)}.key.c1{border-top-style:das
 """
 
 
+@dataclass(frozen=True)
+class Dense:
+    """What a page shows of detectors and segmenters."""
+
+    serves: bool  # whether they keep their figures without data
+    verdict: str
+    conclusions: Sequence[str]
+    figures: tuple[Sequence[str], Sequence[Sequence[Any]]]  # headers, rows
+    pictures: Mapping[str, Path]  # caption: PNG file
+
+
 @dataclass
 class Report:
     """What a page shows; sections without values are left out."""
@@ -69,6 +80,7 @@ class Report:
     divergences: Mapping[str, Divergence] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     accuracy: tuple[Sequence[str], Sequence[Sequence[Any]]] | None = None  # headers, rows
+    dense: Dense | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,6 +117,10 @@ def _meaning(label: str) -> str:
 
 def _verdict(report: Report) -> str:
     """First of all: whether something is known to be wrong."""
+    if report.dense is not None:
+        items = "".join(f"<li>{html.escape(each)}</li>" for each in report.dense.conclusions)
+        kind = "verdict" if report.dense.serves else "verdict bad"
+        return f'<div class="{kind}"><b>{html.escape(report.dense.verdict)}</b><ul>{items}</ul></div>'
     if report.findings is None:
         return ""
     last = [found.relative[-1] for found in report.divergences.values() if found.relative]
@@ -124,6 +140,12 @@ def _verdict(report: Report) -> str:
 
 _SAID = {
     "Accuracy": "How often the first answer is right, on labelled images that took no part in the quantization.",
+    "Detection and segmentation": (
+        "mAP@50: how well boxes are found and named, where a box counts as found if it shares half its area with the true one. "
+        "mIoU: how far the pixels given to a class agree with the true ones, a mean over the classes. Measured on scenes that "
+        "took no part in the quantization; noise and real images are other calibrations of the same model."
+    ),
+    "Boxes and masks": "What the models see in the first of these scenes.",
     "Images": "What the model was calibrated on: the ranges of all values in it were read off while it saw these images.",
     "Similarity of patches": (
         "How alike two patches of an image look to the model's attention: 1 is the same direction, 0 is unrelated. Where real "
@@ -144,6 +166,8 @@ _SAID = {
 
 _PAGES = {  # that say more
     "Accuracy": ("accuracy.md", "What to expect"),
+    "Detection and segmentation": ("dense.md", "All figures, and what they say"),
+    "Boxes and masks": ("dense.md", "The models"),
     "Images": ("method.md", "How they are made"),
     "Similarity of patches": ("kernels/patch_similarity_entropy.md", "What is measured"),
     "Divergence by block": ("low-accuracy.md", "What to do about a jump"),
@@ -168,8 +192,12 @@ def _sections(report: Report) -> list[tuple[str, str]]:
     charts = "".join(line_chart(series, "block", title, logarithmic=True) for title, series in blocks.items())
     sizes = [[kind, f"{size / 1e6:.3f}"] for kind, size in report.sizes.items()]
     sizes += [["the file", f"{report.bytes / 1e6:.3f}"], ["float32 weights", f"{report.float_bytes / 1e6:.3f}"]]
+    dense = report.dense
+    drawn = dense.pictures.items() if dense else ()
     return [
         ("Accuracy", table(*report.accuracy) if report.accuracy else ""),
+        ("Detection and segmentation", table(*dense.figures) if dense else ""),
+        ("Boxes and masks", "".join(_picture(caption, path) for caption, path in drawn)),
         ("Images", "".join(_picture(caption, path) for caption, path in report.pictures.items())),
         (
             "Similarity of patches",

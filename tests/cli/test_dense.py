@@ -10,6 +10,7 @@ import torch
 
 import dfqvit
 from dfqvit import UsageError, cli
+from dfqvit.cli.dense import conclude
 from dfqvit.evaluation import scenes
 from dfqvit.evaluation.dense import evaluate_dense
 from dfqvit.evaluation.dense_data import SceneImages, open_dense, write_coco
@@ -117,10 +118,42 @@ def test_demo_prints_every_source_and_writes_pictures(tmp_path, capsys):
         assert set(row) == {"float", "data-free", "noise", "real images", "MB"}
         assert 0 < row["MB"] < 1
     page = (tmp_path / "report.html").read_text()
+    assert (
+        page.index('<div class="verdict')
+        < page.index("<h2>Detection and segmentation</h2>")
+        < page.index("<h2>Boxes and")
+    )
+    assert "first answer is right" not in page
     for name in TASKS:
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
         assert f"{name}. Rows from the top" in page
         assert dfqvit.load(tmp_path / f"{name}-w4a8.safetensors").dfqvit_record.calibration == "synthetic"
+
+
+def test_the_verdict_is_what_the_figures_say():
+    """A figure for each model and width: float, data-free, noise, real images, megabytes."""
+    rows = [
+        ["detector W8", 75.0, 75.2, 74.9, 75.1, 0.3],
+        ["detector W4", 75.0, 73.6, 70.0, 74.8, 0.2],
+        ["detector W3", 75.0, 72.0, 70.1, 73.0, 0.1],
+        ["segmenter W8", 60.0, 59.6, 59.9, 59.9, 0.3],
+        ["segmenter W4", 60.0, 59.0, 58.0, 59.5, 0.2],
+        ["segmenter W3", 60.0, 55.0, 54.0, 56.0, 0.1],
+    ]
+    serves, verdict, conclusions = conclude(rows)
+    assert serves
+    assert verdict == "Without data, both models keep their figures at W8/A8 and W4/A8."
+    assert conclusions == [
+        "At W8/A8 the worse of the two loses 0.4 points; up to 0.5 are allowed.",
+        "At W4/A8 the worse of the two loses 1.4 points; up to 1.5 are allowed.",
+        "At W3/A8 the worse of the two loses 5.0 points; up to 4.5 are allowed.",
+        "With noise instead of synthetic images the figures change by -3.6 to +0.3 points.",
+        "With real images instead of synthetic images the figures change by -0.1 to +1.2 points.",
+    ]
+    rows[0][2] = rows[1][2] = rows[2][2] = 20.0
+    serves, verdict, _ = conclude(rows)
+    assert not serves
+    assert verdict == "Without data, no width keeps the figures."
 
 
 def test_a_file_of_an_embedded_network_is_described(tmp_path, capsys):
