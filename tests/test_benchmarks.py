@@ -146,6 +146,55 @@ def test_the_page_of_accuracy_is_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
+def test_rows_of_dense_models_are_made_once_and_make_the_tables(tmp_path):
+    """Two rows of one run; a second run of more adds what is not there; the page's tables are their means."""
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    few = [
+        "--models",
+        "demo-segmenter",
+        "--recipes",
+        "paper",
+        "--acm",
+        "none",
+        "--samples",
+        "2",
+        "--scenes",
+        "20",
+        "--bits",
+        "8",
+    ]
+    command = [sys.executable, str(BENCHMARKS / "dense.py"), *few, "--out", str(out), "--seeds", "0", "--sources"]
+    for sources in (["noise", "real"], ["noise", "real", "procedural"]):
+        done = subprocess.run([*command, *sources], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["calibration"] for row in rows] == ["noise", "real", "procedural"]
+    assert len({row["float mIoU"] for row in rows}) == 1
+    assert all(abs(row["mIoU"] - row["float mIoU"]) < 20 and row["iters"] == 0 for row in rows)
+    with out.open("a") as file:
+        file.write(json.dumps({**rows[1], "seed": 1, "mIoU": rows[1]["mIoU"] + 3.0}) + "\n")
+    page.write_text(
+        "before\n<!-- rows: demo-segmenter -->\n<!-- end -->\n<!-- rows: demo-detector -->\n<!-- end -->\nafter\n"
+    )
+    tables = [sys.executable, str(BENCHMARKS / "dense_tables.py"), str(out), "--page", str(page)]
+    assert subprocess.run([*tables, "--check"], check=False, capture_output=True).returncode == 1
+    subprocess.run(tables, check=True)
+    base, real = rows[1]["float mIoU"], rows[1]["mIoU"] + 1.5
+    text = page.read_text()
+    assert f"| real scenes | paper's | none | {real:.1f} ({real - base:+.1f}; 3.0 of 2) |" in text
+    assert "No rows yet." in text
+    assert subprocess.run([*tables, "--check"], check=False).returncode == 0
+
+
+def test_the_page_of_dense_models_is_up_to_date():
+    rows = BENCHMARKS / "results" / "epyc-avx512-2-cores" / "dense.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "dense_tables.py"), str(rows), "--check"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_paired_interval_holds_the_difference():
     sys.path.insert(0, str(BENCHMARKS))
     try:
