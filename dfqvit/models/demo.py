@@ -55,67 +55,37 @@ def _build(cls: type, config: dict[str, Any], defaults: dict[str, Any], kwargs: 
     return model
 
 
+_GREY: dict[str, Any] = {"in_chans": 1, "num_classes": 10}
+_VIT: dict[str, Any] = {**_GREY, "img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+
+
 @register_model
 def dfqvit_demo_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """DeiT's structure at 0.45 M parameters: 28 x 28 grey images, patches of 4, 4 blocks of 96 channels, 3 heads."""
-    defaults = {
-        "img_size": 28,
-        "patch_size": 4,
-        "in_chans": 1,
-        "num_classes": 10,
-        "embed_dim": 96,
-        "depth": 4,
-        "num_heads": 3,
-    }
-    return _build(VisionTransformer, _config("dfqvit_demo_vit", "patch_embed.proj", "head"), defaults, kwargs)
+    return _build(VisionTransformer, _config("dfqvit_demo_vit", "patch_embed.proj", "head"), _VIT, kwargs)
 
 
 @register_model
 def dfqvit_demo_swin(pretrained: bool = False, **kwargs: Any) -> SwinTransformer:
     """Swin's structure at 0.30 M parameters: 14 x 14 then 7 x 7 tokens, windows of 7 (shifted in the first stage), 2 + 2 blocks."""
-    defaults = {
-        "img_size": 28,
-        "patch_size": 2,
-        "in_chans": 1,
-        "num_classes": 10,
-        "embed_dim": 48,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-        "window_size": 7,
-    }
-    return _build(SwinTransformer, _config("dfqvit_demo_swin", "patch_embed.proj", "head.fc"), defaults, kwargs)
+    sizes = {"img_size": 28, "patch_size": 2, "embed_dim": 48, "depths": (2, 2), "num_heads": (2, 4), "window_size": 7}
+    config = _config("dfqvit_demo_swin", "patch_embed.proj", "head.fc")
+    return _build(SwinTransformer, config, {**_GREY, **sizes}, kwargs)
 
 
 @register_model
 def dfqvit_demo_deit3(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """DeiT III's structure at 0.45 M parameters: that of `dfqvit_demo_vit` with LayerScale, and with four registers."""
-    defaults = {
-        "img_size": 28,
-        "patch_size": 4,
-        "in_chans": 1,
-        "num_classes": 10,
-        "embed_dim": 96,
-        "depth": 4,
-        "num_heads": 3,
-        "no_embed_class": True,
-        "reg_tokens": 4,
-        "init_values": 0.1,
-    }
-    return _build(VisionTransformer, _config("dfqvit_demo_deit3", "patch_embed.proj", "head"), defaults, kwargs)
+    more = {"no_embed_class": True, "reg_tokens": 4, "init_values": 0.1}
+    config = _config("dfqvit_demo_deit3", "patch_embed.proj", "head")
+    return _build(VisionTransformer, config, {**_VIT, **more}, kwargs)
 
 
 @register_model
 def dfqvit_demo_convnext(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
     """ConvNeXt's structure at 0.55 M parameters: 28 x 28, 14 x 14, 7 x 7 and 3 x 3 pixels; 1, 1, 3 and 1 blocks."""
-    defaults = {
-        "in_chans": 1,
-        "num_classes": 10,
-        "patch_size": 1,
-        "depths": (1, 1, 3, 1),
-        "dims": (24, 48, 96, 160),
-        "ls_init_value": 0.1,
-    }
-    return _build(ConvNeXt, _config("dfqvit_demo_convnext", "stem.0", "head.fc"), defaults, kwargs)
+    sizes = {"patch_size": 1, "depths": (1, 1, 3, 1), "dims": (24, 48, 96, 160), "ls_init_value": 0.1}
+    return _build(ConvNeXt, _config("dfqvit_demo_convnext", "stem.0", "head.fc"), {**_GREY, **sizes}, kwargs)
 
 
 __all__ = ["ALIASES", "ASSETS", "CLASSES", "TEST_IMAGES", "TRAIN_SAMPLE", "WEIGHTS"]
