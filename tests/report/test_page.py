@@ -207,6 +207,36 @@ def test_every_picture_and_chart_has_a_size_in_a_browser(browser, folder, tmp_pa
     assert found["sideways"] <= 0  # nothing sticks out of the window
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_axe_finds_nothing(browser, folder, tmp_path, width, scheme):
+    """The accessibility checker, in a frame of the width: a browser without a screen has none narrower than 500 pixels."""
+    package = importlib.util.find_spec("axe_core_python")
+    if package is None:
+        pytest.skip("axe is not here: pip install axe-core-python")
+    axe = (Path(package.submodule_search_locations[0]) / "axe.min.js").read_text().replace("</script", "<\\/script")
+    found = """axe.run().then(found => parent.postMessage({
+        width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+        sideways: document.documentElement.scrollWidth - document.documentElement.clientWidth, passes: found.passes.length,
+        faults: found.violations.map(fault => [fault.id, fault.impact, fault.nodes[0].html])}, "*"))"""
+    text = (folder / "report.html").read_text()
+    (tmp_path / "inside.html").write_text(
+        text.replace("</body>", f"<script>{axe}; onload = () => {found}</script></body>")
+    )
+    outside = tmp_path / "outside.html"
+    tell = "onmessage = event => { document.body.dataset.found = JSON.stringify(event.data) }"
+    outside.write_text(
+        f'<body><script>{tell}</script><iframe src="inside.html" width="{width}" height="900" frameborder="0">'
+    )
+    options = (f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--window-size=1400,1000")
+    log = browser(outside, tmp_path / "profile", *options, "--dump-dom", "--virtual-time-budget=20000")
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', log.stdout)[1]))
+    assert found["faults"] == []
+    assert found["passes"] > 20
+    assert found["sideways"] <= 0
+    assert (found["width"], found["dark"]) == (width, scheme == "dark")
+
+
 def test_activation_ranges_and_divergence():
     model = load_model("demo")
     x = torch.randn(3, 1, 28, 28)
