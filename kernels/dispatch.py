@@ -78,6 +78,7 @@ class Operator:
         with warnings.catch_warnings():  # torch says so when this takes the place of the shared library's own choice
             warnings.simplefilter("ignore", UserWarning)
             _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd", allow_override=True)
+        fake = _on_one_device(self.name, fake)
         torch.library.register_fake(f"dfqvit::{self.name}", fake, lib=_LIBRARY)
         for name in _COMPILED.keys() & self.backends.keys():
             _define(_COMPILED[name], schema)
@@ -163,6 +164,22 @@ class Operator:
             warnings.warn(
                 f"{self.name}: backend '{backend}' passed over: {reason}", BackendFallbackWarning, stacklevel=4
             )
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake of an operator. torch calls it too where one of real tensors is on meta, and would take the result for values."""
+
+    def checked(*args: Any) -> Any:
+        flat = (each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+        devices = {each.device.type for each in flat if isinstance(each, torch.Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            others = ", ".join(sorted(devices - {"meta"}))
+            raise ValueError(
+                f"{name} was given tensors on meta, which hold no values, beside others on {others}; load the values first"
+            )
+        return fake(*args)
+
+    return checked
 
 
 def _define(library: torch.library.Library, schema: str) -> None:

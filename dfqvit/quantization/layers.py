@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import block_weight, extension, quant_linear, weight_sums
+from ..kernels import block_weight, checks, extension, quant_linear, weight_sums
 from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest, unpack_weight
 from ..kernels.quant_linear.op import forward as linear_operator
 from .precision import KeepsPrecision
@@ -59,6 +59,7 @@ class QuantLinear(KeepsPrecision):
         self.register_buffer("exponents", None)
         self._moments: SecondMoments | None = None
         self._decided: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._prepared_from: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     @classmethod
     def from_float(cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str) -> QuantLinear:
@@ -129,6 +130,12 @@ class QuantLinear(KeepsPrecision):
             made["weight_sums"] = weight_sums(packed, self.in_features, self.w_bits)
             made["acm_float"] = None if acm is None else acm.float()
         self._buffers.update(made)
+        self._prepared_from = packed, acm
+
+    def _is_prepared(self) -> bool:
+        """Whether the prepared buffers are those of the tensors that are here now; `functional_call` puts others in their place."""
+        packed, acm = self._prepared_from
+        return packed is self._buffers.get("weight_packed") and acm is self._buffers["acm"]
 
     def arranged(self, packed: torch.Tensor) -> torch.Tensor:
         """The packed weight with its inputs in the order that `weight_blocked` has them."""
@@ -136,6 +143,8 @@ class QuantLinear(KeepsPrecision):
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(weight, acm, w_sums) in the form that the kernels of this device run fastest with."""
+        if not checks.tracing() and not self._is_prepared():
+            self.prepare()
         blocked = None if linear_operator.asked in ("triton", "cuda") else self.weight_blocked
         acm = self.acm if self.acm_float is None else self.acm_float
         return self.weight_packed if blocked is None else blocked, acm, self.weight_sums

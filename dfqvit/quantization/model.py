@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ..errors import UsageError
 from .precision import KeepsPrecision
@@ -43,6 +44,7 @@ class QuantizedForward(KeepsPrecision):
                 f"images had dtype {x.dtype}; they must be floats, normalised as the model expects "
                 "(model.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
             )
+        _refuse_tangents(x)
         channels = getattr(self, "in_chans", None)
         if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
             raise UsageError(f"images had shape {list(x.shape)}; they must be [B, {channels}, H, W]")
@@ -66,7 +68,19 @@ class QuantizedNetwork(nn.Module):
                 f"images had dtype {x.dtype}; they must be floats, normalised as the network expects "
                 "(network.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
             )
+        if isinstance(x, torch.Tensor):
+            _refuse_tangents(x)
         return x.float() if isinstance(x, torch.Tensor) else x
+
+
+def _refuse_tangents(images: torch.Tensor) -> None:
+    """Rounding has a gradient of its own, straight-through; torch would take a tangent of it as 0, without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(images).tangent is not None:
+        raise UsageError(
+            "images had a tangent (torch.func.jvp, forward-mode derivatives), which rounding has not; differentiate backward"
+        )
 
 
 def quantized(model: nn.Module, *mixins: type) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from ..kernels.quant_attention.op import forward as quant_attention
 from ..kernels.quantize_heads.op import forward as quantize_heads
 from ..quantization.attention import AttentionOperands
+from .parts import replaced_forward, watched_or_differentiated
 from .prepared import Bind, Call, through_torch
 
 _STEPS = 255  # of the probabilities, as `quant_attention` has them
@@ -40,6 +41,10 @@ class IntegerOperands(AttentionOperands):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As AttentionOperands, float32 [B, heads, N, D]."""
+        if watched_or_differentiated(
+            self, *(each for each in args if isinstance(each, torch.Tensor))
+        ) or replaced_forward(self):
+            return super().forward(*args, **kwargs)
         return self.bound(through_torch)(*args, **kwargs)
 
     def bound(self, bind: Bind) -> Call:
@@ -64,7 +69,7 @@ class IntegerOperands(AttentionOperands):
             heads, tokens = q.shape[1], q.shape[2]
             common = bias is None or (bias.dim() == 3 or (bias.dim() == 4 and bias.shape[0] == 1))
             turned = rope is None or rope.dim() in (2, 3)
-            if not common or not turned or k.shape != q.shape or _differentiated(q, k, v, bias):
+            if not common or not turned or k.shape != q.shape or _differentiated(q, k, v, scale, bias, mask, rope):
                 return AttentionOperands.forward(self, q, k, v, scale, bias, mask, rope, half)
             qkv = quantize(q, k, v, None if rope is None else rope.float(), half)
             index = None
@@ -83,5 +88,5 @@ class IntegerOperands(AttentionOperands):
         return call
 
 
-def _differentiated(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _differentiated(*values: torch.Tensor | float | None) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)

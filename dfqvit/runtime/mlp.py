@@ -47,4 +47,6 @@ class IntegerMlp(Mlp):
 
 def hidden_bytes(mlp: Any, bind: Bind = through_torch) -> Call:
     """What the second layer of an IntegerMlp takes, uint8 [..., H], as a function of x [..., C], float or bytes."""
-    return product(mlp.fc1, activation=activation_of(mlp.act) or "none", reader=mlp.fc2, bind=bind)
+    activation = activation_of(mlp.act)
+    assert activation is not None  # `why_not` has asked
+    return product(mlp.fc1, activation=activation, reader=mlp.fc2, bind=bind)

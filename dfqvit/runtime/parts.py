@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import GELU, GELUTanh, GluMlp, LayerNorm, LayerNormFp32, LayerScale, Mlp, QuickGELU
+from timm.layers import GELU, DropPath, GELUTanh, GluMlp, LayerNorm, LayerNormFp32, LayerScale, Mlp, QuickGELU
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -18,6 +18,8 @@ from ..quantization.quantizers import ActivationQuantizer
 
 _LEAST = 1e-20
 _ACTIVATIONS = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.SiLU: "silu", nn.Identity: "none"}
+_DROPPED = ("drop", "drop1", "drop2", "proj_drop", "attn_drop", "drop_path", "drop_path1", "drop_path2")
+_DROPS = (nn.Identity, nn.Dropout, DropPath)  # nothing, in eval
 NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # the same arithmetic on float32
 
 
@@ -203,13 +205,14 @@ def gate_of(mlp: nn.Module) -> str:
     return "last" if mlp.gate_last else "first"
 
 
-def watched_or_differentiated(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a module must compute as simulated: in training, with a gradient wanted, or with a hook on a module inside."""
-    if module.training:
+def watched_or_differentiated(module: nn.Module, *given: torch.Tensor) -> bool:
+    """Whether a module must compute as simulated: something of it in training, as dropout may be alone, with a gradient wanted, or
+    with a hook on a module inside. `given`: what it is called with."""
+    if any(child.training for child in module.modules()):
         return True
     if torch.is_grad_enabled():
-        held = (*module.parameters(), *module.buffers())
-        if x.requires_grad or any(tensor.requires_grad for tensor in held):
+        held = (*given, *module.parameters(), *module.buffers())
+        if any(tensor.requires_grad for tensor in held):
             return True
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
@@ -218,10 +221,15 @@ def watched_or_differentiated(module: nn.Module, x: torch.Tensor) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> str:
-    """Why a module is not what its class says, where somebody gave one inside it a forward of its own, or ""."""
+    """Why a module is not what its class says, or "": a forward of its own was given to one inside it, or one that computes stands
+    where dropout stood."""
     for child in module.modules():
         if child is not module and "forward" in vars(child):
             return f"the forward of a {type(child).__name__} was replaced"
+        for name in _DROPPED:
+            found = child._modules.get(name)
+            if found is not None and type(found) not in _DROPS:
+                return f"its {name} is a {type(found).__name__}"
     return ""
 
 

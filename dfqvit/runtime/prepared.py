@@ -25,8 +25,18 @@ _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 # plain attributes that a block computes by
 _SETTINGS = (
     "eps", "num_heads", "head_dim", "scale", "approximate", "training", "bits", "w_bits", "frozen", "steps", "rotate_half",
-    "gate_last",
+    "gate_last", "dilation", "padding", "padding_mode", "stride", "kernel_size", "groups",
 )  # fmt: skip
+_ADDED = (
+    "gate",
+    "norm",
+    "q_norm",
+    "k_norm",
+    "ls1",
+    "ls2",
+    "gamma_1",
+    "gamma_2",
+)  # parts that a block may lack, and be given
 _PACKED = ("weight_packed", *PREPARED)  # the layer that owns these remakes them when they change
 
 
@@ -86,9 +96,14 @@ def watch(module: nn.Module, values: list[torch.Tensor], channels: int, dims: in
         tables = (child._modules, child._parameters, child._buffers)
         places += [(table, name, value) for table in tables for name, value in table.items()]
         places += [(child.__dict__, name, child.__dict__[name]) for name in _SETTINGS if name in child.__dict__]
+        places += [(child.__dict__, name, None) for name, value in child.__dict__.items() if value is None]
         if child is not module:
             empty += [getattr(child, name) for name in _HOOKS]
             absent.append((child.__dict__, "forward"))
+    for child in (module, *module.children()):
+        absent += [
+            (table, name) for table in (child._modules, child._parameters) for name in _ADDED if name not in table
+        ]
     return compiled_module.Watch(values, places, empty, absent, channels, dims)
 
 

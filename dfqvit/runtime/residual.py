@@ -50,6 +50,8 @@ class IntegerResidual(nn.Module):
             return "the products of its attention are not in integers"
         if type(mlp) not in (Mlp, IntegerMlp, *_GATED):
             return f"its MLP is a {type(mlp).__name__}"
+        if type(mlp) is IntegerMlp and (reason := IntegerMlp.why_not(mlp)):
+            return reason
         gains = gains_of(block)
         for layer, gain in zip((attention.proj, mlp.fc2), gains, strict=True):
             if not quantized(layer):
@@ -67,7 +69,7 @@ class IntegerResidual(nn.Module):
             watching, steps = self.__dict__.get("_prepared", (None, None))
             if watching is not None and watching(x, *_tensors(args, kwargs)):
                 return steps(x, *args, **kwargs)
-        if watched_or_differentiated(self, x) or self.why_not(self):
+        if watched_or_differentiated(self, x, *_tensors(args, kwargs)) or self.why_not(self):
             lift()
             return super().forward(x, *args, **kwargs)
         if not prepare or not may_prepare(x) or x.dim() != 3:

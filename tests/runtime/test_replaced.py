@@ -1,0 +1,236 @@
+"""What is changed in an integer model counts, whatever way it is changed: as in the simulated model, or refused in a sentence."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath, QuickGELU
+from torch import nn
+
+import dfqvit
+from dfqvit.calibration import calibrate, convert
+from dfqvit.quantization.recipe import Recipe
+from dfqvit.runtime import accelerate
+
+from .test_blocks import close
+from .test_families import CONVNEXT, ROTARY, SWIN_V2
+
+SMALL = {**ROTARY, "init_values": 0.5}
+KINDS = {
+    "vit": ("vit_tiny_patch16_224", SMALL),
+    "vit, part by part": ("vit_tiny_patch16_224", {**SMALL, "qk_norm": True}),
+    "dinov3": ("vit_small_patch16_dinov3", SMALL),
+    "dinov3, part by part": ("vit_small_patch16_dinov3", {**SMALL, "qk_norm": True}),
+    "beit": ("beit_base_patch16_224", {**ROTARY, "init_values": 0.5}),
+    "swin v2": ("swinv2_tiny_window8_256", SWIN_V2),
+    "convnext": ("convnext_tiny", CONVNEXT),
+}
+
+
+def lively(architecture, sizes):
+    """A model every part of which matters."""
+    model = timm.create_model(architecture, **sizes).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gamma" in name:
+                parameter.fill_(0.5)
+            elif "logit_scale" in name:
+                parameter.fill_(2.0)
+            elif parameter.dim() > 1:
+                parameter.normal_().mul_(parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def pair(kind, w_bits=8, **options):
+    """(integer, simulated, images): the same quantized model twice."""
+    architecture, sizes = KINDS[kind]
+    model = lively(architecture, {**sizes, **options})
+    images = torch.randn(12, 3, *([64, 64] if kind == "convnext" else [32, 32]))
+    simulated = convert(model, Recipe(w_bits))
+    calibrate(simulated, images[:8], Recipe(w_bits))
+    integer = copy.deepcopy(simulated)
+    accelerate(integer)
+    return integer, simulated, images[8:]
+
+
+def first_block(model):
+    for name in ("stages", "layers"):
+        if hasattr(model, name):
+            return getattr(model, name)[0].blocks[0]
+    return model.blocks[0]
+
+
+def check_both(integer, simulated, images, change):
+    """The change made to both, after a first call: the same answers, and not those of before."""
+    before = [integer(images) for _ in range(2)][-1]
+    for model in (integer, simulated):
+        change(first_block(model))
+    found = integer(images)
+    assert close(found, simulated(images))
+    assert not torch.equal(found, before)
+    assert torch.equal(copy.deepcopy(integer)(images), found)
+
+
+def clamped(block):
+    parent, name = (block.attn, "proj_drop") if hasattr(block, "attn") else (block.mlp, "drop1")
+    setattr(parent, name, nn.Hardtanh(-0.1, 0.1))
+
+
+def dropped(block):
+    block.mlp.drop2 = nn.Hardtanh(-0.1, 0.1)
+
+
+def squashed(block):
+    block.mlp.act = nn.ReLU()
+
+
+def quick(block):
+    block.mlp.act = QuickGELU()
+
+
+def normed(block):
+    block.mlp.norm = nn.LayerNorm(block.mlp.fc2.in_features)
+
+
+def biased(block):
+    layer = block.attn.qkv
+    layer.bias = nn.Parameter(torch.linspace(-3, 3, layer.out_features), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [clamped, dropped, squashed, quick, normed])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "swin v2"])
+def test_another_module_in_the_place_of_one(seed, kind, change):
+    """Where dropout stands, the activation, a norm: after the block was called, so after its constants were prepared."""
+    check_both(*pair(kind), change)
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "dinov3, part by part"])
+def test_a_bias_that_there_was_none_of(seed, kind):
+    check_both(*pair(kind, qkv_bias=False), biased)
+
+
+@pytest.mark.parametrize("setting", [("padding_mode", "circular"), ("dilation", (2, 2))])
+def test_settings_of_a_convolution(seed, setting):
+    name, value = setting
+
+    def change(block):
+        setattr(block.conv_dw, name, value)
+        if name == "dilation":
+            block.conv_dw.padding = (6, 6)
+        else:
+            block.conv_dw._reversed_padding_repeated_twice = [3, 3, 3, 3]
+
+    check_both(*pair("convnext"), change)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_alone_in_train_draws_anew_in_every_call(seed, kind):
+    """Monte Carlo dropout: the model in eval, its dropout in train."""
+    more = {"drop_path_rate": 0.5} if kind in ("convnext", "swin v2", "beit") else {"proj_drop_rate": 0.3}
+    integer, _, images = pair(kind, **more)
+    assert torch.equal(integer(images), integer(images))
+    for module in integer.modules():
+        if isinstance(module, (nn.Dropout, DropPath)):
+            module.train()
+    assert not torch.equal(integer(images), integer(images))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_functional_call_puts_in(seed, kind):
+    """As a batch of models or a meta-learner calls it; and back to its own afterwards. The same where another buffer is set."""
+    integer, _, images = pair(kind)
+    other, _, _ = pair(kind)
+    expected, own = other(images), [integer(images) for _ in range(2)][-1]
+    assert torch.equal(torch.func.functional_call(integer, other.state_dict(), (images,)), expected)
+    assert torch.equal(integer(images), own)
+    theirs = dict(other.named_modules())
+    for name, module in integer.named_modules():
+        module._buffers.update({key: value for key, value in theirs[name]._buffers.items() if key != "weight_blocked"})
+        module._parameters.update(theirs[name]._parameters)
+    assert torch.equal(integer(images), expected)
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit, part by part", "beit"])
+def test_hooks_on_the_operands_of_attention(seed, kind):
+    def change(block):
+        block.attn.operands.k.register_forward_hook(lambda module, given, found: torch.zeros_like(found))
+
+    integer, simulated, images = pair(kind)
+    before = integer(images)
+    for model in (integer, simulated):
+        change(first_block(model))
+    assert close(integer(images), simulated(images))
+    assert not close(integer(images), before)
+
+
+def gradients(model, images, leaf, **options):
+    model(images, **options).square().sum().backward()
+    found, leaf.grad = leaf.grad.clone(), None
+    return found
+
+
+@pytest.mark.parametrize(
+    "case", ["beit's shared table", "a rope of each block", "an attention mask", "swin v2's scales, padded"]
+)
+def test_gradients_of_what_enters_a_block_beside_x(seed, case):
+    name, options, leaf_of, shape = {
+        "beit's shared table": (
+            "beit_base_patch16_224", {**ROTARY, "use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "init_values": 0.5},
+            lambda model: model.rel_pos_bias.relative_position_bias_table, 32,
+        ),
+        "a rope of each block": (
+            "vit_small_patch16_rope_mixed_224", {**SMALL, "qk_norm": True}, lambda model: model.rope.freqs, 32
+        ),
+        "an attention mask": ("vit_tiny_patch16_224", {**SMALL, "qk_norm": True}, None, 32),
+        "swin v2's scales, padded": (
+            "swinv2_tiny_window8_256", {**SWIN_V2, "img_size": 36}, lambda model: model.layers[0].blocks[0].attn.logit_scale, 36
+        ),
+    }[case]  # fmt: skip
+    model = lively(name, options)
+    images = torch.randn(6, 3, shape, shape)
+    simulated = convert(model, Recipe(8))
+    calibrate(simulated, images, Recipe(8))
+    integer = copy.deepcopy(simulated)
+    accelerate(integer)
+    integer(images)
+    found = []
+    for each in (integer, simulated):
+        for tensor in each.parameters():
+            tensor.requires_grad_(False)
+        if leaf_of is None:
+            leaf = torch.zeros(1, 1, 17, 17).requires_grad_()
+            found.append(gradients(each, images, leaf, attn_mask=leaf))
+        else:
+            found.append(gradients(each, images, leaf_of(each).requires_grad_()))
+    assert float(found[1].abs().sum()) > 0
+    assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-5 * float(found[1].abs().max()))
+
+
+def test_forward_mode_derivatives_are_refused(seed):
+    integer, simulated, images = pair("vit")
+    for model in (integer, simulated):
+        with pytest.raises(dfqvit.UsageError, match=r"images had a tangent .* which rounding has not"):
+            torch.func.jvp(model, (images,), (torch.randn_like(images),))
+    assert torch.func.jvp(lambda x: x * 2, (images,), (images,))[1] is not None
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "dinov3, part by part", "swin v2"])
+def test_tensors_on_meta_are_never_taken_for_values(seed, kind):
+    """torch's loading of large models leaves the buffers that are in no state_dict on meta."""
+    integer, _, images = pair(kind)
+    skeleton = copy.deepcopy(integer).to("meta")
+    skeleton.load_state_dict(integer.state_dict(), assign=True)
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match="meta"):
+        skeleton(images)
+    grid = torch.tensor(0.1), torch.tensor(3.0), 8
+    operator, weight = torch.ops.dfqvit.layer_norm_quantize, torch.ones(32, device="meta")
+    with pytest.raises(ValueError, match="layer_norm_quantize was given tensors on meta, which hold no values"):
+        operator(images, weight, torch.zeros(32), 1e-6, *grid)
+    whole = [tensor.to("meta") for tensor in (images, torch.ones(32), torch.zeros(32))]
+    parameters = {"scale": torch.tensor(0.1, device="meta"), "zero_point": torch.tensor(3.0, device="meta")}
+    assert torch.ops.dfqvit.layer_norm_quantize(*whole, 1e-6, *parameters.values(), 8).device.type == "meta"
