@@ -97,7 +97,13 @@ def _stacked(images: Sequence[Any], preprocessing: Preprocessing, wanted: str) -
         if mode is None:
             raise UsageError(f"calib was a list of PIL images; the model takes {preprocessing.input_size[0]} channels")
         transform = evaluation_transform(preprocessing)
-        return torch.stack([preprocessing.normalise(transform(image.convert(mode))) for image in images])
+        made = []
+        for index, image in enumerate(images):
+            try:
+                made.append(preprocessing.normalise(transform(eight_bits(image).convert(mode))))
+            except ValueError as error:
+                raise UsageError(f"calib[{index}] was a PIL image of mode {image.mode}: {error}") from error
+        return torch.stack(made)
     parts = [torch.from_numpy(image) if isinstance(image, np.ndarray) else image for image in images]
     for index, part in enumerate(parts):
         if not isinstance(part, torch.Tensor):
@@ -110,6 +116,18 @@ def _stacked(images: Sequence[Any], preprocessing: Preprocessing, wanted: str) -
             f"calib was a list of images of several shapes or dtypes ({', '.join(shapes)}); it must be {wanted}"
         )
     return torch.stack(parts)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits scaled to 8, which Pillow's own conversion cuts off at 255; others as they are."""
+    if not image.mode.startswith("I"):
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range")
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels are of more than 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Any:

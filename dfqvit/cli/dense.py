@@ -21,6 +21,7 @@ from ..evaluation.dense_data import SceneImages, open_dense
 from ..evaluation.energy import Energy
 from ..models import Preprocessing, demo, load_model
 from ..models import dense as embedded
+from ..models.frame import evaluating
 from ..models.network import built
 from ..report import Dense, Report, write_report
 from ..report.dense_pictures import save_boxes, save_masks
@@ -44,8 +45,12 @@ def evaluate_network(
     record: QuantizationRecord = network.dfqvit_record  # type: ignore[assignment]
     data = open_dense(Path(options["data"]), preprocessing, options["task"], options["label_ids"])
     against = _against(options["against"], options["checkpoint"], device)
+    if against is not None:
+        check_input(options["against"], against, preprocessing, device)
     with tqdm(total=len(data), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
-        found = evaluate_dense(network, data.batches(options["batch_size"]), options["task"], against, bar.update)
+        found = evaluate_dense(
+            network, data.batches(options["batch_size"]), options["task"], against, bar.update, data.categories
+        )
     rows = [[record.recipe.label, *found.figures.values()]]
     rows += [["float", *found.against.values()]] if found.against is not None else []
     text = tabulate(rows, headers=["model", *(f"{name} %" for name in found.figures)], floatfmt=".2f")
@@ -68,6 +73,23 @@ def _against(name: str | None, checkpoint: Path | None, device: torch.device) ->
         said = str(error).splitlines()[0]
         raise DfqvitError(f"--checkpoint '{checkpoint}' does not fit what '{name}' makes: {said}") from error
     return network.to(device)
+
+
+@torch.no_grad()
+def check_input(name: str, against: torch.nn.Module, preprocessing: Preprocessing, device: torch.device) -> None:
+    """UsageError where the model of --against is made for other images than FILE's and cannot run on those."""
+    given = preprocessing.input_size
+    try:
+        with evaluating(against):
+            against(torch.zeros(1, *given, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        own = Preprocessing.of(against).input_size
+        if own == given:
+            raise
+        theirs, ours = (" x ".join(map(str, size)) for size in (own, given))
+        raise UsageError(
+            f"--against was '{name}', which takes images {theirs}; FILE takes {ours}, and both get the same"
+        ) from error
 
 
 def demo_dense(options: Mapping[str, Any], device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..models import Preprocessing
 from ..models.spec import class_count
 from ..runtime.record import QuantizationRecord
 from ..storage import load
-from .dense import evaluate_network
+from .dense import check_input, evaluate_network
 from .options import adjusted, common, emit, open_float, pick_device, plain_name
 
 
@@ -65,6 +66,7 @@ def command(**options: Any) -> None:
 
     With --task: mAP@50 and mAP of a detector, mIoU and pixel accuracy of a segmenter.
     """
+    _check_options(options)
     device = pick_device(options["device"])
     model = load(options["file"], device, build=options["build"])
     record: QuantizationRecord = model.dfqvit_record
@@ -80,6 +82,7 @@ def command(**options: Any) -> None:
     against = None
     if options["against"] is not None:
         against = open_float(record, options["against"], options["checkpoint"], device)
+        check_input(options["against"], against, preprocessing, device)
         _warn_of_other_normalisation(options["against"], against, record, preprocessing)
     if world() > 1:
         images = Subset(images, range(rank(), len(images), world()))  # type: ignore[assignment]
@@ -99,6 +102,19 @@ def command(**options: Any) -> None:
     if against is not None:
         text += f"\nagreement {result.agreement:.2f} %, mean logit error {result.logit_error:.4f}"
     emit(options["as_json"], {"file": str(options["file"]), "classes": assumed, **result.to_dict()}, text)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """UsageError for an option that would change nothing."""
+    task, dense = options["task"], options["task"] != "classification"
+    for name, given, use in (
+        ("checkpoint", options["checkpoint"] is not None and options["against"] is None, "the weights of --against"),
+        ("label-ids", options["label_ids"] and task != "detection", "--task detection"),
+        ("classes", options["classes"] is not None and dense, "--task classification"),
+        ("unreadable skip", options["unreadable"] == "skip" and dense, "--task classification"),
+    ):
+        if given:
+            raise UsageError(f"--{name} was given; it is for {use}")
 
 
 def _warn_of_other_normalisation(

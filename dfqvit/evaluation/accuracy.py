@@ -56,7 +56,8 @@ def evaluate(
     Warns where the predictions show that the labels are of another order than the model's, or counted from 1.
 
     Raises:
-        UsageError: a label is outside the model's classes; `against` has others.
+        UsageError: labels are no whole numbers [n], one for each image; a label is outside the model's classes; `against` has
+            others; there were no images.
     """
     with contextlib.ExitStack() as stack:
         for each in (model, against):
@@ -78,6 +79,7 @@ def _evaluate(
     began = last = time.perf_counter()
     for images, labels in batches:
         waited += time.perf_counter() - last
+        labels = _whole(labels, len(images))
         images, labels = images.to(device), labels.to(device)
         start = time.perf_counter()
         logits = model(images).float()
@@ -107,10 +109,12 @@ def _evaluate(
     sums = reduce_(torch.tensor([*hits.values(), total, error, values], dtype=torch.float64)).tolist()
     hits = dict(zip(hits, sums, strict=False))
     total, error, values = int(sums[-3]), sums[-2], int(sums[-1])
+    if not total:
+        raise UsageError("batches held no images; they must hold one at least")
     seconds, overall = reduce_(torch.tensor([seconds, overall], dtype=torch.float64), "max").tolist()
     if doubt := confusion.doubt():
         warnings.warn(doubt, stacklevel=3)
-    percent = {key: 100.0 * count / max(total, 1) for key, count in hits.items()}
+    percent = {key: 100.0 * count / total for key, count in hits.items()}
     compared = against is not None
     return Evaluation(
         images=total,
@@ -124,6 +128,17 @@ def _evaluate(
         agreement=percent["agreement"] if compared else None,
         logit_error=error / max(values, 1) if compared else None,
     )
+
+
+def _whole(labels: Any, images: int) -> torch.Tensor:
+    """The labels of a batch in int64; UsageError unless they are whole numbers [n], one for each image."""
+    wanted = f"they must be a tensor of whole numbers [{images}], one for each image"
+    if not isinstance(labels, torch.Tensor):
+        raise UsageError(f"labels were a {type(labels).__name__}; {wanted}")
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex() or labels.shape != (images,):
+        dtype = str(labels.dtype).removeprefix("torch.")
+        raise UsageError(f"labels were {dtype} of shape {tuple(labels.shape)}; {wanted}")
+    return labels.long()
 
 
 def _check_labels(labels: torch.Tensor, classes: int) -> None:

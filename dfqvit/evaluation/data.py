@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..calibration.given import evaluation_transform
+from ..calibration.given import eight_bits, evaluation_transform
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
 from .labels import class_folders, order_of, read_classes, read_labels
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
+_UNREAD = (".gif", ".jp2", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".jpe", ".dng")  # images, and left out
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises of a file
 
 Item = tuple[torch.Tensor, int]
 
@@ -78,12 +80,21 @@ class FolderImages(Images):
         if labelled:
             order, self.assumed = order_of(root, folders, classes, num_classes)
         self.items: list[tuple[Path, int]] = []
+        left_out: Counter[str] = Counter()
         for folder in folders if labelled else [""]:
             label = order[folder] if labelled else 0
-            for path in sorted((root / folder).rglob("*")):
-                hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-                if path.suffix.lower() in _SUFFIXES and not hidden and self._readable(path, unreadable):
+            for path in _files(root / folder):
+                suffix = path.suffix.lower()
+                left_out.update([suffix] if suffix in _UNREAD else [])
+                if suffix in _SUFFIXES and self._readable(path, unreadable):
                     self.items.append((path, label))
+        if left_out:
+            kinds = ", ".join(sorted(left_out))
+            warnings.warn(
+                f"data '{root}': {left_out.total()} files of other kinds were left out ({kinds}); images are read from "
+                f"{', '.join(_SUFFIXES)}",
+                stacklevel=3,
+            )
         if not self.items:
             raise UsageError(f"data was '{root}'; it has no images ({', '.join(_SUFFIXES)})")
         self.mode = {1: "L", 3: "RGB"}.get(preprocessing.input_size[0])
@@ -100,7 +111,7 @@ class FolderImages(Images):
             with Image.open(path) as image:
                 image.verify()
             return True
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             if unreadable == "refuse":
                 raise DfqvitError(
                     f"data: '{path}' is not a readable image; remove it or give --unreadable skip"
@@ -116,22 +127,26 @@ class FolderImages(Images):
         path, label = self.items[index]
         try:
             with Image.open(path) as file:
-                image = _eight_bits(file).convert(self.mode)
-        except (OSError, SyntaxError, ValueError) as error:  # a file whose header is good and whose body is not
+                image = eight_bits(file).convert(self.mode)
+        except UNREADABLE as error:  # a file whose header is good and whose body is not
             raise DfqvitError(f"data: '{path}' is not a readable image ({error})") from error
         return self.transform(image), label
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image of 16 bits scaled to 8, which Pillow's own conversion cuts off at 255; others as they are."""
-    if not image.mode.startswith("I"):
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of no known range")
-        return image
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("its pixels are of more than 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+def _files(folder: Path) -> list[Path]:
+    """The files in `folder` at any depth that are not hidden, sorted; links are followed, every folder is read once."""
+    found: list[Path] = []
+    seen = {folder.resolve()}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            real = (Path(place) / name).resolve()
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        found += [Path(place) / name for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 class ArrayImages(Images):
@@ -170,6 +185,9 @@ class ArrayImages(Images):
             )
         if not len(self.images):
             raise UsageError(f"data '{path}' holds no images")
+        if 0 in self.images.shape:
+            height, width = self.images.shape[2:]
+            raise UsageError(f"data '{path}' has images of {width} x {height} pixels; they must have one at least")
         self.preprocessing = preprocessing
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import box_iou
 
 from ..errors import UsageError
 from ..models.frame import evaluating
+from .labels import Confusion
 
 TASKS = ("detection", "segmentation")
 IGNORED = 255  # value of mask pixels that count for nothing
 _FIELDS = ("boxes", "scores", "labels")
+_SAME = 0.5  # intersection over union of a box and what was detected of it
+_REMEDY = "the data must name all of the network's classes in its order, or their ids must be its labels (--label-ids)"
 Target = dict[str, torch.Tensor]  # detection: boxes [n, 4], labels [n]; segmentation: mask [H, W]
 
 
@@ -44,20 +49,61 @@ class DenseEvaluation:
 
 
 class DetectionMeter:
-    """Gathers detections; COCO's evaluation, as torchmetrics runs it on pycocotools."""
+    """Gathers detections; COCO's evaluation, as torchmetrics runs it on pycocotools.
 
-    def __init__(self) -> None:
+    Attributes:
+        categories: labels are places in a list of so many; a detection of another label is refused. None does not check.
+    """
+
+    def __init__(self, categories: int | None = None) -> None:
         from torchmetrics.detection import MeanAveragePrecision
 
         self.metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools")
         self.metric.warn_on_many_detections = False
+        self.categories, self.confusion, self.boxes = categories, Confusion(), 0
 
     def add(self, found: list[Target], targets: list[Target]) -> None:
         """Of one batch."""
-        self.metric.update([_on_cpu(each) for each in found], [_on_cpu(each) for each in targets])
+        found, targets = [_on_cpu(each) for each in found], [_on_cpu(each) for each in targets]
+        for each, target in zip(found, targets, strict=True):
+            self._check_labels(each["labels"])
+            self._count(each, target)
+        self.metric.update(found, targets)
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        if (
+            self.categories is not None
+            and len(labels)
+            and not 0 <= int(labels.min()) <= int(labels.max()) < self.categories
+        ):
+            wrong = int(labels.max()) if int(labels.max()) >= self.categories else int(labels.min())
+            raise UsageError(
+                f"the network gave the label {wrong}; the data has {self.categories} categories, with the labels 0 to "
+                f"{self.categories - 1}; {_REMEDY}"
+            )
+
+    def _count(self, found: Target, target: Target) -> None:
+        """The label of each box beside that of the best detection that covers it."""
+        boxes, labels = target["boxes"], target["labels"]
+        if "iscrowd" in target:
+            boxes, labels = boxes[target["iscrowd"] == 0], labels[target["iscrowd"] == 0]
+        self.boxes += len(boxes)
+        if not len(boxes) or not len(found["boxes"]):
+            return
+        scores = torch.where(box_iou(boxes, found["boxes"]) > _SAME, found["scores"].float(), -1.0)
+        best, at = scores.max(dim=1)
+        labels, guesses = labels[best >= 0].long(), found["labels"][at[best >= 0]].long()
+        if len(labels):
+            self.confusion.count(labels, guesses, 1 + max(int(labels.max()), int(guesses.max())))
+
+    def doubt(self) -> str:
+        """What looks wrong with the labels; or ""."""
+        return self.confusion.doubt("boxes", _REMEDY)
 
     def figures(self) -> dict[str, float]:
-        """In percent."""
+        """In percent; UsageError where there was no box to find."""
+        if not self.boxes:
+            raise UsageError("no box is counted: the data has none on its images, other than those of crowds")
         found = self.metric.compute()
         return {"mAP@50": 100 * max(float(found["map_50"]), 0.0), "mAP": 100 * max(float(found["map"]), 0.0)}
 
@@ -67,6 +113,7 @@ class SegmentationMeter:
 
     def __init__(self) -> None:
         self.metrics: list[Any] = []
+        self.confusion, self.counted = Confusion(), 0
 
     def add(self, logits: torch.Tensor, targets: list[Target]) -> None:
         """Of one batch; logits [B, classes, h, w] are resized to each mask."""
@@ -83,11 +130,20 @@ class SegmentationMeter:
             sized = each[None].float().cpu()
             if sized.shape[2:] != mask.shape:
                 sized = F.interpolate(sized, tuple(mask.shape), mode="bilinear", align_corners=False)
+            guesses, counts = sized.argmax(1), mask[None] != IGNORED
+            self.counted += int(counts.sum())
+            self.confusion.count(mask[None][counts], guesses[counts], logits.shape[1])
             for metric in self.metrics:
-                metric.update(sized.argmax(1), mask[None])
+                metric.update(guesses, mask[None])
+
+    def doubt(self) -> str:
+        """What looks wrong with the masks; or ""."""
+        return self.confusion.doubt("pixels", "a mask's values must be the network's classes")
 
     def figures(self) -> dict[str, float]:
-        """In percent."""
+        """In percent; UsageError where no pixel counts."""
+        if not self.counted:
+            raise UsageError(f"no pixel is counted: every mask is {IGNORED} throughout, which counts for nothing")
         return {
             name: 100 * float(metric.compute())
             for name, metric in zip(("mIoU", "pixel accuracy"), self.metrics, strict=True)
@@ -101,6 +157,7 @@ def evaluate_dense(
     task: str,
     against: nn.Module | None = None,
     report: Callable[[int], object] | None = None,
+    categories: int | None = None,
 ) -> DenseEvaluation:
     """Runs every batch through `network`, and through `against` if given.
 
@@ -112,13 +169,18 @@ def evaluate_dense(
         task: "detection" or "segmentation".
         against: the network to compare with, usually the float one.
         report: called with the number of images after every batch.
+        categories: how many the boxes' labels are of, counted from 0, as `dense_data` says; None does not check.
+
+    Warns where the predictions show that the labels are of another order than the network's, or one off.
 
     Raises:
-        UsageError: an unknown task, a network whose outputs are of another form, a package of the extra `dense` is missing.
+        UsageError: an unknown task, a network whose outputs are of another form, a package of the extra `dense` is missing; a
+            network of other classes than `categories`; masks of which no pixel counts.
     """
     check_task(task)
     device = next(iter([*network.parameters(), *network.buffers()])).device
-    ours, theirs = meter(task), None if against is None else meter(task)
+    _check_categories(network, task, categories)
+    ours, theirs = meter(task, categories), None if against is None else meter(task, categories)
     count, seconds = 0, 0.0
     with evaluating(network):
         for images, targets in batches:
@@ -131,22 +193,24 @@ def evaluate_dense(
             ours.add(understood(network, outputs, task), targets)
             if against is not None and theirs is not None:
                 with evaluating(against):
-                    theirs.add(understood(against, against(images), task), targets)
+                    theirs.add(understood(against, against(images), task, "the network of against"), targets)
             count += len(images)
             if report is not None:
                 report(len(images))
     if not count:
         raise UsageError("data held no images; it must hold one at least")
-    compared = None if theirs is None else theirs.figures()
-    return DenseEvaluation(count, ours.figures(), compared, count / seconds if seconds else 0.0)
+    figures, compared = ours.figures(), None if theirs is None else theirs.figures()
+    if doubt := ours.doubt() or ("" if theirs is None else theirs.doubt()):
+        warnings.warn(doubt, stacklevel=2)
+    return DenseEvaluation(count, figures, compared, count / seconds if seconds else 0.0)
 
 
-def meter(task: str) -> DetectionMeter | SegmentationMeter:
+def meter(task: str, categories: int | None = None) -> DetectionMeter | SegmentationMeter:
     """An empty one; UsageError when the packages for it are missing."""
     for package in ("torchmetrics", "pycocotools") if task == "detection" else ("torchmetrics",):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"evaluation of {task} needs {package}; install dfqvit[dense]")
-    return DetectionMeter() if task == "detection" else SegmentationMeter()
+    return DetectionMeter(categories) if task == "detection" else SegmentationMeter()
 
 
 def check_task(task: str) -> None:
@@ -155,14 +219,14 @@ def check_task(task: str) -> None:
         raise UsageError(f"task was '{task}'; it may be {', '.join(map(repr, TASKS))}")
 
 
-def understood(network: nn.Module, outputs: Any, task: str) -> Any:
-    """What `evaluate_dense` says of outputs: dicts of detections, or logits; UsageError where they are neither."""
+def understood(network: nn.Module, outputs: Any, task: str, whose: str = "FILE's network") -> Any:
+    """What `evaluate_dense` says of outputs: dicts of detections, or logits; UsageError, which names `whose`, where neither."""
     kind = type(network).__name__
     if task == "segmentation":
         logits = outputs.get("out") if isinstance(outputs, dict) else outputs
         if not isinstance(logits, torch.Tensor) or logits.dim() != 4:
             raise UsageError(
-                f"FILE's network is a {kind}, which gives {_described(outputs)}; for segmentation it must give logits "
+                f"{whose} is a {kind}, which gives {_described(outputs)}; for segmentation it must give logits "
                 "[B, classes, H, W], or a dict with them as 'out'"
             )
         return logits
@@ -170,7 +234,7 @@ def understood(network: nn.Module, outputs: Any, task: str) -> Any:
     found = decode(outputs) if callable(decode) else outputs
     if not isinstance(found, list) or not all(isinstance(each, dict) and each.keys() >= set(_FIELDS) for each in found):
         raise UsageError(
-            f"FILE's network is a {kind}, which gives {_described(outputs)}; for detection it must have a method "
+            f"{whose} is a {kind}, which gives {_described(outputs)}; for detection it must have a method "
             "detections(outputs), or give a list of dicts with boxes, scores and labels"
         )
     return [{name: each[name] for name in _FIELDS} for each in found]
@@ -180,6 +244,15 @@ def _described(outputs: Any) -> str:
     if isinstance(outputs, torch.Tensor):
         return f"a tensor {list(outputs.shape)}"
     return f"a dict of {', '.join(map(str, outputs))}" if isinstance(outputs, dict) else f"a {type(outputs).__name__}"
+
+
+def _check_categories(network: nn.Module, task: str, categories: int | None) -> None:
+    """Where the network says how many classes it has; it may count the ground as one."""
+    classes = getattr(network, "num_classes", None)
+    if task != "detection" or categories is None or isinstance(classes, bool) or not isinstance(classes, int):
+        return
+    if classes > 0 and categories not in (classes, classes - 1):
+        raise UsageError(f"the data has {categories} categories and the network {classes} classes; {_REMEDY}")
 
 
 def _on_cpu(target: Target) -> Target:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..calibration.given import eight_bits
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
+from .data import UNREADABLE
 from .dense import Target, check_task
 from .scenes import Scenes
 
@@ -23,9 +25,14 @@ _PIL = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINE
 
 
 class DenseImages(abc.ABC):
-    """Images [C, H, W] as the network expects them, stretched to its input size, each with a target."""
+    """Images [C, H, W] as the network expects them, stretched to its input size, each with a target.
+
+    Attributes:
+        categories: labels are places in a list of so many, counted from 0; None where nothing says so.
+    """
 
     preprocessing: Preprocessing
+    categories: int | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -50,13 +57,13 @@ class DenseImages(abc.ABC):
         try:
             with Image.open(path) as file:
                 size = (file.height, file.width)
-                image = file.convert(mode)
+                image = eight_bits(file).convert(mode)
                 if size != (height, width):
                     image = image.resize((width, height), _PIL[self.preprocessing.interpolation])
                 pixels = np.array(image)
         except FileNotFoundError as error:
             raise DfqvitError(f"data: '{path}' is missing; the annotations name it") from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise DfqvitError(f"data: '{path}' is not a readable image ({error})") from error
         planes = torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
         return self.preprocessing.normalise(planes), size
@@ -79,6 +86,8 @@ class CocoImages(DenseImages):
         try:
             found = json.loads(path.read_text())
             self.images = list(found["images"])
+            _check_once(path, "categories", found["categories"])
+            _check_once(path, "images", self.images)
             order = sorted(each["id"] for each in found["categories"])
             labels = {number: number if label_ids else place for place, number in enumerate(order)}
             self.targets: dict[Any, list[tuple[list[float], int, int]]] = {each["id"]: [] for each in self.images}
@@ -88,6 +97,8 @@ class CocoImages(DenseImages):
                 _check_box(path, each, sizes[each["image_id"]])
                 box = [left, top, left + width, top + height]
                 self.targets[each["image_id"]].append((box, labels[each["category_id"]], int(each.get("iscrowd", 0))))
+            _check_pixels(path, [each["bbox"] for each in found["annotations"]])
+            self.categories = None if label_ids else len(order)
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
@@ -139,7 +150,9 @@ class MaskImages(DenseImages):
                         f"data: '{self.masks[index]}' is a PNG of mode {file.mode}; masks are of mode L or P"
                     )
                 mask = torch.from_numpy(np.array(file))
-        except (OSError, SyntaxError) as error:
+        except UsageError:
+            raise
+        except UNREADABLE as error:
             raise DfqvitError(f"data: '{self.masks[index]}' is not a readable image ({error})") from error
         if tuple(mask.shape) != size:
             raise UsageError(
@@ -200,6 +213,26 @@ def write_coco(scenes: Scenes, root: Path, classes: tuple[str, ...]) -> None:
     categories = [{"id": place + 1, "name": name} for place, name in enumerate(classes)]
     whole = {"images": images, "annotations": annotations, "categories": categories}
     (root / ANNOTATIONS).write_text(json.dumps(whole))
+
+
+def _check_once(path: Path, kind: str, entries: list[dict[str, Any]]) -> None:
+    """Every id, and every image's file, is named once; a file's name is text."""
+    for key in ("id", "file_name") if kind == "images" else ("id",):
+        seen = set()
+        for each in entries:
+            value = each[key]
+            if key == "file_name" and not isinstance(value, str):
+                raise UsageError(f"data: '{path}' has an image whose file_name is {value!r}; it must be text")
+            if value in seen:
+                raise UsageError(f"data: '{path}' has {kind} with the {key} {value!r} twice; each may be there once")
+            seen.add(value)
+
+
+def _check_pixels(path: Path, boxes: list[list[float]]) -> None:
+    if boxes and all(width <= 1 and height <= 1 for _, _, width, height in boxes):
+        raise UsageError(
+            f"data: '{path}' has no box of more than 1 pixel; the boxes look like shares of the image, and they must be in pixels"
+        )
 
 
 def _check_box(path: Path, annotation: dict[str, Any], image: tuple[int, int, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils.misc import natural_key
 
@@ -76,10 +77,10 @@ def _by_file(
     root: Path, folders: Sequence[str], names: Sequence[str], num_classes: int | None
 ) -> tuple[dict[str, int], str]:
     present = set(folders)
-    short = [name if name in present else (name.split() or [""])[0] for name in names]
-    twice = next((name for index, name in enumerate(short) if name in short[:index]), None)
-    if twice is not None:
-        raise UsageError(f"classes had '{twice}' in two lines; line k is the folder name of class k")
+    _check_lines(names)
+    first = {name: (name.split() or [""])[0] for name in names}
+    short = [first[name] if first[name] in present and name not in present else name for name in names]
+    _check_lines(short)
     if num_classes is not None and len(short) != num_classes:
         raise UsageError(
             f"classes had {len(short)} lines and the model has {num_classes} classes; there must be a line for each"
@@ -89,6 +90,12 @@ def _by_file(
     if strangers:
         raise UsageError(f"data '{root}' has the folder '{strangers[0]}', which is no class of the classes file")
     return order, "the classes file says which folder is which class"
+
+
+def _check_lines(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise UsageError(f"classes had '{twice}' in two lines; line k is the folder name of class k")
 
 
 def read_classes(path: Path) -> list[str]:
@@ -141,30 +148,41 @@ class Confusion:
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """logits [n, classes] and labels [n] of a batch."""
-        classes = logits.shape[1]
-        if classes > _MOST_COUNTED or not len(labels) or not bool(((labels >= 0) & (labels < classes)).all()):
-            return
-        pairs = labels.cpu() * classes + logits.argmax(1).cpu()
-        found = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
-        self.counts = found if self.counts is None else self.counts + found
+        self.count(labels, logits.argmax(1), logits.shape[1])
 
-    def doubt(self) -> str:
-        """What is wrong with the labels, as far as the predictions show it; or ""."""
+    def count(self, labels: torch.Tensor, guesses: torch.Tensor, classes: int) -> None:
+        """Labels [n] and predicted classes [n], all of them from 0 to classes - 1; `classes` may grow."""
+        labels, guesses = labels.long().cpu(), guesses.long().cpu()
+        if self.counts is not None:
+            classes = max(classes, len(self.counts))
+        if classes > _MOST_COUNTED or not len(labels):
+            return
+        if not bool(((labels >= 0) & (labels < classes) & (guesses >= 0) & (guesses < classes)).all()):
+            return
+        found = torch.bincount(labels * classes + guesses, minlength=classes * classes).view(classes, classes)
+        if self.counts is not None:
+            more = classes - len(self.counts)
+            found += F.pad(self.counts, (0, more, 0, more))
+        self.counts = found
+
+    def doubt(self, what: str = "images", remedy: str = "--classes FILE gives the model's order") -> str:
+        """What is wrong with the labels of `what`, as far as the predictions show it; or ""."""
         if self.counts is None or int(self.counts.sum()) < _LEAST or len(self.counts) < 3:
             return ""
         total = float(self.counts.sum())
         right = float(self.counts.diagonal().sum()) / total
+        present = (self.counts.sum(dim=1) > 0).nonzero()[:, 0]
+        most = self.counts[present].max(dim=1)
         for step, said in ((-1, "counted from 1, or one too high"), (1, "one too low")):
             moved = float(self.counts.diagonal(step).sum()) / total
-            if moved > 0.5 and moved > 3 * right:
+            of_labels = float((most.indices == present + step).float().mean())  # else all went into one class
+            if moved > 0.5 and moved > 3 * right and of_labels > 0.5:
                 return f"labels look {said}: {moved:.0%} of the predictions are the label {'-' if step < 0 else '+'} 1"
-        present = self.counts.sum(dim=1) > 0
-        most = self.counts[present].max(dim=1)
         share = float(most.values.sum()) / total
-        distinct = len(most.indices.unique()) / int(present.sum())
-        if total / int(present.sum()) >= 4 and distinct > 0.7 and share > 0.5 and share > 2 * right + 0.1:
+        distinct = len(most.indices.unique()) / len(present)
+        if total / len(present) >= 4 and distinct > 0.7 and share > 0.5 and share > 2 * right + 0.1:
             return (
-                f"the order of the classes looks wrong: {share:.0%} of the images fall into one class for each label, mostly "
-                "another than the label; --classes FILE gives the model's order"
+                f"the order of the classes looks wrong: {share:.0%} of the {what} fall into one class for each label, mostly "
+                f"another than the label; {remedy}"
             )
         return ""

@@ -285,3 +285,12 @@ def test_processes_that_do_not_find_each_other_are_one_line():
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert len(said(done.stderr)) == 1
+
+
+def test_a_float_model_of_another_input_size_is_one_line(run, tmp_path, saved, seed):
+    torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "c.pth")
+    named = ["--against", "deit_tiny_patch16_224", "--checkpoint", tmp_path / "c.pth"]
+    status, _, err = run("evaluate", saved, "--data", demo.TEST_IMAGES, *named)
+    assert status == 2, err
+    wanted = "--against was 'deit_tiny_patch16_224', which takes images 3 x 224 x 224; FILE takes 1 x 28 x 28"
+    assert wanted in said(err)[-1]

@@ -171,3 +171,36 @@ def test_options_that_an_embedded_network_has_not():
         load_model("demo-detector", num_classes=3)
     with pytest.raises(UsageError, match="name was 'demo-depth'; it may be 'demo-detector', 'demo-segmenter'"):
         dense.load_dense("demo-depth")
+
+
+def test_a_network_to_compare_with_that_takes_other_images(folder, tmp_path, capsys):
+    qmodel = dfqvit.quantize(
+        load_model("demo-detector"), 8, calib="noise", samples=2, rounding="nearest", progress=False
+    )
+    path = dfqvit.save(qmodel, tmp_path / "model.safetensors")
+    own = ["evaluate", path, "--task", "detection", "--data", folder]
+    status, _, err = output(capsys, *own, "--against", "demo")
+    assert status == 2
+    assert "--against was 'demo', which takes images 1 x 28 x 28; FILE takes 1 x 56 x 56, and both get the same" in err
+    status, _, err = output(capsys, *own, "--against", "demo-segmenter")
+    assert status == 2
+    assert "the network of against is a DemoSegmenter" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "c.pth"], "--checkpoint was given; it is for the weights of --against"),
+        (["--label-ids"], "--label-ids was given; it is for --task detection"),
+        (["--task", "segmentation", "--label-ids"], "--label-ids was given; it is for --task detection"),
+        (["--task", "segmentation", "--classes", "c.txt"], "--classes was given; it is for --task classification"),
+        (
+            ["--task", "detection", "--unreadable", "skip"],
+            "--unreadable skip was given; it is for --task classification",
+        ),
+    ],
+)
+def test_options_that_would_change_nothing(capsys, options, message):
+    status, _, err = output(capsys, "evaluate", "model.safetensors", "--data", "data", *options)
+    assert status == 2
+    assert message in err

@@ -67,12 +67,13 @@ def test_pixels_to_1_are_refused_where_the_model_wants_another_mean(seed, name):
 
 def test_other_normalisations_are_doubted(seed):
     pixels = pictures(seed)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std))
     with pytest.warns(UserWarning, match=r"held values from -1 to 1, like images of a mean and std of 0.5"):
         given_images(HALF.normalise((pixels - pixels.min()) / (pixels.max() - pixels.min())), IMAGENET)
     with pytest.warns(UserWarning, match="values that no pixel gives .*images of another mean and std"):
         given_images(IMAGENET.normalise(pixels), HALF)
     with pytest.warns(UserWarning, match="values that no pixel gives"):
-        given_images(IMAGENET.normalise(IMAGENET.normalise(pixels)), IMAGENET)
+        given_images((IMAGENET.normalise(pixels) - mean) / std, IMAGENET)  # normalised twice
 
 
 def test_quantize_refuses_pixels():
@@ -200,3 +201,16 @@ def test_pixels_of_no_known_range_are_named(tmp_path, seed):
     Image.fromarray(np.random.default_rng(seed).random((32, 32), dtype=np.float32)).save(tmp_path / "c" / "x.tif")
     with pytest.raises(DfqvitError, match=r"x.tif' is not a readable image \(its pixels are floating-point numbers"):
         open_images(tmp_path, HALF)[0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_in_a_list(seed, channels):
+    preprocessing = Preprocessing((channels, 32, 32), (0.5,) * channels, (0.5,) * channels, crop_pct=1.0)
+    values = np.random.default_rng(seed).integers(0, 256, (2, 32, 32), dtype=np.uint8)
+    plain = [Image.fromarray(each) for each in values]
+    deep = [Image.fromarray(each.astype(np.uint16) * 257) for each in values]
+    assert torch.equal(given_images(deep, preprocessing), given_images(plain, preprocessing))
+    with pytest.raises(
+        UsageError, match=r"calib\[1\] was a PIL image of mode F: its pixels are floating-point numbers"
+    ):
+        given_images([plain[0], Image.fromarray(values[1].astype(np.float32))], preprocessing)

@@ -229,3 +229,68 @@ def test_confusion_needs_enough_images():
     confusion = Confusion()
     confusion.add(torch.eye(4)[[1, 2, 3]], torch.tensor([2, 3, 0]))
     assert confusion.doubt() == ""
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            torch.zeros(1, dtype=torch.long),
+            r"labels were int64 of shape \(1,\); they must be a tensor of whole numbers \[10\]",
+        ),
+        (torch.zeros(10, 1, dtype=torch.long), r"labels were int64 of shape \(10, 1\)"),
+        (torch.zeros(11, dtype=torch.long), r"labels were int64 of shape \(11,\)"),
+        (torch.zeros(10, 3), r"labels were float32 of shape \(10, 3\)"),
+        (torch.zeros(10), r"labels were float32 of shape \(10,\)"),
+        (torch.zeros(10, dtype=torch.bool), r"labels were bool of shape \(10,\)"),
+        ([0] * 10, "labels were a list; they must be a tensor of whole numbers"),
+        (np.zeros(10, np.int64), "labels were a ndarray"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_not_one_for_each_image(labels, message):
+    with pytest.raises(UsageError, match=message):
+        evaluate(Table(torch.eye(3)), [(torch.zeros(10, 1, 1, 1), labels)])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_small_whole_kinds_count_and_are_doubted(seed, dtype):
+    truth = torch.randint(0, 99, (300,))
+    assert measured(truth, truth.to(dtype), 100).top1 == 100
+    with pytest.warns(UserWarning, match="labels look counted from 1"):
+        measured(truth, (truth + 1).to(dtype), 100)
+
+
+def test_no_images_at_all_are_refused():
+    for batches in ([], [(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.long))]):
+        with pytest.raises(UsageError, match="batches held no images; they must hold one at least"):
+            evaluate(Table(torch.eye(3)), batches)
+
+
+def test_a_model_that_fell_into_one_class_is_no_doubt_about_labels():
+    confusion = Confusion()
+    truth = torch.tensor([1] * 70 + [0, 2, 3] * 5)
+    confusion.count(truth, torch.zeros_like(truth), 4)
+    assert confusion.doubt() == ""
+
+
+def test_counts_of_a_growing_number_of_classes():
+    confusion = Confusion()
+    confusion.count(torch.tensor([0, 1]), torch.tensor([0, 0]), 2)
+    confusion.count(torch.tensor([3]), torch.tensor([2]), 4)
+    confusion.count(torch.tensor([1]), torch.tensor([1]), 2)
+    assert confusion.counts.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]
+
+
+def test_names_of_two_words_in_a_classes_file(tmp_path):
+    """Folders of a part of the classes; a name is cut to its first word only where that is a folder."""
+    root = folders(tmp_path / "data", ["red car", "cat"])
+    (tmp_path / "classes.txt").write_text("red car\nred bus\ncat a pet\ncat fish\n")
+    with pytest.raises(UsageError, match="classes had 'cat' in two lines"):
+        labels_of(root, classes=tmp_path / "classes.txt", num_classes=4)
+    (tmp_path / "classes.txt").write_text("red bus\nred car\nred\ncat a pet\n")
+    found, _ = labels_of(root, classes=tmp_path / "classes.txt", num_classes=4)
+    assert found == {"red car": 1, "cat": 3}
+    (tmp_path / "classes.txt").write_text("red bus\nred car\nred bus\ncat\n")
+    with pytest.raises(UsageError, match="classes had 'red bus' in two lines"):
+        labels_of(root, classes=tmp_path / "classes.txt", num_classes=4)

@@ -250,3 +250,43 @@ def test_time_spent_waiting_for_images():
     assert found.waiting > 50
     assert found.overall_images_per_second < 6 / 0.15
     assert found.images_per_second > found.overall_images_per_second
+
+
+def test_links_to_folders_are_followed_once(folder):
+    inner = folder / "n01" / "more"
+    inner.symlink_to(folder / "n02")
+    (folder / "n03").symlink_to(folder / "n01")
+    (folder / "n02" / "again").symlink_to(folder / "n02")
+    images = open_images(folder, PREPROCESSING)
+    assert [label for _, label in images.items] == [0] * 5 + [1] * 3 + [2] * 5
+    names = [str(path.relative_to(folder)) for path, _ in images.items]
+    assert names[:5] == ["n01/0.png", "n01/1.png", "n01/more/0.png", "n01/more/1.png", "n01/more/2.png"]
+    assert len(open_images(folder, PREPROCESSING, labelled=False)) == 5  # every folder once
+
+
+def test_images_of_other_kinds_are_counted(folder):
+    for name in ("a.gif", "b.GIF", "c.heic", ".d.gif", "notes.txt"):
+        (folder / "n01" / name).write_bytes(b"x")
+    with pytest.warns(
+        UserWarning, match=r"3 files of other kinds were left out \(.gif, .heic\); images are read from .jpg"
+    ):
+        assert len(open_images(folder, PREPROCESSING)) == 5
+
+
+def test_an_image_of_too_many_pixels_is_a_file_that_cannot_be_read(folder, monkeypatch):
+    Image.new("L", (100, 100)).save(folder / "n02" / "vast.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DfqvitError, match=r"vast.png' is not a readable image; remove it or give --unreadable skip"):
+        open_images(folder, PREPROCESSING)
+    with pytest.warns(UserWarning, match=r"vast.png' is not a readable image, skipped"):
+        images = open_images(folder, PREPROCESSING, unreadable="skip")
+    assert len(images) == 5
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # 20 x 24 pixels are too many now
+    with pytest.raises(DfqvitError, match=r"0.png' is not a readable image \(Image size"):
+        images[0]
+
+
+def test_npz_of_images_without_pixels(tmp_path):
+    path = write_npz(tmp_path / "a.npz", images=np.zeros((4, 3, 0, 8), np.uint8))
+    with pytest.raises(UsageError, match=r"has images of 8 x 0 pixels; they must have one at least"):
+        open_images(path, PREPROCESSING)

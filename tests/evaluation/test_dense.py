@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -167,3 +169,117 @@ def test_networks_of_another_form_are_said_in_a_sentence(held):
         evaluate_dense(Fixed(torch.zeros(30, 2, 56, 56)), masks.batches(9), "segmentation")
     with pytest.raises(UsageError, match="data held no images"):
         evaluate_dense(Fixed([]), [], "detection")
+
+
+def changed(root, edit):
+    """The annotations in `root` after `edit` of what was written there at first."""
+    path, first = root / "annotations.json", root / "first.json"
+    if not first.exists():
+        first.write_text(path.read_text())
+    whole = json.loads(first.read_text())
+    edit(whole)
+    path.write_text(json.dumps(whole))
+    return open_dense(root, GREY, "detection")
+
+
+def shares(whole):
+    for each in whole["annotations"]:
+        each["bbox"] = [value / 56 for value in each["bbox"]]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w["categories"].append(dict(w["categories"][2])), "has categories with the id 3 twice"),
+        (lambda w: w["images"].append(dict(w["images"][4])), "has images with the id 5 twice"),
+        (
+            lambda w: w["images"].append({**w["images"][4], "id": 99}),
+            "has images with the file_name '000004.png' twice",
+        ),
+        (lambda w: w["images"][0].update(file_name=5), "has an image whose file_name is 5; it must be text"),
+        (shares, "the boxes look like shares of the image, and they must be in pixels"),
+    ],
+)
+def test_annotations_that_count_twice_or_nothing(held, tmp_path, edit, message):
+    write_coco(held, tmp_path, dense.CLASSES)
+    with pytest.raises(UsageError, match=message):
+        changed(tmp_path, edit)
+
+
+def measured(held, data, **options):
+    return evaluate_dense(Fixed(perfect(held)), data.batches(7), "detection", categories=data.categories, **options)
+
+
+def test_categories_that_are_not_the_networks(held, tmp_path):
+    write_coco(held, tmp_path, dense.CLASSES)
+
+    def fewer(whole):
+        whole["categories"] = whole["categories"][2:]
+        ids = {each["id"] for each in whole["categories"]}
+        whole["annotations"] = [each for each in whole["annotations"] if each["category_id"] in ids]
+
+    data = changed(tmp_path, lambda whole: None)
+    assert measured(held, data).figures["mAP"] == pytest.approx(100)
+    network = Fixed(perfect(held))
+    for classes in (7, 8):  # the ground may be one
+        network.at, network.num_classes = 0, classes
+        evaluate_dense(network, data.batches(7), "detection", categories=7)
+    network.num_classes = 9
+    with pytest.raises(UsageError, match="the data has 7 categories and the network 9 classes; the data must name all"):
+        evaluate_dense(network, data.batches(7), "detection", categories=7)
+    with pytest.raises(
+        UsageError, match=r"the network gave the label [56]; the data has 5 categories, with the labels 0 to 4"
+    ):
+        measured(held, changed(tmp_path, fewer))
+    with pytest.warns(UserWarning, match=r"labels look counted from 1, or one too high: 100% of the predictions"):
+        found = measured(held, changed(tmp_path, lambda w: w["categories"].append({"id": 0, "name": "ground"})))
+    assert found.figures["mAP"] < 1
+    changed(tmp_path, lambda whole: None)
+    with pytest.warns(UserWarning, match="labels look counted from 1"):
+        measured(held, open_dense(tmp_path, GREY, "detection", label_ids=True))
+    with pytest.raises(UsageError, match="no box is counted"):
+        measured(held, changed(tmp_path, lambda whole: whole.update(annotations=[])))
+
+
+def test_another_order_of_the_categories_is_said(tmp_path):
+    held = scenes.compose(100)
+    write_coco(held, tmp_path, dense.CLASSES)
+    order = [4, 7, 1, 6, 2, 3, 5]
+
+    def shuffled(whole):
+        for each in whole["annotations"]:
+            each["category_id"] = order[each["category_id"] - 1]
+
+    with pytest.warns(
+        UserWarning, match="the order of the classes looks wrong: 100% of the boxes .*; the data must name"
+    ):
+        measured(held, changed(tmp_path, shuffled))
+
+
+def test_masks_that_are_one_off_or_count_nothing(seed):
+    masks = torch.randint(0, 4, (3, 12, 10))
+    logits = nn.functional.one_hot(masks, 5).permute(0, 3, 1, 2).float()
+
+    def found(targets):
+        batch = (torch.zeros(3, 1, 8, 8), [{"mask": mask} for mask in targets])
+        return evaluate_dense(Fixed(logits), [batch], "segmentation")
+
+    with pytest.warns(UserWarning, match="labels look counted from 1, or one too high: 100% of"):
+        found(masks + 1)
+    with pytest.raises(UsageError, match="no pixel is counted: every mask is 255"):
+        found(torch.full_like(masks, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found(masks).figures["mIoU"] == pytest.approx(100)
+
+
+def test_dense_images_of_sixteen_bits_and_of_too_many_pixels(held, tmp_path, monkeypatch):
+    write_coco(held, tmp_path, dense.CLASSES)
+    plain = open_dense(tmp_path, GREY, "detection")[0][0]
+    path = tmp_path / "images" / "000000.png"
+    Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
+    for task in ("detection", "segmentation"):
+        assert torch.equal(open_dense(tmp_path, GREY, task)[0][0], plain)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DfqvitError, match=r"000000.png' is not a readable image \(Image size"):
+        open_dense(tmp_path, GREY, "detection")[0]
