@@ -24,9 +24,14 @@ INDICES = (
     "num_batches_tracked",
 )  # in the names of buffers that hold integers or are computed
 
+_START = 64  # bytes that tell what a file is
+_ZIP = b"PK\x03\x04"  # of torch.save
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state_dict in a .safetensors file, or in a .pth file read without unpickling code, without wrappers' prefixes.
+    """The state_dict in a file of safetensors, or in one of torch.save read without unpickling code, without wrappers' prefixes.
+
+    Which of the two it is, its first bytes say, not its suffix.
 
     Of several, timm's choice: averaged (EMA) weights before raw ones, with a warning that says so.
 
@@ -42,6 +47,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         raise DfqvitError(f"checkpoint '{path}' holds no state_dict of tensors, but a {type(loaded).__name__}")
     found = [key for key in CONTAINERS if isinstance(loaded.get(key), Mapping)]
+    for key in loaded[found[0]] if found else loaded:
+        if not isinstance(key, str):
+            raise DfqvitError(
+                f"checkpoint '{path}' has the key {key!r} of type {type(key).__name__}; every key of a state_dict must be a text"
+            )
     if len(found) > 1 and found[0].endswith("ema"):
         warnings.warn(
             f"checkpoint '{path}' holds {' and '.join(map(repr, reversed(found)))}; '{found[0]}', the averaged weights, "
@@ -58,6 +68,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "--checkpoint takes float weights"
         )
     for key, value in tensors.items():
+        if value.is_meta or value.layout is not torch.strided:
+            what = "a meta tensor, which has no values," if value.is_meta else "a sparse tensor"
+            raise DfqvitError(
+                f"checkpoint '{path}' holds {what} under '{key}'; it must be dense: save the values themselves"
+            )
         if value.dtype not in FLOATS and value.dim() and not any(part in key for part in INDICES):
             raise UsageError(
                 f"checkpoint '{path}' holds {str(value.dtype).removeprefix('torch.')} under '{key}': its weights are quantized "
@@ -76,8 +91,11 @@ def no_state_dict(path: Path, entries: Mapping[Any, Any]) -> DfqvitError:
 
 
 def _read(path: Path) -> Any:
+    other = no_checkpoint(path)
+    if other:
+        raise DfqvitError(f"checkpoint '{path}' is {other}")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # `args` of timm's and DeiT's training scripts
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -89,12 +107,45 @@ def _read(path: Path) -> Any:
                 "are not unpickled because that runs code; where you trust it, torch.load(..., weights_only=False) and "
                 "save the model's state_dict() alone"
             ) from error
-        raise DfqvitError(f"checkpoint '{path}' could not be read: {first_line(error)}") from error
+        said = first_line(error)
+        if "TorchScript" in said:
+            said = "it is a TorchScript archive; save the state_dict() of the module that it was made from"
+        elif "weights_only" in said:  # torch's advice is to run what the file says
+            said = "it is neither a .safetensors file nor a pickle of tensors"
+        raise DfqvitError(f"checkpoint '{path}' could not be read: {said}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes, the length of a JSON header and its brace; by its suffix where it is too short to tell."""
+    with path.open("rb") as file:
+        start = file.read(_START)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and 2 <= length <= path.stat().st_size - 8:
+        return True
+    return path.suffix.lower() == ".safetensors" and not start.startswith(_ZIP)
+
+
+def no_checkpoint(path: Path) -> str:
+    """What a file of text is that stands in a checkpoint's place, and what to do; "" where it is none."""
+    with path.open("rb") as file:
+        start = file.read(_START)
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "empty; fetch it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the weights; fetch them with 'git lfs pull'"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page, not the weights; fetch the file itself, by its download link"
+    if text.startswith((b"{", b"[")):
+        if b'"weight_map"' in path.read_bytes():
+            return "the index of weights that lie in several files; join those in one file, with safetensors.torch.save_file"
+        return "a JSON file, which holds no weights; give the .safetensors or .pth file"
+    return ""
 
 
 def _unsafe(path: Path) -> list[str]:
     """The classes and functions that a .pth file would have to import; empty where it is no such file."""
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         return []
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..quantization.layers import QuantLinear
 from .adapters import find_adapter, is_network
 from .adapters.generic import required
+from .spec import expect_own_methods
 from .twin_families import TWINS
 
 # Weights of the Hugging Face Hub that timm has under a name of its own: (theirs, by a pattern; timm's).
@@ -41,6 +42,7 @@ def expect_float_model(model: Any) -> None:
         said = _of_another_library(model) or _not_float(model) or _takes_more(model)
     if said:
         raise UsageError(f"model was {said}")
+    expect_own_methods(model)
     find_adapter(model)
 
 

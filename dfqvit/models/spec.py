@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import numbers
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,9 @@ _INERT = (
     "num_classes",  # the head says it
     "target_shift_size",  # the shift_size made of it counts
 )
+# Beginnings of the names of methods that change no output of a model that is there.
+_NO_PART = ("__", "init", "_init", "reset", "load", "_load", "extra_repr", "train", "no_weight_decay", "group_matcher")
+_NO_FORWARD = ("_forward_unimplemented",)  # what torch.nn's containers have in its place
 _ABSENT_IN_EVAL = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
 _PLACE = ("device", "dtype")  # keywords of create_model that say where, not what
 _CALLABLE, _PARTIAL = "callable", "partial"  # how a function or class among the keywords stands in JSON
@@ -79,8 +83,10 @@ class ModelSpec:
             kwargs: what was given to `timm.create_model` beyond the name, where neither the model nor its structure tells.
 
         Raises:
-            UsageError: the name is not known, a keyword cannot be written to a file, or the structure built differs.
+            UsageError: the name is not known, a keyword cannot be written to a file, the structure built differs, or a method
+                was replaced on a class of timm or torch.nn.
         """
+        expect_own_methods(model)
         first = ""
         for spec in _candidates(cls, model, kwargs):
             try:
@@ -188,6 +194,43 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
             found = getattr(module, key, None)
             if found != value:
                 return f"'{name}.{key}' is {found!r} here and {value!r} there"
+    return ""
+
+
+def expect_own_methods(model: nn.Module) -> None:
+    """UsageError where a method was replaced on a class of timm or torch.nn: what is computed here is what they define."""
+    seen: set[type] = set()
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            said = "" if kind in seen else _replaced_method(kind)
+            seen.add(kind)
+            if said:
+                raise UsageError(
+                    f"model holds '{name or type(module).__name__}', of {kind.__module__}.{kind.__name__}, on which class {said}; "
+                    "undo that before quantizing, or put it into a class of your own"
+                )
+
+
+def _replaced_method(kind: type) -> str:
+    """Which method of a class was replaced, for a message; "" where none was or the class is neither timm's nor torch.nn's."""
+    if not kind.__module__.startswith(("timm.", "torch.nn.modules.")) or kind is nn.Module:
+        return ""
+    for key, value in vars(kind).items():
+        if key.startswith(_NO_PART):
+            continue
+        method = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+        method = method.fget if isinstance(method, property) else method
+        while isinstance(method, types.FunctionType):
+            home = str(method.__globals__.get("__name__"))  # a wrapper may have the __module__ of what it wraps
+            if not home.startswith(("timm.", "torch.")):
+                return f"{key} was replaced by a function of {home}"
+            method = getattr(method, "__wrapped__", None)
+    forward = vars(kind).get("forward")
+    if forward is not None and getattr(forward, "__qualname__", "") not in (
+        f"{kind.__qualname__}.forward",
+        *_NO_FORWARD,
+    ):
+        return f"forward was replaced by {getattr(forward, '__qualname__', repr(forward))}"
     return ""
 
 

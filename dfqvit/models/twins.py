@@ -18,11 +18,11 @@ from torch import nn
 from ..errors import UsageError
 from .checkpoint import first_line
 from .preprocessing import Preprocessing, image_shape
+from .processors import check_pixels, of_processor
 from .spec import ModelSpec, plain
 from .twin_families import JOINED, OLD, TWINS, Family, Renames, State
 
 TOLERANCE = 1e-3  # between the logits of the two, as a share of the greatest; float32 rounds to about 1e-6
-_INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _UNUSED = ("mask_token", "relative_position_index")  # of pretraining alone; made by both from the window's size
 
 
@@ -32,14 +32,16 @@ def from_transformers(model: nn.Module, processor: Any = None) -> nn.Module:
     Args:
         model: a ViT, DeiT (with or without teacher), Swin, DINOv2 (with or without registers) or ConvNeXt
             `...ForImageClassification` of transformers; left as it was.
-        processor: its image processor, which says mean, std, interpolation and crop; default those of timm's twin.
+        processor: its image processor, which says how images are resized, cropped and normalised, and so their size, which is
+            the twin's; default as timm's twin prepares them, in the size of the model's configuration.
 
     Returns:
         A timm model in eval mode and float32, on the model's device, every tensor of it taken from `model`. Its logits are
         those of `model`, which was tried on a random image.
 
     Raises:
-        UsageError: another model, a tensor that has no place or another shape, or logits that differ.
+        UsageError: another model, a tensor that has no place or another shape, logits that differ, or a processor that does
+            what timm's transform does not, or whose images the model does not take.
     """
     family = TWINS.get(type(model).__name__) if type(model).__module__.startswith("transformers.") else None
     if family is None:
@@ -47,22 +49,63 @@ def from_transformers(model: nn.Module, processor: Any = None) -> nn.Module:
             f"model was a {type(model).__name__}; it may be of these classes of transformers: {', '.join(TWINS)}"
         )
     config: Any = model.config
-    spec = ModelSpec(family.name, plain({"num_classes": config.num_labels, **family.keywords(config)}))
-    try:
-        twin = timm.create_model(spec.architecture, pretrained=False, **spec.keywords())
-    except Exception as error:  # timm refuses sizes that do not fit by many kinds
-        raise UsageError(f"model was a {type(model).__name__} that timm cannot build: {first_line(error)}") from error
+    keywords = family.keywords(config)
+    side = config.image_size
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    spec = ModelSpec(family.name, plain({"num_classes": config.num_labels, **keywords}))
+    twin = _built(spec, model)
+    own = dataclasses.replace(Preprocessing.of(twin), input_size=(config.num_channels, *size))
+    prepared = own if processor is None else of_processor(processor, own)
     state = _renamed(model.state_dict(), family)
+    if prepared.input_size != own.input_size:
+        _expect_taken(model, prepared.input_size, size)
+        if "img_size" in keywords:
+            spec = spec.resized(img_size=prepared.input_size[1:])
+            twin = _built(spec, model)
+        _resample_positions(state, twin, antialias="WithRegisters" in type(model).__name__)
     _check_names(twin.state_dict(), state)
     twin.load_state_dict(state, strict=False)
     twin = twin.eval().to(next(model.parameters()).device)
     twin.dfqvit_spec = spec
-    side = config.image_size
-    size = (config.num_channels, side, side) if isinstance(side, int) else (config.num_channels, *side)
-    own = dataclasses.replace(Preprocessing.of(twin), input_size=size)
-    (own if processor is None else _of_processor(processor, own)).write_to(twin)
+    prepared.write_to(twin)
+    if processor is not None:
+        check_pixels(processor, prepared)
     _check_logits(model, twin)
     return twin
+
+
+def _built(spec: ModelSpec, model: nn.Module) -> Any:
+    try:
+        return timm.create_model(spec.architecture, pretrained=False, **spec.keywords())
+    except Exception as error:  # timm refuses sizes that do not fit by many kinds
+        raise UsageError(f"model was a {type(model).__name__} that timm cannot build: {first_line(error)}") from error
+
+
+@torch.no_grad()
+def _expect_taken(model: nn.Module, shape: tuple[int, int, int], own: tuple[int, ...]) -> None:
+    """UsageError where the model refuses the images that the processor makes."""
+    parameter = next(model.parameters())
+    try:
+        copy.deepcopy(model).eval()(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
+    except Exception as error:  # transformers' own check, or a shape that does not fit
+        raise UsageError(
+            f"processor makes images of {shape[1]} x {shape[2]} pixels; model was a {type(model).__name__} that takes "
+            f"{' x '.join(map(str, own))} alone"
+        ) from error
+
+
+def _resample_positions(state: State, twin: nn.Module, *, antialias: bool) -> None:
+    """Position embeddings [1, N, C] for the twin's grid of patches, as DINOv2 itself resamples them; in place."""
+    grid = getattr(getattr(twin, "patch_embed", None), "grid_size", None)
+    positions = state.get("pos_embed")
+    if grid is None or positions is None:
+        return
+    side = round(positions.shape[1] ** 0.5)
+    square = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    found = nn.functional.interpolate(
+        square, size=tuple(grid), mode="bicubic", align_corners=False, antialias=antialias
+    )
+    state["pos_embed"] = found.flatten(2).transpose(1, 2).contiguous()
 
 
 def _renamed(state: Mapping[str, torch.Tensor], family: Family) -> State:
@@ -111,30 +154,3 @@ def _check_logits(model: nn.Module, twin: nn.Module) -> None:
             f"model was a {type(model).__name__} whose logits differ from its timm twin's by {off:.1e} of the greatest; "
             "it computes something that the twin does not"
         )
-
-
-def _of_processor(processor: Any, own: Preprocessing) -> Preprocessing:
-    """What transformers' processor does to images; `own` where it does not say."""
-    given: dict[str, Any] = {
-        name: getattr(processor, name, None) for name in ("image_mean", "image_std", "resample", "size", "crop_size")
-    }
-    if given["image_mean"] is None or given["image_std"] is None:
-        raise UsageError(
-            f"processor was a {type(processor).__name__}; it must be an image processor with image_mean and image_std"
-        )
-    crop, share = own.crop_pct, getattr(processor, "crop_pct", None)
-    if share is not None:
-        crop = float(share)
-    elif given["size"]:
-        cut = (
-            given["crop_size"] if getattr(processor, "do_center_crop", False) and given["crop_size"] else given["size"]
-        )
-        crop = _side(cut) / _side(given["size"])
-    resample = given["resample"]
-    name = _INTERPOLATIONS.get(resample, str(resample)) if isinstance(resample, int) else own.interpolation
-    mean, std = (tuple(map(float, given[key])) for key in ("image_mean", "image_std"))
-    return dataclasses.replace(own, mean=mean, std=std, interpolation=name, crop_pct=crop)
-
-
-def _side(size: Any) -> int:
-    return min(int(value) for value in dict(size).values() if value is not None)

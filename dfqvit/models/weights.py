@@ -15,12 +15,13 @@ import torch
 from timm.models import _builder, adapt_input_conv
 from torch import nn
 
-from ..errors import DfqvitError, UsageError
+from ..errors import UsageError
+from .arrays import array_shapes, is_arrays, read_arrays
 from .checkpoint import FLOATS, INDICES, first_line, no_state_dict, read_checkpoint, some, tensors_of
+from .preprocessing import image_shape
 
 Filter = Callable[..., dict[str, Any]]
 
-_NUMPY = (".npz", ".npy")
 _BUILDING = threading.RLock()
 
 
@@ -54,10 +55,16 @@ def load_weights(
         filter_fn: timm's for the family, see `build`.
         asked: the keywords that the model was asked for with; where they have no `img_size`, a resize is warned of.
     """
-    if path.suffix.lower() in _NUMPY:
-        _load_arrays(model, path, name)
-        return
     asked = asked or {}
+    if is_arrays(path):
+        shapes = array_shapes(model, path, name)
+        _check_patches(model, shapes, path, asked)
+        for first in [key for key in ("conv_root.weight", "patch_embed.proj.weight") if key in shapes][:1]:
+            _expect_channels(shapes[first][1], image_shape(model)[0], first, path, asked)
+        read_arrays(model, path, name)
+        if "img_size" not in asked and hasattr(model, "pos_embed"):
+            _tell_resizes(model, shapes, model.state_dict(), path)
+        return
     wanted, found = model.state_dict(), read_checkpoint(path)
     before = {key: value.shape for key, value in tensors_of(found)}
     if filter_fn is not None:
@@ -82,15 +89,18 @@ def load_weights(
 
 def _check_patches(model: nn.Module, shapes: Mapping[str, torch.Size], path: Path, asked: Mapping[str, Any]) -> None:
     """A patch projection of another size is another model, though timm would resize it; FlexiViT's is meant to be resized."""
-    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    embedding = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)  # the second is NaFlexViT's
+    projection = getattr(embedding, "proj", None)
+    size = projection.kernel_size if isinstance(projection, nn.Conv2d) else getattr(embedding, "patch_size", None)
+    size = (size, size) if isinstance(size, int) else size
     shape = shapes.get("patch_embed.proj.weight")
     flexible = "flexi" in str(getattr(model, "pretrained_cfg", {}).get("architecture", "")) or "patch_size" in asked
-    if not isinstance(projection, nn.Conv2d) or shape is None or len(shape) != 4 or flexible:
+    if size is None or shape is None or len(shape) != 4 or flexible:
         return
-    if tuple(shape[2:]) != projection.kernel_size:
+    if tuple(shape[2:]) != tuple(size):
         raise UsageError(
             f"checkpoint '{path}' has patches of {shape[2]} x {shape[3]} pixels and the model "
-            f"{projection.kernel_size[0]} x {projection.kernel_size[1]}: it is of another MODEL"
+            f"{size[0]} x {size[1]}: it is of another MODEL"
         )
 
 
@@ -106,17 +116,24 @@ def _adapt_channels(model: nn.Module, found: dict[str, torch.Tensor], path: Path
         have, want = weight.shape[1], module.in_channels
         if have == want:
             continue
-        if have != 3:
-            raise UsageError(
-                f"in-chans: the checkpoint '{path}' takes images of {have} channels and the model {want}; give --in-chans {have}"
-            )
-        if "in_chans" not in asked:
-            warnings.warn(
-                f"checkpoint '{path}' takes images of {have} channels and the model {want}: '{key}' was adapted, as timm does; "
-                f"--in-chans {have} keeps it",
-                stacklevel=4,
-            )
+        _expect_channels(have, want, key, path, asked)
         found[key] = adapt_input_conv(want, weight)
+
+
+def _expect_channels(have: int, want: int, key: str, path: Path, asked: Mapping[str, Any]) -> None:
+    """A word on a first convolution that timm adapts; UsageError where it cannot."""
+    if have == want:
+        return
+    if have != 3:
+        raise UsageError(
+            f"in-chans: the checkpoint '{path}' takes images of {have} channels and the model {want}; give --in-chans {have}"
+        )
+    if "in_chans" not in asked:
+        warnings.warn(
+            f"checkpoint '{path}' takes images of {have} channels and the model {want}: '{key}' was adapted, as timm does; "
+            f"--in-chans {have} keeps it",
+            stacklevel=5,
+        )
 
 
 def _check(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], path: Path, name: str) -> None:
@@ -196,25 +213,3 @@ def _tell_resizes(
                 stacklevel=4,
             )
             return
-
-
-def _load_arrays(model: nn.Module, path: Path, name: str) -> None:
-    """The original JAX weights, which the model itself reads; what it leaves out is found by the NaNs put there before."""
-    if not path.is_file():
-        raise UsageError(f"checkpoint was '{path}'; there is no such file")
-    reader = getattr(model, "load_pretrained", None)
-    if reader is None:
-        raise UsageError(f"checkpoint was '{path}'; MODEL '{name}' has no reader of {path.suffix} files in timm")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
-        try:
-            reader(str(path))
-        except Exception as error:  # numpy's, zipfile's, and what missing arrays raise in timm
-            raise DfqvitError(
-                f"checkpoint '{path}' could not be read as MODEL '{name}': {first_line(error)}"
-            ) from error
-    left = [key for key, value in model.named_parameters() if bool(torch.isnan(value).any())]
-    if left:
-        hint = "; give the --num-classes of the file" if all(key.startswith("head") for key in left) else ""
-        raise UsageError(f"checkpoint '{path}' is not of MODEL '{name}': it left out {some(left)}{hint}")

@@ -325,6 +325,78 @@ def test_original_jax_arrays(tmp_path, seed):
         loaded(tmp_path / "c.npz")
 
 
+@pytest.mark.parametrize(
+    ("source", "given", "message"),
+    [
+        ({"depth": 4}, {}, "c.npz' has 4 blocks and the model 2: it is of another MODEL or depth"),
+        ({"depth": 1}, {}, "c.npz' has 1 blocks and the model 2"),
+        (
+            {"num_heads": 4},
+            {},
+            r"attention of 4 heads under '.*encoderblock.*/query/kernel' and the model 3",
+        ),
+        ({}, {"num_classes": 0}, "num-classes: .* has a classifier and the model none; give --num-classes 7"),
+        (
+            {"in_chans": 4},
+            {},
+            "in-chans: the checkpoint .* takes images of 4 channels and the model 3; give --in-chans 4",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_jax_arrays_of_another_model(tmp_path, seed, source, given, message, stacked):
+    arrays = jax_arrays(created(VIT, **{**SMALL, **source}))
+    np.savez(tmp_path / "c.npz", **(big_vision(arrays) if stacked else arrays))
+    kwargs = {key: value for key, value in SMALL.items() if key not in ("num_classes", "img_size")}
+    with pytest.raises(UsageError, match=message):
+        load_model(VIT, tmp_path / "c.npz", model_kwargs=kwargs, **{"num_classes": 7, "img_size": 32, **given})
+
+
+def test_jax_arrays_of_other_patches_and_sizes(tmp_path, seed):
+    """The patches are the name's, as in a .pth file; a resize of positions is told."""
+    sizes = {key: value for key, value in SMALL.items() if key not in ("num_classes", "img_size", "patch_size")}
+    np.savez(tmp_path / "c.npz", **jax_arrays(created(VIT, **sizes, patch_size=32, img_size=224, num_classes=7)))
+    with pytest.raises(UsageError, match=r"c.npz' has patches of 32 x 32 pixels and the model 16 x 16"):
+        load_model(VIT, tmp_path / "c.npz", model_kwargs=sizes, num_classes=7)
+    np.savez(tmp_path / "c.npz", **jax_arrays(created(VIT, **sizes, img_size=384, num_classes=7)))
+    with pytest.warns(UserWarning, match=r"'pos_embed' \(1, 577, 48\) was resized to .* --img-size 384 keeps it"):
+        load_model(VIT, tmp_path / "c.npz", model_kwargs=sizes, num_classes=7)
+
+
+def test_jax_arrays_as_big_vision_writes_them(tmp_path, seed):
+    model = created(VIT, **SMALL)
+    np.savez(tmp_path / "c.npz", **big_vision(jax_arrays(model)))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(loaded(tmp_path / "c.npz")(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"pre_logits/kernel": np.zeros((48, 48), np.float32)}, r"no place for 1 of its arrays \(pre_logits/kernel\)"),
+        ({"embedding/bias": np.zeros(48, np.int8)}, "c.npz' holds int8 under 'embedding/bias', which is float"),
+    ],
+)
+def test_jax_arrays_without_a_place_or_quantized(tmp_path, seed, more, message):
+    np.savez(tmp_path / "c.npz", **{**jax_arrays(created(VIT, **SMALL)), **more})
+    with pytest.raises(UsageError, match=message):
+        loaded(tmp_path / "c.npz")
+
+
+def big_vision(arrays):
+    """The newer names, and all blocks in one array."""
+    found, blocks = {}, {}
+    for key, value in arrays.items():
+        key = key.replace("Transformer/posembed_input/pos_embedding", "pos_embedding")
+        for old, new in (("LayerNorm_2", "LayerNorm_1"), ("Attention_1", "Attention_0"), ("MlpBlock_3", "MlpBlock_0")):
+            key = key.replace(old, new)
+        if "/encoderblock_" in key:
+            blocks.setdefault(re.sub(r"encoderblock_\d+", "encoderblock", key), []).append(value)
+        else:
+            found[key] = value
+    return {f"params/{key}": value for key, value in {**found, **{k: np.stack(v) for k, v in blocks.items()}}.items()}
+
+
 def jax_arrays(model):
     def put(prefix, layer, transpose=True):
         found[f"{prefix}/kernel"] = layer.weight.detach().numpy().T if transpose else layer.weight.detach().numpy()
@@ -357,6 +429,81 @@ def jax_arrays(model):
         put(f"{prefix}/MlpBlock_3/Dense_0", block.mlp.fc1)
         put(f"{prefix}/MlpBlock_3/Dense_1", block.mlp.fc2)
     return {key: np.ascontiguousarray(value) for key, value in found.items()}
+
+
+@pytest.mark.parametrize("name", ["c.bin", "c.pth", "c.SAFETENSORS", "c", "c.npz.ckpt"])
+def test_the_first_bytes_say_what_a_file_is(tmp_path, seed, name):
+    model = created(VIT, **SMALL)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / name)
+    assert same(loaded(tmp_path / name), model)
+    torch.save(model.state_dict(), tmp_path / f"{name}.safetensors")
+    assert same(loaded(tmp_path / f"{name}.safetensors"), model)
+    arrays = tmp_path / "arrays.npz"
+    np.savez(arrays, **jax_arrays(model))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(loaded(arrays.rename(tmp_path / f"{name}.pth"))(x), model(x), atol=1e-5)
+
+
+INDEX = b'{"metadata": {}, "weight_map": {"head.bias": "model-00001-of-00002.safetensors"}}'
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin", ".npz", ".json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 22\n", "is a pointer of Git LFS, not the"),
+        (b"\n<!DOCTYPE html><html></html>", "is a web page, not the weights; fetch the file itself"),
+        (b"<html><body>404</body></html>", "is a web page, not the weights"),
+        (INDEX, "is the index of weights that lie in several files; join those in one file"),
+        (b'{"architecture": "vit"}', "is a JSON file, which holds no weights"),
+        (b"", "is empty; fetch it again"),
+        (b"some notes on the weights", "could not be read"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path, suffix, content, message):
+    path = tmp_path / f"c{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DfqvitError, match=message) as error:
+        loaded(path)
+    said = str(error.value)
+    assert "\n" not in said
+    assert str(path) in said
+    assert "weights_only" not in said
+    assert "allow_pickle" not in said
+
+
+@pytest.mark.parametrize("container", [None, "model"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {**state, 5: torch.zeros(2)},
+            "has the key 5 of type int; every key of a state_dict must be a text",
+        ),
+        (lambda state: {key: value.to("meta") for key, value in state.items()}, "a meta tensor, which has no values,"),
+        (
+            lambda state: {**state, "head.weight": state["head.weight"].to_sparse()},
+            "a sparse tensor under 'head.weight'; it must be dense",
+        ),
+        (
+            lambda state: {**state, "head.weight": state["head.weight"].to_sparse_csr()},
+            "a sparse tensor under 'head.weight'; it must be dense",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_keys_and_tensors_that_no_model_has(tmp_path, seed, change, message, container):
+    state = change(created(VIT, **SMALL).state_dict())
+    torch.save({container: state} if container else state, tmp_path / "c.pth")
+    with pytest.raises(DfqvitError, match=message) as error:
+        loaded(tmp_path / "c.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_torchscript_archive_is_named(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "c.pt")
+    with pytest.raises(DfqvitError, match="it is a TorchScript archive; save the state_dict"):
+        loaded(tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("prefix", ["timm/", "hf-hub:timm/", "hf_hub:timm/"])

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import dfqvit
+from dfqvit.calibration.given import evaluation_transform
 from dfqvit.errors import UsageError
 from dfqvit.models import ModelSpec, Preprocessing
 from dfqvit.models.twin_families import OLD, TWINS, _ratio
@@ -36,10 +38,10 @@ CASES = {
 }
 
 
-def classifier(case):
+def classifier(case, **sizes):
     """With random weights large enough to matter, also those that transformers sets to 0 or 1."""
     name, more, settings = CASES[case]
-    config = getattr(transformers, f"{name}Config")(**settings, num_labels=7)
+    config = getattr(transformers, f"{name}Config")(**{**settings, **sizes}, num_labels=7)
     model = getattr(transformers, f"{name}ForImageClassification{more}")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -130,6 +132,112 @@ def test_images_are_prepared_as_the_processor_says(seed):
     assert (found.mean, found.std, found.crop_pct) == ((0.5,) * 3, (0.25,) * 3, 1.0)
     with pytest.raises(UsageError, match="processor was a SimpleNamespace; it must be an image processor"):
         dfqvit.from_transformers(model, SimpleNamespace())
+
+
+SQUARE = {"height": 32, "width": 32}
+HALF = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
+CROPPED = {"do_center_crop": True, "crop_size": SQUARE, **HALF}
+BIG = {"height": 384, "width": 384}
+PROCESSORS = {  # (model, the class of processor, its settings, settings of the model)
+    "squashed": ("ViT", "ViT", {"size": SQUARE, **HALF}, {}),
+    "not normalised": ("ViT", "ViT", {"size": SQUARE, "do_normalize": False}, {}),
+    "pixels from 0 to 2": ("ViT", "ViT", {"size": SQUARE, "rescale_factor": 1 / 127.5, **HALF}, {}),
+    "neither": ("ViT", "ViT", {"size": SQUARE, "rescale_factor": 1 / 127.5, "do_normalize": False}, {}),
+    "squashed and cropped": ("DeiT", "DeiT", {"size": {"height": 36, "width": 36}, **CROPPED}, {}),
+    "bicubic": ("Swin", "ViT", {"size": SQUARE, "resample": 3, **HALF}, {}),
+    "nearest": ("Swin", "ViT", {"size": SQUARE, "resample": 0, **HALF}, {}),
+    "Swin of other size": ("Swin", "ViT", {"size": {"height": 64, "width": 64}, **HALF}, {}),
+    "shortest edge": ("ViT", "Bit", {"size": {"shortest_edge": 36}, **CROPPED}, {}),
+    "no whole share": ("ViT", "Bit", {"size": {"shortest_edge": 49}, **CROPPED}, {}),
+    "DINOv2 of other size": ("DINOv2", "Bit", {"size": {"shortest_edge": 36}, **CROPPED}, {"image_size": 56}),
+    "registers of other size": (
+        "DINOv2 with registers",
+        "Bit",
+        {"size": {"shortest_edge": 36}, **CROPPED},
+        {"image_size": 56},
+    ),
+    "ConvNeXt": ("ConvNeXt", "ConvNext", {"size": {"shortest_edge": 32}, "crop_pct": 0.875, **HALF}, {}),
+    "ConvNeXt of 384": ("ConvNeXt", "ConvNext", {"size": {"shortest_edge": 384}, "crop_pct": 0.875, **HALF}, {}),
+}
+
+
+@pytest.mark.parametrize("case", list(PROCESSORS))
+@pytest.mark.parametrize(("height", "width"), [(80, 120), (150, 64)])
+def test_the_twins_images_are_those_of_the_processor(case, height, width, seed):
+    """On images that are not square, up to the filters of PIL and torchvision and the crop's odd pixel."""
+    name, kind, settings, sizes = PROCESSORS[case]
+    model = classifier(name, **sizes)
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**settings)
+    twin = dfqvit.from_transformers(model, processor)
+    prepared = Preprocessing.of(twin)
+    image = waves(height, width)
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+    ours = prepared.normalise(evaluation_transform(prepared)(image))
+    assert theirs.shape == ours.shape
+    off = ((theirs - ours) * torch.tensor(prepared.std).view(-1, 1, 1)).abs().mean()
+    assert float(off) < (0.03 if settings.get("resample") == 0 else 0.012)
+    with torch.no_grad():
+        wanted, found = model(theirs[None]).logits, twin(theirs[None])
+    assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+def waves(height, width):
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    planes = [torch.sin(rows / 9 + 1), torch.sin(columns / 11), torch.sin((rows + 2 * columns) / 17)]
+    return Image.fromarray((128 + 100 * torch.stack(planes, dim=-1)).to(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "ViT",
+            {"size": SQUARE, "do_rescale": False},
+            "processor has do_rescale=False; it must be True, with a rescale",
+        ),
+        ("ViT", {"size": SQUARE, "do_resize": False}, "processor has do_resize=False; it must be True, so that images"),
+        ("ViT", {"size": SQUARE, "resample": 1}, r"processor has resample=1; it may be 0 \(nearest\), 2 \(bilinear\)"),
+        ("ViT", {"size": SQUARE, "rescale_factor": 0.0}, "processor has rescale_factor=0.0; it must be greater than 0"),
+        (
+            "ViT",
+            {"size": SQUARE, "image_mean": [0.5]},
+            "processor has 1 values in image_mean; the model takes images of 3",
+        ),
+        (
+            "ViT",
+            {"size": BIG},
+            "processor makes images of 384 x 384 pixels; model was a ViTForImage.* that takes 32 x 32 alone",
+        ),
+        (
+            "Bit",
+            {"size": {"shortest_edge": 36}, "do_center_crop": False},
+            "and no center crop; beside shortest_edge it must",
+        ),
+        (
+            "Bit",
+            {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 24}},
+            "have do_center_crop and a square crop_size",
+        ),
+        (
+            "DeiT",
+            {"size": {"height": 36, "width": 40}, "crop_size": SQUARE},
+            "resizes to 36 x 40 pixels and crops 32 x 32; both must have the same ratio",
+        ),
+    ],
+)
+def test_a_processor_that_timm_cannot_follow_is_refused(kind, settings, message, seed):
+    with pytest.raises(UsageError, match=message) as error:
+        dfqvit.from_transformers(classifier("ViT"), getattr(transformers, f"{kind}ImageProcessor")(**settings))
+    assert "\n" not in str(error.value)
+
+
+def test_a_processor_that_does_more_than_its_settings_say_is_refused(seed):
+    class Mirrored(transformers.ViTImageProcessor):
+        def __call__(self, images, **kwargs):
+            return super().__call__(images.transpose(Image.Transpose.FLIP_LEFT_RIGHT), **kwargs)
+
+    with pytest.raises(UsageError, match=r"processor was a Mirrored whose images differ from those of its settings by"):
+        dfqvit.from_transformers(classifier("ViT"), Mirrored(size=SQUARE))
 
 
 @pytest.mark.parametrize(
