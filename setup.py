@@ -73,6 +73,10 @@ CUDA_SOURCES = [
     "csrc/cuda/quant_linear.cpp",
     "csrc/cuda/quant_linear_kernels.cu",
 ]
+# -ffp-contract=off: the arithmetic is a contract between backends, so no fused multiply-add behind its back. -fopenmp-simd: loops
+# marked as vectors, no OpenMP is linked. -g0: Python asks for -g, ten times the size.
+CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp-simd", "-g0"]
+NVCC_FLAGS = ["-O3", "--fmad=false"]
 
 
 def cuda_toolkit() -> Path | None:
@@ -204,15 +208,10 @@ def extension() -> tuple[list, dict, str]:
             ("DFQVIT_TORCH_VERSION", f'"{torch.__version__}"'),
         ],
     }
-    # -ffp-contract=off: the arithmetic is a contract between backends, so no fused multiply-add behind its back.
-    cxx_flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall"]
-    cxx_flags += [
-        "-fopenmp-simd",
-        "-g0",
-    ]  # loops marked as vectors, no OpenMP is linked; Python asks for -g, ten times the size
+    cxx_flags = ["-std=c++17", *CXX_FLAGS]
     cxx_flags += ["-fno-semantic-interposition"] if sys.platform != "darwin" else []
     # With flags of architectures among these, torch adds none of its own.
-    nvcc_flags = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", "-Xptxas=-v", "--threads=2", *gencode(wanted)]
+    nvcc_flags = ["-std=c++17", *NVCC_FLAGS, "-lineinfo", "-Xptxas=-v", "--threads=2", *gencode(wanted)]
     kind = CUDAExtension if with_cuda else CppExtension
     operators = kind(
         name=f"dfqvit.lib{OPERATORS}",
@@ -275,14 +274,15 @@ def extension() -> tuple[list, dict, str]:
     return [operators, module], {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}, summary
 
 
-ext_modules, cmdclass, summary = extension()
-print(f"dfqvit build: {summary}")
+if __name__ == "__main__":  # scripts/hub_kernels.py and the tests read what stands above
+    ext_modules, cmdclass, summary = extension()
+    print(f"dfqvit build: {summary}")
 
-setup(
-    packages=["dfqvit", "dfqvit.kernels"]
-    + [f"dfqvit.{name}" for name in find_packages("dfqvit")]
-    + [f"dfqvit.kernels.{name}" for name in find_packages("kernels")],
-    package_dir={"dfqvit": "dfqvit", "dfqvit.kernels": "kernels"},
-    ext_modules=ext_modules,
-    cmdclass=cmdclass,
-)
+    setup(
+        packages=["dfqvit", "dfqvit.kernels"]
+        + [f"dfqvit.{name}" for name in find_packages("dfqvit")]
+        + [f"dfqvit.kernels.{name}" for name in find_packages("kernels")],
+        package_dir={"dfqvit": "dfqvit", "dfqvit.kernels": "kernels"},
+        ext_modules=ext_modules,
+        cmdclass=cmdclass,
+    )

@@ -3,14 +3,19 @@
 // program that only loads this library, they are defined here: dfqvit::<name> runs dfqvit_cpu::<name> or
 // dfqvit_cuda::<name>, by its first tensor.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/macros/Macros.h>
 #include <torch/library.h>
 
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "dfqvit/build.h"
+
 namespace dfqvit {
 namespace {
+
+const std::string kNamespace = C10_STRINGIZE(DFQVIT_NAMESPACE);
 
 struct Definition {
   const char* schema;  // as kernels/<operator>/op.py has it; a test compares them
@@ -83,11 +88,11 @@ const at::Tensor* first_tensor(const torch::jit::Stack& stack, size_t arguments)
 }
 
 void run_on_its_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const std::string name = op.schema().name().substr(std::string("dfqvit::").size());
+  const std::string name = op.schema().name().substr(kNamespace.size() + 2);  // after "::"
   const at::Tensor* first = first_tensor(*stack, op.schema().arguments().size());
   TORCH_CHECK_VALUE(first != nullptr, name, " was called without a tensor");
   const std::string device = c10::DeviceTypeName(first->device().type(), true);
-  const auto found = c10::Dispatcher::singleton().findSchema({"dfqvit_" + device + "::" + name, ""});
+  const auto found = c10::Dispatcher::singleton().findSchema({kNamespace + "_" + device + "::" + name, ""});
   TORCH_CHECK_VALUE(found.has_value(), name, " has no kernel for tensors on '", device,
                     "' in this library; Python's dfqvit.kernels may have");
   found->callBoxed(stack);
@@ -99,9 +104,9 @@ std::vector<std::unique_ptr<torch::Library>>& libraries() {
   return all;
 }
 
-void define(const char* space, const char* schema, bool choosing) {
+void define(const std::string& space, const char* schema, bool choosing) {
   const std::string name = name_of(schema);
-  if (c10::Dispatcher::singleton().findSchema({std::string(space) + "::" + name, ""})) return;
+  if (c10::Dispatcher::singleton().findSchema({space + "::" + name, ""})) return;
   auto library = std::make_unique<torch::Library>(torch::Library::FRAGMENT, space, std::nullopt, __FILE__, __LINE__);
   library->def(schema, {at::Tag::pt2_compliant_tag});
   if (choosing) {
@@ -113,9 +118,9 @@ void define(const char* space, const char* schema, bool choosing) {
 
 const bool kDefined = [] {
   for (const Definition& d : kDefinitions) {
-    if (d.cpu) define("dfqvit_cpu", d.schema, false);
-    if (d.cuda && DFQVIT_CUDA) define("dfqvit_cuda", d.schema, false);
-    define("dfqvit", d.schema, true);
+    if (d.cpu) define(kNamespace + "_cpu", d.schema, false);
+    if (d.cuda && DFQVIT_CUDA) define(kNamespace + "_cuda", d.schema, false);
+    define(kNamespace, d.schema, true);
   }
   return true;
 }();

@@ -4,7 +4,8 @@ An `Operator` is one torch operator `dfqvit::<name>` whose schema stands here in
 operator's backends in the order cuda, triton, cpu, reference and runs the first that `supports` the arguments. A backend
 asked for by name (`set_backend`, `use_backend`, `DFQVIT_BACKEND`) runs or raises `BackendError` with the reason.
 Compiled backends implement the same schema under `dfqvit_cpu::<name>` and `dfqvit_cuda::<name>` (TORCH_LIBRARY_IMPL). The
-shared library knows these schemas too, for processes without Python's dfqvit (csrc/library.cpp).
+shared library knows these schemas too, for processes without Python's dfqvit (csrc/library.cpp). In a build for the Hugging Face
+Hub another name stands for `dfqvit` here: `extension.NAMESPACE`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from . import capability, extension, tuning
 NAMES = ("cuda", "triton", "cpu", "reference")
 Verdict = tuple[bool, str]  # (True, "") or (False, the reason)
 
-_LIBRARY = torch.library.Library("dfqvit", "FRAGMENT")
-_COMPILED = {name: torch.library.Library(f"dfqvit_{name}", "FRAGMENT") for name in ("cpu", "cuda")}
+_LIBRARY = torch.library.Library(extension.NAMESPACE, "FRAGMENT")
+_COMPILED = {name: torch.library.Library(f"{extension.NAMESPACE}_{name}", "FRAGMENT") for name in ("cpu", "cuda")}
+_OPS = {name: getattr(torch.ops, library.ns) for name, library in _COMPILED.items()}
 _OPERATORS: dict[str, Operator] = {}
 _asked: dict[str | None, str] = {}  # operator name, or None for all of them -> backend name
 _warned: set[tuple[str, str, str]] = set()
@@ -79,11 +81,12 @@ class Operator:
             warnings.simplefilter("ignore", UserWarning)
             _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd", allow_override=True)
         fake = _on_one_device(self.name, fake)
-        torch.library.register_fake(f"dfqvit::{self.name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"{_LIBRARY.ns}::{self.name}", fake, lib=_LIBRARY)
         for name in _COMPILED.keys() & self.backends.keys():
-            _define(_COMPILED[name], schema)
-            torch.library.register_fake(f"dfqvit_{name}::{self.name}", fake, lib=_COMPILED[name])
-        self._torch_op = getattr(torch.ops.dfqvit, self.name)
+            library = _COMPILED[name]
+            _define(library, schema)
+            torch.library.register_fake(f"{library.ns}::{self.name}", fake, lib=library)
+        self._torch_op = getattr(getattr(torch.ops, _LIBRARY.ns), self.name)
         _OPERATORS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -104,7 +107,7 @@ class Operator:
         ):
             on_cpu = [arg.device.type == "cpu" for arg in args if isinstance(arg, torch.Tensor)]
             if all(on_cpu) and cpu.supports_traced(*args)[0]:
-                return getattr(torch.ops.dfqvit_cpu, self.name)(*args)
+                return getattr(_OPS["cpu"], self.name)(*args)
         return self._torch_op(*args)
 
     @property
@@ -204,7 +207,7 @@ def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backen
 
     def run(*args: Any) -> Any:
         if not found:
-            found.append(getattr(getattr(torch.ops, f"dfqvit_{device}"), name).default)
+            found.append(getattr(_OPS[device], name).default)
         return found[0](*args)
 
     return Backend(device, run, supported, supports if device == "cpu" else None)

@@ -1,20 +1,54 @@
-"""The compiled module `dfqvit._C`, loaded on first use, and the reason when it cannot be; the processor that it runs on."""
+"""The compiled module `dfqvit._C`, loaded on first use, and the reason when it cannot be; the processor that it runs on.
+
+A build for the Hugging Face Hub (scripts/hub_kernels.py) has a module `_ops` in its place. That loads the library of operators,
+and names them as no other build does, so that several can be loaded in one process, and `dfqvit` too.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import json
 import platform
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
+ON_HUB = importlib.util.find_spec("._ops", __package__) is not None
+# Operators are `torch.ops.<NAMESPACE>.<name>`, their compiled backends `torch.ops.<NAMESPACE>_cpu.<name>` and `..._cuda.<name>`.
+NAMESPACE: str = importlib.import_module("._ops", __package__).ops.name if ON_HUB else "dfqvit"
+
+
+class HubBuild:
+    """Of a build for the Hub, which has no `dfqvit._C`: what this package asks of that module."""
+
+    __file__ = str(Path(__file__).with_name("metadata.json"))
+
+    def __init__(self) -> None:
+        backend = json.loads(Path(self.__file__).read_text())["backend"]
+        self._info = {"cuda": backend["type"] == "cuda", "cuda_archs": ";".join(backend.get("archs", ()))}
+
+    def build_info(self) -> dict[str, Any]:
+        """Whether it is compiled for CUDA, and for which GPUs. The package `kernels` has seen to the version of torch."""
+        return self._info
+
+    def active_isa(self) -> str:
+        """The CPU path in use is not told."""
+        return "unknown"
+
+    def watched(self) -> bool:
+        """Copies are torch's: see `gathered`."""
+        return True
+
 
 @functools.cache
-def load() -> tuple[ModuleType | None, str]:
+def load() -> tuple[Any, str]:
     """`(module, "")`, or `(None, reason)` when the module is not built or does not load. Never raises."""
+    if ON_HUB:
+        return HubBuild(), ""
     try:
         module = importlib.import_module("dfqvit._C")  # and libdfqvit_ops, which it is linked to
     except ModuleNotFoundError:

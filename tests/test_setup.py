@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import setuptools
 
 ROOT = Path(__file__).parent.parent
 KNOWN = {f"sm_{code}" for code in (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)}  # of nvcc 13.0
@@ -17,13 +16,10 @@ BEFORE_BLACKWELL = {f"sm_{code}" for code in (50, 60, 70, 75, 80, 86, 87, 89, 90
 
 @pytest.fixture(scope="module")
 def build():
-    """setup.py as a module: its last call does nothing."""
+    """setup.py as a module."""
     spec = importlib.util.spec_from_file_location("dfqvit_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **_: None)
-        patch.setenv("DFQVIT_BUILD", "0")
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 

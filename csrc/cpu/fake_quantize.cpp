@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "dfqvit/build.h"
 #include "dfqvit/isa.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/torch_dispatch.h"
@@ -102,7 +103,7 @@ at::Tensor fake_quantize_backward(const at::Tensor& grad, const at::Tensor& x, c
 }  // namespace
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("fake_quantize", &dfqvit::fake_quantize);
   m.impl("fake_quantize_backward", &dfqvit::fake_quantize_backward);
 }

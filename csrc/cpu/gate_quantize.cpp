@@ -8,6 +8,7 @@
 
 #include <atomic>
 
+#include "dfqvit/build.h"
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/results.h"
@@ -70,6 +71,6 @@ at::Tensor gate_quantize(const at::Tensor& gate, const at::Tensor& value, const 
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("gate_quantize", &dfqvit::quant::gate_quantize);
 }

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "dfqvit/build.h"
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/results.h"
@@ -51,6 +52,6 @@ at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, co
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("layer_norm_quantize", &dfqvit::quant::layer_norm_quantize);
 }

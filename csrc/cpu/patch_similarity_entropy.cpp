@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "dfqvit/build.h"
 #include "dfqvit/isa.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/patch_similarity_entropy_cpu.h"
@@ -287,7 +288,7 @@ at::Tensor patch_similarity_entropy_backward(const at::Tensor& grad, const at::T
 }  // namespace entropy
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("similarity_range", &dfqvit::entropy::similarity_range);
   m.impl("patch_similarity_entropy", &dfqvit::entropy::patch_similarity_entropy);
   m.impl("patch_similarity_entropy_backward", &dfqvit::entropy::patch_similarity_entropy_backward);

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "dfqvit/build.h"
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/results.h"
@@ -142,6 +143,6 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("quant_attention", &dfqvit::quant::quant_attention);
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "dfqvit/build.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/quantize_heads.h"
 #include "dfqvit/results.h"
@@ -474,6 +475,6 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("quant_block", &dfqvit::quant::quant_block);
 }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "dfqvit/build.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/results.h"
 #include "dfqvit/thread_memory.h"
@@ -146,6 +147,6 @@ at::Tensor quant_conv_block(const at::Tensor& x, const at::Tensor& conv_weight, 
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("quant_conv_block", &dfqvit::quant::quant_conv_block);
 }

@@ -15,6 +15,7 @@
 #include <atomic>
 #include <vector>
 
+#include "dfqvit/build.h"
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/results.h"
@@ -163,6 +164,6 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("quant_linear", &dfqvit::quant::quant_linear);
 }

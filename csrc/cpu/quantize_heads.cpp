@@ -8,6 +8,7 @@
 #include <array>
 #include <atomic>
 
+#include "dfqvit/build.h"
 #include "dfqvit/layers.h"
 #include "dfqvit/parallel.h"
 #include "dfqvit/results.h"
@@ -69,6 +70,6 @@ at::Tensor quantize_heads(const at::Tensor& q, const at::Tensor& k, const at::Te
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("quantize_heads", &dfqvit::quant::quantize_heads);
 }

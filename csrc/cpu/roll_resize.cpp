@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "dfqvit/build.h"
 #include "dfqvit/isa.h"
 #include "dfqvit/parallel.h"
 
@@ -147,7 +148,7 @@ at::Tensor roll_resize_backward(const at::Tensor& grad, const at::Tensor& rows, 
 }  // namespace
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("roll_resize", &dfqvit::roll_resize);
   m.impl("roll_resize_backward", &dfqvit::roll_resize_backward);
 }

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "dfqvit/build.h"
 #include "dfqvit/isa.h"
 #include "dfqvit/parallel.h"
 
@@ -140,6 +141,6 @@ at::Tensor round_second_order(const at::Tensor& weight, const at::Tensor& scale,
 }  // namespace
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("round_second_order", &dfqvit::round_second_order);
 }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "dfqvit/build.h"
 #include "dfqvit/isa.h"
 #include "dfqvit/parallel.h"
 
@@ -145,7 +146,7 @@ at::Tensor total_variation_backward(const at::Tensor& weights, const at::Tensor&
 }  // namespace
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cpu), CPU, m) {
   m.impl("total_variation", &dfqvit::total_variation);
   m.impl("total_variation_backward", &dfqvit::total_variation_backward);
 }

@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "dfqvit/build.h"
 #include "dfqvit/fake_quantize_launch.h"
 #include "dfqvit/torch_dispatch_cuda.h"
 
@@ -50,7 +51,7 @@ at::Tensor fake_quantize_backward(const at::Tensor& grad, const at::Tensor& x, c
 }  // namespace
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cuda, CUDA, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cuda), CUDA, m) {
   m.impl("fake_quantize", &dfqvit::fake_quantize);
   m.impl("fake_quantize_backward", &dfqvit::fake_quantize_backward);
 }

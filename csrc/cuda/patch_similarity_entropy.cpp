@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "dfqvit/build.h"
 #include "dfqvit/patch_similarity_entropy_launch.h"
 #include "dfqvit/torch_dispatch_cuda.h"
 
@@ -115,7 +116,7 @@ at::Tensor patch_similarity_entropy_backward(const at::Tensor& grad, const at::T
 }  // namespace entropy
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cuda, CUDA, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cuda), CUDA, m) {
   m.impl("similarity_range", &dfqvit::entropy::cuda::similarity_range);
   m.impl("patch_similarity_entropy", &dfqvit::entropy::cuda::patch_similarity_entropy);
   m.impl("patch_similarity_entropy_backward", &dfqvit::entropy::cuda::patch_similarity_entropy_backward);

@@ -10,6 +10,7 @@
 #include <limits>
 #include <optional>
 
+#include "dfqvit/build.h"
 #include "dfqvit/quant_attention_launch.h"
 
 namespace dfqvit {
@@ -65,6 +66,6 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cuda, CUDA, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cuda), CUDA, m) {
   m.impl("quant_attention", &dfqvit::quant::attention::quant_attention);
 }

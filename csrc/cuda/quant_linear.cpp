@@ -15,6 +15,7 @@
 #include <string_view>
 #include <vector>
 
+#include "dfqvit/build.h"
 #include "dfqvit/quant_linear_launch.h"
 #include "dfqvit/torch_dispatch_cuda.h"
 
@@ -179,6 +180,6 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
 }  // namespace quant
 }  // namespace dfqvit
 
-TORCH_LIBRARY_IMPL(dfqvit_cuda, CUDA, m) {
+TORCH_LIBRARY_IMPL(DFQVIT_OPERATORS(cuda), CUDA, m) {
   m.impl("quant_linear", &dfqvit::quant::tile::quant_linear);
 }
