@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
 import os
+import pickle
 import platform
 import secrets
 import sys
@@ -20,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfqvit import cli
 from dfqvit.kernels import extension
+from dfqvit.synthesis import procedural
 
 os.environ.setdefault("DFQVIT_CPUS", "8")  # tests that ask for more threads than there are CPUs get them
 DATA = Path(os.environ.get("DFQVIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -85,6 +90,14 @@ def few_crops() -> Iterator[None]:
     """Second-order rounding sees 32 crops of the calibration images in all, not 192: the same path in less time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dfqvit.calibration.observation.VIEWS", 32)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once() -> Iterator[None]:
+    """A procedural image of one seed and size is drawn once: 48 of them stand beside the synthetic ones of every quantization."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(procedural, "_draw", functools.lru_cache(maxsize=2000)(procedural._draw))
         yield
 
 
@@ -162,6 +175,28 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, for which equal arguments and an equal state of torch's random numbers make the same: then a copy of it.
+
+    For what tests only begin with, such as a quantized model. The CPU path of the first call is then that of all.
+    """
+    kept: dict[bytes, tuple[Any, torch.Tensor]] = {}
+
+    @functools.wraps(make)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            key = hashlib.sha256(pickle.dumps((args, kwargs, torch.get_rng_state()))).digest()
+        except (AttributeError, pickle.PicklingError, TypeError):  # a class within a test
+            return make(*args, **kwargs)
+        if key not in kept:
+            kept[key] = make(*args, **kwargs), torch.get_rng_state()
+        made, state = kept[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(made)
+
+    return call
 
 
 def arguments_of(operator: Any, call: Callable[[], Any]) -> tuple[Any, ...]:

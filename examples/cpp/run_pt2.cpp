@@ -4,9 +4,9 @@
 //
 // Prints the class and the greatest logit of each image of a fixed pattern. docs/inference.md tells how to make the
 // .pt2 and how to build this.
+#include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,7 @@ int main(int argc, char** argv) {
   const std::vector<int64_t> shape{batch, std::atoll(argv[3]), std::atoll(argv[4]), std::atoll(argv[5])};
   const c10::InferenceMode guard;
   torch::inductor::AOTIModelPackageLoader model(argv[2]);
-  const at::Tensor images = torch::arange(shape[0] * shape[1] * shape[2] * shape[3]).remainder(97).div(48.5f).sub(1.0f);
+  const at::Tensor images = at::arange(shape[0] * shape[1] * shape[2] * shape[3]).remainder(97).div(48.5f).sub(1.0f);
   const at::Tensor logits = model.run({images.view(shape)})[0];
   const auto [values, classes] = logits.max(1);
   for (int64_t i = 0; i < batch; ++i) {

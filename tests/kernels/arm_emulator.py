@@ -44,7 +44,7 @@ TYPES = [
     torch.int64,
     torch.float64,
 ]  # in the order of ScalarType in without_torch/tensor.h
-# What setup.py gives the compiler, but for the level: -O1 takes half as long.
+# What setup.py gives the compiler, but for the level.
 FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp-simd"]
 
 

@@ -21,10 +21,11 @@ from dfqvit.runtime import accelerate
 from dfqvit.runtime.attention import IntegerOperands
 from dfqvit.runtime.block import IntegerBlock
 
-from ..conftest import PATHS, small_clip, small_swin, small_vit
+from ..conftest import PATHS, made_once, small_clip, small_swin, small_vit
 from ..conftest import threads as set_threads
 
 
+@made_once
 def quantized(model, w_bits=8, acm="none"):
     """(a quantized copy, images): calibrated on images of the same kind."""
     images = torch.randn(12, 3, *model.patch_embed.img_size)

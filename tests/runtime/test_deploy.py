@@ -18,11 +18,22 @@ from torch.export import Dim
 from dfqvit.kernels import extension, use_backend
 from dfqvit.runtime import accelerate
 
-from ..conftest import MODELS, small_swin, small_vit
+from ..conftest import MODELS, small_vit
 from ..kernels.test_library import LIBRARY
 from .test_blocks import close, quantized
 
 ROOT = Path(__file__).parent.parent.parent
+# Fewer blocks than other tests have, since each is traced for itself: one beside another, windows that are shifted, two stages.
+FEW = {"vit": {"depth": 2}, "distilled": {"depth": 1}, "swin": {"depths": (1, 2)}}
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request, seed):
+    return few_blocks(request.param)
+
+
+def few_blocks(family):
+    return MODELS[family](**FEW[family])
 
 
 @pytest.fixture
@@ -99,9 +110,9 @@ def test_gradients_pass_through_a_compiled_model(integer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [small_vit, small_swin], ids=["vit", "swin"])
-def test_inductor(seed, make):
-    qmodel, images = quantized(make(), 8, acm="sequential")
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_inductor(seed, family):
+    qmodel, images = quantized(few_blocks(family), 8, acm="sequential")
     accelerate(qmodel)
     compiled = torch.compile(qmodel, fullgraph=True)
     with torch.no_grad():
@@ -128,7 +139,7 @@ def test_export_with_a_free_batch(model, form, strict):
 def test_exported_programs_run_in_a_fresh_process_after_one_import(seed, tmp_path):
     names = []
     for family, form in product(MODELS, ("integer", "simulated")):
-        qmodel, images = quantized(MODELS[family](), 4, acm="sequential")
+        qmodel, images = quantized(few_blocks(family), 4, acm="sequential")
         if form == "integer":
             accelerate(qmodel)
         with torch.no_grad():

@@ -11,6 +11,7 @@ import dfqvit
 from dfqvit.calibration.images import COMPANIONS
 from dfqvit.errors import UsageError
 from dfqvit.models import Preprocessing
+from dfqvit.synthesis import procedural
 from dfqvit.synthesis.procedural import procedural_images
 
 from ..conftest import SMALL, small_vit
@@ -20,6 +21,12 @@ KWARGS = SMALL["vit"]
 
 def preprocessing(channels: int, height: int, width: int) -> Preprocessing:
     return Preprocessing((channels, height, width), mean=(0.4,) * channels, std=(0.25,) * channels)
+
+
+@pytest.fixture(autouse=True)
+def drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the drawing is what is tested."""
+    monkeypatch.setattr(procedural, "_draw", procedural._draw.__wrapped__)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("size", [(3, 64, 64), (1, 33, 47), (4, 50, 20)])

@@ -3,6 +3,7 @@
 // that a barrier that is missing shows.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -70,8 +71,9 @@ struct Product {
   uint64_t a, b;
 };
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on: unlike swapcontext, a jump asks nothing of the system
+  bool begun = false;
   bool done = false;
   const Barrier* waits_for = nullptr;
   int since = 0;  // the barrier's generation then
@@ -89,7 +91,9 @@ struct Fiber {
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline std::vector<Warp> warps;
 inline Barrier block;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, kept from block to block
+constexpr size_t kStack = 64 << 10;
 inline const std::function<void()>* kernel;
 
 inline Fiber& self() {
@@ -97,6 +101,18 @@ inline Fiber& self() {
 }
 inline Warp& my_warp() {
   return warps[threadIdx.x / 32];
+}
+
+// From the scheduler to a fiber, until that waits or ends.
+[[gnu::noinline]] inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
+// From a fiber to the scheduler, until it is resumed.
+[[gnu::noinline]] inline void leave(Fiber& fiber) {
+  if (_setjmp(fiber.place) == 0) _longjmp(scheduler, 1);
 }
 
 inline void wait(Barrier& barrier) {
@@ -108,7 +124,7 @@ inline void wait(Barrier& barrier) {
   }
   self().waits_for = &barrier;
   self().since = generation;
-  swapcontext(&self().context, &scheduler);
+  leave(self());
   self().waits_for = nullptr;
 }
 
@@ -116,6 +132,7 @@ inline void enter() {
   (*kernel)();
   if (!self().products.empty() || !self().committed.empty()) std::abort();  // nobody waited for them
   self().done = true;
+  _longjmp(scheduler, 1);
 }
 
 // Shows `mine` to the other lanes; then `read` sees what all of them showed.
@@ -138,11 +155,11 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
     for (unsigned i = 0; i < threads; ++i) {
       fibers.push_back(std::make_unique<Fiber>());
       Fiber& fiber = *fibers.back();
-      fiber.stack.resize(64 << 10);
+      if (stacks.size() <= i) stacks.emplace_back(new char[kStack]);
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &scheduler;
+      fiber.context.uc_stack.ss_sp = stacks[i].get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = nullptr;  // it ends with a jump
       makecontext(&fiber.context, enter, 0);
     }
     static std::mt19937 random(12345);
@@ -157,7 +174,7 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
             if (!fibers[i]->ready()) continue;
             moved = true;
             threadIdx.x = i;
-            swapcontext(&scheduler, &fibers[i]->context);
+            resume(*fibers[i]);
           }
         }
       }
