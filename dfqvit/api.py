@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from .models.adapters import find_adapter, is_network
 from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
 from .models.network import Build, NetworkSpec, check_build
-from .models.preprocessing import FEATURES, image_shape
+from .models.preprocessing import FEATURES, check_preprocessing, image_shape
 from .models.spec import class_count
 from .patching.fusable import is_patched
 from .progress import Progress, showing
@@ -30,9 +31,11 @@ from .quantization.model import quantized
 from .quantization.recipe import Recipe
 from .runtime import check_runtime, set_runtime
 from .runtime.record import QuantizationRecord, QuantizedModel
+from .synthesis.config import SynthesisConfig, check_count, check_names, check_seed
 from .synthesis.losses import Objective
 
 LAST_BLOCK = (-1,)
+MADE = ("synthetic", "procedural", "noise")  # images that need no data
 
 
 @on_float_reference
@@ -130,6 +133,9 @@ def quantize(
 
     Source: DFQ-ViT, arXiv 2507.14481.
     """
+    check_names("quantize", synthesis, inspect.signature(quantize).parameters)
+    if layer_bits is not None and not isinstance(layer_bits, Mapping):
+        raise UsageError(f"layer_bits was {layer_bits!r}; it may be a dict of names of layers to bits")
     recipe = Recipe(
         w_bits,
         a_bits,
@@ -146,6 +152,9 @@ def quantize(
     if is_patched(model):
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
     check_runtime(runtime)
+    check_preprocessing(preprocessing)
+    _check_blocks(acm_blocks)
+    _check_images(calib, samples, iters, seed, synthesis)
     companions = companion_count(companions, calib, recipe)
     if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
         raise UsageError(f"reconstruct was {reconstruct!r}; it may be a number of steps, or 0")
@@ -254,6 +263,33 @@ def spec_of(
     if preprocessing.input_size != own.input_size and (strict or preprocessing.input_size[0] != own.input_size[0]):
         raise UsageError(f"preprocessing had input_size {preprocessing.input_size}; the model takes {own.input_size}")
     return spec, preprocessing
+
+
+def _check_blocks(acm_blocks: Any) -> None:
+    if acm_blocks is None:
+        return
+    listed = isinstance(acm_blocks, (Sequence, range)) and not isinstance(acm_blocks, str)
+    if not listed or not all(isinstance(index, int) and not isinstance(index, bool) for index in acm_blocks):
+        raise UsageError(f"acm_blocks was {acm_blocks!r}; it may be a list of indices of blocks, such as [-1], or None")
+
+
+def _check_images(calib: Any, samples: Any, iters: Any, seed: Any, synthesis: Mapping[str, Any]) -> None:
+    """UsageError unless the images that `calib` names can be made as the other arguments say."""
+    check_seed(seed)
+    if isinstance(calib, str) and calib == "synthetic":
+        SynthesisConfig(samples=samples, iters=iters, seed=seed, **synthesis)
+        return
+    if isinstance(calib, str) and calib not in MADE:
+        raise UsageError(
+            f"calib was '{calib}'; it may be 'synthetic', 'procedural', 'noise' or images (a tensor, an array or a list)"
+        )
+    if isinstance(calib, str):
+        check_count("samples", samples)
+    for name, value in sorted(synthesis.items()):
+        told = f"'{calib}'" if isinstance(calib, str) else "given images"
+        raise UsageError(
+            f"{name} was {value!r} and calib {told}; it is a setting of the synthesis, so calib must be 'synthetic'"
+        )
 
 
 def check_objective(objective: Any, calib: Any) -> None:

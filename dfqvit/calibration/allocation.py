@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,10 +67,14 @@ def allocate_bits(
 
 
 def check_budget(model: nn.Module, recipe: Recipe, size_budget: float) -> None:
-    """UsageError when `size_budget`, in megabytes, is less than a saved model takes with all layers at the least width."""
+    """UsageError unless `size_budget`, in megabytes, is what a saved model takes with all layers at the least width, or more."""
+    if isinstance(size_budget, bool) or not isinstance(size_budget, (int, float)):
+        raise UsageError(f"size_budget was {size_budget!r}; it must be a number of megabytes")
+    if not (math.isfinite(size_budget) and size_budget > 0):
+        raise UsageError(f"size_budget was {size_budget:g} MB; it must be finite and above 0")
     qmodel = _widest(model, recipe)
     least = _fixed_bytes(qmodel) + sum(_sizes(layer)[WIDTHS[-1]] for layer in _layers(qmodel).values())
-    if not size_budget * 1e6 >= least:
+    if size_budget * 1e6 < least:
         raise UsageError(
             f"size_budget was {size_budget:g} MB; this model needs {least / 1e6:.3f} MB at least (weights of {WIDTHS[-1]} bits)"
         )

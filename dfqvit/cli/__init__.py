@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -44,6 +45,8 @@ class _Commands(click.Group):
         if name not in COMMANDS:
             return None
         module = __import__(f"{__name__}.{name}", fromlist=["command"])
+        if signal.getsignal(signal.SIGINT) is _end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return module.command
 
     def resolve_command(
@@ -75,7 +78,25 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] != ["benchmark"]:  # which times torch too, as it is by default
         let_threads_sleep()
+    # An import may swallow a KeyboardInterrupt, so until the command's module is there Ctrl-C ends the process itself.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background shell's children ignore it
+        signal.signal(signal.SIGINT, _end_at_once)
     sys.exit(run(arguments))
+
+
+def _end_at_once(*_: object) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes only the first prints
+        with contextlib.suppress(OSError):
+            os.write(2, f"dfqvit: {_interrupted(sys.argv[1:])}\n".encode())
+    os._exit(130)
+
+
+def _interrupted(arguments: list[str]) -> str:
+    """What is said of Ctrl-C; --resume only where the command has it."""
+    told = "interrupted"
+    if arguments[:1] in (["synthesize"], ["quantize"]):
+        told += "; the same command with --resume goes on where a synthesis stopped"
+    return told
 
 
 def let_threads_sleep() -> None:
@@ -131,7 +152,7 @@ def _run(arguments: list[str] | None) -> int:
     except DfqvitError as error:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; the same command with --resume goes on where a synthesis stopped", 130)
+        return _fail(_interrupted(sys.argv[1:] if arguments is None else arguments), 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
         return 1

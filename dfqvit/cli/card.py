@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +33,60 @@ def command(
 ) -> None:
     """Make a folder for the Hugging Face Hub of a saved FILE: the model and its card. Only --push uploads anything."""
     refuse_existing(out / CARD, force)
-    found = None if evaluation is None else _read(evaluation)
+    found = None if evaluation is None else _read(evaluation, file)
     card = write_card(load(file, runtime="simulated"), file, out, found)
     address = None if repo is None else push(out, repo, private)
     text = f"card: {card}" + (f"\nuploaded: {address}" if address else "")
     emit(as_json, {"card": str(card), "uploaded": address}, text)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, file: Path) -> dict[str, Any]:
+    """The figures of `dfqvit evaluate FILE --json` in `path`.
+
+    UsageError where it holds something else, or the figures of another file than `file`.
+    """
     try:
         found = json.loads(path.read_text())
-        return {key: found[key] for key in ("images", "top1", "top5")} | {
-            key: found.get(key) for key in ("against_top1", "against_top5")
-        }
+        figures = {key: found[key] for key in ("images", "top1", "top5")}
+        figures |= {key: found.get(key) for key in ("against_top1", "against_top5")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--evaluation was '{path}'; it must be a file that holds what `dfqvit evaluate FILE --json` printed"
         ) from error
+    for key, value in figures.items():
+        if key == "images":
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"--evaluation '{path}' has images {value!r}; it must be a whole number, 1 or more")
+        elif value is None and key.startswith("against"):
+            continue
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_share(value):
+            raise UsageError(f"--evaluation '{path}' has {key} {value!r}; it must be a number from 0 to 100")
+    if (figures["against_top1"] is None) != (figures["against_top5"] is None):
+        raise UsageError(f"--evaluation '{path}' has one of against_top1 and against_top5; it must have both or none")
+    _compare(path, found.get("file"), file)
+    return figures
+
+
+def _is_share(value: float) -> bool:
+    return math.isfinite(value) and 0 <= value <= 100
+
+
+def _compare(path: Path, measured: Any, file: Path) -> None:
+    """UsageError where the file that was measured is there and is another than `file`; a warning where nobody can know."""
+    if not isinstance(measured, str):
+        warnings.warn(f"--evaluation '{path}' does not say which file it is of; it is taken for '{file}'", stacklevel=2)
+        return
+    other = Path(measured)
+    if not file.is_file():
+        return  # `load` says so
+    if not other.is_file():
+        warnings.warn(
+            f"--evaluation '{path}' is of '{measured}', which is not there to compare; it is taken for '{file}'",
+            stacklevel=2,
+        )
+    elif not filecmp.cmp(other, file, shallow=False):
+        raise UsageError(f"--evaluation '{path}' is of '{measured}', which is another model than FILE '{file}'")
+    elif other.resolve() == file.resolve() and file.stat().st_mtime > path.stat().st_mtime:
+        warnings.warn(
+            f"'{file}' is newer than --evaluation '{path}'; evaluate it again if it was replaced", stacklevel=2
+        )

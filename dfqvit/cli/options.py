@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,8 +192,16 @@ def _keywords(parts: Sequence[str]) -> dict[str, Any]:
 
 
 def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
-    """Prints the result, as JSON or for people."""
-    click.echo(json.dumps(record, sort_keys=True) if as_json else text)
+    """Prints the result, as JSON or for people. JSON has no NaN or Inf: a figure that is undefined is null there."""
+    click.echo(json.dumps(_defined(record), sort_keys=True, allow_nan=False) if as_json else text)
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _defined(each) for key, each in value.items()}
+    return [_defined(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 class SynthesisBar:

@@ -2,7 +2,8 @@
 
 A configuration names models and options of those two commands; an option with a list of values is an axis, and every combination
 of the axes is a run, in a process of its own and a folder of its own. What a run's commands printed lies in that folder, so a run
-that is there is not made again, and an interrupted one goes on where it stopped.
+that is there is not made again, and an interrupted one goes on where it stopped. Beside it stands what its files were (sizes and
+times of change): a command whose weights, images or classes have changed since is run again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from . import quantize as quantize_command
 
 Settings = dict[str, Any]
 COMMANDS = {"quantize": quantize_command.command, "evaluate": evaluate_command.command}
+FILES = ("checkpoint", "calib", "data", "classes")  # options that may name a file or a folder
 OURS = ("out", "force", "resume", "json", "device", "help")  # options that the sweep gives itself
 
 
@@ -164,20 +166,41 @@ def _make(run: Run, folder: Path, device: str) -> Settings:
     folder.mkdir(parents=True, exist_ok=True)
     result: Settings = {}
     for command, arguments in _commands(run, folder, device):
-        kept = folder / f"{command}.json"
+        kept, beside = folder / f"{command}.json", folder / f"{command}.files.json"
+        files = _files(run, command, folder)
         with contextlib.suppress(OSError, ValueError):
-            result[command] = json.loads(kept.read_text())
-            continue
+            if json.loads(beside.read_text()) == files:
+                result[command] = json.loads(kept.read_text())
+                continue
+        kept.unlink(missing_ok=True)  # of other files
         done = subprocess.run(
             [sys.executable, "-m", "dfqvit", command, *arguments, "--json"], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
             lines = [line.split("dfqvit: ", 1)[1] for line in done.stderr.splitlines() if "dfqvit: " in line]
             return {"error": lines[-1] if lines else f"`dfqvit {command}` ended with status {done.returncode}"}
-        with atomic(kept) as temporary:
-            temporary.write_text(done.stdout)
+        for path, text in ((beside, json.dumps(files)), (kept, done.stdout)):
+            with atomic(path) as temporary:
+                temporary.write_text(text)
         result[command] = json.loads(done.stdout)
     return result
+
+
+def _files(run: Run, command: str, folder: Path) -> dict[str, list[int]]:
+    """{path: [files in it, bytes, last change]} of all files that a command of a run reads, as they are now."""
+    settings = run.quantize if command == "quantize" else run.evaluate or {}
+    named = [str(settings[name]) for name in FILES if name in settings]
+    if command == "evaluate":
+        named.append(str(folder / quantize_command.FILE))
+    found = {}
+    for name in named:
+        path = Path(name)
+        parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
+        with contextlib.suppress(OSError):  # it is no file, or is not there: the command says so
+            states = [part.stat() for part in parts]
+            newest = max((state.st_mtime_ns for state in states), default=0)
+            found[name] = [len(states), sum(state.st_size for state in states), newest]
+    return found
 
 
 def _commands(run: Run, folder: Path, device: str) -> Iterator[tuple[str, list[str]]]:

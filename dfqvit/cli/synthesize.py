@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import safetensors.torch
 import torch
 
 from ..distributed import rank
 from ..models import Preprocessing
 from ..report.pictures import save_curriculum, save_grid
-from ..storage.atomic import atomic, refuse_existing
+from ..storage.atomic import refuse_existing
 from ..synthesis import Synthesis, SynthesisConfig
+from ..synthesis.writing import write_tensors
 from .options import SynthesisBar, common, emit, model_options, open_model, synthesis_config, synthesis_options
 
 SAMPLES = "samples.safetensors"
@@ -38,8 +38,7 @@ def command(**options: Any) -> None:
     images = run_synthesis(model, preprocessing, config, out, resume)
     if rank() != 0:
         return
-    with atomic(out / SAMPLES) as temporary:
-        safetensors.torch.save_file({"images": images.cpu()}, temporary, {"format": "dfqvit-samples"})
+    write_tensors(out / SAMPLES, {"images": images.cpu()}, {"format": "dfqvit-samples"})
     record = {"samples": len(images), "iters": config.iters, "seed": config.seed, "out": str(out)}
     emit(as_json, record, f"{len(images)} images: {out / SAMPLES}, {out / 'samples.png'}, {out / 'curriculum.png'}")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import timm.data
@@ -12,6 +14,11 @@ from torch import nn
 
 from ..errors import UsageError
 
+_MODES = ("center", "squash", "border")  # timm's
+_GREATEST = 2.0  # of mean and std, for pixels from 0 to 1; timm's own are at most 1
+_LEAST_STD = 1e-6  # a network of pixels from 0 to 65535 has 1.5e-5
+_MOST_CROP = 2.0  # timm's are at most 1.15
+_MARGIN = 0.01  # what a resize in float may overshoot
 FEATURES = "timm.models._features"  # the module of timm's wrappers that features_only=True makes
 
 
@@ -31,8 +38,22 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels:
                 raise UsageError(f"{name} had {len(values)} values; the model takes images of {channels} channels")
+            if not all(_is_finite(value) for value in values):
+                raise UsageError(f"{name} was {tuple(values)}; every value must be a finite number")
         if min(self.std) <= 0:
             raise UsageError(f"std was {self.std}; every value must be greater than 0")
+        if min(self.std) < _LEAST_STD:
+            raise UsageError(f"std was {self.std}; every value must be {_LEAST_STD:g} or more")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if max(abs(value) for value in values) > _GREATEST:
+                raise UsageError(
+                    f"{name} was {tuple(values)}; it is of pixels from 0 to 1, and this looks like values of 0 to 255; "
+                    "divide by 255"
+                )
+        if not _is_finite(self.crop_pct) or not 0 < self.crop_pct <= _MOST_CROP:
+            raise UsageError(f"crop_pct was {self.crop_pct!r}; it may be a number above 0, {_MOST_CROP:g} at most")
+        if self.crop_mode not in _MODES:
+            raise UsageError(f"crop_mode was {self.crop_mode!r}; it may be 'center', 'squash' or 'border'")
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise UsageError(f"interpolation was '{self.interpolation}'; it may be 'nearest', 'bilinear' or 'bicubic'")
 
@@ -84,12 +105,35 @@ class Preprocessing:
 
         The same bits on every device: torch on GPUs divides by a plain number as a product with its reciprocal, so all
         divisors are tensors.
+
+        Raises:
+            UsageError: pixels of another type, other channels, or values outside [0, 1].
         """
+        self._check_pixels(pixels)
         device = pixels.device
         if pixels.dtype == torch.uint8:
             pixels = pixels.float() / torch.tensor(255.0, device=device)
         mean = torch.tensor(self.mean, device=device).view(-1, 1, 1)
         return (pixels - mean) / torch.tensor(self.std, device=device).view(-1, 1, 1)
+
+    def _check_pixels(self, pixels: Any) -> None:
+        if not isinstance(pixels, torch.Tensor):
+            raise UsageError(f"pixels was a {type(pixels).__name__}; it must be a tensor [..., C, H, W]")
+        if pixels.dim() < 3 or pixels.shape[-3] != len(self.mean):
+            raise UsageError(f"pixels had shape {tuple(pixels.shape)}; it must be [..., {len(self.mean)}, H, W]")
+        if pixels.dtype == torch.uint8:
+            return
+        if not pixels.is_floating_point():
+            kind = str(pixels.dtype).removeprefix("torch.")
+            raise UsageError(f"pixels had dtype {kind}; it must be uint8, or float from 0 to 1")
+        if not pixels.numel():
+            return
+        least, greatest = (float(value) for value in pixels.aminmax())
+        if not (least >= -_MARGIN and greatest <= 1 + _MARGIN):  # NaN too
+            hint = "; divide by 255" if least >= 0 and 2 < greatest <= 255 else ""
+            raise UsageError(
+                f"pixels held values from {least:.4g} to {greatest:.4g}; floats must lie from 0 to 1{hint}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
@@ -102,6 +146,18 @@ class Preprocessing:
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**plain)
+
+
+def check_preprocessing(preprocessing: Any) -> None:
+    """UsageError unless it is a `Preprocessing`, or None."""
+    if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+        raise UsageError(
+            f"preprocessing was {preprocessing!r}; it may be a dfqvit.models.Preprocessing, or None for the model's own"
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def image_size(model: Any) -> tuple[int, int]:

@@ -34,8 +34,8 @@ from ..quantization.model import quantized
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
 from ..runtime.record import QuantizationRecord, QuantizedModel
+from ..synthesis.writing import write_tensors
 from ..version import __version__
-from .atomic import atomic
 
 # What values that make no sense raise, here and in timm.
 _UNFIT = (LookupError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError)
@@ -77,8 +77,7 @@ def save(qmodel: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path
         "record": record.to_dict(),
     }
     header["sha256"] = checksum(header, tensors)
-    with atomic(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"dfqvit": json.dumps(header, sort_keys=True)})
+    write_tensors(path, tensors, {"dfqvit": json.dumps(header, sort_keys=True)})
     return Path(path)
 
 

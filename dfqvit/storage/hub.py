@@ -20,6 +20,7 @@ from .atomic import atomic
 from .file import sizes
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
+_CLIENTS = ("httpx", "httpcore", "requests", "urllib")
 _PAPER = "https://arxiv.org/abs/2507.14481"
 _SIZES = {
     "embed_dim",
@@ -62,8 +63,16 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     except LocalTokenNotFoundError as error:
         raise DfqvitError("the Hugging Face Hub knows no token of yours; run `hf auth login` first") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise DfqvitError(f"the upload to '{repo_id}' failed: {str(error).splitlines()[0]}") from error
+        raise DfqvitError(_failed(repo_id, error)) from error
+    except Exception as error:  # the errors of the Hub's HTTP client, whose package differs with its version
+        if type(error).__module__.partition(".")[0].rstrip("0123456789") not in _CLIENTS:
+            raise
+        raise DfqvitError(_failed(repo_id, error)) from error
     return str(made)
+
+
+def _failed(repo_id: str, error: Exception) -> str:
+    return f"the upload to '{repo_id}' failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
 def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None) -> ModelCardData:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import difflib
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import UsageError
 from .curriculum import JITTER, SCHEDULES
 from .spectrum import SPECTRA
+
+_MOST_SEED = 2**40  # images draw from (seed << 20) + their index, which must fit 64 bits
+_NUMBERS = (
+    "crop_lower",
+    "crop_upper",
+    "learning_rate",
+    "warmup",
+    "entropy_weight",
+    "onehot_weight",
+    "tv_weight",
+    "jitter",
+    "bandwidth",
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +51,13 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         for name in ("samples", "iters", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} was {getattr(self, name)}; it must be at least 1")
+            check_count(name, getattr(self, name))
+        check_count("points", self.points, 2)
+        check_seed(self.seed)
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UsageError(f"{name} was {value!r}; it must be a finite number")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule was '{self.schedule}'; it may be {', '.join(map(repr, SCHEDULES))}")
         if not 0 < self.crop_lower <= self.crop_upper <= 1:
@@ -45,6 +66,11 @@ class SynthesisConfig:
             )
         if self.learning_rate <= 0:
             raise UsageError(f"learning_rate was {self.learning_rate}; it must be greater than 0")
+        if self.bandwidth <= 0:
+            raise UsageError(f"bandwidth was {self.bandwidth}; it must be greater than 0")
+        for name in ("warmup", "jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} was {getattr(self, name)}; it is a share, from 0 to 1")
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"precision was '{self.precision}'; it may be 'float32' or 'bfloat16'")
         if self.spectrum not in SPECTRA:
@@ -55,3 +81,25 @@ class SynthesisConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file's metadata."""
         return asdict(self)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """UsageError unless `value` is a whole number, `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name} was {value!r}; it must be a whole number, {least} or more")
+    if value < least:
+        raise UsageError(f"{name} was {value}; it must be at least {least}")
+
+
+def check_seed(seed: Any) -> None:
+    """UsageError unless `seed` is a whole number that every generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _MOST_SEED:
+        raise UsageError(f"seed was {seed!r}; it must be a whole number from 0 to {_MOST_SEED - 1}")
+
+
+def check_names(caller: str, settings: Mapping[str, Any], others: Collection[str] = ()) -> None:
+    """UsageError unless all `settings` are fields of `SynthesisConfig`; `others` are the caller's own arguments."""
+    known = {field.name for field in fields(SynthesisConfig)}
+    for name in sorted(settings.keys() - known):
+        near = difflib.get_close_matches(name, [*known, *others], n=1)
+        raise UsageError(f"{caller} has no setting '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))

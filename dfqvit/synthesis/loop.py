@@ -6,23 +6,24 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from ..distributed import LostProcess, rank
-from ..errors import DfqvitError, UsageError
-from ..kernels.files import atomic
+from ..errors import DfqvitError
 from ..models import Preprocessing, check_finite
 from ..models.frame import evaluating, on_float_reference
+from ..models.preprocessing import check_preprocessing
 from ..progress import Progress
-from .config import SynthesisConfig
+from .config import SynthesisConfig, check_names
 from .losses import Objective
 from .step import Step
+from .writing import write_tensors
 
 _FRAME_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # when the pictures of the curriculum are taken
 _FRAME_SAMPLES = 8
@@ -42,7 +43,7 @@ class Synthesis:
         objective: Objective | None = None,
     ) -> None:
         check_finite(model)
-        self.model, self.config, self.snapshot = model, config, snapshot
+        self.model, self.config, self.preprocessing, self.snapshot = model, config, preprocessing, snapshot
         self.advance = Step(model, config, preprocessing, objective)
         self.frames: dict[int, torch.Tensor] = {}
 
@@ -98,8 +99,7 @@ class Synthesis:
         assert self.snapshot is not None
         tensors = self.advance.state() | {f"frame.{step}": frame for step, frame in self.frames.items()}
         metadata = {"format": "dfqvit-synthesis", "step": str(self.step), "run": self._fingerprint()}
-        with atomic(self.snapshot) as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata)
+        write_tensors(self.snapshot, tensors, metadata)
 
     def resume(self) -> bool:
         """Takes up the snapshot, if there is one; DfqvitError when it is unreadable or of another run."""
@@ -120,7 +120,8 @@ class Synthesis:
         return True
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        told = [self.config.to_dict(), asdict(self.preprocessing)]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{key}{tuple(tensor.shape)}{float(tensor.double().sum()):.12e}".encode())
         return digest.hexdigest()
@@ -203,9 +204,8 @@ def synthesize(
 
     Source: PSAQ-ViT, arXiv 2203.02250 (loss); DFQ-ViT, arXiv 2507.14481 (curriculum).
     """
-    unknown = settings.keys() - SynthesisConfig.__dataclass_fields__.keys()
-    if unknown:
-        raise UsageError(f"synthesize has no setting '{sorted(unknown)[0]}'")
+    check_names("synthesize", settings)
+    check_preprocessing(preprocessing)
     config = SynthesisConfig(samples=samples, iters=iters, seed=seed, **settings)
     preprocessing = preprocessing or Preprocessing.of(model)
     return Synthesis(model, config, preprocessing, objective=objective).run(report)

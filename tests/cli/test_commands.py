@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 
 import dfqvit.cli
 from dfqvit import cli, demo
+from dfqvit.cli.options import emit
 from dfqvit.models import load_model
 
 from ..conftest import QUICK, said
@@ -154,6 +156,19 @@ def test_results_are_not_replaced_without_force(run, tmp_path):
         (["quantize", "demo", "--num-classes", "3"], 2, "has 10 classes and the model 3; give --num-classes 10"),
         (["quantize", "demo", "--mean", "1,2"], 2, "mean had 2 values; the model takes images of 1 channels"),
         (["quantize", "demo", "--std", "abc"], 2, "--std was 'abc'; it must be numbers"),
+        (["quantize", "demo", "--mean", "nan"], 2, r"mean was \(nan,\); every value must be a finite number"),
+        (["quantize", "demo", "--std", "inf"], 2, r"std was \(inf,\); every value must be a finite number"),
+        (["quantize", "demo", "--mean", "72.9"], 2, r"mean was \(72.9,\); .* values of 0 to 255; divide by 255"),
+        (
+            ["quantize", "demo", "--calib", "noise", "--size-budget", "inf"],
+            2,
+            "size_budget was inf MB; it must be finite and above 0",
+        ),
+        (
+            ["quantize", "demo", "--calib", "noise", "--size-budget", "nan"],
+            2,
+            "size_budget was nan MB; it must be finite and above 0",
+        ),
         (["quantize", "demo", "--device", "tpu"], 2, "--device was 'tpu'; it may be cpu, cuda or cuda:N"),
         (["quantize", "demo", "--device", "cuda:77"], 2, "--device was 'cuda:77'; torch sees"),
         (["quantize", "demo", "--crop-lower", "2"], 2, "crop bounds were 2.0 and 1.0"),
@@ -359,3 +374,81 @@ def test_the_program_bounds_how_long_torchs_threads_spin(command, given, wanted)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**clean, **given}
     )
     assert found.stdout.strip() == f"False {wanted}"
+
+
+def test_json_has_no_nan(capsys):
+    record = {"a": float("nan"), "b": [1.5, float("inf"), {"c": (float("-inf"), 2, "x", None, True)}]}
+    emit(True, record, "")
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None, {"c": [None, 2, "x", None, True]}]}
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path):
+    """A real limit, as a disk that is full; pictures and report come after the model."""
+    arguments = [
+        "quantize",
+        "demo",
+        "--calib",
+        "noise",
+        "--samples",
+        "2",
+        "--rounding",
+        "nearest",
+        "--out",
+        tmp_path / "q",
+    ]
+    found = subprocess.run(
+        [sys.executable, "-m", "dfqvit", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert found.returncode == 1
+    assert said(found.stderr) == [f"dfqvit: File too large: '{tmp_path / 'q' / 'model.safetensors'}'"]
+    assert list((tmp_path / "q").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["quantize", "demo"], "interrupted; the same command with --resume goes on where a synthesis stopped"),
+        (["evaluate", "x"], "interrupted"),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported(arguments, wanted, tmp_path):
+    """A module that swallows KeyboardInterrupt, as some do; the handler of before is back when the command runs."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    for _ in range(1000):\n        pass\n"
+        "except BaseException:\n    pass\nprint('went on')\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "dfqvit", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", f"dfqvit: {wanted}\n")
+
+
+def test_the_usual_handler_of_ctrl_c_is_back_when_a_command_runs():
+    code = (
+        "import signal, dfqvit.cli as cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import dfqvit.cli.info as info\n"
+        "info.command.callback = lambda **_: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        "cli.main(['info'])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "True\n"
+
+
+@pytest.mark.parametrize(("name", "resumes"), [("info", False), ("evaluate", False), ("synthesize", True)])
+def test_ctrl_c_offers_resume_where_there_is_one(name, resumes, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.program, "main", interrupt)
+    assert cli.run([name]) == 130
+    assert ("--resume" in capsys.readouterr().err) == resumes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import pytest
 import yaml
 
 from dfqvit import cli, demo
-from dfqvit.cli.runs import read_config
+from dfqvit.cli import runs
+from dfqvit.cli.runs import Run, read_config
 
 CONFIG = {
     "models": ["demo", {"model": "demo-swin", "w-bits": 8}],
@@ -87,6 +90,60 @@ def test_resumes_and_goes_on_past_a_failure(sweep, tmp_path):
     assert again["evaluate"]["top1"] == good["evaluate"]["top1"]
     assert (tmp_path / "out" / good["name"] / "model.safetensors").stat().st_mtime_ns == made
     assert other["error"] != bad["error"]  # tried again: those are weights of another model
+
+
+def test_changed_files_are_measured_again(tmp_path, monkeypatch):
+    """The commands are stubs: each prints how often it ran."""
+    count = {"quantize": 0, "evaluate": 0}
+
+    def stub(arguments, **_):
+        command, out = arguments[3], arguments
+        count[command] += 1
+        if command == "quantize":
+            Path(out[out.index("--out") + 1], "model.safetensors").write_text(f"{count}")
+        return subprocess.CompletedProcess(arguments, 0, json.dumps({"ran": count[command]}), "")
+
+    monkeypatch.setattr(runs.subprocess, "run", stub)
+    files = {name: tmp_path / f"{name}.npz" for name in ("checkpoint", "data", "classes")}
+    for path in files.values():
+        path.write_text("first")
+    run = Run(
+        "demo",
+        {"checkpoint": str(files["checkpoint"]), "calib": "noise"},
+        {"data": str(files["data"]), "classes": str(files["classes"])},
+    )
+
+    def ran():
+        result = runs._make(run, tmp_path / "run", "cpu")
+        return result["quantize"]["ran"], result["evaluate"]["ran"]
+
+    assert ran() == (1, 1)
+    assert ran() == (1, 1)
+    for name, wanted in {"data": (1, 2), "classes": (1, 3), "checkpoint": (2, 4)}.items():
+        files[name].write_text("another")
+        assert ran() == wanted
+        assert ran() == wanted
+    os.utime(files["data"], ns=(1, 1))  # of the same size
+    assert ran() == (2, 5)
+    files["data"].unlink()  # a folder now, with files in folders
+    (files["data"] / "0").mkdir(parents=True)
+    assert ran() == (2, 6)
+    (files["data"] / "0" / "a.png").write_text("x")
+    assert ran() == (2, 7)
+    assert ran() == (2, 7)
+    (tmp_path / "run" / "evaluate.files.json").unlink()  # of a sweep before there was one
+    assert ran() == (2, 8)
+
+
+def test_a_failed_run_leaves_no_older_result(tmp_path, monkeypatch):
+    told = [subprocess.CompletedProcess([], 0, "{}", ""), subprocess.CompletedProcess([], 2, "", "dfqvit: no\n")]
+    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: told.pop(0))
+    (tmp_path / "w").write_text("first")
+    run = Run("demo", {"checkpoint": str(tmp_path / "w")}, None)
+    assert runs._make(run, tmp_path / "run", "cpu") == {"quantize": {}}
+    (tmp_path / "w").write_text("another")
+    assert runs._make(run, tmp_path / "run", "cpu") == {"error": "no"}
+    assert not (tmp_path / "run" / "quantize.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import random
 import re
 import types
@@ -279,3 +280,110 @@ def test_preprocessing_of_another_size_is_refused(seed):
         other = Preprocessing(size, (0.5,) * size[0], (0.5,) * size[0])
         with pytest.raises(UsageError, match=r"preprocessing had input_size .*; the model takes \(3, 32, 32\)"):
             dfqvit.quantize(small_vit(), calib="noise", samples=2, preprocessing=other)
+
+
+RGB = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": (123.7, 116.3, 103.5)}, "mean was .*; it is of pixels from 0 to 1, .* of 0 to 255; divide by 255"),
+        ({"std": (58.4, 57.1, 57.4)}, "std was .*; it is of pixels from 0 to 1, .* of 0 to 255; divide by 255"),
+        ({"mean": (0.5, math.nan, 0.5)}, "mean was .*; every value must be a finite number"),
+        ({"mean": (0.5, "0.5", 0.5)}, "mean was .*; every value must be a finite number"),
+        ({"mean": (1e30, 0.5, 0.5)}, "mean was .*; it is of pixels from 0 to 1"),
+        ({"std": (0.5, math.inf, 0.5)}, "std was .*; every value must be a finite number"),
+        ({"std": (0.5, 1e-46, 0.5)}, "std was .*; every value must be 1e-06 or more"),
+        ({"crop_pct": math.nan}, "crop_pct was nan; it may be a number above 0, 2 at most"),
+        ({"crop_pct": 0}, "crop_pct was 0; it may be a number above 0"),
+        ({"crop_pct": "0.9"}, "crop_pct was '0.9'; it may be a number above 0"),
+        ({"crop_mode": "centre"}, "crop_mode was 'centre'; it may be 'center', 'squash' or 'border'"),
+    ],
+)
+def test_preprocessing_of_another_scale_is_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        Preprocessing(**RGB | change)
+
+
+def test_a_pretrained_configuration_of_another_scale_is_refused():
+    model = small_vit()
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (123.7, 116.3, 103.5)}
+    with pytest.raises(UsageError, match="divide by 255"):
+        Preprocessing.of(model)
+
+
+def test_none_of_timms_configurations_is_refused():
+    names = timm.list_pretrained()
+    assert len(names) > 1000
+    for name in names:
+        known = timm.models.get_pretrained_cfg(name)
+        own = {"interpolation": known.interpolation, "crop_pct": known.crop_pct, "crop_mode": known.crop_mode}
+        for crop in {known.crop_pct, known.test_crop_pct or known.crop_pct}:
+            Preprocessing(known.input_size, tuple(known.mean), tuple(known.std), **own | {"crop_pct": crop})
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), "pixels had dtype int64; it must be uint8, or float from 0 to 1"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint16), "pixels had dtype uint16; it must be uint8"),
+        (
+            torch.rand(3, 8, 8) * 200 + 50,
+            "pixels held values from .* to .*; floats must lie from 0 to 1; divide by 255",
+        ),
+        (torch.rand(3, 8, 8) * 2 - 1, "pixels held values from .* to .*; floats must lie from 0 to 1$"),
+        (torch.full((3, 8, 8), math.nan), "pixels held values from nan to nan; floats must lie from 0 to 1$"),
+        (torch.rand(2, 1, 8, 8), r"pixels had shape \(2, 1, 8, 8\); it must be \[..., 3, H, W\]"),
+        (torch.rand(8, 8), r"pixels had shape \(8, 8\)"),
+        (np.zeros((3, 8, 8), np.uint8), "pixels was a ndarray; it must be a tensor"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_pixels_of_another_kind_are_refused(pixels, message):
+    with pytest.raises(UsageError, match=message):
+        Preprocessing(**RGB).normalise(pixels)
+
+
+def test_a_mean_of_one_channel_is_not_stretched_over_three():
+    with pytest.raises(UsageError, match=r"it must be \[..., 1, H, W\]"):
+        Preprocessing((1, 8, 8), (0.3,), (0.3,)).normalise(torch.rand(2, 3, 8, 8))
+
+
+def test_pixels_with_a_small_margin_and_none_at_all():
+    found = Preprocessing(**RGB).normalise(torch.tensor([-1e-3, 1.001, 0.5]).view(3, 1, 1))
+    assert found.flatten().tolist() == pytest.approx([-1.002, 1.002, 0])
+    assert Preprocessing(**RGB).normalise(torch.zeros(0, 3, 8, 8)).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wbits": 2}, "quantize has no setting 'wbits'; did you mean 'w_bits'?"),
+        ({"calib": "noise", "zzz": 2}, "quantize has no setting 'zzz'$"),
+        ({"learning_rate": 0.1}, "learning_rate was 0.1 and calib given images; it is a setting of the synthesis, so"),
+        ({"calib": "noise", "schedule": "fixed"}, "schedule was 'fixed' and calib 'noise'; it is a setting of the"),
+        ({"calib": "procedural", "warmup": 0.1}, "warmup was 0.1 and calib 'procedural'"),
+        ({"calib": "synthetic", "warmup": 2}, "warmup was 2; it is a share"),
+        ({"calib": "nois"}, "calib was 'nois'; it may be 'synthetic', 'procedural', 'noise' or images"),
+        *(({"calib": "noise", "samples": value}, f"samples was {value!r}; it must be") for value in (0, "16", 2.5, -1)),
+        *(
+            ({"calib": "noise", "seed": value}, f"seed was {value!r}; it must be a whole")
+            for value in ("0", None, -1, 0.5)
+        ),
+        ({"layer_bits": [1]}, r"layer_bits was \[1\]; it may be a dict of names of layers to bits"),
+        ({"acm_blocks": 3}, "acm_blocks was 3; it may be a list of indices of blocks"),
+        ({"acm_blocks": ["last"]}, r"acm_blocks was \['last'\]; it may be a list of indices of blocks"),
+        (
+            {"preprocessing": "imagenet"},
+            "preprocessing was 'imagenet'; it may be a dfqvit.models.Preprocessing, or None",
+        ),
+        ({"size_budget": math.inf}, "size_budget was inf MB; it must be finite and above 0"),
+        ({"size_budget": math.nan}, "size_budget was nan MB; it must be finite and above 0"),
+        ({"size_budget": -1}, "size_budget was -1 MB; it must be finite and above 0"),
+        ({"size_budget": "1"}, "size_budget was '1'; it must be a number of megabytes"),
+    ],
+)
+def test_arguments_of_quantize_are_refused_in_a_sentence(options, message):
+    with pytest.raises(UsageError, match=message):
+        dfqvit.quantize(small_vit(), **{"calib": images(), "rounding": "nearest", **options})

@@ -6,10 +6,13 @@ import math
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from dfqvit import synthesize
 from dfqvit.errors import DfqvitError, UsageError
@@ -289,9 +292,32 @@ def test_a_snapshot_of_another_run_is_refused(model, tmp_path):
     for other in (SynthesisConfig(samples=2, iters=7), SynthesisConfig(samples=2, iters=6, seed=1)):
         with pytest.raises(DfqvitError, match="is of another model or other settings"):
             Synthesis(model, other, preprocessing, snapshot).resume()
+    channels = len(preprocessing.mean)
+    for change in ({"mean": (0.4,) * channels}, {"std": (0.3,) * channels}, {"input_size": (channels, 48, 48)}):
+        with pytest.raises(DfqvitError, match="is of another model or other settings"):
+            Synthesis(model, SynthesisConfig(samples=2, iters=6), replace(preprocessing, **change), snapshot).resume()
     snapshot.write_bytes(snapshot.read_bytes()[:100])
     with pytest.raises(DfqvitError, match="could not be read"):
         Synthesis(model, SynthesisConfig(samples=2, iters=6), preprocessing, snapshot).resume()
+
+
+def test_a_full_disk_names_the_snapshot(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    run = Synthesis(model, SynthesisConfig(samples=2, iters=6), Preprocessing.of(model), tmp_path / "s.safetensors")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        run.save_snapshot()
+    assert told.value.filename == str(tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *_: full_of_other())
+    with pytest.raises(OSError, match=r"s.safetensors' could not be written: strange"):
+        run.save_snapshot()
+
+
+def full_of_other():
+    raise SafetensorError("strange")
 
 
 def test_frames_show_the_curriculum(model):
@@ -313,7 +339,26 @@ def test_frames_show_the_curriculum(model):
         ({"batch_size": 0}, "batch_size was 0; it must be at least 1"),
         ({"precision": "float16"}, "precision was 'float16'; it may be 'float32' or 'bfloat16'"),
         ({"compat": "x"}, "compat was 'x'"),
-        ({"lerning_rate": 0.1}, "synthesize has no setting 'lerning_rate'"),
+        ({"lerning_rate": 0.1}, "synthesize has no setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ({"learning_rate": math.inf}, "learning_rate was inf; it must be a finite number"),
+        ({"learning_rate": "0.2"}, "learning_rate was '0.2'; it must be a finite number"),
+        ({"crop_lower": math.nan}, "crop_lower was nan; it must be a finite number"),
+        ({"tv_weight": None}, "tv_weight was None; it must be a finite number"),
+        ({"warmup": 2}, "warmup was 2; it is a share, from 0 to 1"),
+        ({"warmup": -1}, "warmup was -1; it is a share, from 0 to 1"),
+        ({"jitter": 2}, "jitter was 2; it is a share, from 0 to 1"),
+        ({"jitter": -1}, "jitter was -1; it is a share, from 0 to 1"),
+        ({"bandwidth": 0.0}, "bandwidth was 0.0; it must be greater than 0"),
+        ({"points": 1}, "points was 1; it must be at least 2"),
+        ({"samples": "16"}, "samples was '16'; it must be a whole number, 1 or more"),
+        ({"samples": 2.5}, "samples was 2.5; it must be a whole number, 1 or more"),
+        ({"seed": "0"}, "seed was '0'; it must be a whole number from 0 to"),
+        ({"seed": None}, "seed was None; it must be a whole number from 0 to"),
+        ({"seed": -1}, "seed was -1; it must be a whole number from 0 to"),
+        (
+            {"preprocessing": "imagenet"},
+            "preprocessing was 'imagenet'; it may be a dfqvit.models.Preprocessing, or None",
+        ),
     ],
 )
 def test_bad_settings(settings, message):
