@@ -37,10 +37,11 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_FILES)
 
 # A process for each core, with one thread: threads of processes that share cores wait for each other. All have one seed, since
-# they must agree on what the tests are.
+# they must agree on what the tests are. Python keeps what it compiles of its modules even where the environment says not to, since
+# tests start many processes.
 TEST_JOBS ?= $(shell nproc)
 PYTEST := DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" OMP_NUM_THREADS=1 \
-  $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+  PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 

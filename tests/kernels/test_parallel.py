@@ -183,22 +183,21 @@ family(1)
 def test_no_more_threads_than_cpus(seed):
     """One CPU: no thread beside the caller. Torch's setting and the CPUs allowed: the smaller one."""
     code = """
-torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 8)
 from dfqvit import _C
-digest()
-print(_C.parallel_threads(), workers(_C.parallel_threads() - 1))
+def count(threads):
+    torch.set_num_threads(threads)
+    digest()
+    print(_C.parallel_threads(), workers(_C.parallel_threads() - 1))
 """
     cpus = sorted(os.sched_getaffinity(0))
     quota = module.cpu_quota()
     one = ["taskset", "-c", str(cpus[0])] if shutil.which("taskset") else None
     if one is not None:
-        assert python(code, seed, one) == ["1", "0"]
+        assert python(f"{code}count(8)", seed, one) == ["1", "0"]
     allowed = min(8, len(cpus), max(1, -int(-quota // 1)) if quota else 8)
-    assert python(code, seed) == [str(allowed), str(allowed - 1)]
-    narrowed = "torch.set_num_threads(8); digest(); os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    assert python(narrowed + "from dfqvit import _C; print(_C.parallel_threads())", seed) == ["1"]
-    assert python(code.replace("else 8", "else 3"), seed, DFQVIT_CPUS="5") == ["3", "2"]
-    assert python(code, seed, DFQVIT_CPUS="5") == ["5", "4"]
+    narrowed = "count(8); os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(_C.parallel_threads())"
+    assert python(code + narrowed, seed) == [str(allowed), str(allowed - 1), "1"]
+    assert python(f"{code}count(3); count(8)", seed, DFQVIT_CPUS="5") == ["3", "2", "5", "4"]
 
 
 @compiled

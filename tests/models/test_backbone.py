@@ -11,7 +11,9 @@ from dfqvit import demo
 from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
 
-from ..conftest import SMALL, small_distilled
+from ..conftest import SMALL, made_once, small_distilled
+
+quantize = made_once(dfqvit.quantize)
 
 
 @pytest.fixture(params=["demo", "demo-swin", "distilled"])
@@ -23,7 +25,7 @@ def pair(request, seed, tmp_path):
     else:
         model, options = load_model(request.param), {}
         images = spread_images(open_images(demo.TEST_IMAGES, Preprocessing.of(model)), 12)
-    qmodel = dfqvit.quantize(model, 8, calib=images[:8], rounding="nearest", **options)
+    qmodel = quantize(model, 8, calib=images[:8], rounding="nearest", **options)
     path = dfqvit.save(qmodel, tmp_path / "model.safetensors")
     loaded = dfqvit.load(path, runtime="integer")
     return model, loaded, images[8:]

@@ -199,6 +199,7 @@ def of_transformers(source, **config):
 
 def foreign():
     model = small_vit()
+    quantized = dfqvit.quantize(model, calib="noise", samples=2, rounding="nearest")
     yield (
         "vit_tiny_patch16_224",
         r"'vit_tiny_patch16_224', a name; give the model itself, dfqvit.models.load_model\('vit_tiny",
@@ -212,8 +213,8 @@ def foreign():
     yield nn.DataParallel(model), "wrapped in DataParallel; give model.module"
     yield torch.jit.trace(model, images(1)), "a TorchScript module .*; give the timm model that it was made from"
     yield torch.export.export(model, (images(1),)).module(), "a GraphModule of torch.fx or torch.export"
-    yield dfqvit.quantize(model, calib="noise", samples=2), "quantized by dfqvit already"
-    yield dfqvit.quantize(model, calib="noise", samples=2).blocks[0], "quantized by dfqvit already"
+    yield quantized, "quantized by dfqvit already"
+    yield quantized.blocks[0], "quantized by dfqvit already"
     yield (
         torchvision.models.vit_b_32(),
         r"a VisionTransformer of torchvision.*timm.create_model\('vit_base_patch32_224'",
@@ -271,7 +272,7 @@ def test_classes_for_the_synthesis_are_the_heads(seed):
     model = load_model("demo")
     model.head = nn.Linear(96, 4)
     assert dfqvit.synthesize(model, 6, 1).shape[0] == 6
-    assert dfqvit.quantize(model, samples=6, iters=1)(torch.zeros(1, 1, 28, 28)).shape == (1, 4)
+    assert dfqvit.quantize(model, samples=6, iters=1, rounding="nearest")(torch.zeros(1, 1, 28, 28)).shape == (1, 4)
     assert Preprocessing.of(model).input_size == (1, 28, 28)
 
 

@@ -24,6 +24,7 @@ from dfqvit.runtime.rotary import IntegerRotaryBlock
 from dfqvit.runtime.swin import MERGINGS, IntegerSwinV2Block, take_mergings
 from dfqvit.runtime.vit import IntegerVitBlock
 
+from ..conftest import made_once
 from .test_blocks import Operators, check_paths, close
 
 SWIN_V2 = {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 7}
@@ -64,6 +65,7 @@ def family(request, seed):
     return request.param
 
 
+@made_once
 def quantized(name, w_bits=8):
     """(float model, quantized and simulated, images)."""
     model = make(name)

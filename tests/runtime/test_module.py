@@ -23,7 +23,7 @@ from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 from dfqvit.runtime.block import IntegerBlock
 
-from ..conftest import small_swin, small_vit
+from ..conftest import MODELS, small_swin, small_vit
 from .test_blocks import close, quantized
 
 
@@ -68,20 +68,26 @@ def test_pickle_save_and_deepcopy_give_the_same_bits(model, used, tmp_path):
     assert len(pickle.dumps(qmodel)) == size  # what was prepared stays here
 
 
-def _call(model, images, queue):
+def _call(models, queue):
     with torch.no_grad():
-        queue.put(model(images).tolist())
+        queue.put([model(images).tolist() for model, images in models])
 
 
-def test_a_spawned_process_gets_the_model(integer):
-    qmodel, images = integer
+def test_a_spawned_process_gets_the_models(seed):
+    """One of each family, to one process."""
+    models = [quantized(make(), 4, acm="sequential") for make in MODELS.values()]
+    for qmodel, images in models:
+        accelerate(qmodel)
+        with torch.no_grad():
+            qmodel(images)
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_call, args=(qmodel, images, queue))
+    process = context.Process(target=_call, args=(models, queue))
     process.start()
     found = queue.get(timeout=300)
     process.join()
-    assert torch.allclose(torch.tensor(found), qmodel(images), atol=0.05)  # threads, and so nothing else, may differ
+    for (qmodel, images), theirs in zip(models, found, strict=True):
+        assert torch.allclose(torch.tensor(theirs), qmodel(images), atol=0.05)  # threads, and so nothing else, may differ
 
 
 # ------------------------------------------------------------------ changes after a call

@@ -63,7 +63,7 @@ def test_the_file_does_not_depend_on_the_number_of_processes(run, tmp_path):
 
 
 def test_a_lost_process_ends_the_run_in_a_line_and_it_can_be_resumed(run, tmp_path):
-    arguments = ("quantize", "demo", *QUICK, "--iters", "200")
+    arguments = ("quantize", "demo", *QUICK, "--iters", "120")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     group = subprocess.Popen(
         command(2, *arguments, "--out", tmp_path / "a"), stderr=subprocess.PIPE, text=True, env=environment
