@@ -87,7 +87,9 @@ def test_a_spawned_process_gets_the_models(seed):
     found = queue.get(timeout=300)
     process.join()
     for (qmodel, images), theirs in zip(models, found, strict=True):
-        assert torch.allclose(torch.tensor(theirs), qmodel(images), atol=0.05)  # threads, and so nothing else, may differ
+        assert torch.allclose(
+            torch.tensor(theirs), qmodel(images), atol=0.05
+        )  # threads, and so nothing else, may differ
 
 
 # ------------------------------------------------------------------ changes after a call
