@@ -33,7 +33,7 @@ _INERT = (
 # Beginnings of the names of methods that change no output of a model that is there.
 _NO_PART = ("__", "init", "_init", "reset", "load", "_load", "extra_repr", "train", "no_weight_decay", "group_matcher")
 _NO_FORWARD = ("_forward_unimplemented",)  # what torch.nn's containers have in its place
-_ABSENT_IN_EVAL = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
+ABSENT_IN_EVAL = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
 _PLACE = ("device", "dtype")  # keywords of create_model that say where, not what
 _CALLABLE, _PARTIAL = "callable", "partial"  # how a function or class among the keywords stands in JSON
 _HOMES = ("torch.nn.", "timm.layers.", "timm.models.")  # where a file may name one
@@ -182,7 +182,7 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
     modules = dict(other.named_modules())
     for name, module in model.named_modules():
         twin = modules.get(name)
-        if isinstance(module, _ABSENT_IN_EVAL) and (twin is None or isinstance(twin, _ABSENT_IN_EVAL)):
+        if isinstance(module, ABSENT_IN_EVAL) and (twin is None or isinstance(twin, ABSENT_IN_EVAL)):
             continue
         if twin is None or type(module) is not type(twin):
             return f"'{name}' is a {type(module).__name__} here and a {type(twin).__name__} there"

@@ -28,7 +28,7 @@ from ..models.adapters import find_adapter, is_network
 from ..models.frame import undisturbed
 from ..models.network import Build, NetworkSpec, trusted
 from ..models.preprocessing import image_size
-from ..models.spec import settings
+from ..models.spec import ABSENT_IN_EVAL, settings
 from ..quantization.layers import QuantLinear
 from ..quantization.model import quantized
 from ..runtime import check_runtime, set_runtime
@@ -38,6 +38,7 @@ from ..synthesis.writing import write_tensors
 from ..version import __version__
 
 # What values that make no sense raise, here and in timm.
+_RUNTIME = __name__.split(".")[0] + ".runtime."
 _UNFIT = (LookupError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError)
 _PACKED = ".weight_packed"
 FORMAT_VERSION = 2  # 1: a checksum over the tensors alone
@@ -235,11 +236,22 @@ def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn
             return f"'{key}' is {have or 'not there'}; load would build {need or 'none'}"
     modules = dict(qmodel.named_modules())
     for name, module in twin.named_modules():
+        ours = modules.get(name)
+        if ours is not None and name and not all(isinstance(each, ABSENT_IN_EVAL) for each in (ours, module)):
+            if _kind(ours) is not _kind(module):
+                return f"'{name}' is a {_kind(ours).__name__}; load would build a {_kind(module).__name__}"
+            if "forward" in vars(ours):
+                return f"'{name}' has a forward of its own; load would build none"
         for key, value in settings(module).items():
             found = settings(modules[name]).get(key, value) if name in modules else value
             if found != value:
                 return f"'{name}.{key}' is {found!r}; load would build {value!r}"
     return ""
+
+
+def _kind(module: nn.Module) -> type:
+    """The class of a module as it was before the integer runtime took it."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith(_RUNTIME))
 
 
 def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:
