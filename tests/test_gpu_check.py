@@ -32,6 +32,7 @@ def test_every_benchmark_is_there_and_takes_its_options(script, tmp_path):
         "accuracy_tables",
         "dense",
         "dense_tables",
+        "models",
         "round_second_order",
     }
     assert {row[1] for row in script.KEY + script.REST} == known

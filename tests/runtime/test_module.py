@@ -368,7 +368,8 @@ def variants():
 
 
 @pytest.mark.parametrize("kind", ["gated", "post-norm"])
-def test_a_block_of_another_kind_runs_part_by_part_and_is_right(seed, kind):
+def test_a_block_of_another_kind_is_right(seed, kind):
+    """Part by part; with a gated MLP as a whole, since the operator has gates."""
     make, options = variants()[kind]
     model = make(**options)
     qmodel, images = quantized(model, 8, acm="sequential")
@@ -376,7 +377,7 @@ def test_a_block_of_another_kind_runs_part_by_part_and_is_right(seed, kind):
     assert set(dfqvit.integer_report(qmodel).values()) != {""}  # as simulated
     assert accelerate(qmodel) == {}
     assert set(dfqvit.integer_report(qmodel).values()) == {""}
-    assert not blocks(qmodel)
+    assert bool(blocks(qmodel)) == (kind == "gated")
     assert close(qmodel(images), expected)
     assert float((expected - model(images)).norm() / model(images).norm()) < 0.1
 
