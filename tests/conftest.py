@@ -180,14 +180,16 @@ def threads(count: int) -> Iterator[None]:
 def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
     """`make`, for which equal arguments and an equal state of torch's random numbers make the same: then a copy of it.
 
-    For what tests only begin with, such as a quantized model. The CPU path of the first call is then that of all.
+    For what tests only begin with, such as a quantized model; on every CPU path anew.
     """
     kept: dict[bytes, tuple[Any, torch.Tensor]] = {}
 
     @functools.wraps(make)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            key = hashlib.sha256(pickle.dumps((args, kwargs, torch.get_rng_state()))).digest()
+            module, _ = extension.load()
+            path = None if module is None else module.active_isa()
+            key = hashlib.sha256(pickle.dumps((args, kwargs, path, torch.get_rng_state()))).digest()
         except (AttributeError, pickle.PicklingError, TypeError):  # a class within a test
             return make(*args, **kwargs)
         if key not in kept:
