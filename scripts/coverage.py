@@ -260,7 +260,7 @@ def markdown(states: dict[str, dict[str, Any]], speeds: dict[str, list[str]]) ->
         "",
         "*Times float32*: the speed of W8/A8 over that of the float32 model at batch 1 / 8, on two cores of an AMD EPYC",
         "(AVX-512 VNNI), medians of turns beside each other (`benchmarks/models.py`). Empty: not measured. Below 1 the quantized",
-        "model is smaller and slower: its attention or its convolutions stay float, and what is between them costs more than it saves.",
+        "model is smaller and slower: its attention or its convolutions stay float, and what is between costs more than it saves.",
         "",
         "| timm file | for example | tags | accepted | integer | times float32 | what else stays float |",
         "| --- | --- | ---: | ---: | ---: | --- | --- |",
