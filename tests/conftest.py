@@ -141,6 +141,19 @@ def isa(request: pytest.FixtureRequest) -> Any:
     module.set_isa(before)
 
 
+def each_fusing_path() -> Iterator[str]:
+    """The CPU paths of this processor that fuse multiply-adds, each in use while it is the loop's; afterwards the one of before."""
+    module = extension.load()[0]
+    before = module.active_isa()
+    for path in PATHS[1:]:
+        try:
+            module.set_isa(path)
+        except ValueError:
+            continue
+        yield path
+    module.set_isa(before)
+
+
 @pytest.fixture
 def data() -> Path:
     """The folder of real weights and images."""

@@ -63,14 +63,15 @@ class QuantizedNetwork(nn.Module):
         """Tensors of floats, also in lists, in float32; the rest as it is."""
         if isinstance(x, (list, tuple)):
             return type(x)(self._admitted(each) for each in x)
-        if isinstance(x, torch.Tensor) and not x.is_floating_point():
+        if not isinstance(x, torch.Tensor):
+            return x
+        if not x.is_floating_point():
             raise UsageError(
                 f"images had dtype {x.dtype}; they must be floats, normalised as the network expects "
                 "(network.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
             )
-        if isinstance(x, torch.Tensor):
-            _refuse_tangents(x)
-        return x.float() if isinstance(x, torch.Tensor) else x
+        _refuse_tangents(x)
+        return x.float()
 
 
 def _refuse_tangents(images: torch.Tensor) -> None:

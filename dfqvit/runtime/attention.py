@@ -9,7 +9,7 @@ import torch
 from ..kernels.quant_attention.op import forward as quant_attention
 from ..kernels.quantize_heads.op import forward as quantize_heads
 from ..quantization.attention import AttentionOperands
-from .parts import replaced_forward, watched_or_differentiated
+from .parts import replaced_forward, tensors_of, watched_or_differentiated
 from .prepared import Bind, Call, through_torch
 
 _STEPS = 255  # of the probabilities, as `quant_attention` has them
@@ -41,9 +41,7 @@ class IntegerOperands(AttentionOperands):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As AttentionOperands, float32 [B, heads, N, D]."""
-        if watched_or_differentiated(
-            self, *(each for each in args if isinstance(each, torch.Tensor))
-        ) or replaced_forward(self):
+        if watched_or_differentiated(self, *tensors_of(args, kwargs)) or replaced_forward(self):
             return super().forward(*args, **kwargs)
         return self.bound(through_torch)(*args, **kwargs)
 

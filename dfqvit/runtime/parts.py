@@ -220,6 +220,11 @@ def watched_or_differentiated(module: nn.Module, *given: torch.Tensor) -> bool:
     return any(child._forward_hooks or child._forward_pre_hooks for child in inside)
 
 
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among the arguments of a call."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+
+
 def replaced_forward(module: nn.Module) -> str:
     """Why a module is not what its class says, or "": a forward of its own was given to one inside it, or one that computes stands
     where dropout stood."""

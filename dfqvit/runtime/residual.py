@@ -24,7 +24,7 @@ from .attention import IntegerOperands
 from .company import lift
 from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
-from .parts import activation_of, gains_of, replaced_forward, watched_or_differentiated
+from .parts import activation_of, gains_of, replaced_forward, tensors_of, watched_or_differentiated
 from .prepared import Bind, Call, Trying, compiled, may_prepare, small_tensors, through_torch, watch
 
 _ASKED = asked_table()
@@ -67,9 +67,9 @@ class IntegerResidual(nn.Module):
         prepare = not _ASKED and not torch.compiler.is_compiling()
         if prepare:
             watching, steps = self.__dict__.get("_prepared", (None, None))
-            if watching is not None and watching(x, *_tensors(args, kwargs)):
+            if watching is not None and watching(x, *tensors_of(args, kwargs)):
                 return steps(x, *args, **kwargs)
-        if watched_or_differentiated(self, x, *_tensors(args, kwargs)) or self.why_not(self):
+        if watched_or_differentiated(self, x, *tensors_of(args, kwargs)) or self.why_not(self):
             lift()
             return super().forward(x, *args, **kwargs)
         if not prepare or not may_prepare(x) or x.dim() != 3:
@@ -115,10 +115,6 @@ def _once(function: Callable[[], torch.Tensor | None], bind: Bind) -> Callable[[
         return function
     value = function()
     return lambda: value
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
 
 
 def _hidden(mlp: Any, bind: Bind) -> Call:
