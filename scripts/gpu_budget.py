@@ -1,232 +1,94 @@
-"""What the CUDA kernel of quant_linear costs on a GPU that is not there: instructions counted in its machine code, times predicted.
+"""What the GPU kernels cost on a GPU that is not there: counted in their machine code, times predicted.
 
-    python scripts/gpu_budget.py [--out FILE]
+    python scripts/gpu_budget.py [--out FILE] [--only linear attention entropy model]
 
-Compiles the large tile's kernel for sm_90a with nvcc, disassembles it with cuobjdump (the toolkit's, or the one that Triton brings
-along), and counts, for each loop, the instructions of the shortest way round that does the loop's work: the step over K, and the
-three loops of the epilogue (bytes, GELU to bytes, float32). From these come, for each layer of a model, the cycles that a
-multiprocessor's four schedulers issue and that its tensor cores multiply, the bytes, and the time that the greatest of them
-takes. No launch, cache or scheduling is in it: a floor of this code, not a measurement. Exit status 1 without tools.
+Compiles the kernels for sm_90a with nvcc (and LayerNorm by Triton), disassembles them with cuobjdump (the toolkit's, or the one
+that Triton brings along) and follows a warp's way through them. For attention, the entropy and LayerNorm a multiprocessor is then
+run cycle by cycle with what the compiler says of each instruction (scripts/budget/machine.py), so that waiting is in the time; for
+quant_linear the busiest part counts (scripts/budget/linear.py). `floor` is the busiest part of this code. Nothing is measured: the
+simulation of attention's kernel as it was when an H100 took 310 us for a layer gives 260 us. Exit status 1 without tools.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
-import importlib.util
 import json
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PROCESSORS, HERTZ, BYTES_A_SECOND = 132, 1.83e9, 4.8e12  # H200
-ISSUED, MULTIPLIED = 4, 4096  # warps' instructions, and multiply-adds of bytes on the tensor cores, a cycle
-BF16_SHARE, BF16_PEAK = 0.77, 495e12  # what cuBLAS reaches of its peak, in multiply-adds a second
-TILE, STEP, WARPS = 128, 128, 8  # rows and outputs of a tile, depth of a step, warps of a block (Group)
-TOKENS = {"deit": 197, "swin": 49 * 64}
-SOURCE = """#include "dfqvit/quant_linear.cuh"
-namespace dfqvit::quant::tile {{
-template __global__ void multiply_kernel<Group, {bits}>(const Operands, const Epilogue, int64_t);
-}}
-"""
+from budget import attention, entropy, layer_norm, linear, sass, whole
+from budget.kernel import Prediction
+from budget.machine import H200
+
+PARTS = ("linear", "attention", "entropy", "model")
+HEADS = 256 * 12  # of DeiT-B at batch 256
+TOKENS, DEPTH = 197, 64
+ATTENTION_WARPS, ATTENTION_BLOCKS = (
+    3,
+    5,
+)  # of a block and of a multiprocessor (`warps_for`, asserted by the tests of the kernel)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Instructions of one warp: of a step over K; of each loop of the epilogue, for 32 lanes with one output each."""
-
-    step: int
-    bytes: float
-    gelu_bytes: float
-    floats: float
-    panel: float  # of the sums' way through shared memory, which comes to each
+def vit_attention() -> Prediction:
+    """One layer of DeiT-B at batch 256."""
+    kernel = attention.kernel(TOKENS, DEPTH)
+    return attention.predict(kernel, TOKENS, DEPTH, ATTENTION_WARPS, ATTENTION_BLOCKS, HEADS, H200)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer at batch 256, and what its time is made of, in microseconds."""
-
-    name: str
-    outputs: int
-    depth: int
-    kind: str
-    issue: float
-    tensor: float
-    memory: float
-    bf16: float
-
-    @property
-    def time(self) -> float:
-        """Of the busiest part."""
-        return max(self.issue, self.tensor, self.memory)
-
-
-def tools() -> tuple[str, str] | None:
-    """nvcc and cuobjdump, or None."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
-    top = re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)
-    folders = [Path(top.group(1)).resolve() / "bin"] if top else []
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.origin:
-        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
-    found = [str(folder / "cuobjdump") for folder in folders if (folder / "cuobjdump").exists()]
-    return (nvcc, found[0]) if found else None
-
-
-def disassembled(bits: int) -> list[tuple[int, str]]:
-    """(address, instruction) of the kernel for weights of `bits`, sm_90a."""
-    found = tools()
-    if found is None:
-        raise SystemExit("no nvcc, or no cuobjdump")
-    nvcc, cuobjdump = found
-    with tempfile.TemporaryDirectory() as folder:
-        source, code = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
-        source.write_text(SOURCE.format(bits=bits))
-        flags = ["-std=c++17", "-O3", "--fmad=false", "-gencode=arch=compute_90a,code=sm_90a", "-cubin"]
-        command = [nvcc, *flags, f"-I{ROOT / 'csrc/include'}", "-o", str(code), str(source)]
-        subprocess.run(command, check=True, capture_output=True)
-        text = subprocess.run([cuobjdump, "-sass", str(code)], check=True, capture_output=True, text=True).stdout
-    kernel = next(
-        part for part in re.split(r"\n\s*Function : ", text) if part.startswith("_ZN6dfqvit5quant4tile15multiply")
-    )
-    return [(int(at, 16), line.strip()) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", kernel)]
-
-
-def operation(line: str) -> str:
-    """The instruction's name, without its predicate."""
-    return line.split(maxsplit=1)[1].split()[0] if line.startswith("@") else line.split()[0]
-
-
-def loops(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
-    """(first, last) of the loops that hold no other, as indices."""
-    at = {address: index for index, (address, _) in enumerate(code)}
-    found = []
-    for last, (address, line) in enumerate(code):
-        target = re.search(r"^(?:@\S+ )?BRA.*?(0x[0-9a-f]+)$", line)
-        if target and int(target[1], 16) < address:
-            found.append((at[int(target[1], 16)], last))
-    return [
-        one for one in found if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in found)
-    ]
-
-
-def shortest(code: list[tuple[int, str]], first: int, last: int, work: str) -> int:
-    """Instructions of the shortest way from `first` to `last` that meets all the loop's `work`, or as much of it as it can."""
-    at = {address: index for index, (address, _) in enumerate(code)}
-
-    def following(index: int) -> list[int]:
-        line = code[index][1]
-        if operation(line) != "BRA":
-            return [index + 1]
-        target = at[int(re.search(r"(0x[0-9a-f]+)$", line)[1], 16)]  # type: ignore[index]
-        conditional = line.startswith("@") or re.search(r"\bU?P\d", line)
-        return [index + 1, target] if conditional else [target]
-
-    done: set[tuple[int, int]] = set()
-    ends: dict[int, int] = {}
-    queue = [(1, first, 0)]
-    while queue:
-        count, index, met = heapq.heappop(queue)
-        if (index, met) in done:
-            continue
-        done.add((index, met))
-        met += operation(code[index][1]).startswith(work)
-        if index == last:
-            ends.setdefault(met, count)
-            continue
-        for after in following(index):
-            if first <= after <= last:
-                heapq.heappush(queue, (count + 1, after, met))
-    return ends[max(ends)]
-
-
-def count(bits: int) -> Counts:
-    """The counts of the kernel for weights of `bits`."""
-    code = disassembled(bits)
-    found: dict[str, float] = {}
-    for first, last in loops(code):
-        names = [operation(line) for _, line in code[first : last + 1]]
-        stores = [name for name in names if name.startswith("STG")]
-        if any(name.startswith("IGMMA") for name in names):
-            found["step"] = last - first + 1  # all of it: what is left out in the last two steps is not counted out
-        elif stores and all(name == "STG.E.128" for name in stores):
-            found["floats"] = shortest(code, first, last, "STG") / (4 * len(stores))
-        elif stores and all(name == "STG.E" for name in stores):
-            kind = "gelu_bytes" if sum(name == "MUFU.EX2" for name in names) else "bytes"
-            found[kind] = shortest(code, first, last, "STG") / (4 * len(stores))
-    writes = 0.5  # an int2 a store: one for two sums
-    return Counts(int(found["step"]), found["bytes"], found["gelu_bytes"], found["floats"], writes)
-
-
-MODELS = {"DeiT-T": ("deit", 192), "DeiT-S": ("deit", 384), "DeiT-B": ("deit", 768)}
-
-
-def layers(counts: Counts, width: int, rows: int) -> list[Layer]:
-    """The four layers of a block of a ViT of `width`, with 8-bit integers between them and a float32 residual."""
-    found = []
-    for name, outputs, depth, kind in (
-        ("qkv", 3 * width, width, "bytes"),
-        ("proj", width, width, "floats"),
-        ("fc1 + GELU", 4 * width, width, "gelu_bytes"),
-        ("fc2", width, 4 * width, "floats"),
-    ):
-        tiles = -(-rows // TILE) * -(-outputs // TILE)
-        steps = -(-depth // STEP)
-        epilogue = TILE * TILE / 32 * (getattr(counts, kind) + counts.panel)
-        microseconds = 1e6 / (PROCESSORS * HERTZ)
-        issue = tiles * (WARPS * steps * counts.step + epilogue) / ISSUED * microseconds
-        tensor = tiles * TILE * TILE * steps * STEP / MULTIPLIED * microseconds
-        moved = rows * depth + outputs * depth + rows * outputs * (8 if kind == "floats" else 1)
-        bf16 = rows * outputs * depth / (BF16_PEAK * BF16_SHARE) * 1e6
-        found.append(Layer(name, outputs, depth, kind, issue, tensor, moved / BYTES_A_SECOND * 1e6, bf16))
-    return found
-
-
-def table(counts: Counts, bits: int) -> str:
-    """Markdown, of DeiT-B at batch 256; then the sums of the linear layers of each model."""
-    per = f"a step over K of 128: {counts.step}; an output: bytes {counts.bytes:.1f}, GELU {counts.gelu_bytes:.1f}, "
+def table(rows: list[Prediction]) -> str:
+    """Markdown."""
     lines = [
-        f"Weights of {bits} bits, instructions of a warp. {per}float32 {counts.floats:.1f}, all + {counts.panel}.",
-        "",
+        "| us | issue | tensor cores | special functions | arithmetic | shared memory | bytes | floor | predicted |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        "| DeiT-B, batch 256 | N x K | issue | tensor cores | bytes | predicted | bf16 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = 256 * TOKENS["deit"]
-    for layer in layers(counts, 768, rows):
-        times = f"{layer.issue:.0f} us | {layer.tensor:.0f} us | {layer.memory:.0f} us | {layer.time:.0f} us | {layer.bf16:.0f} us"
-        lines.append(f"| {layer.name} | {layer.outputs} x {layer.depth} | {times} |")
-    for name, (_, width) in MODELS.items():
-        found = layers(counts, width, rows)
-        ours, theirs = (12 * sum(getattr(layer, field) for layer in found) / 1e3 for field in ("time", "bf16"))
-        lines.append(f"\n{name}: linear layers of 12 blocks {ours:.2f} ms, bf16 {theirs:.2f} ms.")
+    for row in rows:
+        parts = (row.issue, row.tensor, row.special, row.arithmetic, row.shared, row.memory, row.floor, row.time)
+        lines.append(f"| {row.name} | " + " | ".join(f"{part:.0f}" for part in parts) + " |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON lines of every layer are written here too")
-    out = parser.parse_args().out
-    if tools() is None:
+    parser.add_argument("--out", type=Path, help="JSON lines of every kernel are written here too")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these alone")
+    args = parser.parse_args()
+    if sass.tools() is None:
         print("gpu_budget: no nvcc, or no cuobjdump: nothing can be counted", file=sys.stderr)
         return 1
-    records = []
-    for bits in (8, 4):
-        counts = count(bits)
-        print(table(counts, bits), end="\n\n")
-        for layer in layers(counts, 768, 256 * TOKENS["deit"]):
-            records.append({"bits": bits, **asdict(counts), **asdict(layer), "time": layer.time})
-    if out:
-        out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    records: list[dict[str, object]] = []
+    if "linear" in args.only:
+        for bits, tiles in ((8, True), (8, False), (4, False)):
+            counts = linear.count(bits, tiles)
+            print(linear.table(counts, bits, tiles), end="\n\n")
+            for layer in linear.layers(counts, 768, 256 * TOKENS):
+                records.append({"bits": bits, "tiles": tiles, **asdict(counts), **asdict(layer), "time": layer.time})
+    rows = [vit_attention()] if {"attention", "model"} & set(args.only) else []
+    norms = {}
+    if "model" in args.only:
+        norms = {name: layer_norm.predict(256 * TOKENS, width, H200) for name, width in whole.MODELS.items()}
+        rows += norms.values()
+    if "entropy" in args.only:
+        found = entropy.predictions(H200)
+        rows += found.values()
+        times = entropy.times(found)
+    print(table(rows), end="\n\n")
+    records += [asdict(row) for row in rows]
+    if "entropy" in args.only:
+        print(
+            f"Entropy, 12 layers x 32 images: forward {times['forward']:.0f} us, backward {times['backward']:.0f} us.\n"
+        )
+        records.append({"name": "entropy", **times})
+    if "model" in args.only:
+        print("| ms, batch 256 | linear | attention | norms | rest | together | bf16 |\n|---|---|---|---|---|---|---|")
+        counts = linear.count(8, True)
+        for name, norm in norms.items():
+            one = whole.model(name, counts, rows[0].time, norm.time)
+            parts = (one.linear, one.attention, one.norms, one.rest, one.total, one.bf16)
+            print(f"| {name} | " + " | ".join(f"{part:.2f}" for part in parts) + " |")
+            records.append({**asdict(one), "total": one.total})
+    if args.out:
+        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
     return 0
 
 

@@ -1,8 +1,8 @@
 """`make gpu-check OUT=DIR`, for a machine with an NVIDIA GPU: build, key numbers, GPU tests, other benchmarks; JSON under DIR.
 
 What matters most comes first: DeiT-B at batch 256, synthesis, the entropy; then the tests marked `gpu`; then the rest. On Hopper
-the tests of quant_linear run with both products, mma.sync and wgmma, and its benchmark has rows for both. Uses the Python that
-runs it (torch with CUDA, triton, timm, pytest, pybind11 and ninja must be there), and builds for this card only.
+the tests of quant_linear run with all its products (mma.sync, wgmma, wgmma of whole tiles), and its benchmark has rows for each.
+Uses the Python that runs it (torch with CUDA, triton, timm, pytest, pybind11 and ninja must be there); builds for this card only.
 
 `--steps build tests deit_base` runs some of them, in that order; `--seconds` is the time for everything, TOTAL by default.
 

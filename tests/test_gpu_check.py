@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from .fresh import python
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -147,7 +149,6 @@ def test_a_failure_is_printed_at_once(tmp_path):
 
 
 def test_inference_begins_nothing_after_its_time(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "inference.py"), "--models", "demo", "--seconds", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python(ROOT / "benchmarks" / "inference.py", "--models", "demo", "--seconds", "0")
     assert done.returncode == 0, done.stderr
     assert "demo: not begun, 0 s are over" in done.stderr

@@ -1,6 +1,6 @@
 // dfqvit_cuda::similarity_range, patch_similarity_entropy and its backward: checks, and memory for the kernels of
 // patch_similarity_entropy_kernels.cu. All layers go into each launch, nothing is read back to the host, and memory
-// beyond input and output is a few numbers for each row and tile row (for depth > 128 also one float32 gradient).
+// beyond input and output is a few numbers for each row and pair of tiles (for depth > 128 also one float32 gradient).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -45,7 +45,7 @@ struct Units {
                                     sets.depth, stream));
   }
 
-  int64_t blocks() const { return count * sets.tiles(); }
+  int64_t blocks() const { return count * sets.pairs(); }
 };
 
 at::Tensor similarity_range(const at::Tensor& features) {

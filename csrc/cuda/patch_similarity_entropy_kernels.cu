@@ -17,15 +17,15 @@ cudaError_t allow_shared(Kernel* kernel, int64_t bytes) {
 template <typename T>
 cudaError_t launch_normalise(const T* x, float* inverse, float* diagonal, int64_t rows, int64_t depth,
                              cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
-  normalise_kernel<<<blocks, kThreads, 0, stream>>>(x, inverse, diagonal, rows, depth);
+  const auto blocks = static_cast<unsigned>((rows + kRowsOfBlock - 1) / kRowsOfBlock);
+  normalise_kernel<<<blocks, kRowThreads, 0, stream>>>(x, inverse, diagonal, rows, depth);
   return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t launch_range(const Sets<T>& sets, int64_t count, int64_t layers, float* ends, float* result,
                          cudaStream_t stream) {
-  const int64_t blocks = count * sets.tiles(), shared = range_shared_bytes();
+  const int64_t blocks = count * sets.pairs(), shared = tile_shared_bytes();
   cudaError_t error = allow_shared(range_kernel<T>, shared);
   if (error != cudaSuccess) return error;
   range_kernel<T><<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(sets, ends);
@@ -39,15 +39,15 @@ template <typename T>
 cudaError_t launch_density(const Sets<T>& sets, int64_t count, const float* ends, int64_t batch, int64_t windows,
                            int points, float bandwidth, double* parts, float* density, T* entropy,
                            cudaStream_t stream) {
-  const int64_t shared = density_shared_bytes(points), images = batch / windows;
+  const int64_t shared = tile_shared_bytes(), images = batch / windows;
   cudaError_t error = allow_shared(density_kernel<T>, shared);
   if (error != cudaSuccess) return error;
-  density_kernel<T><<<static_cast<unsigned>(count * sets.tiles()), kThreads, shared, stream>>>(
+  density_kernel<T><<<static_cast<unsigned>(count * sets.pairs()), kThreads, shared, stream>>>(
       sets, ends, batch, points, bandwidth, parts);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  finish_density_kernel<<<static_cast<unsigned>(count / windows), kThreads, 0, stream>>>(
-      parts, sets.diagonal, ends, sets.n, sets.tiles(), windows, images, points, bandwidth, density, entropy);
+  finish_density_kernel<<<static_cast<unsigned>(count / windows), kRowThreads, 0, stream>>>(
+      parts, sets.diagonal, ends, sets.n, sets.pairs(), windows, images, points, bandwidth, density, entropy);
   return cudaGetLastError();
 }
 

@@ -54,6 +54,8 @@ at::Tensor quant_attention(const at::Tensor& qkv, int64_t heads, const at::Tenso
   p.depth = static_cast<int>(width / 3 / heads);
   p.windows = static_cast<int>(windows);
   p.head_scale = floats(factors);
+  TORCH_CHECK(image * width <= std::numeric_limits<uint32_t>::max(), "quant_attention: an image of qkv had ",
+              image * width, " bytes; CUDA takes 2^32 - 1");
   const int64_t blocks = batch * windows * heads;
   TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "quant_attention: qkv had ", blocks,
               " heads of all images; CUDA takes 2^31 - 1");

@@ -6,33 +6,33 @@ namespace quant {
 namespace attention {
 namespace {
 
-template <int kDepth, bool kAddends>
+template <int kDepth, int kKept, bool kAddends>
 cudaError_t launch(const Heads& p, int64_t blocks, cudaStream_t stream) {
-  const int bytes = shared_bytes<kDepth>(p.tokens);
-  const auto kernel = attention_kernel<kDepth, kAddends>;
+  int device = 0, shared = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error != cudaSuccess) return error;
+  const int warps = warps_for<kDepth, kKept>(p.tokens, shared), bytes = shared_bytes<kDepth, kKept>(p.tokens, warps);
+  const auto kernel = attention_kernel<kDepth, kKept, kAddends>;
   if (bytes > 48 << 10) {  // more than a kernel has unasked
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), 32 * warps_for<kDepth, kAddends>(p.tokens), bytes, stream>>>(p);
+  kernel<<<static_cast<unsigned>(blocks), 32 * warps, bytes, stream>>>(p);
   return cudaGetLastError();
-}
-
-template <int kDepth>
-cudaError_t launch(const Heads& p, int64_t blocks, cudaStream_t stream) {
-  return p.bias || p.mask ? launch<kDepth, true>(p, blocks, stream) : launch<kDepth, false>(p, blocks, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_attention(const Heads& p, int64_t blocks, cudaStream_t stream) {
-  if (p.depth <= 32) return launch<32>(p, blocks, stream);
-  if (p.depth <= 64) return launch<64>(p, blocks, stream);
-  if (p.depth <= 96) return launch<96>(p, blocks, stream);
-  return launch<128>(p, blocks, stream);
+  return with_shape(p, [&](auto depth, auto kept) {
+    constexpr int kDepth = decltype(depth)::value, kKept = decltype(kept)::value;
+    return p.bias || p.mask ? launch<kDepth, kKept, true>(p, blocks, stream)
+                            : launch<kDepth, kKept, false>(p, blocks, stream);
+  });
 }
 
 }  // namespace attention

@@ -79,20 +79,23 @@ int attribute(cudaDeviceAttr name, const at::Tensor& x) {
   return value;
 }
 
-// Whether to multiply by wgmma: compute capability 9.0, code for sm_90a, and enough tiles (`filled`). The variable
-// DFQVIT_WGMMA decides otherwise: 0 never, 1 for every size.
-bool by_wgmma(const at::Tensor& x, bool filled) {
+// What multiplies. By wgmma: compute capability 9.0, code for sm_90a, and enough tiles (`filled`). The variable
+// DFQVIT_WGMMA decides otherwise: 0 never, 1 for every size, "tiles" for every size and, with weights of 8 bits, by
+// copies of whole tiles, which have not been measured yet.
+Product product_for(const at::Tensor& x, bool filled, int64_t bits) {
   constexpr bool kCompiled = std::string_view(DFQVIT_CUDA_ARCHS).find("9.0a") != std::string_view::npos;
   const char* choice = std::getenv("DFQVIT_WGMMA");
   const std::string_view wish = choice ? choice : "";
-  TORCH_CHECK(wish.empty() || wish == "0" || wish == "1", "DFQVIT_WGMMA was '", std::string(wish),
-              "'; it may be 0 (never), 1 (for every size) or unset");
+  TORCH_CHECK(wish.empty() || wish == "0" || wish == "1" || wish == "tiles", "DFQVIT_WGMMA was '", std::string(wish),
+              "'; it may be 0 (never), 1 (for every size), tiles (the same, by copies of whole tiles) or unset");
   const bool able = kCompiled && attribute(cudaDevAttrComputeCapabilityMajor, x) == 9 &&
                     attribute(cudaDevAttrComputeCapabilityMinor, x) == 0;
-  TORCH_CHECK(able || wish != "1",
-              "DFQVIT_WGMMA was 1, but wgmma needs a GPU of compute capability 9.0 and a build for 9.0a "
+  const bool wanted = wish == "1" || wish == "tiles";
+  TORCH_CHECK(able || !wanted, "DFQVIT_WGMMA was ", std::string(wish),
+              ", but wgmma needs a GPU of compute capability 9.0 and a build for 9.0a "
               "(TORCH_CUDA_ARCH_LIST); the build is for " DFQVIT_CUDA_ARCHS);
-  return able && wish != "0" && (filled || wish == "1");
+  if (!able || wish == "0" || !(filled || wanted)) return Product::mma_sync;
+  return wish == "tiles" && bits == 8 ? Product::wgmma_of_tiles : Product::wgmma;
 }
 
 at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const Optional& acm,
@@ -165,7 +168,10 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
 
   const int processors = attribute(cudaDevAttrMultiProcessorCount, x);
   const bool filled = tile_count<Large>(rows, outputs) >= processors;
-  if (by_wgmma(x, filled)) {
+  const Product product = product_for(x, filled, bits);
+  if (product == Product::wgmma_of_tiles) {
+    C10_CUDA_CHECK(launch_multiply_tiles(operands, e, processors, stream));
+  } else if (product == Product::wgmma) {
     C10_CUDA_CHECK(launch_multiply<Group>(bits, operands, e, processors, stream));
   } else if (filled) {
     C10_CUDA_CHECK(launch_multiply<Large>(bits, operands, e, processors, stream));

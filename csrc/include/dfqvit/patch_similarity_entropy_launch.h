@@ -25,19 +25,20 @@ struct Sets {
   int64_t n, depth;
 
   DFQVIT_HOST_DEVICE int64_t tiles() const { return (n + kTile - 1) / kTile; }
+  DFQVIT_HOST_DEVICE int64_t pairs() const { return tiles() * (tiles() + 1) / 2; }  // of tiles, each once
 };
 
-// Each gives the error of its launches. `sets` are `count`, at most 2^31 - 1 tile rows in all.
+// Each gives the error of its launches. `sets` are `count`, at most 2^31 - 1 pairs of tiles in all.
 template <typename T>
 cudaError_t launch_normalise(const T* x, float* inverse, float* diagonal, int64_t rows, int64_t depth,
                              cudaStream_t stream);
 
-// result [layers, 2] = the least and the greatest similarity of each layer; ends [count * tiles, 2] is room.
+// result [layers, 2] = the least and the greatest similarity of each layer; ends [count * pairs, 2] is room.
 template <typename T>
 cudaError_t launch_range(const Sets<T>& sets, int64_t count, int64_t layers, float* ends, float* result,
                          cudaStream_t stream);
 
-// density [layers, images, points] and entropy [layers, images]; parts [count * tiles, points] is room. A layer has
+// density [layers, images, points] and entropy [layers, images]; parts [count * pairs, points] is room. A layer has
 // `batch` sets, which are `windows` of each image.
 template <typename T>
 cudaError_t launch_density(const Sets<T>& sets, int64_t count, const float* ends, int64_t batch, int64_t windows,

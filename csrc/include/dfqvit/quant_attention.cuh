@@ -1,179 +1,29 @@
 // The CUDA kernel of quant_attention, on raw pointers: scores, softmax and values of one head of one window in one
 // block. No torch headers. docs/kernels/quant_attention.md says why it is as it is.
 //
-// Keys, and values transposed, stand in shared memory as signed bytes. A warp takes 16 or 32 queries and walks the keys
-// twice: for the greatest score of each query, then for the steps of 1/255 and their product with the values. The
-// scores are multiplied twice because registers do not hold them; the tensor cores have time for it.
+// Keys and values stand in shared memory as bytes. A warp takes 16 queries and keeps their scores in registers, of up
+// to kKept keys: from one product come the greatest score and the steps of 1/255. Longer windows are walked in runs of
+// kKept keys, once for the greatest score and back again for the steps. Both products are u8 x u8: what the zero points
+// add is known for each key, and for all channels of a value, and the rest is the same for all keys of a query.
 #pragma once
 
-#include "dfqvit/device_floats.cuh"
-#include "dfqvit/quant_attention_launch.h"
-#include "dfqvit/quant_linear_ptx.cuh"
-#include "dfqvit/quant_linear_tile.h"
+#include <type_traits>
+
+#include "dfqvit/quant_attention_operands.cuh"
 
 namespace dfqvit {
 namespace quant {
 namespace attention {
 
-using tile::kRounder;
-using tile::kRounderBits;
-
-constexpr int kMostWarps = 7;           // of a block: 224 queries, and registers for two blocks
-constexpr int kKeys = 32;               // of a step: the depth of one product with the values
-constexpr int kPad = 16;                // bytes after a row in shared memory: 8 rows then start in different banks
-constexpr int32_t kNoKey = -(1 << 30);  // the sums of keys that do not exist begin here: never the greatest
-constexpr float kLog2E = 1.44269504f, kLog2Of255 = 7.99435344f;
-constexpr uint32_t kSignBits = 0x80808080u, kOnes = 0x01010101u;  // u8 ^ sign bit = s8 + 128
-
-DFQVIT_HOST_DEVICE int padded_keys(int tokens) {
-  return (tokens + kKeys - 1) / kKeys * kKeys;
-}
-// Bytes of shared memory: keys, transposed values, and where the sums of each key begin.
-template <int kDepth>
-inline int shared_bytes(int tokens) {
-  const int keys = padded_keys(tokens);
-  return keys * (kDepth + kPad) + kDepth * (keys + kPad) + keys * 4;
-}
-
-__device__ __forceinline__ uint32_t word_at(const void* pointer) {
-  return *static_cast<const uint32_t*>(pointer);
-}
-
-// What a lane holds of a product's result are two neighbouring columns of each 8. Columns of values are so assigned to
-// channels that these are 2 * tiles neighbouring channels; that of column n of tile j is
-// 2 * tiles * (n / 2) + 2 j + n % 2. Here the row of a channel in shared memory, 8 j + n.
-template <int kDepth>
-__device__ __forceinline__ int value_row(int channel) {
-  constexpr int kTiles = kDepth / 8;
-  return channel % (2 * kTiles) / 2 * 8 + channel / (2 * kTiles) * 2 + channel % 2;
-}
-
-// One block's head, brought to shared memory by all its threads.
-template <int kDepth>
-struct Shared {
-  static constexpr int kKeyPitch = kDepth + kPad;
-  uint8_t *keys, *values;  // [padded keys][kKeyPitch] and [kDepth][value_pitch], both signed
-  int32_t* starts;         // of each key: -q_zero * sum_d k
-  int padded, value_pitch;
-
-  __device__ __forceinline__ Shared(uint8_t* memory, int tokens)
-      : keys(memory), padded(padded_keys(tokens)), value_pitch(padded + kPad) {
-    values = keys + padded * kKeyPitch;
-    starts = reinterpret_cast<int32_t*>(values + kDepth * value_pitch);
-  }
-
-  // `base`: of this head's q at token 0; `stride`: bytes from token to token.
-  __device__ __forceinline__ void fill(const Heads& p, const uint8_t* base, const int32_t* index, int stride,
-                                       int channels, int32_t q_zero) {
-    constexpr int kChunks = kDepth / 16;
-    const auto token = [&](int at) { return static_cast<int64_t>(index ? index[at] : at) * stride; };
-    for (int i = threadIdx.x; i < padded * kChunks; i += blockDim.x) {
-      const int key = i / kChunks, chunk = i % kChunks;
-      int4 bytes{0, 0, 0, 0};  // where there is none, which meets steps of 0, or queries of 0
-      if (key < p.tokens && chunk * 16 < p.depth) {
-        bytes = *reinterpret_cast<const int4*>(base + channels + token(key) + chunk * 16);
-        bytes.x ^= kSignBits, bytes.y ^= kSignBits, bytes.z ^= kSignBits, bytes.w ^= kSignBits;
-      }
-      *reinterpret_cast<int4*>(keys + key * kKeyPitch + chunk * 16) = bytes;
-    }
-    // Four keys by four channels are turned over in registers. The keys of a word are those whose steps a lane finds in
-    // its own sums: 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of each 16.
-    for (int i = threadIdx.x; i < padded / 4 * (kDepth / 4); i += blockDim.x) {
-      const int channel = i % (kDepth / 4) * 4, place = i / (kDepth / 4) * 4;
-      const int first = place / 16 * 16 + place % 16 / 2;
-      uint32_t row[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int key = first + k % 2 + k / 2 * 8;
-        const bool there = key < p.tokens && channel < p.depth;
-        row[k] = there ? word_at(base + 2 * channels + token(key) + channel) ^ kSignBits : 0;
-      }
-      const uint32_t low01 = __byte_perm(row[0], row[1], 0x5140), high01 = __byte_perm(row[0], row[1], 0x7362);
-      const uint32_t low23 = __byte_perm(row[2], row[3], 0x5140), high23 = __byte_perm(row[2], row[3], 0x7362);
-      const uint32_t turned[4] = {__byte_perm(low01, low23, 0x5410), __byte_perm(low01, low23, 0x7632),
-                                  __byte_perm(high01, high23, 0x5410), __byte_perm(high01, high23, 0x7632)};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        *reinterpret_cast<uint32_t*>(values + value_row<kDepth>(channel + c) * value_pitch + place) = turned[c];
-      }
-    }
-    __syncthreads();
-    for (int key = threadIdx.x; key < padded; key += blockDim.x) {
-      int sum = 0;
-#pragma unroll
-      for (int d = 0; d < kDepth; d += 4) {
-        sum = __dp4a(static_cast<int>(word_at(keys + key * kKeyPitch + d)), static_cast<int>(kOnes), sum);
-      }
-      starts[key] = key < p.tokens ? -q_zero * sum : kNoKey;
-    }
-    __syncthreads();
-  }
-};
-
-// 16 queries a tile, and what belongs to them.
-template <int kDepth, int kTiles>
-struct Queries {
-  static constexpr int kSteps = kDepth / 32;
-  uint32_t q[kTiles][kSteps][4];
-  int row[kTiles][2];        // of the window, of this lane's two rows of a tile
-  int32_t shift[kTiles][2];  // (128 - k_zero) * sum_d (q - q_zero): what signed keys leave out of a score
-
-  __device__ __forceinline__ void load(const Heads& p, const uint8_t* base, const int32_t* index, int stride, int first,
-                                       int32_t q_zero, int32_t k_zero) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        row[i][half] = first + 16 * i + lane / 4 + 8 * half;
-        const int at = row[i][half] < p.tokens ? row[i][half] : p.tokens - 1;
-        const uint8_t* from = base + static_cast<int64_t>(index ? index[at] : at) * stride + lane % 4 * 4;
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          q[i][s][half] = 32 * s < p.depth ? word_at(from + 32 * s) : 0;
-          q[i][s][half + 2] = 32 * s + 16 < p.depth ? word_at(from + 32 * s + 16) : 0;
-        }
-      }
-      int32_t sums[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) tile::multiply_add(sums, q[i][s], kOnes, kOnes);
-      shift[i][0] = (128 - k_zero) * (sums[0] - p.depth * q_zero);
-      shift[i][1] = (128 - k_zero) * (sums[2] - p.depth * q_zero);
-    }
-  }
-};
-
-// The sums of `kTiles` tiles of queries with 8 keys from `key` on, less each query's shift.
-template <int kDepth, int kTiles>
-__device__ __forceinline__ void score(const Queries<kDepth, kTiles>& queries, const Shared<kDepth>& shared, int key,
-                                      int32_t (&sum)[kTiles][4]) {
-  const int lane = threadIdx.x % 32;
-  const int2 start = *reinterpret_cast<const int2*>(shared.starts + key + lane % 4 * 2);
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) sum[i][0] = sum[i][2] = start.x, sum[i][1] = sum[i][3] = start.y;
-  const uint32_t row = tile::shared_address(shared.keys + (key + lane % 8) * Shared<kDepth>::kKeyPitch);
-#pragma unroll
-  for (int s = 0; s < kDepth / 32; s += 2) {  // four chunks of 16 at once; of the last two where there are no more
-    uint32_t k[4];
-    const int chunk = s * 2 + lane / 8;
-    tile::load_matrices(k, row + (chunk < kDepth / 16 ? chunk : chunk - 2) * 16);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      tile::multiply_add(sum[i], queries.q[i][s], k[0], k[1]);
-      if (s + 1 < kDepth / 32) tile::multiply_add(sum[i], queries.q[i][s + 1], k[2], k[3]);
-    }
-  }
-}
-
-// Bias and mask of the scores of one lane's query, at its first two keys of each 8.
+// Bias and mask of the scores of one lane's queries.
 struct Addends {
   const float *bias, *mask;  // of this head and window, or null
   int tokens;
 
-  // The score of `sum` at a key, float32 as the reference has it; keys that do not exist hide.
-  __device__ __forceinline__ float operator()(int32_t sum, float factor, int row, int key) const {
+  // The score, float32 as the reference has it; keys that do not exist hide.
+  __device__ __forceinline__ float operator()(float sum, float factor, int row, int key) const {
     if (key >= tokens || row >= tokens) return key < tokens ? 0.0f : -INFINITY;
-    float s = static_cast<float>(sum) * factor;
+    float s = sum * factor;
     const int64_t at = static_cast<int64_t>(row) * tokens + key;
     if (bias) s += bias[at];
     if (mask) s += mask[at];
@@ -182,12 +32,10 @@ struct Addends {
 };
 
 // The greatest of a query's scores is known to the four lanes that share it.
-template <typename T>
-__device__ __forceinline__ T greatest_of_quad(T value) {
+__device__ __forceinline__ float greatest_of_quad(float value) {
 #pragma unroll
   for (int distance = 1; distance < 4; distance *= 2) {
-    const T other = __shfl_xor_sync(0xffffffffu, value, distance);
-    value = value < other ? other : value;
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
   }
   return value;
 }
@@ -196,194 +44,237 @@ __device__ __forceinline__ T greatest_of_quad(T value) {
 __device__ __forceinline__ uint32_t step_bits(float s, float log2_unit) {
   return static_cast<uint32_t>(tile::float_bits(tile::fast_exp2(fmaf(s, log2_unit, kLog2Of255)) + kRounder));
 }
-__device__ __forceinline__ uint32_t lowest_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-}
 
-// 1 for each of a lane's four keys of 16 (the first, the next, and those 8 behind) that is less than `left` away.
-__device__ __forceinline__ uint32_t ones_at(int left) {
-  return left > 9 ? kOnes : (left > 0 ? 1u : 0u) | (left > 1 ? 1u << 8 : 0u) | (left > 8 ? 1u << 16 : 0u);
-}
+// Scores of 16 queries with kKept keys: those of 8 keys are a tile, of which a lane has (row, key) = (l / 4, 2 (l %
+// 4)), the next key, and both 8 rows below. Floats whose differences are exact.
+template <int kDepth, int kKept>
+struct Scores {
+  using Memory = Shared<kDepth, kKept>;
+  static constexpr int kTiles = kKept / 8;
+  float kept[kTiles][4];
 
-// y = v_scale * total / sum of the steps, to a byte. The product with an inverse stands for both divisions unless it is
-// so near the middle of two integers that they may be rounded otherwise.
-struct ToByte {
-  float v_scale, out_scale, start, greatest;
-  bool divisible;  // by way of an inverse
-
-  __device__ __forceinline__ uint32_t operator()(int32_t total, float steps, float inverse) const {
-    const float ratio = fminf(fmaxf(static_cast<float>(total) * inverse, -4096.0f), 4096.0f);
-    float rounded = (ratio + kRounder) - kRounder;
-    if (!divisible || fabsf(ratio - rounded) > 0.5f - 0x1p-11f) {
-      const float y = v_scale * static_cast<float>(total) / steps;
-      rounded = nearbyintf(y / out_scale);
+  // Of the keys from `first` on.
+  __device__ __forceinline__ void multiply(const Queries<kDepth>& queries, const Memory& shared, int first) {
+    constexpr int kMatrices = 2 * Memory::kChunks;  // of 16 keys
+    const int lane = threadIdx.x % 32;
+    uint32_t from[kMatrices / 4];
+#pragma unroll
+    for (int l = 0; l < kMatrices / 4; ++l) {
+      const int matrix = 4 * l + lane / 8;
+      const int row = matrix / Memory::kChunks * 8 + lane % 8, chunk = matrix % Memory::kChunks;
+      from[l] = tile::shared_address(shared.keys + first * kDepth + chunk_place<kDepth>(row, chunk));
     }
-    return static_cast<uint32_t>(fminf(fmaxf(rounded + start, 0.0f), greatest));
+    const int32_t* starts = shared.starts + first + lane % 4 * 2;
+#pragma unroll
+    for (int pair = 0; pair < kTiles / 2; ++pair) {
+      uint32_t k[kMatrices];
+#pragma unroll
+      for (int l = 0; l < kMatrices / 4; ++l) {
+        uint32_t (&four)[4] = *reinterpret_cast<uint32_t (*)[4]>(k + 4 * l);
+        tile::load_matrices(four, from[l] + pair * 16 * kDepth);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int2 start = *reinterpret_cast<const int2*>(starts + pair * 16 + half * 8);
+        int32_t sum[4] = {start.x, start.y, start.x, start.y};
+#pragma unroll
+        for (int s = 0; s < kDepth / 32; ++s) {
+          const int matrix = half * Memory::kChunks + 2 * s;
+          multiply_add_unsigned(sum, queries.q[s], k[matrix], k[matrix + 1]);
+        }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          kept[2 * pair + half][c] = Memory::kSumsAreBits  ? float_of(sum[c])
+                                     : sum[c] < kNoKey / 2 ? -INFINITY
+                                                           : static_cast<float>(sum[c]);
+        }
+      }
+    }
+  }
+
+  // Sums become scores with what is added to them.
+  __device__ __forceinline__ void add(const Addends& addends, const int32_t (&shift)[2], float factor, int row,
+                                      int first) {
+    const float origin[2] = {float_of(Memory::kOrigin) - static_cast<float>(shift[0]),
+                             float_of(Memory::kOrigin) - static_cast<float>(shift[1])};
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        kept[i][c] =
+            addends(kept[i][c] - origin[c / 2], factor, row + c / 2 * 8, first + i * 8 + threadIdx.x % 4 * 2 + c % 2);
+      }
+    }
+  }
+
+  // The greater ones of `top` and these. Sums that are bits are positive, but for those of no key: so are their bits.
+  template <bool kAddends>
+  __device__ __forceinline__ void greatest(float (&top)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (Memory::kSumsAreBits && !kAddends) {
+        int32_t most = tile::float_bits(top[half]);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          const int32_t a = tile::float_bits(kept[i][2 * half]), b = tile::float_bits(kept[i][2 * half + 1]);
+          const int32_t more = a < b ? b : a;
+          most = most < more ? more : most;
+        }
+        top[half] = float_of(most);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) top[half] = fmaxf(top[half], fmaxf(kept[i][2 * half], kept[i][2 * half + 1]));
+      }
+    }
+  }
+
+  // Steps of 32 keys, as an operand; zeros beyond the last.
+  __device__ __forceinline__ void steps(int step, const float (&top)[2], float unit, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      const int i = 4 * step + 2 * high;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (i + 1 < kTiles) {
+          uint32_t bits[4];
+#pragma unroll
+          for (int c = 0; c < 4; ++c) bits[c] = step_bits(kept[i + c / 2][2 * half + c % 2] - top[half], unit);
+          a[2 * high + half] = lowest_bytes(bits[0], bits[1], bits[2], bits[3]);
+        } else {
+          a[2 * high + half] = 0;
+        }
+      }
+    }
   }
 };
 
-template <int kDepth, int kTiles, bool kAddends>
+template <int kDepth, int kKept, bool kAddends>
 __device__ __forceinline__ void attend(const Heads& p, uint8_t* memory) {
-  constexpr int kColumns = kDepth / 8;  // tiles of values
-  const int head = blockIdx.x % p.heads, place = blockIdx.x / p.heads, window = place % p.windows;
+  constexpr bool kOneRun = kKept == kImage;  // else a loop, for which the registers must hold the totals too
+  const int head = blockIdx.x % p.heads, place = blockIdx.x / p.heads;
+  const int window = p.index ? place % p.windows : 0, of_image = p.index ? place / p.windows : place;
   const int channels = p.heads * p.depth, stride = 3 * channels;
-  const int64_t first_token = static_cast<int64_t>(place / p.windows) * p.windows * p.tokens;
-  const uint8_t* base = p.qkv + first_token * stride + head * p.depth;
+  const int64_t image = static_cast<int64_t>(of_image) * p.windows * p.tokens * channels;  // its first result
+  const uint8_t* base = p.qkv + 3 * image + head * p.depth;
   const int32_t* index = p.index ? p.index + window * p.tokens : nullptr;
+  // Numbers that come from memory are asked for first: they are there before the keys.
   const int32_t q_zero = static_cast<int32_t>(p.in_zero[0]), k_zero = static_cast<int32_t>(p.in_zero[1]);
-  const int32_t v_shift = 128 - static_cast<int32_t>(p.in_zero[2]);
   const float unscaled = p.scale * p.in_scale[0] * p.in_scale[1];
   const float factor = p.head_scale ? unscaled * p.head_scale[head] : unscaled;
+  ToByte constants(p);
+
+  Shared<kDepth, kKept> shared(memory, p.tokens);
+  shared.ask(p, base, index, stride, channels);
+  const int lane = threadIdx.x % 32, all = blockDim.x / 32 * kRows;
+  int first = threadIdx.x / 32 * kRows;
+  const uint32_t own = tile::shared_address(shared.queries + first * kDepth);  // this warp's queries
+  Queries<kDepth> queries;
+  queries.ask(own, p, base, index, stride, first);
+  const float unit = kAddends ? kLog2E : fmaxf(factor * kLog2E, kLeastUnit);
   const int64_t square = static_cast<int64_t>(p.tokens) * p.tokens;
   const Addends addends{p.bias ? p.bias + head * square : nullptr, p.mask ? p.mask + window * square : nullptr,
                         p.tokens};
-  Shared<kDepth> shared(memory, p.tokens);
-  shared.fill(p, base, index, stride, channels, q_zero);
+  if (threadIdx.x == 0) {
+    constants.prepare();
+    *shared.to_byte = constants;
+  }
+  shared.prepare(p.tokens, q_zero);
 
-  const float out_scale = p.out_scale ? *p.out_scale : 1.0f;
-  const ToByte to_byte{p.in_scale[2], out_scale, p.out_zero ? *p.out_zero : 0.0f, p.out_greatest,
-                       out_scale >= tile::kLeastStep && out_scale <= tile::kGreatestStep};
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  for (int first = threadIdx.x / 32 * 16 * kTiles; first < p.tokens; first += warps * 16 * kTiles) {
-    Queries<kDepth, kTiles> queries;
-    queries.load(p, base, index, stride, first, q_zero, k_zero);
-
-    int32_t most[kTiles][2];
-    float top[kTiles][2];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      most[i][0] = most[i][1] = kNoKey - (1 << 29);
-      top[i][0] = top[i][1] = -INFINITY;
-    }
 #pragma unroll 1
-    for (int key = 0; key < p.tokens; key += 8) {
-      int32_t sum[kTiles][4];
-      score<kDepth, kTiles>(queries, shared, key, sum);
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if constexpr (kAddends) {
-            const float s =
-                addends(sum[i][c] + queries.shift[i][c / 2], factor, queries.row[i][c / 2], key + lane % 4 * 2 + c % 2);
-            top[i][c / 2] = fmaxf(top[i][c / 2], s);
-          } else {
-            most[i][c / 2] = most[i][c / 2] < sum[i][c] ? sum[i][c] : most[i][c / 2];
-          }
-        }
-      }
+  for (; first < p.tokens; first += all) {
+    const int row = first + lane / 4;
+    uint32_t token[2] = {static_cast<uint32_t>(row), static_cast<uint32_t>(row + 8)};
+    if (index) {
+      const int last = p.tokens - 1;
+      token[0] = index[row < last ? row : last], token[1] = index[row + 8 < last ? row + 8 : last];
     }
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if constexpr (kAddends) {
-          top[i][half] = greatest_of_quad(top[i][half]);
-        } else {
-          most[i][half] = greatest_of_quad(most[i][half]);
-        }
-      }
-    }
-
-    int32_t total[kTiles][kColumns][4] = {}, steps[kTiles][4] = {};
-    const float unit = kAddends ? kLog2E : factor * kLog2E;
+    queries.take(own);
+    if (first + all < p.tokens) queries.ask(own, p, base, index, stride, first + all);  // while these go on
+    int32_t shift[2] = {0, 0};
+    if constexpr (kAddends) queries.shifts(shift, p.depth, q_zero, k_zero);
+    Scores<kDepth, kKept> scores;
+    float top[2] = {-INFINITY, -INFINITY};
+    const auto find = [&](int key) {
+      scores.multiply(queries, shared, key);
+      if constexpr (kAddends) scores.add(addends, shift, factor, row, key);
+    };
+    int key = 0;
+    find(key);
+    scores.template greatest<kAddends>(top);
+    if constexpr (!kOneRun) {
 #pragma unroll 1
-    for (int key = 0; key < p.tokens; key += kKeys) {
-      uint32_t a[kTiles][4];
-#pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        uint32_t bits[2][kTiles][4];
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const int at = key + high * 16 + part * 8;
-          int32_t sum[kTiles][4];
-          score<kDepth, kTiles>(queries, shared, at, sum);
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              if constexpr (kAddends) {
-                const float s = addends(sum[i][c] + queries.shift[i][c / 2], factor, queries.row[i][c / 2],
-                                        at + lane % 4 * 2 + c % 2);
-                bits[part][i][c] = step_bits(s - top[i][c / 2], unit);
-              } else {
-                bits[part][i][c] = step_bits(static_cast<float>(sum[i][c] - most[i][c / 2]), unit);
-              }
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          a[i][2 * high] = lowest_bytes(bits[0][i][0], bits[0][i][1], bits[1][i][0], bits[1][i][1]);
-          a[i][2 * high + 1] = lowest_bytes(bits[0][i][2], bits[0][i][3], bits[1][i][2], bits[1][i][3]);
-        }
-      }
-      const uint32_t ones[2] = {ones_at(p.tokens - key - lane % 4 * 2), ones_at(p.tokens - key - 16 - lane % 4 * 2)};
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) tile::multiply_add(steps[i], a[i], ones[0], ones[1]);
-      const uint32_t row = tile::shared_address(shared.values + (lane / 16 * 8 + lane % 8) * shared.value_pitch + key +
-                                                lane / 8 % 2 * 16);
-#pragma unroll
-      for (int j = 0; j < kColumns; j += 2) {
-        uint32_t v[4];
-        tile::load_matrices(v, row + j * 8 * shared.value_pitch);
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          tile::multiply_add(total[i][j], a[i], v[0], v[1]);
-          tile::multiply_add(total[i][j + 1], a[i], v[2], v[3]);
-        }
+      while (key + kKept < p.tokens) {
+        key += kKept;
+        find(key);
+        scores.template greatest<kAddends>(top);
       }
     }
+    top[0] = greatest_of_quad(top[0]);
+    top[1] = greatest_of_quad(top[1]);
 
-    const int channel = lane % 4 * 2 * kColumns;  // of this lane's first
+    int32_t total[kDepth / 8][4] = {}, steps[4] = {};
+#pragma unroll 1
+    while (true) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+      for (int step = 0; step < (kKept + kStep - 1) / kStep; ++step) {
+        uint32_t a[4];
+        scores.steps(step, top, unit, a);
+        multiply_add_unsigned(steps, a, kOnes, kOnes);
+        const uint8_t* from = shared.values + (key + step * kStep) * kDepth + lane * 16;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (queries.row[i][half] >= p.tokens) continue;
-        const int64_t token = first_token + (index ? index[queries.row[i][half]] : queries.row[i][half]);
-        const int64_t at = token * channels + head * p.depth + channel;
-        const int32_t shift = steps[i][2 * half] * v_shift;
-        const float sum = static_cast<float>(steps[i][2 * half]), inverse = to_byte.v_scale / (sum * out_scale);
-#pragma unroll
-        for (int j = 0; j < kColumns; j += 4) {  // eight channels
-          if (channel + 2 * j >= p.depth) continue;
-          if (p.out_scale) {
-            uint32_t q[8];
-#pragma unroll
-            for (int c = 0; c < 8; ++c) q[c] = to_byte(total[i][j + c / 2][2 * half + c % 2] + shift, sum, inverse);
-            *reinterpret_cast<int2*>(static_cast<uint8_t*>(p.out) + at + 2 * j) =
-                make_int2(static_cast<int>(lowest_bytes(q[0], q[1], q[2], q[3])),
-                          static_cast<int>(lowest_bytes(q[4], q[5], q[6], q[7])));
-          } else {
-#pragma unroll
-            for (int c = 0; c < 8; ++c) {
-              const float whole = static_cast<float>(total[i][j + c / 2][2 * half + c % 2] + shift);
-              static_cast<float*>(p.out)[at + 2 * j + c] = to_byte.v_scale * whole / sum;
-            }
-          }
+        for (int chunk = 0; chunk < kDepth / 16; ++chunk) {
+          const int4 v = *reinterpret_cast<const int4*>(from + chunk * 512);
+          multiply_add_unsigned(total[2 * chunk], a, v.x, v.y);
+          multiply_add_unsigned(total[2 * chunk + 1], a, v.z, v.w);
         }
       }
+      if (kOneRun || key == 0) break;
+      key -= kKept;  // back to where the walk began
+      find(key);
     }
+    const ToByte to_byte = *shared.to_byte;
+    write<kDepth>(total, steps, p, to_byte, image + head * p.depth, token, row);
   }
 }
 
-// Queries of a warp, in tiles of 16: two where the results of both, and what is added to scores, fit in registers.
-template <int kDepth, bool kAddends>
-constexpr int kTilesOfWarp = kDepth <= (kAddends ? 32 : 64) ? 2 : 1;
-
-template <int kDepth, bool kAddends>
+template <int kDepth, int kKept, bool kAddends>
 __global__ void __launch_bounds__(32 * kMostWarps, 2) attention_kernel(const Heads p) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  attend<kDepth, kTilesOfWarp<kDepth, kAddends>, kAddends>(p, memory);
+  attend<kDepth, kKept, kAddends>(p, memory);
 }
-// Warps of a block: so many that none has more rounds than another needs.
-template <int kDepth, bool kAddends>
-inline int warps_for(int tokens) {
-  constexpr int kRows = 16 * kTilesOfWarp<kDepth, kAddends>;
-  const int groups = (tokens + kRows - 1) / kRows;
-  const int rounds = (groups + kMostWarps - 1) / kMostWarps;
-  return (groups + rounds - 1) / rounds;
+
+// Calls `run` with the depth, and the keys that are kept, as constants of its arguments' types.
+template <typename Run>
+auto with_shape(const Heads& p, const Run& run) {
+  constexpr std::integral_constant<int, kRun> kept;
+  if (p.depth <= 32) return run(std::integral_constant<int, 32>(), kept);
+  if (p.depth <= 64 && p.tokens > kRun && p.tokens <= kImage) {
+    return run(std::integral_constant<int, 64>(), std::integral_constant<int, kImage>());
+  }
+  if (p.depth <= 64) return run(std::integral_constant<int, 64>(), kept);
+  if (p.depth <= 96) return run(std::integral_constant<int, 96>(), kept);
+  return run(std::integral_constant<int, 128>(), kept);
+}
+
+// Blocks of so many warps that a multiprocessor with `shared` bytes of shared memory has room for.
+template <int kDepth, int kKept>
+inline int blocks_together(int tokens, int warps, int shared) {
+  const int by_memory = shared / (shared_bytes<kDepth, kKept>(tokens, warps) + 1024), by_registers = 16 / warps;
+  return by_memory < by_registers ? by_memory : by_registers;
+}
+// Warps of a block: those with which most tiles of queries are under way at once. Of equals the few: blocks that wait
+// at different times; but not fewer than three, since the last blocks of a launch are slow then.
+template <int kDepth, int kKept>
+inline int warps_for(int tokens, int shared) {
+  const int tiles = (tokens + kRows - 1) / kRows;
+  int best = 1;
+  float most = 0.0f;
+  for (const int warps : {3, 4, 5, 6, 7, 2, 1}) {
+    const int rounds = (tiles + warps - 1) / warps;
+    const float busy = static_cast<float>(blocks_together<kDepth, kKept>(tokens, warps, shared) * tiles) / rounds;
+    if (busy > most * 1.001f) most = busy, best = warps;
+  }
+  return best;
 }
 
 }  // namespace attention

@@ -149,7 +149,7 @@ struct Walk {
 template <typename S, int kBits>
 __device__ __forceinline__ void multiply_tiles(const Operands& p, const Epilogue& e, int64_t tiles, uint8_t* memory) {
   constexpr bool kGroups = S::kProduct == Product::wgmma;
-  const uint32_t begin = shared_address(memory), end = begin + S::kSharedBytes;
+  const uint32_t begin = shared_address(memory), end = begin + S::kStagesBytes;
   const int steps = (p.depth + S::kDepth - 1) / S::kDepth;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Place origin = tile_origin<S>(tile, p.outputs);

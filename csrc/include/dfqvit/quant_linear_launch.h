@@ -88,6 +88,9 @@ cudaError_t launch_columns(const Operands& operands, int64_t bits, const int32_t
 template <typename S>
 cudaError_t launch_multiply(int64_t bits, const Operands& operands, const Epilogue& epilogue, int processors,
                             cudaStream_t stream);
+// The same in tiles of shape GroupOfTiles, with weights of 8 bits.
+cudaError_t launch_multiply_tiles(const Operands& operands, const Epilogue& epilogue, int processors,
+                                  cudaStream_t stream);
 
 }  // namespace tile
 }  // namespace quant

@@ -34,16 +34,18 @@ __device__ __forceinline__ void multiply_by_warp(uint32_t stage, int32_t (&sum)[
   }
 }
 
-// One step of a warpgroup, started: in use from then on are `sum` and the stage.
+// One step of a warpgroup, started: in use from then on are `sum` and the stage, whose operands are named.
 template <typename S>
-__device__ __forceinline__ void start_group(uint32_t stage, int32_t (&sum)[S::kCountM][S::kCountN][4]) {
-  const uint32_t first_row = threadIdx.x / kGroup * kGroupM;
-  const uint64_t a = operand_descriptor(stage + first_row * S::kDepth);
-  const uint64_t b = operand_descriptor(stage + S::kM * S::kDepth);
+__device__ __forceinline__ void start_group(uint64_t a, uint64_t b, int32_t (&sum)[S::kCountM][S::kCountN][4]) {
   group_fence();
 #pragma unroll
   for (int chunk = 0; chunk < S::kChunks; chunk += kMmaChunks) group_multiply(sum[0], a + chunk, b + chunk);
   group_commit();
+}
+template <typename S>
+__device__ __forceinline__ void start_group(uint32_t stage, int32_t (&sum)[S::kCountM][S::kCountN][4]) {
+  const uint32_t first_row = threadIdx.x / kGroup * kGroupM;
+  start_group<S>(operand_descriptor(stage + first_row * S::kDepth), operand_descriptor(stage + S::kM * S::kDepth), sum);
 }
 
 }  // namespace tile

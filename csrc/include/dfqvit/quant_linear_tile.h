@@ -25,8 +25,9 @@ constexpr int kGroup = 128, kGroupM = 64;  // threads of a warpgroup (4 warps), 
 enum class Type : int { f32, bf16, f16, u8 };
 enum class Activation : int { none, gelu, gelu_tanh, quick_gelu, silu };
 
-// What multiplies: every warp for itself, from registers (sm_80 on); or four together, from shared memory (sm_90a).
-enum class Product { mma_sync, wgmma };
+// What multiplies: every warp for itself, from registers (sm_80 on); or four together, from shared memory (sm_90a),
+// where every thread copies its chunks of the operands or, with `wgmma_of_tiles`, one thread whole tiles of them.
+enum class Product { mma_sync, wgmma, wgmma_of_tiles };
 
 // A tile of kM x kN sums, shared among kWarpsM x kWarpsN warps, in steps of kDepth. kBlocks fit on a multiprocessor
 // together.
@@ -40,22 +41,25 @@ struct Shape {
   static constexpr int kCountM = kWarpM / kMmaM, kCountN = kWarpN / kMmaN;  // in so many instructions
   static constexpr int kCopiesA = kM * kChunks / kThreads, kCopiesB = kN * kChunks / kThreads;  // chunks of a thread
   static constexpr int kStageBytes = (kM + kN) * kDepth;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kStagesBytes = kStages * kStageBytes;
+  // Behind the stages: a barrier for each, where tiles arrive.
+  static constexpr int kSharedBytes = kStagesBytes + (kProduct == Product::wgmma_of_tiles ? 8 * kStages : 0);
   // On their way to the result 16 rows of a warp's sums pass through shared memory (a panel), so that neighbouring
   // lanes then write 4 columns each of a row. With 8 more than its columns, the 4 rows that half a warp stores at once
   // lie in different banks.
   static constexpr int kPanelPitch = kWarpN + 8, kPanelBytes = kMmaM * kPanelPitch * 4;
   static constexpr int kRowLanes = kWarpN / 4, kRowsTogether = 32 / kRowLanes;
-  static_assert(kWarpN % 32 == 0 && kThreads / 32 * kPanelBytes <= kSharedBytes, "panels take the place of stages");
+  static_assert(kWarpN % 32 == 0 && kThreads / 32 * kPanelBytes <= kStagesBytes, "panels take the place of stages");
   static_assert(kM * kChunks % kThreads == 0 && kN * kChunks % kThreads == 0 && kCountN % 2 == 0, "no remainders");
   // A warpgroup's sums are 64 x kN, of which each warp holds 16 rows: as those of mma.sync lie, one operand high.
-  static_assert(kProduct != Product::wgmma || (kWarpM == kMmaM && kWarpsN == 1 && kThreads % kGroup == 0), "");
+  static_assert(kProduct == Product::mma_sync || (kWarpM == kMmaM && kWarpsN == 1 && kThreads % kGroup == 0), "");
 };
 // 64 x 64 a warp: smaller parts read shared memory more than they multiply.
 using Large = Shape<Product::mma_sync, 128, 128, 64, 2, 2, 2>;
 using Small = Shape<Product::mma_sync, 64, 64, 64, 2, 2, 4>;
 // Two warpgroups, 64 x 128 each. While one block multiplies, the other one on the multiprocessor writes results.
 using Group = Shape<Product::wgmma, 128, 128, 128, 8, 1, 2>;
+using GroupOfTiles = Shape<Product::wgmma_of_tiles, 128, 128, 128, 8, 1, 2>;  // weights of 8 bits only
 
 struct Place {
   int row, column;

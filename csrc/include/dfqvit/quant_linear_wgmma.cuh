@@ -49,6 +49,10 @@ __device__ __forceinline__ void group_multiply(int32_t (&sum)[16][4], uint64_t a
       : DFQVIT_SUMS
       : "l"(a), "l"(b));
 }
+// Waits for all groups but the newest, whose sums stay in use.
+__device__ __forceinline__ void group_wait_for_older() {
+  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}
 // Waits for all groups. The sums stand here too, so that the compiler moves no access to them above.
 __device__ __forceinline__ void group_wait(int32_t (&sum)[16][4]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" : DFQVIT_SUMS : : "memory");

@@ -23,6 +23,7 @@
 #define __device__
 #define __shared__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
@@ -76,16 +77,19 @@ struct Fiber {
   bool begun = false;
   bool done = false;
   const Barrier* waits_for = nullptr;
-  int since = 0;  // the barrier's generation then
+  int since = 0;                // the barrier's generation then
+  std::function<bool()> until;  // what else it waits for
 
-  bool ready() const { return !done && (!waits_for || waits_for->generation != since); }
+  bool ready() const { return !done && (!waits_for || waits_for->generation != since) && (!until || until()); }
   std::deque<std::vector<Copy>> groups;  // of copies that are on their way
   std::vector<Copy> open;                // the group not yet committed
   std::vector<uint8_t*> unshown;         // chunks of shared memory that it wrote, and wgmma does not see yet
   std::vector<Product> products, committed;
+  size_t newest = 0;          // products of the group that was committed last
   std::vector<int32_t> sums;  // what the registers will hold when the products are waited for
   bool fenced = false;
-  size_t issued = 0;  // products so far
+  bool touched = true;  // shared memory, by ordinary accesses that copies of tiles have not been kept behind
+  size_t issued = 0;    // products so far
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -126,6 +130,13 @@ inline void wait(Barrier& barrier) {
   self().since = generation;
   leave(self());
   self().waits_for = nullptr;
+}
+
+inline void wait_until(std::function<bool()> condition) {
+  if (condition()) return;
+  self().until = std::move(condition);
+  leave(self());
+  self().until = nullptr;
 }
 
 inline void enter() {
@@ -204,6 +215,14 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   return value;
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  static_assert(sizeof(T) == 4, "");
+  uint32_t mine[1];
+  std::memcpy(mine, &value, 4);
+  emulator::exchange(mine, [&](const uint32_t (&words)[32][6]) { std::memcpy(&value, words[lane], 4); });
+  return value;
+}
 inline bool __any_sync(unsigned, bool value) {
   bool any = false;
   emulator::exchange<1>({value ? 1u : 0u}, [&](const uint32_t (&words)[32][6]) {
@@ -221,5 +240,10 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 // sum plus the products of the signed bytes of a and b.
 inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return sum;
+}
+// The same of unsigned ones.
+inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t sum) {
+  for (int i = 0; i < 4; ++i) sum += (a >> 8 * i & 255) * (b >> 8 * i & 255);
   return sum;
 }

@@ -36,10 +36,10 @@ struct Units {
 
   Units(const void* x, int64_t count, int64_t n, int64_t depth)
       : inverse(count * n, NAN), diagonal(count * n, NAN), sets{static_cast<const T*>(x), nullptr, nullptr, n, depth} {
-    launch((count * n + kWarps - 1) / kWarps, kThreads, 0,
+    launch((count * n + kRowsOfBlock - 1) / kRowsOfBlock, kRowThreads, 0,
            [&] { normalise_kernel(sets.x, inverse.data(), diagonal.data(), count * n, depth); });
     sets.inverse = inverse.data(), sets.diagonal = diagonal.data();
-    blocks = count * sets.tiles();
+    blocks = count * sets.pairs();
   }
 };
 
@@ -47,8 +47,8 @@ template <typename T>
 void range(const void* x, int64_t layers, int64_t batch, int64_t n, int64_t depth, float* result) {
   const Units<T> units(x, layers * batch, n, depth);
   std::vector<float> ends(2 * units.blocks, NAN);
-  launch(units.blocks, kThreads, range_shared_bytes(), [&] { range_kernel(units.sets, ends.data()); });
-  launch(layers, 32, 0, [&] { finish_range_kernel(ends.data(), batch * units.sets.tiles(), result); });
+  launch(units.blocks, kThreads, tile_shared_bytes(), [&] { range_kernel(units.sets, ends.data()); });
+  launch(layers, 32, 0, [&] { finish_range_kernel(ends.data(), batch * units.sets.pairs(), result); });
 }
 
 template <typename T>
@@ -57,10 +57,10 @@ void forward(const void* x, const float* ends, int64_t layers, int64_t batch, in
   const Units<T> units(x, layers * batch, n, depth);
   const int64_t images = batch / windows;
   std::vector<double> parts(units.blocks * points, NAN);
-  launch(units.blocks, kThreads, density_shared_bytes(points),
+  launch(units.blocks, kThreads, tile_shared_bytes(),
          [&] { density_kernel(units.sets, ends, batch, points, bandwidth, parts.data()); });
-  launch(layers * images, kThreads, 0, [&] {
-    finish_density_kernel(parts.data(), units.sets.diagonal, ends, n, units.sets.tiles(), windows, images, points,
+  launch(layers * images, kRowThreads, 0, [&] {
+    finish_density_kernel(parts.data(), units.sets.diagonal, ends, n, units.sets.pairs(), windows, images, points,
                           bandwidth, density, static_cast<T*>(entropy));
   });
 }
@@ -70,7 +70,7 @@ void backward(const void* x, const float* ends, const float* density, const floa
               int64_t n, int64_t depth, int points, float bandwidth, int64_t windows, void* out) {
   const Units<T> units(x, layers * batch, n, depth);
   std::vector<float> room(depth <= kSharedGradDepth ? 0 : layers * batch * n * depth, NAN);
-  launch(units.blocks, kThreads, backward_shared_bytes(points, depth), [&] {
+  launch(layers * batch * units.sets.tiles(), kThreads, backward_shared_bytes(points, depth), [&] {
     backward_kernel(units.sets, ends, density, grad, batch, windows, points, bandwidth, room.data(),
                     static_cast<T*>(out));
   });

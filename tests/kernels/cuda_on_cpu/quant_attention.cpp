@@ -6,16 +6,14 @@ using namespace dfqvit::quant::attention;
 
 namespace {
 
-template <int kDepth, bool kAddends>
+constexpr int kShared = 228 << 10;  // of a multiprocessor
+
+template <int kDepth, int kKept, bool kAddends>
 void run(const Heads& p, unsigned blocks) {
+  const int warps = warps_for<kDepth, kKept>(p.tokens, kShared);
   std::memset(tile::memory, 0xAB, sizeof tile::memory);
-  tile::shared_size = shared_bytes<kDepth>(p.tokens);
-  emulator::launch(blocks, 32 * warps_for<kDepth, kAddends>(p.tokens),
-                   [&] { attend<kDepth, kTilesOfWarp<kDepth, kAddends>, kAddends>(p, tile::memory); });
-}
-template <int kDepth>
-void run(const Heads& p, unsigned blocks) {
-  p.bias || p.mask ? run<kDepth, true>(p, blocks) : run<kDepth, false>(p, blocks);
+  tile::shared_size = shared_bytes<kDepth, kKept>(p.tokens, warps);
+  emulator::launch(blocks, 32 * warps, [&] { attend<kDepth, kKept, kAddends>(p, tile::memory); });
 }
 
 }  // namespace
@@ -24,11 +22,23 @@ extern "C" void attention(const uint8_t* qkv, const int32_t* index, const float*
                           const float* in_scale, const float* in_zero, float scale, const float* out_scale,
                           const float* out_zero, float greatest, void* out, int heads, int tokens, int depth,
                           int windows, int batch, const float* head_scale) {
-  const Heads p{qkv,      index,    bias, mask,  in_scale, in_zero, scale,  out_scale,
+  const Heads p{qkv,      index,    bias, mask,  in_scale, in_zero, scale,   out_scale,
                 out_zero, greatest, out,  heads, tokens,   depth,   windows, head_scale};
   const unsigned blocks = batch * windows * heads;
-  depth <= 32   ? run<32>(p, blocks)
-  : depth <= 64 ? run<64>(p, blocks)
-  : depth <= 96 ? run<96>(p, blocks)
-                : run<128>(p, blocks);
+  with_shape(p, [&](auto depth, auto kept) {
+    constexpr int kDepth = decltype(depth)::value, kKept = decltype(kept)::value;
+    p.bias || p.mask ? run<kDepth, kKept, true>(p, blocks) : run<kDepth, kKept, false>(p, blocks);
+  });
+}
+
+// Warps of a block, blocks of a multiprocessor and bytes of one, for this many tokens of `depth` channels.
+extern "C" void layout(int tokens, int depth, int shared, int* warps, int* blocks, int* bytes) {
+  Heads p{};
+  p.tokens = tokens, p.depth = depth;
+  with_shape(p, [&](auto depth, auto kept) {
+    constexpr int kDepth = decltype(depth)::value, kKept = decltype(kept)::value;
+    *warps = warps_for<kDepth, kKept>(tokens, shared);
+    *blocks = blocks_together<kDepth, kKept>(tokens, *warps, shared);
+    *bytes = shared_bytes<kDepth, kKept>(tokens, *warps);
+  });
 }

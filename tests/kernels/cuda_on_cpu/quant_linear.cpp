@@ -2,6 +2,8 @@
 // quant_linear.cuh itself, with the headers of this folder in place of CUDA's.
 #include "dfqvit/quant_linear.cuh"
 
+#include "dfqvit/quant_linear_tiles.cuh"
+
 using namespace dfqvit::quant::tile;
 
 namespace {
@@ -13,6 +15,20 @@ void multiply(unsigned blocks, const Operands& p, const Epilogue& e) {
   shared_size = S::kSharedBytes;
   const int64_t tiles = tile_count<S>(p.rows, p.outputs);
   emulator::launch(blocks, S::kThreads, [&] { multiply_kernel<S, kBits>(p, e, tiles); });
+}
+
+void multiply_tiles(unsigned blocks, const Operands& p, const Epilogue& e) {
+  using S = GroupOfTiles;
+  std::memset(memory, 0xAB, sizeof memory);
+  std::memset(shown, 0xAB, sizeof shown);
+  shared_size = S::kSharedBytes;
+  tile_barriers.clear();
+  const TensorMap a = described(p.a, p.a_bytes, p.rows), b = described(p.b, p.b_bytes, p.outputs);
+  const int64_t tiles = tile_count<S>(p.rows, p.outputs);
+  emulator::launch(blocks, S::kThreads, [&] { multiply_tiles_kernel<S>(a, b, p, e, tiles); });
+  for (const auto& [address, barrier] : tile_barriers) {
+    if (!barrier.copies.empty()) std::abort();  // nobody waited for them
+  }
 }
 
 template <typename S>
@@ -87,7 +103,7 @@ void unpack(int bits, const uint8_t* weight, int64_t row_bytes, int64_t rows, ui
   }
 }
 
-// shape: 0 Small, 1 Large, 2 Group.
+// shape: 0 Small, 1 Large, 2 Group, 3 GroupOfTiles, for weights of 8 bits; others go by Group then.
 void product(int shape, int blocks, int bits, const uint8_t* a, int a_bytes, const uint8_t* b, int b_bytes, int rows,
              int outputs, int depth, const float* scale, const int32_t* offset, const float* bias, const float* acm,
              int tokens, int activation, const void* residual, int residual_type, const float* out_scale,
@@ -113,8 +129,10 @@ void product(int shape, int blocks, int bits, const uint8_t* a, int a_bytes, con
       return multiply<Small>(bits, blocks, p, e);
     case 1:
       return multiply<Large>(bits, blocks, p, e);
-    default:
+    case 2:
       return multiply<Group>(bits, blocks, p, e);
+    default:
+      return bits == 8 ? multiply_tiles(blocks, p, e) : multiply<Group>(bits, blocks, p, e);
   }
 }
 
@@ -180,6 +198,9 @@ int conflicts() {
 extern "C" {
 
 int conflicts(int shape) {
-  return shape == 0 ? conflicts<Small>() : shape == 1 ? conflicts<Large>() : conflicts<Group>();
+  return shape == 0   ? conflicts<Small>()
+         : shape == 1 ? conflicts<Large>()
+         : shape == 2 ? conflicts<Group>()
+                      : conflicts<GroupOfTiles>();
 }
 }

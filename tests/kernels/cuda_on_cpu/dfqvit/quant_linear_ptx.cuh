@@ -59,10 +59,9 @@ inline int32_t float_bits(float v) {
   std::memcpy(&bits, &v, 4);
   return bits;
 }
-// Off by as much as the manual allows, up or down.
+// Off by as much as the manual allows, up or down, always the same way for a number.
 inline float off_by(float v, float share) {
-  static std::mt19937 random(2468);
-  return v * (1.0f + (random() % 2 ? share : -share));
+  return v * (1.0f + (static_cast<uint32_t>(float_bits(v)) * 2654435761u >> 31 ? share : -share));
 }
 inline float fast_exp2(float x) {
   const float y = off_by(exp2f(x), 0x1p-22f);

@@ -16,6 +16,7 @@ constexpr int32_t kRubbish = static_cast<int32_t>(0xABABABAB);
 inline void show_to_async_proxy() {
   for (const uint8_t* chunk : emulator::self().unshown) std::memcpy(shown + (chunk - memory), chunk, 16);
   emulator::self().unshown.clear();
+  emulator::self().touched = false;
 }
 
 // 16 bytes of a row of an operand in K-major layout with the 128-byte swizzle: rows of 128 bytes in groups of 8, one
@@ -84,7 +85,15 @@ inline void group_multiply(int32_t (&sum)[16][4], uint64_t a, uint64_t b) {
 inline void group_commit() {
   emulator::Fiber& fiber = emulator::self();
   fiber.committed.insert(fiber.committed.end(), fiber.products.begin(), fiber.products.end());
+  fiber.newest = fiber.products.size();
   fiber.products.clear();
+}
+inline void group_wait_for_older() {
+  emulator::Fiber& fiber = emulator::self();
+  for (size_t i = 0; i + fiber.newest < fiber.committed.size(); ++i) {
+    if (fiber.committed[i].sum) make(fiber.committed[i], fiber.sums.data());
+    fiber.committed[i].sum = nullptr;
+  }
 }
 inline void group_wait(int32_t (&sum)[16][4]) {
   emulator::Fiber& fiber = emulator::self();
@@ -94,6 +103,7 @@ inline void group_wait(int32_t (&sum)[16][4]) {
   }
   fiber.committed.clear();
   fiber.fenced = false;
+  fiber.touched = true;  // the epilogue follows
   if (fiber.products.empty()) std::copy(fiber.sums.begin(), fiber.sums.end(), sum[0]);
 }
 
