@@ -3,6 +3,7 @@
 // program that only loads this library, they are defined here: dfqvit::<name> runs dfqvit_cpu::<name> or
 // dfqvit_cuda::<name>, by its first tensor.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
 #include <c10/macros/Macros.h>
 #include <torch/library.h>
 
@@ -69,7 +70,8 @@ const Definition kDefinitions[] = {
     {"roll_resize(Tensor images, Tensor rows, Tensor columns, Tensor shift) -> Tensor", true, false},
     {"roll_resize_backward(Tensor grad, Tensor rows, Tensor columns, Tensor shift, int height, int width) -> Tensor",
      true, false},
-    {"round_second_order(Tensor weight, Tensor scale, Tensor inputs, Tensor? outputs, int bits, int sweeps) -> Tensor",
+    {"round_second_order(Tensor weight, Tensor scale, Tensor inputs, Tensor? outputs, Tensor input_carry, "
+     "Tensor? output_carry, int bits, int sweeps) -> Tensor",
      true, false},
     {"total_variation(Tensor images) -> Tensor", true, false},
     {"total_variation_backward(Tensor weights, Tensor images) -> Tensor", true, false},
@@ -98,6 +100,26 @@ void run_on_its_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   found->callBoxed(stack);
 }
 
+bool wants_gradient(const c10::IValue& value) {
+  if (value.isTensor()) return value.toTensor().requires_grad();
+  if (!value.isTensorList()) return false;
+  for (const at::Tensor& tensor : value.toTensorVector()) {
+    if (tensor.requires_grad()) return true;
+  }
+  return false;
+}
+
+// What autograd does with an operator that is called as itself: it would cut the gradient unseen.
+void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (c10::GradMode::is_enabled()) {
+    for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); ++i) {
+      TORCH_CHECK_VALUE(!wants_gradient((*stack)[i]), "a gradient is wanted of the operator ",
+                        op.schema().name().substr(kNamespace.size() + 2), ", which has none: use torch.no_grad()");
+    }
+  }
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
 // One library object for all: defined operators live as long as it does.
 std::vector<std::unique_ptr<torch::Library>>& libraries() {
   static std::vector<std::unique_ptr<torch::Library>> all;
@@ -112,6 +134,11 @@ void define(const std::string& space, const char* schema, bool choosing) {
   if (choosing) {
     library->impl(name.c_str(), torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd,
                                                 torch::CppFunction::makeFromBoxedFunction<&run_on_its_device>()));
+    const std::string suffix = "_backward";
+    if (name.size() < suffix.size() || name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) {
+      library->impl(name.c_str(), torch::dispatch(c10::DispatchKey::Autograd,
+                                                  torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>()));
+    }
   }
   libraries().push_back(std::move(library));
 }

@@ -86,13 +86,14 @@ bool usual(const at::Tensor& x) {
 }
 
 // Whether what was computed once from modules and tensors still holds for a call: the modules and tensors are in their
-// places and hold the same values (the packed weights apart, which the layer that owns them watches over), no hook
-// waits inside, no forward was replaced, nobody watches, and no gradient is wanted.
+// places and hold the same values (packed weights apart, which are large: of them torch's count of writes is compared),
+// no hook waits inside, no forward was replaced, nobody watches, and no gradient is wanted.
 class Watch {
  public:
-  Watch(const std::vector<at::Tensor>& values, const py::list& places, const py::list& empty, const py::list& absent,
-        int64_t channels, int64_t dims)
+  Watch(const std::vector<at::Tensor>& values, const std::vector<at::Tensor>& packed, const py::list& places,
+        const py::list& empty, const py::list& absent, int64_t channels, int64_t dims)
       : channels_(channels), dims_(dims) {
+    for (const at::Tensor& tensor : packed) packed_.emplace_back(tensor, tensor._version());
     for (const at::Tensor& value : values) {
       live_.push_back(value);
       held_.push_back(value.detach().clone(at::MemoryFormat::Contiguous));
@@ -108,8 +109,30 @@ class Watch {
     }
   }
 
+  // For Python's collector: it may hold the very dict that holds it.
+  int visit(visitproc visit, void* arg) const {
+    for (const Place& place : places_) {
+      for (const py::object* each : {static_cast<const py::object*>(&place.owner), &place.key, &place.value}) {
+        Py_VISIT(each->ptr());
+      }
+    }
+    for (const py::dict& dict : empty_) Py_VISIT(dict.ptr());
+    for (const auto& [dict, key] : absent_) {
+      Py_VISIT(dict.ptr());
+      Py_VISIT(key.ptr());
+    }
+    return 0;
+  }
+  void clear() {
+    cleared_ = true;
+    const auto places = std::move(places_);
+    const auto empty = std::move(empty_);
+    const auto absent = std::move(absent_);
+  }
+
   // Whether all that it was made from is still there and as it was.
   bool current() const {
+    if (cleared_) return false;
     for (const Place& place : places_) {
       if (PyDict_GetItemWithError(place.owner.ptr(), place.key.ptr()) != place.value.ptr() ||
           Py_TYPE(place.value.ptr()) != place.type) {
@@ -121,6 +144,9 @@ class Watch {
     }
     for (const auto& [dict, key] : absent_) {
       if (PyDict_GetItemWithError(dict.ptr(), key.ptr()) != nullptr) return false;
+    }
+    for (const auto& [tensor, version] : packed_) {
+      if (tensor._version() != version) return false;
     }
     for (size_t i = 0; i < live_.size(); ++i) {
       const at::Tensor &live = live_[i], &held = held_[i];
@@ -164,8 +190,10 @@ class Watch {
     PyTypeObject* type;
   };
 
+  bool cleared_ = false;
   int64_t channels_, dims_;
   std::vector<at::Tensor> live_, held_;
+  std::vector<std::pair<at::Tensor, int64_t>> packed_;
   std::vector<Place> places_;
   std::vector<py::dict> empty_;
   std::vector<std::pair<py::dict, py::object>> absent_;
@@ -176,8 +204,8 @@ class Watch {
 template <class Kind>
 class Prepared {
  public:
-  Prepared(std::shared_ptr<Watch> watch, const py::tuple& arguments, Kind block)
-      : watch_(std::move(watch)), block_(std::move(block)) {
+  Prepared(py::object watch, const py::tuple& arguments, Kind block)
+      : object_(std::move(watch)), watch_(&object_.cast<Watch&>()), block_(std::move(block)) {
     for (const py::handle argument : arguments) {
       if (py::isinstance<py::list>(argument)) {
         for (const py::handle each : argument.cast<py::list>()) hold(each);
@@ -187,11 +215,17 @@ class Prepared {
     }
   }
 
-  bool current() const { return watch_->current() && in_place(); }
+  bool current() const { return object_ && watch_->current() && in_place(); }
+
+  int visit(visitproc visit, void* arg) const {
+    Py_VISIT(object_.ptr());
+    return 0;
+  }
+  void clear() { const py::object watch = std::move(object_); }
 
   // `rope`: of a Block that calls come with one to, else nothing.
   py::object call(const py::handle& x, const py::args& rope) const {
-    if (!watch_->holds(x, rope) || !in_place()) return py::none();
+    if (!object_ || !watch_->holds(x, rope) || !in_place()) return py::none();
     const at::Tensor& input = THPVariable_Unpack(x.ptr());
     at::Tensor result;
     if constexpr (std::is_same_v<Kind, Block>) {
@@ -221,15 +255,34 @@ class Prepared {
     return true;
   }
 
-  std::shared_ptr<Watch> watch_;
+  py::object object_;
+  const Watch* watch_;  // in `object_`
   Kind block_;
   std::vector<std::pair<at::Tensor, const void*>> memory_;
 };
 
+// Lets Python's collector see what an object of class T holds.
+template <class T>
+py::custom_type_setup collected() {
+  return py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    PyTypeObject& type = heap_type->ht_type;
+    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+      Py_VISIT(Py_TYPE(self));
+      const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+      return held.holder_constructed() ? py::handle(self).cast<T&>().visit(visit, arg) : 0;
+    };
+    type.tp_clear = [](PyObject* self) {
+      py::handle(self).cast<T&>().clear();
+      return 0;
+    };
+  });
+}
+
 template <class Kind>
 void define(const py::module& m, const char* name, const char* doc, Kind (*block_of)(const py::tuple&)) {
-  py::class_<Prepared<Kind>>(m, name, doc)
-      .def(py::init([block_of](std::shared_ptr<Watch> watch, const py::tuple& arguments) {
+  py::class_<Prepared<Kind>>(m, name, doc, collected<Prepared<Kind>>())
+      .def(py::init([block_of](py::object watch, const py::tuple& arguments) {
              return std::make_unique<Prepared<Kind>>(std::move(watch), arguments, block_of(arguments));
            }),
            py::arg("watch"), py::arg("arguments"))
@@ -326,13 +379,14 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), "A contiguous copy in memory that the operators keep for their results.");
   m.def("watched", &watched, "Whether a trace, a mode, a transform or a profiler would see calls of operators now.");
-  py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch",
-                                            "Whether what was prepared from modules and tensors still holds; see "
-                                            "dfqvit/runtime/prepared.py.")
-      .def(py::init<const std::vector<at::Tensor>&, const py::list&, const py::list&, const py::list&, int64_t,
-                    int64_t>(),
-           py::arg("values"), py::arg("places"), py::arg("empty"), py::arg("absent"), py::arg("channels"),
-           py::arg("dims"))
+  py::class_<Watch>(m, "Watch",
+                    "Whether what was prepared from modules and tensors still holds; see "
+                    "dfqvit/quantization/prepared.py.",
+                    collected<Watch>())
+      .def(py::init<const std::vector<at::Tensor>&, const std::vector<at::Tensor>&, const py::list&, const py::list&,
+                    const py::list&, int64_t, int64_t>(),
+           py::arg("values"), py::arg("packed"), py::arg("places"), py::arg("empty"), py::arg("absent"),
+           py::arg("channels"), py::arg("dims"))
       .def("current", &Watch::current, "Whether all that it was made from is still there and as it was.")
       .def("__call__", &Watch::holds, py::arg("x"),
            "Whether it holds for a call with x, float32 [..., C] of `dims` dimensions, and with the other tensors.");
@@ -346,7 +400,7 @@ PYBIND11_MODULE(_C, m) {
                     conv_block_of);
   py::class_<PreparedCall>(m, "PreparedCall",
                            "A compiled operator with most of its arguments given beforehand, for calls that nothing "
-                           "watches; see dfqvit/runtime/prepared.py.")
+                           "watches; see dfqvit/quantization/prepared.py.")
       .def(py::init<const std::string&, const py::tuple&, std::vector<size_t>>(), py::arg("name"), py::arg("arguments"),
            py::arg("places"))
       .def("__call__", &PreparedCall::call, "The result, for one value for each open place, in their order.");

@@ -11,14 +11,15 @@ Hub another name stands for `dfqvit` here: `extension.NAMESPACE`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import capability, extension, tuning
 
@@ -41,7 +42,7 @@ class BackendFallbackWarning(UserWarning):
     """The automatic choice passed over a backend that this device would normally use; shown once for each reason."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Backend:
     """One implementation of an operator. `run` and `supports` take the operator's own arguments.
 
@@ -80,6 +81,8 @@ class Operator:
         with warnings.catch_warnings():  # torch says so when this takes the place of the shared library's own choice
             warnings.simplefilter("ignore", UserWarning)
             _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd", allow_override=True)
+            autograd = self._once if self.name.endswith("_backward") else self._refuse_gradient
+            _LIBRARY.impl(self.name, autograd, "Autograd", with_keyset=True, allow_override=True)
         fake = _on_one_device(self.name, fake)
         torch.library.register_fake(f"{_LIBRARY.ns}::{self.name}", fake, lib=_LIBRARY)
         for name in _COMPILED.keys() & self.backends.keys():
@@ -105,8 +108,11 @@ class Operator:
             and self.tune is None
             and _compiles_for_cpu()
         ):
-            on_cpu = [arg.device.type == "cpu" for arg in args if isinstance(arg, torch.Tensor)]
-            if all(on_cpu) and cpu.supports_traced(*args)[0]:
+            tensors = _tensors(args)
+            on_cpu = all(each.device.type == "cpu" for each in tensors)
+            # dfqvit_cpu::<name> would cut a gradient unseen; dfqvit::<name> refuses it
+            wanted = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+            if on_cpu and not wanted and cpu.supports_traced(*args)[0]:
                 return getattr(_OPS["cpu"], self.name)(*args)
         return self._torch_op(*args)
 
@@ -121,7 +127,47 @@ class Operator:
         return any(name in self.backends and _available(name)[0] for name in names)
 
     def _run(self, *args: Any) -> Any:
-        return self.resolve(*args).run(*args)
+        """Computes in the dtypes that the operator's arithmetic names, whatever autocast says."""
+        if not torch._C._is_any_autocast_enabled():
+            return self.resolve(*args).run(*args)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return self.resolve(*args).run(*args)
+
+    def _refuse_gradient(self, keys: Any, *args: Any) -> Any:
+        """What autograd does with the operator itself, as an exported program calls it: it would cut the gradient unseen.
+
+        A public function that has a gradient calls the operator where autograd records nothing.
+        """
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise ValueError(
+                f"a gradient is wanted of the operator {self.name}, which has none: use torch.no_grad(), or for gradients the "
+                "model itself, not what was exported or traced from it"
+            )
+        _refuse_tangents(self.name, args)
+        return self._torch_op.default.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    def _once(self, keys: Any, *args: Any) -> Any:
+        """What autograd does with a gradient's operator: under `create_graph` its results refuse to be differentiated again."""
+        _refuse_tangents(self.name, args)
+        run, keys = self._torch_op.default.redispatch, keys & torch._C._after_autograd_keyset
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return run(keys, *args)
+        # torch.func comes here once for each of its levels, from the last one on; the levels below are to see the operator too.
+        above = torch._C._are_functorch_transforms_active()
+        with contextlib.nullcontext() if above else torch._C._AutoDispatchBelowAutograd():
+            found = run(keys, *args)
+        wanting = [arg.view_as(arg) for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        for each in wanting:
+            each.register_hook(self._refuse_second)
+        # 0, and made of what must not be wanted
+        nothing = torch.stack([each.flatten()[:0].sum() for each in wanting]).sum()
+        if isinstance(found, list):
+            return [each + nothing.to(each.dtype) for each in found]
+        return found + nothing.to(found.dtype)
+
+    def _refuse_second(self, _: torch.Tensor) -> None:
+        name = self.name.removesuffix("_backward")
+        raise ValueError(f"a second derivative is wanted of {name}, which has only a first one")
 
     def resolved(self, *args: Any) -> Any:
         """As a call, for one operator inside another's backend, where torch's dispatcher has been passed already."""
@@ -169,12 +215,27 @@ class Operator:
             )
 
 
+def _tensors(args: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among arguments, and in their lists."""
+    flat = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return [each for each in flat if isinstance(each, torch.Tensor)]
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    """ValueError for a tensor of forward-mode differentiation: no operator has derivatives of that kind."""
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(each).tangent is not None for each in _tensors(args)):
+        raise ValueError(
+            f"a forward-mode derivative is wanted of {name}, which has none: use reverse mode, or detach()"
+        )
+
+
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake of an operator. torch calls it too where one of real tensors is on meta, and would take the result for values."""
 
     def checked(*args: Any) -> Any:
-        flat = (each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,)))
-        devices = {each.device.type for each in flat if isinstance(each, torch.Tensor)}
+        devices = {each.device.type for each in _tensors(args)}
         if "meta" in devices and len(devices) > 1:
             others = ", ".join(sorted(devices - {"meta"}))
             raise ValueError(
@@ -211,6 +272,16 @@ def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backen
         return found[0](*args)
 
     return Backend(device, run, supported, supports if device == "cpu" else None)
+
+
+def checking(backend: Backend, check: Callable[..., None]) -> Backend:
+    """`backend`, with its arguments given to `check` before it runs. The cpu backends check values as they read them."""
+
+    def run(*args: Any) -> Any:
+        check(*args)
+        return backend.run(*args)
+
+    return dataclasses.replace(backend, run=run)
 
 
 def _compiles_for_cpu() -> bool:

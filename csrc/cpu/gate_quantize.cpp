@@ -63,7 +63,7 @@ at::Tensor gate_quantize(const at::Tensor& gate, const at::Tensor& value, const 
       finite = false;
     }
   });
-  TORCH_CHECK_VALUE(finite, "gate or value held NaN or Inf; they must be finite");
+  TORCH_CHECK_VALUE(finite, "gate or value held NaN or Inf; every value must be finite");
   return result;
 }
 

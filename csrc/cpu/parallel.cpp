@@ -38,14 +38,15 @@ extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 namespace dfqvit {
 namespace {
 
-// MKL, which computes sines and products for torch where torch was built with it, counts its threads for itself. 0: as
-// many as for all.
-void set_mkl_threads(int threads) {
+// MKL, which computes sines and products for torch where torch was built with it, counts its threads for itself; this
+// sets the count of the calling thread, 0 for as many as all have, and gives what it was: torch.set_num_threads sets
+// it.
+int set_mkl_threads(int threads) {
 #ifdef __linux__
-  if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(threads);
-#else
-  (void)threads;
+  if (MKL_Set_Num_Threads_Local != nullptr) return MKL_Set_Num_Threads_Local(threads);
 #endif
+  static_cast<void>(threads);
+  return 0;
 }
 
 void set_torch_threads(int threads) {
@@ -88,6 +89,7 @@ constexpr microseconds kLeastRest{8000}, kMostRest{64000};
 thread_local bool working = false;      // on a piece
 thread_local Clock::duration slept{0};  // by this thread within its calls
 thread_local int torch_threads = 0;     // that torch had here before SerialTorch, while there is one
+thread_local int mkl_threads = 0;       // and MKL
 
 struct Job {
   void (*run)(const void* work, int64_t piece);
@@ -334,7 +336,7 @@ SerialTorch::SerialTorch() : outermost_(torch_threads == 0) {
   if (!outermost_) return;
   torch_threads = at::get_num_threads();
   set_torch_threads(1);
-  set_mkl_threads(1);
+  mkl_threads = set_mkl_threads(1);
 }
 
 SerialTorch::~SerialTorch() {
@@ -344,7 +346,7 @@ SerialTorch::~SerialTorch() {
 }
 
 void SerialTorch::lift() {
-  if (torch_threads > 0) set_mkl_threads(0);
+  if (torch_threads > 0) set_mkl_threads(mkl_threads);
   if (torch_threads > 1 && at::get_num_threads() == 1) set_torch_threads(torch_threads);
 }
 

@@ -217,13 +217,10 @@ struct Block::Stages {
                 const Own& own) const {
     const int64_t channels = layer.norm.channels;
     const float* begin = from + first * channels;
-    if (!block.post_norm_) {
-      norms.quantize(begin, Type::f32, last - first, layer.norm, own.normed, next.stride(),
-                     reinterpret_cast<float*>(own.scratch));
-      return;
-    }
-    const bool finite =
-        kernels.quantize(begin, Type::f32, last - first, channels, next.input, own.normed, next.stride());
+    const bool finite = block.post_norm_ ? kernels.quantize(begin, Type::f32, last - first, channels, next.input,
+                                                            own.normed, next.stride())
+                                         : norms.quantize(begin, Type::f32, last - first, layer.norm, own.normed,
+                                                          next.stride(), reinterpret_cast<float*>(own.scratch));
     TORCH_CHECK_VALUE(finite, "x held NaN or Inf; every value must be finite");
   }
   // Rows first to last of out: the residual, plus what a layer makes of `from`, its row 0 the first; through the norm

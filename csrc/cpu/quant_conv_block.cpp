@@ -46,6 +46,10 @@ const ConvBlockArguments& checked(const ConvBlockArguments& a) {
   return a;
 }
 
+NormLayer norm_of(const ConvBlockArguments& a) {
+  return {a.norm_weight, a.norm_bias, a.eps, a.scales[0], a.zeros[0], a.a_bits[0]};
+}
+
 OptionalTensor given(const at::Tensor& bias) {
   return bias.numel() ? OptionalTensor(bias) : std::nullopt;
 }
@@ -66,7 +70,7 @@ at::Tensor taps_first(const at::Tensor& weight) {
 }  // namespace
 
 ConvBlock::ConvBlock(const ConvBlockArguments& a)
-    : norm_(checked(a).norm_weight, a.norm_bias, a.eps, a.scales[0], a.zeros[0], a.a_bits[0]),
+    : norm_(norm_of(checked(a))),
       fc1_(a.weights[0], given(a.biases[0]), {}, a.scales[0], a.zeros[0], a.weight_scales[0], a.norm_weight.numel(),
            a.a_bits[0], a.w_bits[0], a.activation.c_str(), a.hidden_scale ? *a.hidden_scale : a.scales[1], a.zeros[1],
            a.a_bits[1], at::kByte),
@@ -111,7 +115,9 @@ at::Tensor ConvBlock::run(const at::Tensor& x) const {
     for (int64_t done = 0; done < count;) {
       const int64_t at = (first + done) % image, some = std::min({kConvolvedTogether, count - done, image - at});
       depthwise(from + (first + done - at) * channels, conv, at, at + some, convolved);
-      norms.quantize(convolved, Type::f32, some, norm_.norm, bytes + done * fc1_.stride(), fc1_.stride(), line);
+      const bool finite =
+          norms.quantize(convolved, Type::f32, some, norm_.norm, bytes + done * fc1_.stride(), fc1_.stride(), line);
+      TORCH_CHECK_VALUE(finite, "x held NaN or Inf; every value must be finite");
       done += some;
     }
     const auto multiply = [&](const LinearLayer& layer, const uint8_t* a, const float* residual, void* out,

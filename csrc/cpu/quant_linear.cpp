@@ -146,6 +146,7 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
   ask_for_huge_pages(result);
   TORCH_CHECK_VALUE(!residual || residual->numel() == rows * layer.out_features, "residual had shape ",
                     residual ? residual->sizes() : at::IntArrayRef(), "; the result has ", at::IntArrayRef(shape));
+  if (out_scale) check_finite("residual", residual);
   const at::Tensor addend = residual ? residual->contiguous() : at::Tensor();
   Epilogue e = layer.epilogue;
   e.columns = layer.columns.data();

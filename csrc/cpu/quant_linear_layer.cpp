@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iomanip>
 #include <limits>
 #include <string>
 
@@ -21,8 +22,9 @@ float scale_value(const char* name, float value) {
 }
 
 float whole_value(const char* name, float value, int64_t greatest) {
-  TORCH_CHECK_VALUE(value >= 0 && value <= greatest && value == std::nearbyint(value), name, " held ", value,
-                    "; it must be a whole number from 0 to ", greatest);
+  TORCH_CHECK_VALUE(value >= 0 && value <= greatest && value == std::nearbyint(value), name, " held ",
+                    std::setprecision(17), static_cast<double>(value), "; it must be a whole number from 0 to ",
+                    greatest);
   return value;
 }
 
@@ -101,12 +103,6 @@ class Values {
   std::vector<float> spread_;
 };
 
-// Whether every value is finite and, as asked, not 0 or above 0. Plain loops: the compiler makes vectors of them.
-bool all_finite(const float* values, int64_t count) {
-  int wrong = 0;
-  for (int64_t i = 0; i < count; ++i) wrong |= !(std::fabs(values[i]) <= std::numeric_limits<float>::max());
-  return !wrong;
-}
 bool all_nonzero(const float* values, int64_t count) {
   int wrong = 0;
   for (int64_t i = 0; i < count; ++i) wrong |= values[i] == 0.0f;
@@ -126,6 +122,19 @@ void check_weight(const at::Tensor& weight, int64_t outputs, int64_t columns, in
 }
 
 }  // namespace
+
+// A plain loop: the compiler makes vectors of it.
+void check_finite(const char* name, const float* values, int64_t count) {
+  int wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong |= !(std::fabs(values[i]) <= std::numeric_limits<float>::max());
+  TORCH_CHECK_VALUE(!wrong, name, " held NaN or Inf; every value must be finite");
+}
+
+void check_finite(const char* name, const OptionalTensor& tensor) {
+  if (!tensor) return;
+  const at::Tensor values = tensor->to(at::kFloat).contiguous();
+  check_finite(name, values.const_data_ptr<float>(), values.numel());
+}
 
 void set_activation(c10::string_view name, Activation& activation, float& slope) {
   struct Named {
@@ -161,7 +170,7 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
   const int64_t greatest = (1 << a_bits) - 1;
   const float step = scale_value("x_scale", scalar_of("x_scale", x_scale));
   const float zero = whole_value("x_zero", scalar_of("x_zero", x_zero), greatest);
-  TORCH_CHECK_VALUE(all_finite(scales.data, out_features), "w_scale held NaN or Inf; every value must be finite");
+  check_finite("w_scale", scales.data, out_features);
   TORCH_CHECK_VALUE(all_nonzero(scales.data, out_features), "w_scale held 0; no scale of a weight may be 0");
   input = {step, 1.0f / step, zero, static_cast<float>(greatest)};
   ordinary = ordinary_divisor(step);
@@ -177,8 +186,10 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
                     " values; it must have ", out_features);
   const Values biases("bias", bias, out_features), out_scales("out_scale", out_scale, out_features),
       out_zeros("out_zero", out_zero, out_features);
+  if (bias) check_finite("bias", biases.data, out_features);
   TORCH_CHECK_VALUE(out_scale.has_value() == out_zero.has_value(), "out_zero must be given if out_scale is");
   if (out_scale) {
+    check_finite("acm", acm);  // of integers NaN makes some that look right; in a float result it shows
     for (int64_t n = 0; n < out_features; ++n) {
       ordinary = ordinary && ordinary_divisor(out_scales.data[n]);
       if (out_scales.data[n] > 0 && out_scales.data[n] <= std::numeric_limits<float>::max()) continue;

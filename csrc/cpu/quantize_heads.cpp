@@ -62,7 +62,7 @@ at::Tensor quantize_heads(const at::Tensor& q, const at::Tensor& k, const at::Te
       }
     }
   });
-  TORCH_CHECK_VALUE(finite, "q, k or v held NaN or Inf; they must be finite");
+  TORCH_CHECK_VALUE(finite, "q, k, v or rope held NaN or Inf; every value must be finite");
   return result;
 }
 

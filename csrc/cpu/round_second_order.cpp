@@ -1,10 +1,12 @@
-// dfqvit_cpu::round_second_order: the integers Q of a weight W that make trace(O E I E^T) least, E = W - scale Q, by
-// coordinate descent, columns outside and rows inside. Half the derivative by E is O E I. Columns go in blocks, so that
-// nearly all of the work is three matrix products a block; within one, what an integer's move does to the rest of its
-// column is one row of O, added to `effect` = O times the changes of the column so far.
+// dfqvit_cpu::round_second_order: the integers Q of a weight W that make trace(O E I E^T) least, E = W - scale Q. They
+// are begun by rounding one weight after another, columns outside and rows inside, what is left over carried to those
+// that come; then coordinate descent in the same order. Half the derivative by E is O E I. Columns go in blocks, so
+// that nearly all of the work is matrix products; within one, what an integer's move does to the rest of its column is
+// one row of O, added to `effect` = O times the changes of the column so far.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -55,8 +57,49 @@ struct Limits {
   float least, greatest;
 };
 
+inline float clamped(float integer, Limits limits) {
+  return std::min(std::max(std::nearbyint(integer), limits.least), limits.greatest);
+}
+
+// What the weights that are rounded leave to those after them: upper triangular with a diagonal of 1.
+struct Carries {
+  const float* inputs;   // of the block's own columns, [columns, columns] with Begun::stride
+  const float* outputs;  // [rows, rows], or null where rows are independent
+};
+
+// A block of columns of the weight to begin with, transposed: each [columns, rows].
+struct Begun {
+  float* wanted;  // the weight, with what the columns before it left over
+  float* rounded;
+  float* rests;  // wanted - scale * rounded
+  int64_t columns, rows, stride;
+};
+
+// Rounds rows [begin, end) of a block: all of them, unless they are independent.
+void begin_block(const Begun& block, const float* scale, Limits limits, Carries carries, int64_t begin, int64_t end,
+                 AddScaled add) {
+  std::vector<float> aims(end - begin);  // `wanted` with what the rows before in this column left over
+  for (int64_t k = 0; k < block.columns; ++k) {
+    float *rounded = block.rounded + k * block.rows, *rests = block.rests + k * block.rows;
+    const float* wanted = block.wanted + k * block.rows;
+    std::copy(wanted + begin, wanted + end, aims.begin());
+    for (int64_t i = begin; i < end; ++i) {
+      const float aim = aims[i - begin];
+      rounded[i] = clamped(aim / scale[i], limits);
+      rests[i] = wanted[i] - rounded[i] * scale[i];
+      if (carries.outputs == nullptr) continue;
+      const float* later = carries.outputs + i * block.rows + i + 1;
+      add(aims.data() + i + 1 - begin, later, rounded[i] * scale[i] - aim, end - i - 1);
+    }
+    for (int64_t later = k + 1; later < block.columns; ++later) {
+      add(block.wanted + later * block.rows + begin, rests + begin, -carries.inputs[k * block.stride + later],
+          end - begin);
+    }
+  }
+}
+
 inline float best(float old, float slope, float curvature, Limits limits) {
-  return std::min(std::max(std::nearbyint(old + slope / curvature), limits.least), limits.greatest);
+  return clamped(old + slope / curvature, limits);
 }
 
 // Moves the integers of rows [begin, end), where rows are independent.
@@ -98,15 +141,51 @@ void move_in_turn(const Block& block, const float* scale, Limits limits, const f
   }
 }
 
+// The integers to begin with, [columns, rows], of a transposed weight.
+at::Tensor begun(const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& input_carry,
+                 const std::optional<at::Tensor>& output_carry, Limits limits) {
+  const at::Tensor inner = input_carry.contiguous();
+  const at::Tensor outer = output_carry ? output_carry->contiguous() : at::Tensor();
+  const int64_t columns = weight.size(0), rows = weight.size(1);
+  const AddScaled add = add_scaled();
+  at::Tensor wanted = weight.clone(at::MemoryFormat::Contiguous);
+  at::Tensor rounded = at::empty_like(wanted), rests = at::empty_like(wanted);
+  for (int64_t start = 0; start < columns; start += kBlock) {
+    const int64_t size = std::min(kBlock, columns - start), end = start + size;
+    const Begun block{wanted.mutable_data_ptr<float>() + start * rows,
+                      rounded.mutable_data_ptr<float>() + start * rows,
+                      rests.mutable_data_ptr<float>() + start * rows,
+                      size,
+                      rows,
+                      columns};
+    const Carries carries{inner.const_data_ptr<float>() + start * columns + start,
+                          output_carry ? outer.const_data_ptr<float>() : nullptr};
+    if (output_carry) {
+      begin_block(block, scale.const_data_ptr<float>(), limits, carries, 0, rows, add);
+    } else {
+      parallel_ranges(rows, kGrain, [&](int64_t from, int64_t to) {
+        begin_block(block, scale.const_data_ptr<float>(), limits, carries, from, to, add);
+      });
+    }
+    if (end < columns) {
+      const at::Tensor onwards = inner.slice(0, start, end).slice(1, end).t().contiguous();
+      wanted.slice(0, end).sub_(onwards.matmul(rests.slice(0, start, end)));
+    }
+  }
+  return rounded;
+}
+
 at::Tensor round_second_order(const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& inputs,
-                              const std::optional<at::Tensor>& outputs, int64_t bits, int64_t sweeps) {
+                              const std::optional<at::Tensor>& outputs, const at::Tensor& input_carry,
+                              const std::optional<at::Tensor>& output_carry, int64_t bits, int64_t sweeps) {
+  const c10::impl::ExcludeDispatchKeyGuard as_they_are(c10::autocast_dispatch_keyset);  // the matrix products
   const at::Tensor w = weight.t().contiguous(), moment = inputs.contiguous(), step = scale.contiguous();
   const at::Tensor outer = outputs ? outputs->contiguous() : at::Tensor();
   const int64_t columns = w.size(0), rows = w.size(1);
   const float half = static_cast<float>(int64_t{1} << (bits - 1));
   const Limits limits{-half, half - 1};
   const AddScaled add = add_scaled();
-  at::Tensor rounded = w.div(step).round_().clamp_(limits.least, limits.greatest);
+  at::Tensor rounded = begun(w, step, input_carry, output_carry, limits);
   at::Tensor changes = at::empty_like(w);
   for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
     bool moved = false;

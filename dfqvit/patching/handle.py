@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ..calibration import BATCH
+from ..calibration.given import judge
 from ..errors import UsageError
+from ..models import Preprocessing
 from ..models.adapters import find_adapter
 from ..quantization.recipe import Recipe
 from .fusable import MLP_LAYERS, FusedMlp, can_fuse, is_patched, linear_layers
@@ -136,6 +138,9 @@ class PatchHandle:
             raise UsageError(f"calib was {shape}; it must be a tensor [n, {channels}, H, W], or None")
         if not images.is_floating_point() or not bool(torch.isfinite(images).all()):
             raise UsageError("calib must be a float tensor of finite values, normalised as the model expects")
+        refusal, _ = judge(images, Preprocessing.of(self._model))
+        if refusal:
+            raise UsageError(f"calib {refusal}")
         ranges = {layer: new_range(layer) for layer in self._layers.values()}
         # these hooks also keep GELU out of fc1, see FusedMlp
         hooks = [

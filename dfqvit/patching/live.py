@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class LiveQuantLinear(nn.Linear):
     """
 
     live: LiveSettings
-    packed_version: int
+    packed_from: tuple[weakref.ref[torch.Tensor], int]
     input_scale: torch.Tensor | None
     input_zero: torch.Tensor | None
     weight_packed: torch.Tensor | None
@@ -57,20 +58,31 @@ class LiveQuantLinear(nn.Linear):
         """Turns the layer back into the `nn.Linear` that it was, in place."""
         for name in _BUFFERS:
             delattr(self, name)
-        for name in ("live", "packed_version"):
+        for name in ("live", "packed_from"):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def fix_range(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         """From now on every input is quantized by these two scalars."""
-        self.input_scale, self.input_zero = scale, zero_point
+        with torch.inference_mode(False):  # what inference mode makes cannot be saved for a gradient later
+            self.input_scale, self.input_zero = scale.clone(), zero_point.clone()
 
     def pack(self) -> None:
         """Quantizes the weight once and for all, until it is seen to change."""
-        weight = self.weight.detach()
-        self.weight_scale = WEIGHT_RULES[self.live.quantizer](weight, self.live.w_bits)
-        self.weight_packed = pack_weight(weight, self.weight_scale, self.live.w_bits)
-        self.packed_version = _version(self.weight)
+        with torch.inference_mode(False):
+            weight = self.weight.detach().clone() if self.weight.is_inference() else self.weight.detach()
+            self.weight_scale = WEIGHT_RULES[self.live.quantizer](weight, self.live.w_bits)
+            self.weight_packed = pack_weight(weight, self.weight_scale, self.live.w_bits)
+        self.packed_from = (weakref.ref(self.weight), _version(self.weight))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has a weight of its own, and packs it when it is called."""
+        return {name: value for name, value in vars(self).items() if name != "packed_from"}
+
+    def _packed(self) -> bool:
+        """Whether what is packed is of the weight that stands here now, as it is now."""
+        weight, version = vars(self).get("packed_from", (None, 0))
+        return weight is not None and weight() is self.weight and version == _version(self.weight)
 
     def forward(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
         """[..., in_features] to [..., out_features]; `activation` as in `quant_linear`."""
@@ -93,8 +105,8 @@ class LiveQuantLinear(nn.Linear):
     def _quantized_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.live.trainable:
             return self.weight, WEIGHT_RULES[self.live.quantizer](self.weight, self.live.w_bits)
-        if not torch.compiler.is_compiling() and self.packed_version != _version(self.weight):
-            self.pack()  # load_state_dict or an optimiser wrote to the weight
+        if not torch.compiler.is_compiling() and not self._packed():
+            self.pack()  # load_state_dict or an optimiser wrote to the weight, or another took its place
         assert self.weight_packed is not None
         assert self.weight_scale is not None
         return self.weight_packed, self.weight_scale
@@ -105,7 +117,7 @@ class LiveQuantLinear(nn.Linear):
         if not x.numel():
             return x.new_ones((), dtype=torch.float32), x.new_zeros((), dtype=torch.float32)
         least, greatest = (end.float() for end in x.detach().aminmax())
-        return affine_parameters(least.clamp_max(0), greatest.clamp_min(0), self.live.a_bits)
+        return affine_parameters(least, greatest, self.live.a_bits)
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -113,10 +125,8 @@ class LiveQuantLinear(nn.Linear):
 
 
 def new_range(linear: LiveQuantLinear) -> Any:
-    """A range rule for the inputs of a layer. It has seen a zero: a range without one has no zero point."""
-    rule = RANGE_RULES[linear.live.quantizer](linear.live.a_bits)
-    rule.observe(torch.zeros(1, device=linear.weight.device))
-    return rule
+    """A range rule for the inputs of a layer."""
+    return RANGE_RULES[linear.live.quantizer](linear.live.a_bits)
 
 
 def _version(weight: torch.Tensor) -> int:

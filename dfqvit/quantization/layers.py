@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,18 +11,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import block_weight, checks, extension, quant_linear, weight_sums
+from ..kernels.dispatch import asked_table
 from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest, unpack_weight
 from ..kernels.quant_linear.op import forward as linear_operator
 from .precision import KeepsPrecision
+from .prepared import PREPARED, SOURCES, Call, Prepares, compiled, may_prepare, small_tensors, watch
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
 from .rounding import SecondMoments, round_together
 
-PREPARED = ("weight_blocked", "weight_sums", "acm_float")  # buffers that a frozen layer makes for its kernels
-
+_ASKED = asked_table()
+_UNPREPARED: tuple[Any, Any] = None, None
 _MANY_CHANNELS = 8  # an image has 1 to 4
 
 
-class QuantLinear(KeepsPrecision):
+class QuantLinear(Prepares, KeepsPrecision):
     """A linear layer with a quantized input and packed weights, run by `kernels.quant_linear`.
 
     Until `freeze()` it computes in float and its input quantizer observes; afterwards it holds `weight_packed` (uint8, see
@@ -30,7 +34,10 @@ class QuantLinear(KeepsPrecision):
 
     What the kernels of its device want beside these it prepares as buffers that are in no state_dict: `weight_blocked` on
     CPUs, `weight_sums` and `acm_float` elsewhere. They are made anew when the layer is moved, loaded into, unpickled, or
-    given another tensor; who writes into `weight_packed` itself calls `prepare()` afterwards.
+    given another tensor, and before a call where torch counted a write to `weight_packed` itself; who writes past torch, by
+    `.data` or numpy, calls `prepare()` afterwards. What they are made from is in the layer's state_dict and yet no persistent
+    buffer: so torch.export leaves it out of the state_dict of a program, which computes with the prepared ones, and a program
+    refuses to load it.
     """
 
     weight: torch.Tensor | None
@@ -51,15 +58,15 @@ class QuantLinear(KeepsPrecision):
         self.w_bits = w_bits
         self.quantizer = quantizer
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # a copy: calibration writes into it, and another layer may share the one that is given
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.input = ActivationQuantizer(a_bits, quantizer).to(weight.device)
-        self.register_buffer("acm", None)
-        for name in PREPARED:
+        for name in ("acm", *PREPARED):
             self.register_buffer(name, None, persistent=False)
         self.register_buffer("exponents", None)
         self._moments: SecondMoments | None = None
         self._decided: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._prepared_from: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        self._prepared_from: tuple[torch.Tensor | None, torch.Tensor | None, int] = None, None, 0
 
     @classmethod
     def from_float(cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str) -> QuantLinear:
@@ -76,7 +83,7 @@ class QuantLinear(KeepsPrecision):
         """[in_features], what every channel of the input is divided by: powers of two, exactly; None where there are none."""
         if self.exponents is None:
             return None
-        return ((self.exponents.to(torch.int32) + 127) << 23).view(torch.float32)
+        return self.exponents.double().exp2().float()  # exact; torch.jit.trace has no shifts into the bits of a float
 
     def allocate(self) -> None:
         """Replaces the float weight by empty packed buffers of the right shape, to be filled by load_state_dict."""
@@ -85,7 +92,7 @@ class QuantLinear(KeepsPrecision):
         self.weight = None
         row_bytes = packed_row_bytes(self.in_features, self.w_bits)
         empty = torch.zeros(self.out_features, row_bytes, dtype=torch.uint8, device=weight.device)
-        self.register_buffer("weight_packed", empty)
+        self.register_buffer("weight_packed", empty, persistent=False)
         self.register_buffer("weight_scale", torch.zeros(self.out_features, device=weight.device))
         self.input.frozen = True
 
@@ -130,12 +137,13 @@ class QuantLinear(KeepsPrecision):
             made["weight_sums"] = weight_sums(packed, self.in_features, self.w_bits)
             made["acm_float"] = None if acm is None else acm.float()
         self._buffers.update(made)
-        self._prepared_from = packed, acm
+        self._prepared_from = packed, acm, _writes(packed)
 
     def _is_prepared(self) -> bool:
         """Whether the prepared buffers are those of the tensors that are here now; `functional_call` puts others in their place."""
-        packed, acm = self._prepared_from
-        return packed is self._buffers.get("weight_packed") and acm is self._buffers["acm"]
+        packed, acm, writes = self._prepared_from
+        here = self._buffers.get("weight_packed")
+        return packed is here and acm is self._buffers["acm"] and writes == _writes(here)
 
     def arranged(self, packed: torch.Tensor) -> torch.Tensor:
         """The packed weight with its inputs in the order that `weight_blocked` has them."""
@@ -151,43 +159,66 @@ class QuantLinear(KeepsPrecision):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As nn.Module's; the prepared buffers are made anew where the layer is then, rather than carried along."""
-        sources = ("weight_packed", "acm")
-        before = {name: self._buffers.get(name) for name in (*sources, *PREPARED)}
+        before = {name: self._buffers.get(name) for name in (*SOURCES, *PREPARED)}
         self._buffers.update(dict.fromkeys(PREPARED))
         try:
             super()._apply(fn, recurse)
         finally:
-            if all(self._buffers.get(name) is before[name] for name in sources):
+            if all(self._buffers.get(name) is before[name] for name in SOURCES):
                 self._buffers.update({name: before[name] for name in PREPARED})
             else:
                 self.prepare()
         return self
 
+    @contextlib.contextmanager
+    def _whole_state(self) -> Iterator[None]:
+        """In which torch takes `SOURCES` for persistent, as they are for state_dicts."""
+        self._non_persistent_buffers_set = {*PREPARED}
+        try:
+            yield
+        finally:
+            self._non_persistent_buffers_set = {*PREPARED, *SOURCES}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._whole_state():
+            super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+        with self._whole_state():
+            super()._load_from_state_dict(*args, **kwargs)
         self.prepare()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in ("weight_packed", "acm") and PREPARED[0] in self._buffers:
+        if name in SOURCES and PREPARED[0] in self._buffers:
             self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `__setstate__` prepares."""
-        return {**self.__dict__, "_buffers": {**self._buffers, **dict.fromkeys(PREPARED)}}
+        return {**super().__getstate__(), "_buffers": {**self._buffers, **dict.fromkeys(PREPARED)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.prepare()
 
+    @property
+    def divisor(self) -> torch.Tensor | None:
+        """`factor`, in the order of the weight's inputs as the layer multiplies by them now."""
+        return self.factor
+
     def divided(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] by the factors of its channels, if there are any."""
-        factor = self.factor
-        return x if factor is None else x / factor
+        divisor = self.divisor
+        return x if divisor is None else x / divisor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        x = self.divided(x)
+        prepare = not _ASKED and not torch.compiler.is_compiling()
+        watching, call = self.__dict__.get("_prepared", _UNPREPARED) if prepare else _UNPREPARED
+        if watching is not None and watching(x):
+            check_tokens(self.acm, x)
+            return call(x)
+        given, x = x, self.divided(x)
         if self.weight is not None:
             y = F.linear(self.input(x), self.weight, self.bias)
             if self._moments is not None and y.requires_grad:
@@ -195,7 +226,7 @@ class QuantLinear(KeepsPrecision):
             return y
         check_tokens(self.acm, x)
         weight, acm, w_sums = self.operands()
-        return quant_linear(
+        y = quant_linear(
             x,
             weight,
             self.bias,
@@ -207,6 +238,21 @@ class QuantLinear(KeepsPrecision):
             w_bits=self.w_bits,
             w_sums=w_sums,
         )
+        if prepare and may_prepare(self, given) and (watching is None or not watching.current()):
+            self._prepare_call(given, (weight, self.bias, acm), w_sums)
+        return y
+
+    def _prepare_call(self, x: torch.Tensor, operands: tuple[Any, ...], w_sums: torch.Tensor | None) -> None:
+        """Keeps this layer's call of the CPU's operator, for x like this one, with a watch over what it is made from."""
+        grid = (self.input.scale.reshape(()), self.input.zero_point.reshape(()), self.weight_scale)
+        bits = (self.input.bits, self.w_bits)
+        arguments = (None, *operands, *grid, *bits, "none", None, None, None, 8, "float32", w_sums)
+        if x.dtype != torch.float32 or linear_operator.resolve(x, *arguments[1:]).name != "cpu":
+            return
+        with torch.no_grad():
+            run, divisor = compiled(linear_operator, arguments, (0,)), self.divisor
+            call: Call = run if divisor is None else lambda x: run(x / divisor)
+            self.__dict__["_prepared"] = watch(self, small_tensors(self), self.in_features, x.dim()), call
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -250,22 +296,34 @@ class QuantPatchProjection(QuantLinear):
         integers = unpack_weight(packed, self.w_bits, self.in_features)
         return pack_integers(self._pixels_first(integers), self.w_bits)
 
-    def divided(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def divisor(self) -> torch.Tensor | None:
         """As QuantLinear's."""
         factor = self.factor
-        if factor is None:
-            return x
-        return x / (self._pixels_first(factor) if self.by_pixels else factor)
+        return self._pixels_first(factor) if factor is not None and self.by_pixels else factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] to [B, embed_dim, H / patch, W / patch]."""
-        (height, width), (batch, channels, *_) = self.kernel_size, x.shape
+        """[B, C, H, W] to [B, embed_dim, H / patch, W / patch], in channels-last memory."""
+        (height, width), batch = self.kernel_size, x.shape[0]
+        if height == width == 1 and self.acm is None:
+            pixels = x.permute(0, 2, 3, 1)  # a pixel is a patch: no copy, in channels-last memory
+            return super().forward(pixels if pixels.is_contiguous() else extension.gathered(pixels)).permute(0, 3, 1, 2)
         rows, columns = x.shape[2] // height, x.shape[3] // width
+        tokens = super().forward(self._patches(x, rows, columns))
+        return tokens.transpose(1, 2).reshape(batch, self.out_features, rows, columns)
+
+    def _patches(self, x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """[B, rows * columns, in_features], contiguous."""
+        (height, width), (batch, channels, *_) = self.kernel_size, x.shape
         x = x[:, :, : rows * height, : columns * width]
         patches = x.reshape(batch, channels, rows, height, columns, width)
         patches = patches.permute(*((0, 2, 4, 3, 5, 1) if self.by_pixels else (0, 2, 4, 1, 3, 5)))
-        tokens = super().forward(extension.gathered(patches).view(batch, rows * columns, self.in_features))
-        return tokens.transpose(1, 2).reshape(batch, self.out_features, rows, columns)
+        return extension.gathered(patches).view(batch, rows * columns, self.in_features)
+
+
+def _writes(packed: torch.Tensor | None) -> int:
+    """How often torch saw it written to; what is made in inference mode is not counted."""
+    return 0 if packed is None or packed.is_inference() else packed._version
 
 
 def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:

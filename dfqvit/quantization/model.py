@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ class QuantizedForward(KeepsPrecision):
     """Mixed in before a timm model's class by `quantized`. The model stays timm's in all else.
 
     It computes in float32 with float32 scales: images of other float dtypes are brought to float32, and what comes out is
-    brought back; `half()` and the like leave the model as it is. Images that cannot be normalised ones are refused.
+    brought back; `half()`, autocast and the like leave the model as it is. Images that cannot be normalised ones are refused.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -26,15 +30,31 @@ class QuantizedForward(KeepsPrecision):
         Raises:
             UsageError: the images have an integer dtype, or not the channels that the model takes.
         """
-        return _like(super().forward(self._admitted(x), *args, **kwargs), x)
+        return _like(self._entered(super().forward, x, *args, **kwargs), x)
 
     def forward_features(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As timm's."""
-        return _like(super().forward_features(self._admitted(x), *args, **kwargs), x)  # type: ignore[misc]
+        return _like(self._entered(super().forward_features, x, *args, **kwargs), x)  # type: ignore[misc]
 
     def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As timm's; float32."""
-        return super().forward_intermediates(self._admitted(x), *args, **kwargs)  # type: ignore[misc]
+        return self._entered(super().forward_intermediates, x, *args, **kwargs)  # type: ignore[misc]
+
+    def forward_head(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As timm's."""
+        return _without_autocast(super().forward_head, x, *args, **kwargs)  # type: ignore[misc]
+
+    def _entered(self, method: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What `method` gives for the images, in float32; for none, what it gives for one of zeros, without that one.
+
+        Many timm models reshape in a way that needs an image.
+        """
+        images = self._admitted(x)
+        empty = not isinstance(self, QuantizedNetwork) and not torch.jit.is_tracing() and images.shape[:1] == (0,)
+        if empty:
+            images = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
+        found = _without_autocast(method, images, *args, **kwargs)
+        return _each_tensor(found, lambda tensor: tensor[:0]) if empty else found
 
     def _admitted(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
@@ -48,12 +68,37 @@ class QuantizedForward(KeepsPrecision):
         channels = getattr(self, "in_chans", None)
         if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
             raise UsageError(f"images had shape {list(x.shape)}; they must be [B, {channels}, H, W]")
-        return x.float()
+        return _floats(x)
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks first."""
+        raise UsageError(
+            "a quantized model cannot be scripted (torch.jit.script); torch.jit.trace, torch.compile and torch.export take it"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as timm's class and what is mixed into it, since the class itself is made at run time."""
         *mixins, kind = type(self).__bases__
         return _empty, (kind, tuple(mixins)), super().__reduce_ex__(protocol)[2]
+
+
+class KeepsPatches(nn.Module):
+    """Mixed in where timm's class can be set to another input size: its packed weights are for patches of one size."""
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's.
+
+        Raises:
+            UsageError: patch_size is another one.
+        """
+        set_size = super().set_input_size  # type: ignore[misc]
+        asked = inspect.signature(set_size).bind(*args, **kwargs).arguments.get("patch_size")
+        now: Any = getattr(getattr(self, "patch_embed", None), "patch_size", None)
+        if asked is not None and now is not None and asked not in (now, list(now)) and (asked, asked) != now:
+            raise UsageError(
+                f"patch_size was {asked}; a quantized model keeps its {now}: set it on the float model, and quantize that"
+            )
+        set_size(*args, **kwargs)
 
 
 class QuantizedNetwork(nn.Module):
@@ -71,7 +116,36 @@ class QuantizedNetwork(nn.Module):
                 "(network.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
             )
         _refuse_tangents(x)
-        return x.float()
+        return _floats(x)
+
+
+def _floats(images: torch.Tensor) -> torch.Tensor:
+    """In float32. A trace keeps no check of Python's, so one of TorchScript goes into it: pixels are refused there too."""
+    return (_traced_check()(images) if torch.jit.is_tracing() else images).float()
+
+
+@functools.cache
+def _traced_check() -> Callable[[torch.Tensor], torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which who traces has read already
+        return torch.jit.script(_refuse_integers)
+
+
+def _refuse_integers(images: torch.Tensor) -> torch.Tensor:
+    if not images.is_floating_point():
+        raise ValueError("images had an integer dtype; they must be floats, normalised as the model expects")
+    return images
+
+
+def _without_autocast(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _autocast_off("cpu"), _autocast_off("cuda"):
+        found = method(*args, **kwargs)
+    return found  # torch.compile takes no return from within
+
+
+def _autocast_off(device: str) -> AbstractContextManager[Any]:
+    """Nothing where it is off anyhow: exported programs would hold it."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _refuse_tangents(images: torch.Tensor) -> None:
@@ -86,9 +160,14 @@ def _refuse_tangents(images: torch.Tensor) -> None:
 
 def quantized(model: nn.Module, *mixins: type) -> nn.Module:
     """`model`, whose class is from now on also QuantizedForward (and `mixins`, before it); in place."""
-    *held, kind = type(model).__bases__ if isinstance(model, QuantizedForward) else (QuantizedForward, type(model))
+    *held, kind = type(model).__bases__ if isinstance(model, QuantizedForward) else _entered(type(model))
     model.__class__ = _class_of(kind, (*(mixin for mixin in mixins if mixin not in held), *held))
     return model
+
+
+def _entered(kind: type) -> tuple[type, ...]:
+    """The bases that a timm class has from the beginning, itself the last."""
+    return (*((KeepsPatches,) if hasattr(kind, "set_input_size") else ()), QuantizedForward, kind)
 
 
 @functools.cache
@@ -102,12 +181,16 @@ def _empty(kind: type, mixins: tuple[type, ...]) -> nn.Module:
 
 
 def _like(found: Any, images: torch.Tensor) -> Any:
-    """`found` in the images' dtype, as far as it is a tensor of floats, or lists, tuples and mappings of such."""
+    """`found` in the images' dtype, as far as it holds tensors of floats."""
     if not isinstance(images, torch.Tensor) or images.dtype == torch.float32:
         return found
+    return _each_tensor(found, lambda tensor: tensor.to(images.dtype) if tensor.is_floating_point() else tensor)
+
+
+def _each_tensor(found: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`found` with each tensor in it changed, also those in lists, tuples and mappings."""
     if isinstance(found, dict):
-        return type(found)({key: _like(value, images) for key, value in found.items()})
+        return type(found)({key: _each_tensor(value, change) for key, value in found.items()})
     if type(found) in (list, tuple):
-        return type(found)(_like(value, images) for value in found)
-    floats = isinstance(found, torch.Tensor) and found.is_floating_point()
-    return found.to(images.dtype) if floats else found
+        return type(found)(_each_tensor(value, change) for value in found)
+    return change(found) if isinstance(found, torch.Tensor) else found

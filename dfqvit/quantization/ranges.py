@@ -16,7 +16,11 @@ _SHARES = torch.linspace(0.05, 1, 39)  # of either end, that are tried
 
 
 def affine_parameters(least: torch.Tensor, greatest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, zero_point) of an asymmetric quantizer for [least, greatest]: `s = (max - min) / (2^b - 1)`, `z = -min / s`."""
+    """(scale, zero_point) of an asymmetric quantizer for [least, greatest]: `s = (max - min) / (2^b - 1)`, `z = -min / s`.
+
+    A range that leaves zero out is widened to hold it: else it would have no zero point, and clamp everything.
+    """
+    least, greatest = least.clamp_max(0), greatest.clamp_min(0)
     steps = (1 << bits) - 1
     scale = ((greatest - least) / steps).float().clamp_min(LEAST_SCALE)
     return scale, (-least / scale).round().clamp(0, steps)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from ..errors import UsageError
 from .quantizers import check_rule
@@ -72,6 +75,10 @@ class Recipe:
                 f"scaling was 'channels', placement '{self.placement}' and quantizer '{self.quantizer}'; it is for 'gemm' "
                 "and 'mse'"
             )
+        for name in ("w_bits", "a_bits", "edge_bits", "softmax_bits", "edge_a_bits"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        layer_bits = {name: _plain(bits) for name, bits in (self.layer_bits or {}).items()}
+        object.__setattr__(self, "layer_bits", layer_bits or None)
         if self.edge_bits is None:
             object.__setattr__(self, "edge_bits", 8 if gemm else self.w_bits)
         named = {name: getattr(self, name) for name in ("w_bits", "a_bits", "edge_bits", "softmax_bits")}
@@ -102,6 +109,11 @@ class Recipe:
     @property
     def label(self) -> str:
         """As "W4/A8", or "W2-8/A8" where the layers differ beyond the edges."""
-        widths = set((self.layer_bits or {}).values()) or {self.w_bits}
+        widths = {self.w_bits, *(self.layer_bits or {}).values()}
         weights = f"{min(widths)}-{max(widths)}" if len(widths) > 1 else f"{min(widths)}"
         return f"W{weights}/A{self.a_bits}"
+
+
+def _plain(bits: Any) -> Any:
+    """A whole number of numpy's as Python's, which the file's JSON holds; all else as it is."""
+    return int(bits) if isinstance(bits, np.integer) else bits

@@ -9,8 +9,8 @@ import torch
 from ..kernels.quant_attention.op import forward as quant_attention
 from ..kernels.quantize_heads.op import forward as quantize_heads
 from ..quantization.attention import AttentionOperands
+from ..quantization.prepared import Bind, Call, through_torch
 from .parts import replaced_forward, tensors_of, watched_or_differentiated
-from .prepared import Bind, Call, through_torch
 
 _STEPS = 255  # of the probabilities, as `quant_attention` has them
 

@@ -17,14 +17,14 @@ from ..kernels import extension
 from ..kernels.dispatch import Operator, asked_table
 from ..kernels.quant_block.op import forward as quant_block
 from ..quantization.layers import check_tokens
+from ..quantization.prepared import Prepares, may_prepare, watch
 from .company import lift
 from .parts import parts_of, watched_or_differentiated
-from .prepared import may_prepare, watch
 
 _ASKED = asked_table()
 
 
-class IntegerBlock(nn.Module):
+class IntegerBlock(Prepares):
     """Mixed in before a family's block class; see `take`.
 
     It computes as simulated, layer by layer, in training, where a gradient is wanted, where a hook waits on a layer inside, and
@@ -88,7 +88,7 @@ class IntegerBlock(nn.Module):
     ) -> torch.Tensor | None:
         """The result by a prepared call that later calls find too; None where there can be none, or something watches."""
         module, _ = extension.load()
-        if module is None or not may_prepare(x):
+        if module is None or not may_prepare(self, x):
             return None
         held = self.__dict__.get("_prepared")
         if held is None or not held.current():
@@ -97,7 +97,3 @@ class IntegerBlock(nn.Module):
             held = getattr(module, self.compiled)(watching, arguments)
             self.__dict__["_prepared"] = held
         return held(x, *rope)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the prepared call, which a copy makes for itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}

@@ -21,6 +21,7 @@ from ..kernels.quant_attention.op import forward as attention_operator
 from ..kernels.quant_linear.op import forward as linear_operator
 from ..models.adapters import find_adapter, is_network
 from ..models.adapters.attentions import CONSTANT
+from ..models.foreign import expect_unwrapped
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
 from ..quantization.model import QuantizedForward, quantized
@@ -104,6 +105,7 @@ def integer_report(model: nn.Module) -> dict[str, str]:
     Raises:
         UsageError: the model was not quantized by dfqvit.
     """
+    expect_unwrapped("model", model)
     if not isinstance(model, QuantizedForward):
         raise UsageError(
             f"model was a {type(model).__name__} that dfqvit did not quantize; it may be what quantize or load gave"

@@ -13,9 +13,10 @@ from torch import nn
 
 from ..kernels.layer_norm_quantize.op import forward as layer_norm_quantize
 from ..kernels.quant_conv_block.op import forward as operator
+from ..models.adapters.scalings import NORMS
 from ..quantization.layers import QuantLinear, QuantPatchProjection
 from .block import IntegerBlock
-from .parts import NORMS, activation_of, folded, hidden_scale, replaced_forward, watched_or_differentiated
+from .parts import activation_of, folded, hidden_scale, replaced_forward, watched_or_differentiated
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from torch import nn
 
 from ..kernels.layer_norm_quantize.op import forward as layer_norm_quantize
 from ..kernels.quant_linear.op import forward as quant_linear
+from ..models.adapters.scalings import NORMS
 from ..quantization.layers import QuantLinear, check_tokens
-from .parts import NORMS, scaled
-from .prepared import Bind, Call, through_torch
+from ..quantization.prepared import Bind, Call, through_torch
+from .parts import scaled
 
 _X, _RESIDUAL = 0, 10  # their places among the arguments of `quant_linear`
 

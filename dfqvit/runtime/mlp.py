@@ -9,9 +9,9 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..quantization.layers import QuantLinear
+from ..quantization.prepared import Bind, Call, through_torch
 from .linear import product
 from .parts import activation_of, replaced_forward, watched_or_differentiated
-from .prepared import Bind, Call, through_torch
 
 
 class IntegerMlp(Mlp):

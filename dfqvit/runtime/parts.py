@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import GELU, DropPath, GELUTanh, GluMlp, LayerNorm, LayerNormFp32, LayerScale, Mlp, QuickGELU
+from timm.layers import GELU, DropPath, GELUTanh, GluMlp, LayerScale, Mlp, QuickGELU
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..models.adapters.attentions import QuantWindowAttentionV2
+from ..models.adapters.scalings import NORMS
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
@@ -20,7 +21,6 @@ _LEAST = 1e-20
 _ACTIVATIONS = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.SiLU: "silu", nn.Identity: "none"}
 _DROPPED = ("drop", "drop1", "drop2", "proj_drop", "attn_drop", "drop_path", "drop_path1", "drop_path2")
 _DROPS = (nn.Identity, nn.Dropout, DropPath)  # nothing, in eval
-NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # the same arithmetic on float32
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,8 @@ def replaced_forward(module: nn.Module) -> str:
     """Why a module is not what its class says, or "": a forward of its own was given to one inside it, or one that computes stands
     where dropout stood."""
     for child in module.modules():
-        if child is not module and "forward" in vars(child):
+        # torch.compile guards an attribute that is read, and no look into a module's __dict__
+        if child is not module and (child.forward is None or "forward" in vars(child)):
             return f"the forward of a {type(child).__name__} was replaced"
         for name in _DROPPED:
             found = child._modules.get(name)

@@ -20,19 +20,29 @@ from torch import nn
 from ..kernels.dispatch import asked_table
 from ..kernels.gate_quantize.op import forward as gate_quantize
 from ..models.adapters.attentions import QUANTIZED, Parts
+from ..quantization.prepared import (
+    Bind,
+    Call,
+    Prepares,
+    Trying,
+    compiled,
+    may_prepare,
+    small_tensors,
+    through_torch,
+    watch,
+)
 from .attention import IntegerOperands
 from .company import lift
 from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
 from .parts import activation_of, gains_of, replaced_forward, tensors_of, watched_or_differentiated
-from .prepared import Bind, Call, Trying, compiled, may_prepare, small_tensors, through_torch, watch
 
 _ASKED = asked_table()
 _GATED = (GluMlp, SwiGLU)
 _PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
 
 
-class IntegerResidual(nn.Module):
+class IntegerResidual(Prepares):
     """Mixed in before timm's block class. As simulated in training, with a gradient, and while a hook waits on a part."""
 
     family: ClassVar[type]
@@ -72,7 +82,7 @@ class IntegerResidual(nn.Module):
         if watched_or_differentiated(self, x, *tensors_of(args, kwargs)) or self.why_not(self):
             lift()
             return super().forward(x, *args, **kwargs)
-        if not prepare or not may_prepare(x) or x.dim() != 3:
+        if not prepare or not may_prepare(self, x) or x.dim() != 3:
             return _Steps(self, through_torch)(x, *args, **kwargs)
         trying = Trying()
         result = _Steps(self, trying)(x, *args, **kwargs)
@@ -81,10 +91,6 @@ class IntegerResidual(nn.Module):
                 prepared = watch(self, small_tensors(self), x.shape[2]), _Steps(self, compiled)
             self.__dict__["_prepared"] = prepared
         return result
-
-    def __getstate__(self: Any) -> dict[str, Any]:
-        """Without the prepared steps, which a copy makes for itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
 
 class _Steps:

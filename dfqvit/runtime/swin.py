@@ -19,8 +19,7 @@ from .parts import parts_of, replaced_forward, watched_or_differentiated
 class _Windows(IntegerBlock):
     """Mixed in before timm's block; shift and windows are lists of token indices that the attention reads by.
 
-    Buffers, in no state_dict: `window_index` int32 [W, N] and `window_mask` float32 [W, N, N] or None, as `quant_attention` takes
-    them. timm's `set_input_size` makes them anew.
+    A buffer, in no state_dict: `window_index` int32 [W, N], as `quant_attention` takes it. timm's `set_input_size` makes it anew.
     """
 
     post_norm: ClassVar[bool] = False  # whether its norms come last
@@ -29,9 +28,10 @@ class _Windows(IntegerBlock):
     input_resolution: Any
     window_size: Any
     shift_size: Any
-    get_attn_mask: Any
+    attn_mask: torch.Tensor | None
+    dynamic_mask: bool
     window_index: torch.Tensor
-    window_mask: torch.Tensor | None
+    _windows_of: tuple[Any, ...]
 
     @classmethod
     def take(cls, block: Any) -> None:
@@ -41,7 +41,11 @@ class _Windows(IntegerBlock):
 
     @classmethod
     def parts(cls, block: Any) -> Any:
-        """As IntegerBlock's; not of windows that are padded."""
+        """As IntegerBlock's; not of windows that are padded, or whose mask is made in every call."""
+        if block.dynamic_mask:
+            return "its mask is made in every call"
+        if getattr(block, "_windows_of", _windows(block)) != _windows(block):
+            return "its shift or its windows were changed"
         return "its windows are padded" if _padded(block) else parts_of(block, post_norm=cls.post_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +56,13 @@ class _Windows(IntegerBlock):
     def geometry(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """The position bias as the attention gives it now; mask and index of the windows."""
         bias = self.attn.position_bias()
-        return bias.view(-1, *bias.shape[-2:]).float().contiguous(), self.window_mask, self.window_index
+        mask = None if self.attn_mask is None else self.attn_mask.float()
+        return bias.view(-1, *bias.shape[-2:]).float().contiguous(), mask, self.window_index
+
+    def sources(self) -> list[torch.Tensor]:
+        """The mask, and what the position bias is looked up by."""
+        index = getattr(self.attn, "relative_position_index", None)
+        return [tensor for tensor in (self.attn_mask, index) if tensor is not None]
 
     def _init_buffers(self) -> None:
         super()._init_buffers()  # type: ignore[misc]
@@ -65,7 +75,12 @@ class _Windows(IntegerBlock):
         rolled = places.roll((-self.shift_size[0], -self.shift_size[1]), (1, 2))
         index = None if _padded(self) else window_partition(rolled, self.window_size).flatten(1).contiguous()
         self.register_buffer("window_index", index, persistent=False)
-        self.register_buffer("window_mask", self.get_attn_mask(device=device, dtype=torch.float32), persistent=False)
+        self._windows_of = _windows(self)
+
+
+def _windows(block: Any) -> tuple[Any, ...]:
+    """What the index of the windows is made from."""
+    return tuple(block.shift_size), tuple(block.window_size), tuple(block.input_resolution)
 
 
 def _padded(block: Any) -> bool:
@@ -79,8 +94,8 @@ class IntegerSwinBlock(_Windows, SwinTransformerBlock):
     family: ClassVar = SwinTransformerBlock
 
     def sources(self) -> list[torch.Tensor]:
-        """The table of the relative position bias."""
-        return [self.attn.relative_position_bias_table]
+        """And the table of the relative position bias."""
+        return [*super().sources(), self.attn.relative_position_bias_table]
 
 
 class IntegerSwinV2Block(_Windows, SwinTransformerV2Block):
@@ -90,8 +105,9 @@ class IntegerSwinV2Block(_Windows, SwinTransformerV2Block):
     post_norm: ClassVar = True
 
     def sources(self) -> list[torch.Tensor]:
-        """The scales of the heads, and the network of the relative position bias with what it takes."""
-        return [self.attn.logit_scale, self.attn.relative_coords_table, *self.attn.cpb_mlp.parameters()]
+        """And the scales of the heads, the network of the relative position bias with what it takes."""
+        known = self.attn.logit_scale, self.attn.relative_coords_table, *self.attn.cpb_mlp.parameters()
+        return [*super().sources(), *known]
 
 
 class _Merging(nn.Module):

@@ -38,13 +38,19 @@ def fake_quantize(
 
     Raises:
         TypeError: x is not a float tensor.
-        ValueError: shapes, devices or ranges do not fit, or a scale is not positive.
+        ValueError: shapes, devices or ranges do not fit, a scale is not positive, a zero point is not a whole number in the
+            range; or a gradient is wanted of either.
 
     Source: Jacob et al., arXiv 1712.05877; Krishnamoorthi, arXiv 1806.08342.
     """
     checks.floating("x", x)
     scale = checks.parameter("scale", scale, x)
     zero_point = checks.parameter("zero_point", zero_point, x)
+    checks.no_gradient("fake_quantize", scale=scale, zero_point=zero_point)
+    for name, end in (("quant_min", quant_min), ("quant_max", quant_max)):
+        checks.integer(name, end)
+    if axis is not None:
+        checks.integer("axis", axis)
     if quant_min >= quant_max:
         raise ValueError(f"quant_min was {quant_min}; it must be less than quant_max, {quant_max}")
     if scale.numel() != 1:
@@ -57,7 +63,8 @@ def fake_quantize(
     if zero_point.numel() not in (1, scale.numel()):
         raise ValueError(f"zero_point had {zero_point.numel()} values; it must have 1 or {scale.numel()}, like scale")
     checks.positive("scale", scale)
-    zero_point = zero_point.expand_as(scale).contiguous()
+    checks.whole("zero_point", zero_point, quant_max, quant_min)
+    zero_point = zero_point.reshape(-1).expand(scale.numel()).reshape(scale.shape).contiguous()
     arguments = (x, scale, zero_point, quant_min, quant_max, (axis or 0) % max(x.dim(), 1))
     return _FakeQuantize.apply(*arguments) if torch.is_grad_enabled() and x.requires_grad else forward(*arguments)
 

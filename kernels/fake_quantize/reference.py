@@ -19,11 +19,12 @@ def fake_quantize(
     Computed in float32 (float64 for a float64 x) and returned in the dtype of x.
     """
     scale, zero_point = _along(axis, x, scale), _along(axis, x, zero_point)
-    ratio = x.to(scale.dtype) / scale
-    rounded = ratio + (ratio.round() - ratio).detach()
-    q = rounded + zero_point
-    inside = (q >= quant_min) & (q <= quant_max)
-    q = torch.where(inside | q.isnan(), q, q.clamp(quant_min, quant_max).detach())
+    wide = x.to(scale.dtype)
+    exact = ((wide / scale).round() + zero_point).detach()
+    clamped = exact.clamp(quant_min, quant_max)
+    inside = (exact == clamped) | exact.isnan()
+    ratio = torch.where(inside, wide, 0.0) / scale  # what is clamped may be infinite, or become so
+    q = torch.where(inside, ratio + (ratio.round() - ratio).detach() + zero_point, clamped)
     return ((q - zero_point) * scale).to(x.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .. import checks
 from ..activations import check_activation
-from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
+from ..dispatch import Backend, Operator, Verdict, anything, checking, compiled, in_triton
 from . import reference
 
 
@@ -67,6 +67,11 @@ def gate_quantize(
     return forward(gate.detach(), value.detach(), scale.reshape(-1), zero_point.reshape(()), bits, activation or "none")
 
 
+def _check_values(gate: torch.Tensor, value: torch.Tensor, *_: Any) -> None:
+    for part in (gate, value):
+        checks.finite("gate or value", part)
+
+
 def _supports(gate: torch.Tensor, *_: Any) -> Verdict:
     return (gate.dtype != torch.float64, "float64 runs on the reference")
 
@@ -75,8 +80,8 @@ forward = Operator(
     "gate_quantize(Tensor gate, Tensor value, Tensor scale, Tensor zero_point, int bits, str activation) -> Tensor",
     fake=lambda gate, *_: torch.empty_like(gate, dtype=torch.uint8, memory_format=torch.contiguous_format),
     backends=[
-        in_triton("gate_quantize", __package__, _supports),
+        checking(in_triton("gate_quantize", __package__, _supports), _check_values),
         compiled("gate_quantize", "cpu", _supports),
-        Backend("reference", reference.gate_quantize, anything),
+        checking(Backend("reference", reference.gate_quantize, anything), _check_values),
     ],
 )

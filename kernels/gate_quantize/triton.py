@@ -51,7 +51,7 @@ def gate_quantize(
     gate, value = (_rows(part, channels) for part in (gate, value))
     with torch.cuda.device(gate.device) if gate.is_cuda else contextlib.nullcontext():
         _gate_kernel[(len(gate), triton.cdiv(channels, CELLS))](
-            gate, value, scale, zero_point, out, channels, gate.stride(0), value.stride(0), int(scale.numel() > 1),
+            gate, value, scale.contiguous(), zero_point, out, channels, gate.stride(0), value.stride(0), int(scale.numel() > 1),
             greatest=float((1 << bits) - 1), ACTIVATION=activation, CELLS=CELLS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
+from ..dispatch import Backend, Operator, Verdict, anything, checking, compiled, in_triton
 from . import reference
 
 
@@ -41,12 +41,16 @@ def layer_norm_quantize(
         uint8 [..., C].
 
     Raises:
-        TypeError: x is not a float tensor.
+        TypeError: x, weight or bias is not a float tensor.
         ValueError: shapes, devices or values do not fit.
     """
     checks.floating("x", x)
     checks.bits("bits", bits)
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps was {eps}; it must be a finite number of at least 0")
     checks.same_device(x=x, weight=weight, bias=bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        checks.floating(name, value)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x had shape {tuple(x.shape)}; it must be [..., C] with at least one channel")
     for name, value in (("weight", weight), ("bias", bias)):
@@ -57,8 +61,14 @@ def layer_norm_quantize(
         if value.numel() != 1:
             raise ValueError(f"{name} had {value.numel()} values; it must be a scalar")
     checks.positive("scale", scale)
+    checks.whole("zero_point", zero_point, (1 << bits) - 1)
     weight, bias = weight.detach().to(scale.dtype), bias.detach().to(scale.dtype)
     return forward(x.detach(), weight, bias, eps, scale.reshape(()), zero_point.reshape(()), bits)
+
+
+def _check_values(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *_: Any) -> None:
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        checks.finite(name, value)
 
 
 def _supports(x: torch.Tensor, *_: Any) -> Verdict:
@@ -77,8 +87,8 @@ forward = Operator(
     "layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, Tensor scale, Tensor zero_point, int bits) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format),
     backends=[
-        in_triton("layer_norm_quantize", __package__, _supports_triton),
+        checking(in_triton("layer_norm_quantize", __package__, _supports_triton), _check_values),
         compiled("layer_norm_quantize", "cpu", _supports),
-        Backend("reference", reference.layer_norm_quantize, anything),
+        checking(Backend("reference", reference.layer_norm_quantize, anything), _check_values),
     ],
 )

@@ -82,6 +82,8 @@ def unpack_weight(packed: torch.Tensor, bits: int, in_features: int) -> torch.Te
         ValueError: its row length does not fit in_features and bits.
     """
     checks.bits("bits", bits)
+    checks.integer("in_features", in_features)
+    checks.dense("packed", packed)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed had dtype {packed.dtype}; it must be uint8")
     if packed.dim() != 2 or packed.shape[1] != packed_row_bytes(in_features, bits):

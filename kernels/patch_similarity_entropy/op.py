@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -51,13 +52,14 @@ def patch_similarity_entropy(
     _check_features(features)
     if isinstance(points, bool) or not isinstance(points, int) or points < 2:
         raise ValueError(f"points was {points!r}; it must be a whole number of at least 2")
-    if not 0 < bandwidth < float("inf"):
-        raise ValueError(f"bandwidth was {bandwidth}; it must be a finite number greater than 0")
+    if not isinstance(bandwidth, numbers.Real) or not 0 < bandwidth < float("inf"):
+        raise ValueError(f"bandwidth was {bandwidth!r}; it must be a finite number greater than 0")
+    checks.integer("windows", windows)
     if windows < 1 or features.shape[-3] % windows:
         raise ValueError(f"windows was {windows}; it must divide the batch dimension of features, {features.shape[-3]}")
     layers = features if features.dim() == 4 else features.unsqueeze(0)
     ends = range_operator(layers.detach()) if value_range is None else _checked_range(value_range, features)
-    entropy = _PatchSimilarityEntropy.apply(layers, ends, points, float(bandwidth), windows)
+    entropy, _ = _PatchSimilarityEntropy.apply(layers, ends, points, float(bandwidth), windows)
     return entropy if features.dim() == 4 else entropy.squeeze(0)
 
 
@@ -172,15 +174,20 @@ backward = Operator(
 
 
 class _PatchSimilarityEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, value_range: torch.Tensor, *constants: Any) -> torch.Tensor:
-        entropy, density = forward(features, value_range, *constants)
-        ctx.save_for_backward(features, value_range, density)
-        ctx.constants = constants[1:]
-        return entropy
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:2], output[1])
+        ctx.constants = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return (None,) * 5
         return backward(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -57,27 +58,21 @@ def quant_attention(
 
     Raises:
         TypeError: a tensor has a dtype that it may not have.
-        ValueError: shapes, devices or values do not fit.
+        ValueError: shapes, devices or values do not fit; or a gradient is wanted of a float result.
 
     Source: the online softmax's unnormalised form (arXiv 2205.14135), with its exponentials rounded as in arXiv 2410.02367.
     """
+    checks.dense("qkv", qkv)
     if qkv.dtype != torch.uint8:
         raise TypeError(f"qkv had dtype {qkv.dtype}; it must be uint8")
     checks.bits("out_bits", out_bits)
+    checks.integer("heads", heads)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale was {scale}; it must be a finite number")
     checks.same_device(qkv=qkv, bias=bias, mask=mask, index=index, head_scale=head_scale)
     if heads < 1 or qkv.dim() != 3 or qkv.shape[2] % (3 * max(heads, 1)) or qkv.shape[2] == 0:
         raise ValueError(f"qkv had shape {tuple(qkv.shape)}; with {heads} heads it must be [B, T, 3 * {heads} * D]")
-    windows, tokens = 1, qkv.shape[1]
-    if index is not None:
-        if index.dtype != torch.int32:
-            raise TypeError(f"index had dtype {index.dtype}; it must be int32")
-        if index.dim() != 2 or index.numel() != qkv.shape[1]:
-            raise ValueError(f"index had shape {tuple(index.shape)}; it must be [W, N] with W * N = {qkv.shape[1]}")
-        windows, tokens = index.shape
-        _check_permutation(index)
-    for name, tensor, first in (("bias", bias, heads), ("mask", mask, windows)):
-        if tensor is not None and tensor.shape != (first, tokens, tokens):
-            raise ValueError(f"{name} had shape {tuple(tensor.shape)}; it must be [{first}, {tokens}, {tokens}]")
+    check_windows("bias", heads, qkv.shape[1], bias, mask, index)
     parameters = []
     for name, value in (("in_scale", in_scale), ("in_zero", in_zero)):
         value = checks.parameter(name, value, qkv)
@@ -97,6 +92,8 @@ def quant_attention(
         checks.positive("out_scale", scale_out)
         checks.whole("out_zero", zero_out, (1 << out_bits) - 1)
         outs = [scale_out.reshape(()), zero_out.reshape(())]
+    else:
+        checks.no_gradient("quant_attention", bias=bias, mask=mask, head_scale=head_scale)
     floats = [None if tensor is None else tensor.detach().float() for tensor in (bias, mask)]
     if head_scale is not None:
         if head_scale.shape != (heads,):
@@ -106,12 +103,50 @@ def quant_attention(
     return forward(qkv, heads, *parameters, float(scale), *floats, index, *outs, out_bits, head_scale)
 
 
+def check_windows(
+    bias_name: str,
+    heads: int,
+    image: int,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    index: torch.Tensor | None,
+) -> None:
+    """TypeError or ValueError unless these fit an attention of images of so many tokens."""
+    windows, tokens = 1, image
+    if index is not None:
+        if index.dtype != torch.int32:
+            raise TypeError(f"index had dtype {index.dtype}; it must be int32")
+        if index.dim() != 2 or index.numel() != image:
+            raise ValueError(f"index had shape {tuple(index.shape)}; it must be [W, N] with W * N = {image}")
+        windows, tokens = index.shape
+        _check_permutation(index)
+    for name, tensor, first in ((bias_name, bias, heads), ("mask", mask, windows)):
+        if tensor is None:
+            continue
+        checks.floating(name, tensor)
+        if tensor.shape != (first, tokens, tokens):
+            raise ValueError(f"{name} had shape {tuple(tensor.shape)}; it must be [{first}, {tokens}, {tokens}]")
+        _check_addend(name, tensor)
+
+
 def _check_permutation(index: torch.Tensor) -> None:
     """ValueError unless every token is in one window; like `checks.finite`, on CPUs only."""
     if not checks.readable(index):
         return
-    if not torch.equal(index.flatten().sort().values.long(), torch.arange(index.numel())):
+    if not torch.equal(index.flatten().sort().values.long(), torch.arange(index.numel(), device=index.device)):
         raise ValueError(f"index must hold every token from 0 to {index.numel() - 1} exactly once")
+
+
+def _check_addend(name: str, tensor: torch.Tensor) -> None:
+    """ValueError unless what is added to scores leaves each query a key; like `checks.finite`, on CPUs only."""
+    if not checks.readable(tensor) or not tensor.numel():
+        return
+    most = tensor.detach().amax(dim=-1)
+    if bool(torch.isfinite(most).all()):  # NaN is the most of a row that holds it
+        return
+    if bool((most == -float("inf")).any()):
+        raise ValueError(f"{name} was -inf for all keys of a query; every query must see a key")
+    raise ValueError(f"{name} held NaN or Inf; every value must be finite, or -inf to hide a key")
 
 
 def _supports(qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, *_: Any) -> Verdict:
@@ -125,8 +160,9 @@ def _supports_cuda(
     tokens, depth = (qkv if index is None else index).shape[1], qkv.shape[2] // 3 // heads
     if depth % _CHUNK or depth > _DEEPEST_CUDA:
         return False, f"a head had {depth} channels; the CUDA kernel takes multiples of {_CHUNK} up to {_DEEPEST_CUDA}"
-    width, keys = -(-depth // 32) * 32, -(-tokens // 32) * 32
-    needed, there = keys * (2 * width + 20) + 16 * width, _shared_memory(qkv.device)
+    width = -(-depth // 32) * 32
+    keys = 224 if width == 64 and 64 < tokens <= 208 else -(-tokens // 64) * 64
+    needed, there = keys * (2 * width + 4) + 32 + 16 * width, _shared_memory(qkv.device)  # with one warp
     if needed > there:
         return (
             False,

@@ -171,8 +171,9 @@ def quant_attention(
     programs = triton.cdiv(tokens, tile.queries) * heads * windows * batch
     with torch.cuda.device(qkv.device) if qkv.is_cuda else contextlib.nullcontext():
         _attention_kernel[(programs,)](
-            qkv.contiguous(), in_scale, in_zero, scale, *(None if t is None else t.contiguous() for t in (bias, mask, index)),
-            out_scale, out_zero, head_scale, out, windows,
+            qkv.contiguous(), in_scale.contiguous(), in_zero.contiguous(), scale,
+            *(None if t is None else t.contiguous() for t in (bias, mask, index)),
+            out_scale, out_zero, None if head_scale is None else head_scale.contiguous(), out, windows,
             heads=heads, tokens=tokens, depth=depth, greatest=float((1 << out_bits) - 1),
             QUERIES=tile.queries, KEYS=tile.keys, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from .. import blocks, checks
 from ..activations import check_activation
 from ..dispatch import Operator
+from ..quant_attention.op import check_windows
 from ..quantize_heads.op import check_rope
 from . import reference
 
@@ -104,10 +106,15 @@ def quant_block(
     }  # fmt: skip
     for name, (values, count) in lists.items():
         blocks.check_length(name, values, count)
-    for bits in (*w_bits, *a_bits):
-        checks.bits("bits", bits)
+    blocks.check_tensors(norms=norms, weights=weights, weight_scales=weight_scales, scales=scales, zeros=zeros)
+    for name, widths in (("w_bits", w_bits), ("a_bits", a_bits)):
+        for bits in widths:
+            checks.bits(name, bits)
+    checks.integer("heads", heads)
     if len(set(a_bits[1:4])) > 1:
         raise ValueError(f"a_bits was {list(a_bits[1:4])} for q, k and v; they must be the same")
+    if not math.isfinite(attention_scale):
+        raise ValueError(f"attention_scale was {attention_scale}; it must be a finite number")
     channels = norms[0].numel()
     if x.dim() != 3 or x.shape[2] != channels:
         raise ValueError(f"x had shape {tuple(x.shape)}; it must be [B, T, {channels}]")
@@ -124,7 +131,12 @@ def quant_block(
     sizes = ((3 * inner, channels), (channels, inner), (hidden, channels), (channels, taken))
     for layer in zip(LINEARS, [x] * 4, weights, biases, weight_scales, w_bits, sizes, strict=True):
         blocks.check_linear(*layer)
-    blocks.check_grids(x, GRIDS, scales, zeros)
+    blocks.check_grids(x, GRIDS, scales, zeros, a_bits)
+    checks.same_device(x=x, position_bias=position_bias, mask=mask, index=index, acm=acm, hidden_scale=hidden_scale,
+                       head_scale=head_scale)  # fmt: skip
+    check_windows("position_bias", heads, x.shape[1], position_bias, mask, index)
+    if acm is not None:
+        checks.floating("acm", acm)
     if acm is not None and acm.shape != x.shape[1:]:
         raise ValueError(f"acm had shape {tuple(acm.shape)}; it must be {list(x.shape[1:])}, [tokens, channels]")
     if acm is not None and post_norm:
@@ -138,7 +150,8 @@ def quant_block(
         check_rope(rope, heads, x.shape[1], inner // heads)
     blocks.check_hidden(hidden_scale, taken)
     check_activation(activation)
-    blocks.check_no_gradient("quant_block", (x, *norms, *biases, acm, position_bias, head_scale, rope))
+    blocks.check_no_gradient("quant_block", (x, *norms, *weights, *biases, *weight_scales, *scales, *zeros, acm, position_bias,
+                                             mask, hidden_scale, head_scale, rope))  # fmt: skip
     return forward(
         x, list(norms), list(eps), list(weights), blocks.given(x, biases), list(weight_scales), list(w_bits), list(scales),
         list(zeros), list(a_bits), heads, float(attention_scale), position_bias, mask, index, acm, hidden_scale,

@@ -76,11 +76,15 @@ def quant_conv_block(
     }  # fmt: skip
     for name, values in lists.items():
         blocks.check_length(name, values, 2)
-    for bits in (*w_bits, *a_bits):
-        checks.bits("bits", bits)
+    blocks.check_tensors(weights=weights, weight_scales=weight_scales, scales=scales, zeros=zeros)
+    checks.dense("norm_weight", norm_weight)
+    for name, widths in (("w_bits", w_bits), ("a_bits", a_bits)):
+        for bits in widths:
+            checks.bits(name, bits)
     channels = norm_weight.numel()
     if x.dim() != 4 or x.shape[3] != channels:
         raise ValueError(f"x had shape {tuple(x.shape)}; it must be [B, H, W, {channels}]")
+    checks.dense("conv_weight", conv_weight)
     checks.same_device(x=x, conv_weight=conv_weight, conv_bias=conv_bias, norm_weight=norm_weight, norm_bias=norm_bias)
     for name, tensor in (("conv_bias", conv_bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         blocks.check_channels(name, tensor, channels)
@@ -94,10 +98,12 @@ def quant_conv_block(
     sizes = ((hidden, channels), (channels, hidden))
     for layer in zip(LINEARS, [x] * 2, weights, biases, weight_scales, w_bits, sizes, strict=True):
         blocks.check_linear(*layer)
-    blocks.check_grids(x, GRIDS, scales, zeros)
+    blocks.check_grids(x, GRIDS, scales, zeros, a_bits)
+    checks.same_device(x=x, hidden_scale=hidden_scale)
     blocks.check_hidden(hidden_scale, weight_scales[0].numel())
     check_activation(activation)
-    blocks.check_no_gradient("quant_conv_block", (x, conv_weight, conv_bias, norm_weight, norm_bias, *biases))
+    blocks.check_no_gradient("quant_conv_block", (x, conv_weight, conv_bias, norm_weight, norm_bias, *weights, *biases,
+                                                  *weight_scales, *scales, *zeros, hidden_scale))  # fmt: skip
     return forward(
         x, conv_weight, conv_bias, norm_weight, norm_bias, eps, list(weights), blocks.given(x, biases),
         list(weight_scales), list(w_bits), list(scales), list(zeros), list(a_bits), hidden_scale, activation or "none",

@@ -11,7 +11,7 @@ import torch
 
 from .. import checks
 from ..activations import check_activation
-from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
+from ..dispatch import Backend, Operator, Verdict, anything, checking, compiled, in_triton
 from ..pack_weight import packed_row_bytes
 from . import reference
 from .blocked import blocked_shape
@@ -77,7 +77,7 @@ def quant_linear(
 
     Raises:
         TypeError: a tensor has a dtype that it may not have.
-        ValueError: shapes, devices, bit widths or values do not fit; or a gradient was wanted of an integer result.
+        ValueError: shapes, devices, bit widths or values do not fit; or a gradient was wanted of x_zero or of an integer result.
 
     Source: integer arithmetic of arXiv 1712.05877, section 2.2; ACM of DFQ-ViT, arXiv 2507.14481.
     """
@@ -87,12 +87,14 @@ def quant_linear(
         checks.floating("x", x)
     if x.dim() < 1:
         raise ValueError("x had no dimensions; it must be [..., K]")
+    checks.dense("weight", weight)
     checks.same_device(x=x, weight=weight, bias=bias, acm=acm, residual=residual, w_sums=w_sums)
     x_scale, x_zero = checks.parameter("x_scale", x_scale, x), checks.parameter("x_zero", x_zero, x)
     w_scale = checks.parameter("w_scale", w_scale, x)
     for name, value in (("x_scale", x_scale), ("x_zero", x_zero)):
         if value.numel() != 1:
             raise ValueError(f"{name} had {value.numel()} values; it must be a scalar")
+    checks.no_gradient("quant_linear", x_zero=x_zero)
     out_features = _out_features(weight, x.shape[-1], w_bits, w_scale)
     if w_scale.numel() not in (1, out_features):
         raise ValueError(f"w_scale had {w_scale.numel()} values; it must have 1 or {out_features}, one for each row")
@@ -187,13 +189,18 @@ def _result_dtype(
 
 def _check_values(x: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
     """ValueError for values that the formula is not defined for; on GPUs only if asked for, see `checks.finite`."""
-    x_scale, x_zero, w_scale, a_bits, out_scale, out_zero, out_bits = (arguments[i] for i in (2, 3, 4, 5, 9, 10, 11))
+    bias, acm, x_scale, x_zero, w_scale, a_bits = arguments[:6]
+    residual, out_scale, out_zero, out_bits = arguments[8:12]
     checks.positive("x_scale", x_scale)
     checks.whole("x_zero", x_zero, (1 << a_bits) - 1)
     checks.nonzero("w_scale", w_scale)
     if out_scale is not None:
         checks.positive("out_scale", out_scale)
         checks.whole("out_zero", out_zero, (1 << out_bits) - 1)
+    # NaN shows in a float result; of integers it makes some that look right.
+    for name, tensor in (("bias", bias), *((("acm", acm), ("residual", residual)) if out_scale is not None else ())):
+        if tensor is not None:
+            checks.finite(name, tensor)
     if weight.is_floating_point():
         checks.finite("weight", weight)
     if x.is_floating_point():
@@ -217,16 +224,6 @@ def _with_dtype(backend: Backend) -> Backend:
 
 
 _OUT_DTYPE = 14  # its place among the arguments
-
-
-def checking(backend: Backend) -> Backend:
-    """`backend`, with the values of its arguments checked before it runs. The cpu backend checks them as it reads them."""
-
-    def run(*args: Any) -> torch.Tensor:
-        _check_values(*args)
-        return backend.run(*args)
-
-    return dataclasses.replace(backend, run=run)
 
 
 def _supports(
@@ -310,10 +307,10 @@ forward = Operator(
     "str out_dtype, Tensor? w_sums=None) -> Tensor",
     fake=_fake_forward,
     backends=[
-        checking(compiled("quant_linear", "cuda", _supports_cuda)),
-        checking(_with_dtype(in_triton("quant_linear", __package__, _supports_triton))),
+        checking(compiled("quant_linear", "cuda", _supports_cuda), _check_values),
+        checking(_with_dtype(in_triton("quant_linear", __package__, _supports_triton)), _check_values),
         compiled("quant_linear", "cpu", _supports),
-        checking(_with_dtype(Backend("reference", reference.quant_linear, anything))),
+        checking(_with_dtype(Backend("reference", reference.quant_linear, anything)), _check_values),
     ],
 )
 

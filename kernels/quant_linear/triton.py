@@ -157,7 +157,9 @@ def quant_linear(
     sums = None if w_sums is None or weight.dtype != torch.uint8 else w_sums.contiguous()
     if weight.is_floating_point():
         weight, w_bits = round_nearest(weight.float(), w_scale, w_bits).view(torch.uint8), 8
-    weight = weight.contiguous()
+    weight, w_scale = weight.contiguous(), w_scale.contiguous()
+    addends = [None if tensor is None else tensor.contiguous() for tensor in (bias, acm, residual)]
+    outs = [None if tensor is None else tensor.contiguous() for tensor in (out_scale, out_zero)]
     tile = tile_of(rows)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         x = _integers(x.contiguous(), x_scale, x_zero, a_bits)
@@ -168,8 +170,8 @@ def quant_linear(
             )
         programs = triton.cdiv(rows, tile.rows) * triton.cdiv(count, tile.outputs)
         _product_kernel[(programs,)](
-            x, weight, sums, *(None if t is None else t.contiguous() for t in (bias, acm, residual)), out,
-            x_scale, x_zero, w_scale, out_scale, out_zero, rows, count, 1 if acm is None else len(acm), weight.shape[1],
+            x, weight, sums, *addends, out, x_scale, x_zero, w_scale, *outs, rows, count,
+            1 if acm is None else len(acm), weight.shape[1],
             depth=depth, BITS=w_bits, ACTIVATION=activation, greatest=float((1 << out_bits) - 1),
             BLOCK_M=tile.rows, BLOCK_N=tile.outputs, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,

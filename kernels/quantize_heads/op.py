@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
+from ..dispatch import Backend, Operator, Verdict, anything, checking, compiled, in_triton
 from . import reference
 
 
@@ -88,6 +88,12 @@ def check_rope(rope: torch.Tensor, heads: int, tokens: int, depth: int) -> None:
         )
 
 
+def _check_values(*args: Any) -> None:
+    for part in (*args[:3], args[6]):
+        if part is not None:
+            checks.finite("q, k, v or rope", part)
+
+
 def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, in_scale: torch.Tensor, *_: Any) -> Verdict:
     return (torch.float64 not in (q.dtype, in_scale.dtype), "float64 runs on the reference")
 
@@ -96,8 +102,8 @@ forward = Operator(
     "quantize_heads(Tensor q, Tensor k, Tensor v, Tensor in_scale, Tensor in_zero, int bits, Tensor? rope, bool half) -> Tensor",
     fake=lambda q, *_: q.new_empty((q.shape[0], q.shape[2], 3 * q.shape[1] * q.shape[3]), dtype=torch.uint8),
     backends=[
-        in_triton("quantize_heads", __package__, _supports),
+        checking(in_triton("quantize_heads", __package__, _supports), _check_values),
         compiled("quantize_heads", "cpu", _supports),
-        Backend("reference", reference.quantize_heads, anything),
+        checking(Backend("reference", reference.quantize_heads, anything), _check_values),
     ],
 )

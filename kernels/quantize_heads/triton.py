@@ -79,7 +79,8 @@ def quantize_heads(
     grid = (batch * tokens, triton.cdiv(heads * depth, CELLS), 3)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         _heads_kernel[grid](
-            q, k, v, in_scale, in_zero, turns, out, heads, depth, tokens, 0 if turns is None else turns.shape[-2],
+            q, k, v, in_scale.contiguous(), in_zero.contiguous(), turns, out, heads, depth, tokens,
+            0 if turns is None else turns.shape[-2],
             *q.stride(), *k.stride(), *v.stride(), per_head,
             greatest=float((1 << bits) - 1), HALF=half, CELLS=CELLS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

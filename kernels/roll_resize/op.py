@@ -31,10 +31,13 @@ def roll_resize(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor,
 
     Raises:
         TypeError: a tensor has a dtype that it may not have.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not fit; or a gradient is wanted of rows or columns.
     """
     checks.floating("images", images)
+    for name, tensor in (("rows", rows), ("columns", columns), ("shift", shift)):
+        checks.dense(name, tensor)
     checks.same_device(images=images, rows=rows, columns=columns, shift=shift)
+    checks.no_gradient("roll_resize", rows=rows, columns=columns)
     if images.dim() != 4 or 0 in images.shape[2:]:
         raise ValueError(f"images had shape {tuple(images.shape)}; it must be [B, C, H, W] with pixels")
     batch = images.shape[0]
@@ -75,11 +78,16 @@ backward = Operator(
 
 
 class _RollResize(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, *grid: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*grid)
-        ctx.size = images.shape[2:]
-        return forward(images, *grid)
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        return forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.size = inputs[0].shape[2:]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -22,8 +22,10 @@ def round_second_order(
 
         trace(outputs @ E @ inputs @ E.T)
 
-    By coordinate descent from the nearest integers: column by column, and in a column row by row, each integer is moved to
-    where it is best with all others held. Sweeps end when nothing moves. No single integer can then be moved for the better.
+    First the weights are rounded one after another, columns of large moments first and rows of a column likewise, and what each
+    leaves over is made up for by those that are not rounded yet. Then by coordinate descent: in the same order each integer is
+    moved to where it is best with all others held. Sweeps end when nothing moves. No single integer can then be moved for the
+    better.
 
     Args:
         weight: [N, K], float32.
@@ -31,19 +33,21 @@ def round_second_order(
         inputs: [K, K], float32, symmetric and positive definite: second moments of the layer's inputs.
         outputs: [N, N] likewise, of the gradients at the layer's outputs; None for the identity, where rows are independent.
         bits: 2 to 8; integers lie between -2^(bits-1) and 2^(bits-1) - 1.
-        sweeps: over the weight, at most.
+        sweeps: of the descent over the weight, at most.
 
     Returns:
         int8 [N, K].
 
     Raises:
         TypeError: a tensor is not float32.
-        ValueError: shapes, devices, bits or sweeps do not fit; a scale is 0; a diagonal is not positive.
+        ValueError: shapes, devices, bits or sweeps do not fit; a scale is 0; a moment is not symmetric or not positive definite.
 
-    Source: coordinate descent as in QuantEase, arXiv 2309.01885; the two-sided objective is K-FAC's, arXiv 1503.05671.
+    Source: the beginning is Babai's nearest plane, as is GPTQ's (arXiv 2210.17323), of both moments at once; coordinate descent as
+    in QuantEase, arXiv 2309.01885; the two-sided objective is K-FAC's, arXiv 1503.05671.
     """
-    given = {"weight": weight, "scale": scale, "inputs": inputs, "outputs": outputs}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    tensors = {"weight": weight, "scale": scale, "inputs": inputs}
+    if outputs is not None:
+        tensors["outputs"] = outputs
     for name, tensor in tensors.items():
         checks.floating(name, tensor)
         if tensor.dtype != torch.float32:
@@ -64,11 +68,44 @@ def round_second_order(
         if name in tensors:
             checks.finite(name, tensors[name])
             checks.positive(f"the diagonal of {name}", tensors[name].diagonal())
-    return forward(weight, scale, inputs, outputs, bits, sweeps)
+            if not _symmetric(tensors[name]):
+                raise ValueError(f"{name} was not symmetric; it must be symmetric and positive definite")
+    by_column, by_row = _falling(inputs.diagonal()), None
+    weight, inputs = weight[:, by_column], inputs[by_column][:, by_column]
+    if outputs is not None:
+        by_row = _falling(outputs.diagonal() * scale.square())
+        weight, scale, outputs = weight[by_row], scale[by_row], outputs[by_row][:, by_row]
+    carries = _carry("inputs", inputs), None if outputs is None else _carry("outputs", outputs)
+    found = forward(weight, scale, inputs, outputs, *carries, bits, sweeps)
+    found = found[:, by_column.argsort()]
+    return found if by_row is None else found[by_row.argsort()]
+
+
+def _symmetric(moment: torch.Tensor) -> bool:
+    """But for the rounding of sums; without it the two backends, and the two triangles, would give different integers."""
+    if not checks.readable(moment) or not moment.numel():
+        return True
+    return bool((moment - moment.T).abs().max() <= 1e-3 * moment.diagonal().max())
+
+
+def _falling(importance: torch.Tensor) -> torch.Tensor:
+    """The order in which what matters most comes first: what it leaves over has the most to be made up by."""
+    return importance.argsort(descending=True, stable=True)
+
+
+def _carry(name: str, moment: torch.Tensor) -> torch.Tensor:
+    """[n, n], how much of what is left over of weight k the weight j > k makes up for: the Cholesky factor U, upper, of the
+    moment's inverse, each row by its diagonal."""
+    lower, failed = torch.linalg.cholesky_ex(moment.double())
+    if int(failed):
+        raise ValueError(f"{name} was not positive definite; it must be symmetric and positive definite")
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return (upper / upper.diagonal()[:, None]).to(moment.dtype)
 
 
 forward = Operator(
-    "round_second_order(Tensor weight, Tensor scale, Tensor inputs, Tensor? outputs, int bits, int sweeps) -> Tensor",
+    "round_second_order(Tensor weight, Tensor scale, Tensor inputs, Tensor? outputs, Tensor input_carry, Tensor? output_carry, "
+    "int bits, int sweeps) -> Tensor",
     fake=lambda weight, *_: torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format),
     backends=[
         compiled("round_second_order", "cpu", anything),

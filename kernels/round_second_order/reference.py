@@ -12,12 +12,14 @@ def round_second_order(
     scale: torch.Tensor,
     inputs: torch.Tensor,
     outputs: torch.Tensor | None,
+    input_carry: torch.Tensor,
+    output_carry: torch.Tensor | None,
     bits: int,
     sweeps: int,
 ) -> torch.Tensor:
     """int8 [N, K]: see `op.py`."""
     half = 1 << (bits - 1)
-    rounded = (weight / scale[:, None]).round().clamp(-half, half - 1)
+    rounded = _begun(weight, scale, input_carry, output_carry, half)
     for _ in range(sweeps):
         moved = False
         slope = (weight - rounded * scale[:, None]) @ inputs
@@ -38,6 +40,29 @@ def round_second_order(
         if not moved:
             break
     return rounded.to(torch.int8)
+
+
+def _begun(
+    weight: torch.Tensor, scale: torch.Tensor, input_carry: torch.Tensor, output_carry: torch.Tensor | None, half: int
+) -> torch.Tensor:
+    """The weights rounded one after another, float [N, K].
+
+    An integer waits for those before it in its column and in its row alone, so those of a diagonal are found together.
+    """
+    (rows, columns), rounded = weight.shape, torch.zeros_like(weight)
+    wanted = weight.clone()  # the weight, with what the columns before left over
+    carried = torch.zeros_like(weight)  # what the rows before, in the same column, left over beside that
+    to_columns, to_rows = input_carry.triu(1), None if output_carry is None else output_carry.triu(1)
+    for diagonal in range(rows + columns - 1):
+        i = torch.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1), device=weight.device)
+        k = diagonal - i
+        aim = wanted[i, k] - carried[i, k]
+        rounded[i, k] = (aim / scale[i]).round().clamp(-half, half - 1)
+        made = rounded[i, k] * scale[i]
+        wanted[i] -= (wanted[i, k] - made)[:, None] * to_columns[k]
+        if to_rows is not None:
+            carried[:, k] += (aim - made) * to_rows[i].T
+    return rounded
 
 
 def _move_apart(

@@ -32,7 +32,7 @@ def total_variation(images: torch.Tensor) -> torch.Tensor:
     checks.floating("images", images)
     if images.dim() != 4:
         raise ValueError(f"images had shape {tuple(images.shape)}; it must be [B, C, H, W]")
-    return _TotalVariation.apply(images)
+    return _TotalVariation.apply(images)[0]
 
 
 def _supports(*args: torch.Tensor) -> Verdict:
@@ -63,14 +63,20 @@ backward = Operator(
 
 
 class _TotalVariation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: torch.Tensor) -> torch.Tensor:
-        norms = forward(images)
-        ctx.save_for_backward(images, norms)
-        return norms.sum(dim=1)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        norms = forward(images)
+        return norms.sum(dim=1), norms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         images, norms = ctx.saved_tensors
         weights = torch.where(norms > 0, grad[:, None] / norms, 0.0)
         return backward(weights, images)

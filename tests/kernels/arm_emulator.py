@@ -32,6 +32,7 @@ HEADERS = (
     "ATen/ops/matmul.h",
     "ATen/Dispatch.h",
     "ATen/Parallel.h",
+    "c10/core/impl/LocalDispatchKeySet.h",
     "torch/library.h",
 )
 TYPES = [

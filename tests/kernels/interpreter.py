@@ -1,4 +1,4 @@
-"""Runs a test file's Triton tests in a process whose Triton interprets: for machines without a GPU."""
+"""Marks tests that run Triton, which `test_interpreted.py` runs where there is no GPU, and compiles kernels for GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,17 +29,6 @@ def few_on_gpu(cases: Iterable[Any], every: int) -> list[Any]:
     """The cases; outside the interpreter each `every`-th, since a GPU's Triton compiles for seconds for nearly each."""
     found = list(cases)
     return found if INTERPRETED else found[::every]
-
-
-def run_in_interpreter(file: str) -> None:
-    """The tests of `file` whose names hold "triton" pass, and there are some."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", file]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
 
 
 def compile_for(kernel: Any, capability: int, kinds: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import subprocess
-import sys
 import warnings
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ import torch
 from dfqvit.kernels import BackendError, BackendFallbackWarning, capability, dispatch, extension, use_backend
 
 from ..capture_lint import Gpu
+from ..fresh import python
 from .cuda_emulator import ROOT
 from .interpreter import compile_for
 from .test_quant_linear_cuda import tools
@@ -199,8 +199,7 @@ def test_triton_compiles_or_is_declined(card):
     if capability.triton_image_for(importlib.import_module("triton").__version__, card)[0]:
         compile_product(card)
         return
-    run = [sys.executable, "-c", f"from tests.kernels.test_capability import compile_product; compile_product({card})"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = python("-c", f"from tests.kernels.test_capability import compile_product; compile_product({card})", cwd=ROOT)
     assert done.returncode != 0
     assert "Import" not in done.stderr
 

@@ -14,6 +14,7 @@ from dfqvit.kernels import BackendError, BackendFallbackWarning, dispatch, exten
 from dfqvit.kernels.fake_quantize import op
 
 from ..conftest import PATHS, PATHS_SAID
+from ..fresh import python
 
 ARGUMENTS = (torch.zeros(2), torch.ones(1), torch.zeros(1), 0, 7, 0)
 
@@ -94,14 +95,37 @@ def test_environment(value, expected):
         "import torch; from dfqvit.kernels.fake_quantize import op;"
         "print(op.forward.resolve(torch.zeros(2), torch.ones(1), torch.zeros(1), 0, 7, 0).name)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "DFQVIT_BACKEND": value},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = python("-c", code, env={**os.environ, "DFQVIT_BACKEND": value})
     assert expected in (result.stdout + result.stderr).strip().splitlines()[-1]
+
+
+def test_an_operator_called_by_itself_refuses_gradients(seed):
+    """autograd would cut them; the public function has them."""
+    x = torch.randn(5, requires_grad=True)
+    arguments = (x, torch.tensor([0.1]), torch.zeros(1), 0, 7, 0)
+    with pytest.raises(
+        ValueError, match="a gradient is wanted of the operator fake_quantize, which has none: use torch"
+    ):
+        torch.ops.dfqvit.fake_quantize(*arguments)
+    with torch.no_grad():
+        expected = torch.ops.dfqvit.fake_quantize(*arguments)
+    assert torch.equal(torch.ops.dfqvit.fake_quantize(x.detach(), *arguments[1:]), expected)
+    found = fake_quantize(x, 0.1, quant_min=0, quant_max=7)
+    assert torch.equal(found, expected)
+    assert found.requires_grad
+
+
+def test_gradients_of_tensors_in_lists_are_refused_too(seed):
+    ones, zeros, bias = torch.ones(8), torch.zeros(8), torch.randn(8, requires_grad=True)
+    weights = [kernels.pack_weight(torch.randn(8, 8), ones, 8)] * 2
+    arguments = (
+        torch.randn(1, 3, 3, 8), torch.randn(8, 1, 3, 3), zeros, ones, zeros, 1e-5, weights, [zeros, bias], [ones] * 2, [8, 8],
+        [ones[:1]] * 2, [zeros[:1]] * 2, [8, 8], None, "gelu",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a gradient is wanted of the operator quant_conv_block"):
+        torch.ops.dfqvit.quant_conv_block(*arguments)
+    with torch.no_grad():
+        assert torch.ops.dfqvit.quant_conv_block(*arguments).isfinite().all()
 
 
 def test_operators_import_neither_timm_nor_the_method():

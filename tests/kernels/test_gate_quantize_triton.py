@@ -11,7 +11,7 @@ import torch
 from dfqvit.kernels import gate_quantize, use_backend
 from dfqvit.kernels.gate_quantize.op import forward
 
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
+from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
 from .test_gate_quantize import ALL, CASES, check, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -42,13 +42,6 @@ def test_triton_declines_float64():
     one = torch.ones(1, 2, device=DEVICE).double()
     verdict = forward.backends["triton"].supports(one, one, one[0], one[0, 0], 8, "silu")
     assert verdict == (False, "float64 runs on the reference")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_in_the_interpreter() -> None:
-    """The tests above, in a process whose Triton interprets."""
-    run_in_interpreter(__file__)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from dfqvit.kernels import layer_norm_quantize, use_backend
 from dfqvit.kernels.layer_norm_quantize.op import forward
 
 from ..conftest import DTYPES
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
+from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
 from .test_layer_norm_quantize import oracle, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -41,12 +41,19 @@ def test_triton_matches_numpy_but_for_ties(seed, shape, dtype, bits, zero_point)
 
 @live_triton
 def test_triton_far_from_zero_strided_and_with_half_weights(seed):
-    """A mean a thousand deviations off, rows that do not lie together."""
+    """A mean a thousand deviations off, rows that do not lie together.
+
+    A cell goes through a dozen additions at most (eight sums of 64 / 8 cells, and their tree) and each rounds by 2^-24, so
+    the mean in float32 is within 12 * 2^-24 of its size.
+    """
     x, weight, bias = (torch.randn(6, 4, 40) + 1000).transpose(0, 1), torch.randn(40).half(), torch.randn(40).half()
     with use_backend("triton"):
         found = layer_norm_quantize(*(t.to(DEVICE) for t in (x, weight, bias)), scale=0.05, zero_point=9).cpu()
     expected, margin = oracle(x, weight, bias, 1e-6, np.float32(0.05), 9, 8)
-    assert bool((margin[found.double() != expected] < 2e-3).all())
+    allowed = 2e-3 + weight.double().abs() * 12 * 2**-24 * 1000 / 0.05
+    different = found.double() != expected
+    assert bool((margin < allowed)[different].all())
+    assert bool(((found.double() - expected).abs() <= 1).all())
     assert len(found.unique()) > 10
 
 
@@ -67,13 +74,6 @@ def test_triton_declines_what_it_cannot_do():
     ):
         x = x.to(DEVICE)
         assert forward.backends["triton"].supports(x, x[0], x[0], 1e-6, scalar, scalar, 8) == (False, reason)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_in_the_interpreter() -> None:
-    """The tests above, in a process whose Triton interprets."""
-    run_in_interpreter(__file__)
 
 
 @pytest.mark.slow

@@ -41,13 +41,22 @@ def test_operators_run_without_python_s_dfqvit_and_with_it_afterwards():
     code = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-x = torch.linspace(-1, 1, 24).view(3, 8)
+x, learnt = torch.linspace(-1, 1, 24).view(3, 8), [torch.ones(8, requires_grad=True)]
+block = (x[None], learnt, [], [], [], [], [], [], [], [], 1, 1.0, None, None, None, None, None, "gelu")
 arguments = (x, torch.tensor([0.25]), torch.tensor([0.0]), -2, 1, 0)
 print(torch.ops.dfqvit.fake_quantize(*arguments).tolist())
 try:
     torch.ops.dfqvit.fake_quantize(x.to("meta"), *arguments[1:])
 except (ValueError, NotImplementedError) as error:
     print("refused")
+watched = (x.clone().requires_grad_(), *arguments[1:])
+for call in (lambda: torch.ops.dfqvit.fake_quantize(*watched), lambda: torch.ops.dfqvit.quant_block(*block)):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+with torch.no_grad():
+    assert torch.equal(torch.ops.dfqvit.fake_quantize(*watched), torch.ops.dfqvit.fake_quantize(*arguments))
 assert not [name for name in sys.modules if name.startswith("dfqvit")]
 import dfqvit.kernels as kernels
 with kernels.use_backend("reference"):
@@ -58,11 +67,13 @@ with kernels.use_backend("reference"):
     except kernels.BackendError:
         print("Python chooses")
 """
-    before, refused, after, chooses = python(code, str(LIBRARY))
+    before, refused, *wanted, after, chooses = python(code, str(LIBRARY))
     x = torch.linspace(-1, 1, 24).view(3, 8)
     expected = (x / 0.25).round().clamp(-2, 1) * 0.25
     assert torch.equal(torch.tensor(json.loads(before)), expected)
     assert torch.equal(torch.tensor(json.loads(after)), expected)
+    said = "a gradient is wanted of the operator {}, which has none: use torch.no_grad()"
+    assert [line.splitlines()[0] for line in wanted] == [said.format("fake_quantize"), said.format("quant_block")]
     assert (refused, chooses) == ("refused", "Python chooses")
 
 

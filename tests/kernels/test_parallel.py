@@ -86,9 +86,9 @@ def named():
 """
 
 
-def python(code, seed=0, prefix=(), **environment):
+def python(code, seed=0, **environment):
     """The lines that OPERATORS and `code` print, in a process of their own that must end well."""
-    command = [*prefix, sys.executable, "-c", OPERATORS + code]
+    command = [sys.executable, "-c", OPERATORS + code]
     names = {name: value for name, value in os.environ.items() if name != "DFQVIT_CPUS"}
     names |= {"SEED": str(seed), **environment}
     found = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, env=names, check=False)
@@ -128,16 +128,19 @@ def test_the_pool_by_itself(pool, case, busy):
 
 
 @compiled
-@pytest.mark.parametrize("busy", [0, 3])
-def test_bits_depend_neither_on_threads_nor_on_company(seed, busy):
+def test_bits_depend_neither_on_threads_nor_on_company(seed):
     code = """
-for count in (1, 2, 3, 8):
-    torch.set_num_threads(count)
-    for _ in range(5):
-        print(digest())
-"""
+from dfqvit.evaluation.neighbours import neighbours
+for busy in (0, 3):
     with neighbours(busy):
-        assert len(set(python(code, seed, DFQVIT_CPUS="8"))) == 1
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            for _ in range(5):
+                print(digest())
+"""
+    found = python(code, seed, DFQVIT_CPUS="8")
+    assert len(found) == 40
+    assert len(set(found)) == 1
 
 
 @compiled
@@ -181,23 +184,35 @@ family(1)
 @compiled
 @linux
 def test_no_more_threads_than_cpus(seed):
-    """One CPU: no thread beside the caller. Torch's setting and the CPUs allowed: the smaller one."""
+    """One CPU: no thread beside the caller. Torch's setting and the CPUs allowed: the smaller one.
+
+    Each in a child of its own.
+    """
     code = """
 from dfqvit import _C
 def count(threads):
     torch.set_num_threads(threads)
     digest()
     print(_C.parallel_threads(), workers(_C.parallel_threads() - 1))
+
+def narrow():
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+def fixed():
+    os.environ["DFQVIT_CPUS"] = "5"
+
+for work in (lambda: (narrow(), count(8)),
+             lambda: (count(8), narrow(), print(_C.parallel_threads())),
+             lambda: (fixed(), count(3), count(8))):
+    if os.fork() == 0:
+        work()
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
-    cpus = sorted(os.sched_getaffinity(0))
     quota = module.cpu_quota()
-    one = ["taskset", "-c", str(cpus[0])] if shutil.which("taskset") else None
-    if one is not None:
-        assert python(f"{code}count(8)", seed, one) == ["1", "0"]
-    allowed = min(8, len(cpus), max(1, -int(-quota // 1)) if quota else 8)
-    narrowed = "count(8); os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(_C.parallel_threads())"
-    assert python(code + narrowed, seed) == [str(allowed), str(allowed - 1), "1"]
-    assert python(f"{code}count(3); count(8)", seed, DFQVIT_CPUS="5") == ["3", "2", "5", "4"]
+    allowed = min(8, len(os.sched_getaffinity(0)), max(1, -int(-quota // 1)) if quota else 8)
+    assert list(map(int, python(code, seed))) == [1, 0, allowed, allowed - 1, 1, 3, 2, 5, 4]
 
 
 @compiled
@@ -220,22 +235,29 @@ for _ in range(50):
 
 
 @compiled
-@pytest.mark.parametrize("last", ["", "import time; time.sleep(0.1)", "os._exit(0)"])
-def test_a_process_ends_while_threads_spin_or_sleep(seed, last):
-    assert python(f"torch.set_num_threads(8)\nfor _ in range(3): print(digest(), flush=True)\n{last}", DFQVIT_CPUS="8")
-
-
-@compiled
-def test_a_process_ends_while_a_thread_computes(seed):
+def test_a_process_ends_while_threads_spin_sleep_or_compute(seed):
+    """Each end is that of a child, forked before there are threads, but the last, which is the process's own."""
     code = """
-torch.set_num_threads(8)
-def forever():
-    while True: digest()
-for _ in range(3): threading.Thread(target=forever, daemon=True).start()
-print(digest(), flush=True)
-os._exit(0)  # Python's own end cuts off threads within C++, which torch does not survive either
+import time
+def company():
+    def forever():
+        while True: digest()
+    for _ in range(3): threading.Thread(target=forever, daemon=True).start()
+
+# Python's own end cuts off threads within C++, which torch does not survive either
+children = [lambda: (company(), print(digest(), flush=True), os._exit(0)), lambda: os._exit(0), lambda: time.sleep(0.1)]
+for last in [*children, lambda: None]:
+    if last in children and (child := os.fork()):
+        assert os.waitpid(child, 0)[1] == 0
+        continue
+    torch.set_num_threads(8)
+    for _ in range(3): print(digest(), flush=True)
+    last()
+    break
 """
-    assert python(code, seed, DFQVIT_CPUS="8")
+    found = python(code, seed, DFQVIT_CPUS="8")
+    assert len(found) == 13
+    assert len(set(found)) == 1
 
 
 @compiled
@@ -334,7 +356,8 @@ print(before, spun())
     assert after < 0.5 * before, (before, after)
 
 
-def test_mathematics_of_mkl_has_one_thread_between_our_operators():
+@pytest.mark.parametrize("count", [0, 1, 3])  # torch.set_num_threads sets it; 0: as many as all have
+def test_mathematics_of_mkl_has_one_thread_between_our_operators(count):
     """It counts its threads for itself: sines of a rope waited for OpenMP's, on the processors that ours spin on."""
     module, reason = extension.load()
     if module is None:
@@ -350,8 +373,12 @@ def test_mathematics_of_mkl_has_one_thread_between_our_operators():
         set_local(before)
         seen.append(before)
 
-    note()
-    module.serial_torch(note)
-    module.serial_torch(lambda: (module.lift_serial_torch(), note()))
-    note()
-    assert seen == [0, 1, 0, 0]
+    before = set_local(count)
+    try:
+        note()
+        module.serial_torch(note)
+        module.serial_torch(lambda: (module.lift_serial_torch(), note()))
+        note()
+    finally:
+        set_local(before)
+    assert seen == [count, 1, count, count]

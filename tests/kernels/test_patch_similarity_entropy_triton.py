@@ -1,4 +1,4 @@
-"""patch_similarity_entropy in Triton without a GPU: its tests in the interpreter, and compiled for GPUs that are not here."""
+"""patch_similarity_entropy in Triton, compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import importlib
 
 import pytest
 
-from . import test_patch_similarity_entropy as tests
-from .interpreter import INTERPRETED, run_in_interpreter, shared_memory
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_triton_in_its_interpreter() -> None:
-    run_in_interpreter(tests.__file__)
+from .interpreter import INTERPRETED, shared_memory
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
 from dfqvit.kernels import quant_attention, use_backend
+from dfqvit.kernels.quant_attention import op
 
 from .cuda_emulator import Emulator, compiled
 from .test_quant_attention import oracle, sample
@@ -18,6 +21,7 @@ CASES = [
     (1, 1, 80, 1, 33),
     (1, 2, 128, 2, 20),
     (1, 1, 48, 1, 300),
+    (1, 1, 64, 1, 209),
 ]
 
 
@@ -92,6 +96,72 @@ def test_scales_that_no_inverse_serves(seed, emulator):
     for out_scale in (1e-7, 1e-12):
         whole = emulated(emulator, qkv, heads, **options, out_scale=out_scale, out_zero=3.0)
         assert torch.equal(whole.float(), ((y / out_scale).round() + 3).clamp(0, 255))
+
+
+@pytest.mark.parametrize("zeros", [0, 255, 128])
+@pytest.mark.parametrize("depth", [64, 128])
+def test_scores_of_extreme_bytes(seed, emulator, depth, zeros):
+    """Sums as far from each other as bytes allow: with 64 channels they are bits of floats, and must not leave their range."""
+    qkv, heads, options = sample((1, 1, depth, 1, 70), windowed=False)
+    qkv = qkv.clone()
+    qkv[..., : 2 * depth] = 255 * (torch.rand(1, 70, 2 * depth) < torch.rand(1, 70, 1)).to(torch.uint8)
+    qkv[:, :3, : 2 * depth], qkv[:, 3:6, : 2 * depth] = 255, 0
+    options["in_zero"] = torch.tensor([float(zeros), 255.0 - zeros, float(zeros)])
+    options["in_scale"] = torch.tensor([0.001, 0.001, 0.02])
+    found = emulated(emulator, qkv, heads, **options)
+    expected, margin = oracle(qkv, heads, **options)
+    clear = (margin > 1e-2).repeat_interleave(depth, dim=-1).view(expected.shape)
+    assert clear.any()
+    assert torch.allclose(found.double()[clear], expected[clear], rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_are_the_floats_rounded_half_to_even(seed, emulator):
+    """With every step 255 nothing is approximate: each byte is that of the formula, also in the middle of two integers."""
+    qkv, heads, options = sample((1, 1, 64, 1, 37), windowed=False)
+    options["in_scale"] = torch.tensor([1e-7, 1e-7, 0.03])
+    y = emulated(emulator, qkv, heads, **options)
+    ties = (y.flatten()[:8] / (torch.arange(8) + 0.5)).abs()  # of which one result is a tie, or next to one
+    scales = [*(0.001 * 300 ** torch.rand(8)), *ties[ties > 0]]
+    for out_scale, bits in zip(scales, [8, 8, 8, 4, 2] * 4, strict=False):
+        zero, most = float(torch.randint(0, 2**bits, ())), 2**bits - 1
+        whole = emulated(emulator, qkv, heads, **options, out_scale=out_scale, out_zero=zero, out_bits=bits)
+        assert torch.equal(whole.float(), ((y / out_scale).round() + zero).clamp(0, most)), (out_scale, zero, bits)
+
+
+def layout(emulator, tokens, depth, kilobytes):
+    """Warps of a block, blocks of a multiprocessor, bytes of a block."""
+    found = [ctypes.c_int() for _ in range(3)]
+    emulator("layout", tokens, depth, kilobytes << 10, *map(ctypes.byref, found))
+    return tuple(value.value for value in found)
+
+
+def test_warps_and_blocks_fill_a_multiprocessor(emulator):
+    """Hopper has 228 KB for a multiprocessor, Ampere's smaller cards and Ada 100; registers are for 16 warps."""
+    assert layout(emulator, 197, 64, 228)[:2] == (3, 5)
+    assert layout(emulator, 49, 64, 228)[:2] == (4, 4)
+    assert layout(emulator, 1, 64, 228)[:2] == (1, 16)
+    assert layout(emulator, 577, 64, 228)[:2] == (7, 2)
+    for tokens in range(1, 600, 7):
+        for kilobytes in (100, 164, 228):
+            warps, blocks, _ = layout(emulator, tokens, 64, kilobytes)
+            assert 1 <= warps <= 7
+            assert warps * blocks <= 16
+
+
+@pytest.mark.parametrize("kilobytes", [100, 164, 228])
+def test_what_is_served_fits_in_shared_memory(emulator, monkeypatch, kilobytes):
+    """A multiprocessor keeps 1 KB of a block's shared memory for itself."""
+    most = (kilobytes - 1) << 10
+    monkeypatch.setattr(op, "_shared_memory", lambda device: most)
+    for depth in range(16, 129, 16):
+        served = []
+        for tokens in range(1, 3700, 17):
+            qkv = torch.empty(1, tokens, 3 * depth, dtype=torch.uint8, device="meta")
+            able, _ = op._supports_cuda(qkv, 1, torch.ones(3), torch.zeros(3), 1.0, None, None, None)
+            served.append(able)
+            assert able == (layout(emulator, tokens, depth, kilobytes)[2] <= most), (depth, tokens)
+        assert served[0]
+        assert not served[-1]
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from dfqvit.kernels import quant_attention, use_backend
 from dfqvit.kernels.quant_attention.op import forward
 
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
+from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
 from .test_quant_attention import oracle, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -87,13 +87,6 @@ def test_triton_declines_what_it_cannot_do():
     ):
         qkv = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
         assert supports(qkv, 1, scales, scales, 1.0, None, None, None, None, None, 8) == (False, reason)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_in_the_interpreter() -> None:
-    """The tests above, in a process whose Triton interprets."""
-    run_in_interpreter(__file__)
 
 
 @pytest.mark.slow

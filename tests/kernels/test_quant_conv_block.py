@@ -81,8 +81,10 @@ def test_close_to_the_operators_one_by_one(seed, isa, w_bits):
         with use_backend("reference", "quant_conv_block"):  # its operators run on the CPU still
             expected = quant_conv_block(x, **named)
         off = (found - expected).abs()
-        assert float((off > 1e-5 * (1 + expected.abs())).float().mean()) < 0.02
-        assert float(off.mean()) < 1e-3 * float((expected - x).std() + 0.1)
+        pixels = (off > 1e-5 * (1 + expected.abs())).any(dim=-1)  # such a byte is heard by all of its pixel
+        assert int(pixels.sum()) <= 2 + 0.02 * pixels.numel()
+        spread = float((expected - x).std(correction=0) + 0.1)
+        assert float(off.sum()) < (1e-3 * off.numel() + 0.1 * 2 * x.shape[-1]) * spread  # two pixels may, by a tenth
 
 
 @compiled
@@ -163,3 +165,15 @@ def test_the_operator_itself_checks_what_it_reads(seed, name):
     names = [argument.name for argument in torch.ops.dfqvit.quant_conv_block.default._schema.arguments[1:]]
     with use_backend("cpu"), pytest.raises((ValueError, TypeError, RuntimeError)):
         forward(x, *({**named, name: change}[key] for key in names))
+
+
+@compiled
+@pytest.mark.parametrize("name", ["weights", "biases", "weight_scales", "w_bits", "scales", "zeros", "a_bits"])
+def test_the_operator_itself_counts_its_lists(seed, name):
+    """Before it reads of them: an empty one ended the process."""
+    x, named = sample(random.Random(seed), (1, 2, 2, 8), 20)
+    named["biases"] = [torch.zeros(len(scale)) for scale in named["weight_scales"]]
+    named["activation"] = "none"
+    names = [argument.name for argument in torch.ops.dfqvit.quant_conv_block.default._schema.arguments[1:]]
+    with pytest.raises(ValueError, match=f"{name} had 0 entries; a block has 2"):
+        torch.ops.dfqvit_cpu.quant_conv_block(x, *({**named, name: []}[key] for key in names))

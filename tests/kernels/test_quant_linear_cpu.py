@@ -290,6 +290,9 @@ def test_values_are_checked_as_by_the_reference(change, message):
     for backend in ("cpu", "reference"):
         with use_backend(backend), pytest.raises(ValueError, match=message):
             quant_linear(torch.zeros(2, 1), torch.ones(1, 1), **IDENTITY | change)
+    near = {"out_scale": torch.ones(1), "out_zero": torch.tensor([127.0]).nextafter(torch.zeros(1)), "out_bits": 8}
+    with use_backend("reference"), pytest.raises(ValueError, match=r"out_zero held 126.99999\d+; it must be a whole"):
+        quant_linear(torch.zeros(2, 1), torch.ones(1, 1), **IDENTITY | near)
     x = torch.tensor([[3, 16]], dtype=torch.uint8)
     for backend in ("cpu", "reference"):
         with use_backend(backend), pytest.raises(ValueError, match="x held 16; it must be a whole number from 0 to 15"):

@@ -16,7 +16,7 @@ from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear.op import forward
 
 from ..conftest import ACTIVATIONS, mirrored
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
+from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -132,13 +132,6 @@ def test_triton_declines_what_it_cannot_do():
     )
     assert not able
     assert "blocked" in reason
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_in_the_interpreter() -> None:
-    """The tests above, in a process whose Triton interprets."""
-    run_in_interpreter(__file__)
 
 
 @pytest.mark.slow

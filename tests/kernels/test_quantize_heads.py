@@ -123,6 +123,6 @@ def test_values_that_are_not_finite_are_refused(seed, isa):
     for part in (q, k, v):
         before = part[1, 1, 3, 2].clone()
         part[1, 1, 3, 2] = float("nan")
-        with use_backend("cpu"), pytest.raises(ValueError, match=r"q, k or v held NaN or Inf"):
+        with use_backend("cpu"), pytest.raises(ValueError, match="q, k, v or rope held NaN or Inf"):
             quantize_heads(q, k, v, **options)
         part[1, 1, 3, 2] = before

@@ -11,7 +11,7 @@ import torch
 from dfqvit.kernels import quantize_heads, use_backend
 from dfqvit.kernels.quantize_heads.op import forward
 
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources, run_in_interpreter
+from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
 from .test_quantize_heads import CASES, check, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -38,17 +38,28 @@ def test_triton_on_wide_heads(seed):
 
 
 @live_triton
+def test_triton_with_parameters_of_any_stride(seed):
+    """Called as an exported program does, without the public function, which makes them contiguous too."""
+    q, k, v, options = sample((1, 2, 5, 8, 2, 5))
+    with use_backend("triton"):
+        call = [part.to(DEVICE) for part in (q, k, v)]
+        options = {name: tensor.to(DEVICE) for name, tensor in options.items()}
+        expected = quantize_heads(*call, **options)
+        apart = [
+            torch.stack([options[name], torch.full_like(options[name], 77)], 1)[:, 0]
+            for name in ("in_scale", "in_zero")
+        ]
+        found = forward(*call, *apart, 8, options.get("rope"), False)
+        named = {**options, "in_scale": apart[0], "in_zero": apart[1]}
+        assert torch.equal(found, expected)
+        assert torch.equal(quantize_heads(*call, **named), expected)
+
+
+@live_triton
 def test_triton_declines_float64():
     part, three = torch.ones(1, 1, 1, 2, device=DEVICE).double(), torch.ones(3, device=DEVICE)
     verdict = forward.backends["triton"].supports(part, part, part, three, three, 8, None, False)
     assert verdict == (False, "float64 runs on the reference")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_in_the_interpreter() -> None:
-    """The tests above, in a process whose Triton interprets."""
-    run_in_interpreter(__file__)
 
 
 @pytest.mark.slow

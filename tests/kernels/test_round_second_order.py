@@ -54,7 +54,6 @@ def test_no_single_integer_can_be_moved_for_the_better(seed, isa, backend, shape
     assert int(found.min()) >= -half
     assert int(found.max()) < half
     least = cost(weight, found, scale, inputs, outputs)
-    assert least <= cost(weight, nearest(weight, scale, bits), scale, inputs, outputs) * (1 + 1e-6)
     for _ in range(40):
         i, k = int(torch.randint(shape[0], ())), int(torch.randint(shape[1], ()))
         for step in (-1, 1):
@@ -117,11 +116,46 @@ def test_errors_of_rows_take_each_other_back(seed):
     assert error(found) < 0.7 * error(alone)
 
 
-def test_no_sweeps_are_the_nearest_integers(seed):
-    weight, scale, inputs, outputs = problem((9, 20), 4)
-    assert torch.equal(
-        round_second_order(weight, scale, inputs, outputs, bits=4, sweeps=0).float(), nearest(weight, scale, 4)
-    )
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_begins_with_the_nearest_plane(seed, isa, backend, together):
+    """Without sweeps: each weight is rounded to where it is best, were all that come later free to be any real numbers."""
+    weight, scale, inputs, outputs = given = problem((5, 7), 3, together)
+    with use_backend(backend):
+        found = round_second_order(*given, bits=3, sweeps=0).double()
+    columns = inputs.diagonal().argsort(descending=True)
+    rows = torch.arange(5) if outputs is None else (outputs.diagonal() * scale.square()).argsort(descending=True)
+    metric = torch.kron(inputs, torch.eye(5) if outputs is None else outputs).double()  # of E, column after column
+    order = torch.stack([k * 5 + i for k in columns for i in rows])
+    metric = metric[order][:, order]
+    error = (weight.double() - found * scale.double()[:, None]).T.flatten()[order]
+    steps = scale.double().repeat(7)[order]
+    integers = found.T.flatten()[order]
+    for place in range(len(order)):
+        tail = metric[place:, place:]
+        # the least of the cost over the later errors, by this one's shift: where the Schur complement's slope is zero
+        earlier = metric[place:, :place] @ error[:place]
+        free = torch.linalg.solve(tail, -earlier)
+        best = (integers[place] + (error[place] - free[0]) / steps[place]).clamp(-4, 3)
+        assert abs(float(best - integers[place])) < 0.5 + 1e-3
+
+
+def test_descent_ends_lower_than_from_the_nearest_integers(seed):
+    """`move` alone, from the nearest integers, is what the operator did first."""
+    gains = []
+    for _ in range(6):
+        weight, scale, inputs, outputs = problem((20, 40), 3)
+        found = cost(weight, round_second_order(weight, scale, inputs, outputs, bits=3), scale, inputs, outputs)
+        plain = nearest(weight, scale, 3)
+        for _ in range(8):
+            for k in range(40):
+                for i in range(20):
+                    e = (weight - plain * scale[:, None]).double()
+                    slope = outputs[i].double() @ e @ inputs[:, k].double()
+                    best = plain[i, k] + slope / (outputs[i, i] * inputs[k, k] * scale[i])
+                    plain[i, k] = best.round().clamp(-4, 3)
+        gains.append(found / cost(weight, plain, scale, inputs, outputs))
+    assert sum(gains) / len(gains) < 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -148,15 +182,11 @@ def test_an_empty_weight(seed):
 
 def test_operator_contract(seed):
     weight, scale, inputs, outputs = problem((6, 9), 3)
-    for outer in (outputs, None):
-        torch.library.opcheck(
-            torch.ops.dfqvit.round_second_order.default, (weight, scale, inputs, outer, 3, 4), test_utils="test_schema"
-        )
-        torch.library.opcheck(
-            torch.ops.dfqvit.round_second_order.default,
-            (weight, scale, inputs, outer, 3, 4),
-            test_utils="test_faketensor",
-        )
+    of_inputs, of_outputs = torch.rand(9, 9).triu(), torch.rand(6, 6).triu()
+    for outer, carry in ((outputs, of_outputs), (None, None)):
+        arguments = (weight, scale, inputs, outer, of_inputs, carry, 3, 4)
+        for utility in ("test_schema", "test_faketensor"):
+            torch.library.opcheck(torch.ops.dfqvit.round_second_order.default, arguments, test_utils=utility)
 
 
 def test_bad_input():
@@ -179,5 +209,7 @@ def test_bad_input():
         round_second_order(weight / 0, scale, inputs, bits=4)
     with pytest.raises(ValueError, match="the diagonal of inputs held -"):
         round_second_order(weight, scale, -inputs, bits=4)
+    with pytest.raises(ValueError, match="inputs was not positive definite"):
+        round_second_order(weight, scale, torch.ones(6, 6), bits=4)
     with pytest.raises(TypeError, match=r"weight was a list; it must be a torch\.Tensor"):
         round_second_order([1.0], scale, inputs, bits=4)

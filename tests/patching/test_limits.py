@@ -104,7 +104,12 @@ def test_the_with_block_restores_also_after_an_exception(model):
         (lambda x: x * torch.nan, UsageError, "calib must be a float tensor of finite values"),
         (lambda x: x.long(), UsageError, "calib must be a float tensor"),
         (lambda x: x[..., :24, :24], AssertionError, "doesn't match model"),  # timm's own words
-        (lambda x: x.sign() * 3e38, DfqvitError, "an activation held NaN or Inf"),
+        (lambda x: x.abs() * 100, UsageError, "calib held values from .* like pixels from 0 to 255"),
+        (
+            lambda x: x.sigmoid() * 0.8,
+            UsageError,
+            "calib held values from .* like pixels from 0 to 1 before normalisation",
+        ),
     ],
 )
 def test_calibration_that_fails_leaves_the_model_as_it_was(seed, spoil, error, message):
@@ -113,6 +118,16 @@ def test_calibration_that_fails_leaves_the_model_as_it_was(seed, spoil, error, m
     before = snapshot(model)
     with pytest.raises(error, match=message):
         dfqvit.patch(model, calib=spoil(x))
+    assert snapshot(model) == before
+
+
+def test_calibration_of_a_model_that_overflows(seed):
+    model = small_vit()
+    with torch.no_grad():
+        model.blocks[0].norm1.weight.fill_(3e38)
+    before = snapshot(model)
+    with pytest.raises(DfqvitError, match="an activation held NaN or Inf"):
+        dfqvit.patch(model, calib=images_for(model))
     assert snapshot(model) == before
 
 

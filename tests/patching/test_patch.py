@@ -142,10 +142,10 @@ def test_empty_batch(seed):
         assert model(images_for(model, 0)).shape == (0, 7)
 
 
-@pytest.mark.parametrize("make", [small_vit, small_swin])
+@pytest.mark.parametrize(("make", "blocks"), [(small_vit, {"depth": 1}), (small_swin, {"depths": (1, 2)})])
 @pytest.mark.parametrize("trainable", [True, False])
-def test_compiles_to_one_graph(seed, make, trainable):
-    model = make()
+def test_compiles_to_one_graph(seed, make, blocks, trainable):
+    model = make(**blocks)  # few of them, since each is traced for itself
     x = images_for(model)
     with dfqvit.patch(model, calib=x, trainable=trainable):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -275,7 +275,7 @@ def test_calibration_again_and_the_modes_of_modules(seed):
     with dfqvit.patch(model, calib=images_for(model)) as handle:
         assert [module.training for module in model.modules()] == modes
         scale = model.blocks[0].attn.qkv.input_scale
-        handle.calibrate(images_for(model) * 3)
+        handle.calibrate(images_for(model) * 2)  # 7 deviations from what is refused
         assert model.blocks[0].attn.qkv.input_scale is not scale
         quantized = model.eval()(x := images_for(model))
         with torch.no_grad():
@@ -320,6 +320,40 @@ def test_packed_weights_are_not_stale(seed):
         fc1 = model.blocks[0].mlp.fc1
         assert torch.equal(fc1.weight_packed, pack_weight(fc1.weight, fc1.weight_scale, 3))
         assert torch.allclose(fc1.weight_scale, fc1.weight.abs().amax(1) / 3.5)
+
+
+def test_packed_weights_are_those_of_the_parameter_that_stands_there(seed):
+    """Another in its place has a count of writes of its own, which may be the same."""
+    model, other = small_vit(depth=1), small_vit(depth=1)
+    x = images_for(model)
+    with dfqvit.patch(other, 3, calib=x):
+        wanted = other(x)
+    state = {key: value.clone() for key, value in other.state_dict().items()}
+    for assign in (True, False):
+        with dfqvit.patch(model, 3, calib=x, trainable=False) as handle:
+            model(x)
+            model.load_state_dict(state, assign=assign)
+            handle.calibrate(x)
+            assert torch.allclose(model(x), wanted, atol=1e-5)
+    with dfqvit.patch(model, 3, trainable=False):
+        plain = model(x)
+        for factor in (0.5, 2.0, 1.0):
+            weights = {key: value * factor for key, value in state.items()}
+            found = torch.func.functional_call(model, weights, x)
+            assert torch.allclose(found, plain, atol=1e-5) == (factor == 1.0)
+        assert torch.allclose(model(x), plain, atol=1e-5)
+
+
+def test_a_model_patched_in_inference_mode_has_gradients_after_it(seed):
+    model = small_vit(depth=1)
+    x = images_for(model)
+    for trainable in (True, False):
+        with torch.inference_mode():
+            handle = dfqvit.patch(model, 8, calib=x, trainable=trainable)
+            expected = model(x)
+        found, _ = gradients(model, x)
+        assert torch.allclose(found, expected, atol=1e-5)
+        handle.unpatch()
 
 
 def test_mse_scales_are_used(seed):

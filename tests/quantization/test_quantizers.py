@@ -50,7 +50,7 @@ def test_mse_scale_turns_the_grid_to_the_longer_side(bits):
 @pytest.mark.parametrize("ends", [(-1.5, 4.0), (0.0, 3.0), (-2.0, 0.0), (1.0, 2.0), (-3.0, -1.0)])
 def test_affine_parameters(bits, ends):
     scale, zero = affine_parameters(*map(torch.tensor, ends), bits)
-    steps = 2**bits - 1
+    ends, steps = (min(ends[0], 0), max(ends[1], 0)), 2**bits - 1
     assert scale.item() == pytest.approx((ends[1] - ends[0]) / steps)
     assert zero.item() == min(max(round(-ends[0] / scale.item()), 0), steps)
 
@@ -73,6 +73,18 @@ def test_constant_activation_does_not_divide_by_zero():
     quantizer(torch.zeros(3))
     quantizer.freeze()
     assert quantizer(torch.zeros(3)).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("rule", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("middle", [-0.5, 0.25, 7.0])
+def test_values_on_one_side_of_zero_are_rounded_and_not_clamped(seed, rule, bits, middle):
+    """What a sigmoid or bright pixels give: far from zero, and close together."""
+    quantizer = ActivationQuantizer(bits, rule)
+    x = middle + 0.01 * torch.rand(50)
+    quantizer(x)
+    quantizer.freeze()
+    assert torch.allclose(quantizer(x), x, rtol=0, atol=1.1 * abs(middle) / (2**bits - 1))
 
 
 def test_errors():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import shutil
 import subprocess
@@ -12,19 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.models import VisionTransformer
 from torch.export import Dim
 
 from dfqvit.kernels import extension, use_backend
 from dfqvit.runtime import accelerate
+from dfqvit.runtime.block import IntegerBlock
 
 from ..conftest import MODELS, small_vit
 from ..kernels.test_library import LIBRARY
 from .test_blocks import close, quantized
+from .test_residual import small
 
 ROOT = Path(__file__).parent.parent.parent
 # Fewer blocks than other tests have, since each is traced for itself: one beside another, windows that are shifted, two stages.
-FEW = {"vit": {"depth": 2}, "distilled": {"depth": 1}, "swin": {"depths": (1, 2)}}
+FEW = {"vit": {"depth": 1}, "distilled": {"depth": 2}, "swin": {"depths": (1, 2)}}
+ONE = {"vit": {"depth": 1}, "distilled": {"depth": 1}, "swin": {"depths": (1,), "num_heads": (2,)}}
+# Ways to say that any number of images may come.
+BATCHES = {"dynamic": Dim.DYNAMIC, "named": Dim("batch"), "auto": Dim.AUTO}
 
 
 @pytest.fixture(params=list(MODELS))
@@ -41,6 +47,17 @@ def integer(model):
     qmodel, images = quantized(model, 4, acm="sequential")
     accelerate(qmodel)
     return qmodel, images
+
+
+@functools.cache
+def exported(family, form, strict=False, batch="dynamic"):
+    """(a quantized model, images, its program for any number of them); what changes one of the two takes a copy."""
+    qmodel, images = quantized(few_blocks(family), 4, acm="sequential")
+    if form == "integer":
+        accelerate(qmodel)
+    with torch.no_grad():
+        program = torch.export.export(qmodel, (images,), dynamic_shapes=({0: BATCHES[batch]},), strict=strict)
+    return qmodel, images, program
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +84,11 @@ def test_compiles_as_one_graph_and_for_every_batch_after_the_second(integer):
 
 
 @pytest.mark.skipif(extension.load()[0] is None, reason="dfqvit._C is not built")
-def test_compiled_models_name_the_backend_unless_one_is_asked_for(integer):
-    """A choice in every call costs; a later `use_backend` still counts, and an exported program stays free."""
-    qmodel, images = integer
+@pytest.mark.parametrize("family", list(MODELS))
+def test_compiled_models_name_the_backend_unless_one_is_asked_for(seed, family):
+    """A choice in every call costs; a later `use_backend` still counts. An exported program stays free, as is seen there."""
+    qmodel, images = quantized(MODELS[family](**ONE[family]), 4, acm="sequential")
+    accelerate(qmodel)
     graphs = []
 
     def keep(module, example):
@@ -83,9 +102,7 @@ def test_compiled_models_name_the_backend_unless_one_is_asked_for(integer):
         with use_backend("reference"):
             assert torch.allclose(compiled(images), qmodel(images), atol=1e-5)
         assert torch.equal(compiled(images), expected)
-        program = torch.export.export(qmodel, (images,), strict=True)
     assert ["dfqvit_cpu" in "".join(names) for names in graphs] == [True, False]
-    assert not any("dfqvit_cpu" in str(node.target) for node in program.graph.nodes)
 
 
 def test_a_compiled_model_follows_what_is_loaded_into_it(integer):
@@ -97,6 +114,25 @@ def test_a_compiled_model_follows_what_is_loaded_into_it(integer):
             if value.is_floating_point() and "zero_point" not in key:
                 qmodel.load_state_dict({key: value * 1.5}, strict=False)
                 assert torch.equal(compiled(images), qmodel(images)), key
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_compiled_model_follows_a_forward_given_to_an_instance(seed, family):
+    """And taken away again: torch.compile guards nothing that is read past the attribute. Of both kinds of block."""
+    qmodel, images = quantized(MODELS[family](**ONE[family]), 4, acm="sequential")
+    accelerate(qmodel)
+    compiled = torch.compile(qmodel, fullgraph=True, backend="eager")
+    block = next(module for module in qmodel.modules() if isinstance(module, IntegerBlock))
+    with torch.no_grad():
+        before = compiled(images)
+        for place in ("norm2", "mlp.fc1", "attn"):
+            part = block.get_submodule(place)
+            part.forward = lambda *args, computes=part.forward, **kwargs: 2 * computes(*args, **kwargs)
+            found = compiled(images)
+            assert torch.equal(found, qmodel(images)), place
+            assert not torch.equal(found, before), place
+            del part.forward
+            assert torch.equal(compiled(images), before), place
 
 
 def test_gradients_pass_through_a_compiled_model(integer):
@@ -122,28 +158,67 @@ def test_inductor(seed, family):
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("form", ["integer", "simulated"])
-def test_export_with_a_free_batch(model, form, strict):
-    qmodel, images = quantized(model, 4, acm="sequential")
-    if form == "integer":
-        accelerate(qmodel)
-    kinds = (Dim("batch"), Dim.DYNAMIC, Dim.AUTO) if type(model) is VisionTransformer else (Dim.DYNAMIC,)
-    for batch in kinds:
-        with torch.no_grad():
-            program = torch.export.export(qmodel, (images,), dynamic_shapes=({0: batch},), strict=strict)
+@pytest.mark.parametrize("family", list(MODELS))
+def test_export_with_a_free_batch(seed, family, form, strict):
+    """Each way to say so, of one family; and no program is bound to the backend that would have been chosen here."""
+    for batch in BATCHES if family == "vit" else ["dynamic"]:
+        qmodel, images, program = exported(family, form, strict, batch)
+        assert not any("dfqvit_cpu" in str(node.target) for node in program.graph.nodes)
         module = program.module()
         for count in (1, 2, 5):
             x = torch.randn(count, *images.shape[1:])
             assert torch.equal(module(x), qmodel(x))
 
 
+def refuses_gradients(call, images):
+    """Whether each way to ask for one raises the sentence of an operator."""
+    said = "a gradient is wanted of the operator [a-z_]+, which has none: use torch.no_grad()"
+    with pytest.raises(Exception, match=said):
+        call(images.clone().requires_grad_()).square().mean().backward()
+    with pytest.raises(Exception, match=said):
+        torch.func.grad(lambda x: call(x).square().mean())(images)
+
+
+@pytest.mark.parametrize("form", ["whole blocks", "parts", "simulated"])
+def test_a_program_refuses_gradients(seed, form):
+    """It once gave none, or those of what lies outside the operators, and torch warned at most."""
+    model = small("beit_base_patch16_224", depth=1, init_values=0.3) if form == "parts" else few_blocks("vit")
+    qmodel, images = quantized(model.eval(), 4)
+    if form != "simulated":
+        accelerate(qmodel)
+    with torch.no_grad():
+        module = torch.export.export(qmodel, (images,)).module()
+    expected = qmodel(images)
+    for program in (module, torch.jit.trace(qmodel, images), torch.compile(module, backend="aot_eager")):
+        refuses_gradients(program, images)
+        assert torch.equal(program(images), expected)  # as without no_grad, where no gradient is wanted
+        with torch.no_grad():
+            assert torch.equal(program(images.clone().requires_grad_()), expected)
+
+
+@pytest.mark.parametrize("form", ["integer", "simulated"])
+@pytest.mark.parametrize("family", list(MODELS))
+def test_what_a_program_loads_counts(seed, family, form):
+    """Key after key. Of the model's state the program lacks what it computes with in another form, and says so."""
+    qmodel, images, program = copy.deepcopy(exported(family, form))
+    module = program.module()
+    state = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    fixed = {key for key in state if key.endswith((".weight_packed", ".acm"))}
+    assert module.state_dict().keys() == state.keys() - fixed
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*weight_packed"):
+        module.load_state_dict(state)
+    for key in state.keys() - fixed:
+        value = state[key]
+        other = (value + 3).clamp(max=255) if key.endswith("zero_point") else value * 1.25
+        for each in (module, qmodel):
+            each.load_state_dict({key: other}, strict=False)
+        assert torch.equal(module(images), qmodel(images)), key
+
+
 def test_exported_programs_run_in_a_fresh_process_after_one_import(seed, tmp_path):
     names = []
     for family, form in product(MODELS, ("integer", "simulated")):
-        qmodel, images = quantized(few_blocks(family), 4, acm="sequential")
-        if form == "integer":
-            accelerate(qmodel)
-        with torch.no_grad():
-            program = torch.export.export(qmodel, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
+        qmodel, images, program = exported(family, form)
         names.append(str(tmp_path / f"{family}-{form}"))
         torch.export.save(program, f"{names[-1]}.pt2")
         torch.save((images, qmodel(images)), f"{names[-1]}.pt")

@@ -50,7 +50,7 @@ def pair(kind, scaling="channels", **options):
     """(integer, simulated, images): the same quantized model twice."""
     architecture, sizes = KINDS[kind]
     model = lively(architecture, {**sizes, **options})
-    images = torch.randn(12, 3, *([64, 64] if kind == "convnext" else [32, 32]))
+    images = torch.randn(24, 3, *([64, 64] if kind == "convnext" else [32, 32]))
     recipe = Recipe(8, scaling=scaling)
     simulated = convert(model, recipe)
     calibrate(simulated, images[:8], recipe)

@@ -14,7 +14,7 @@ from dfqvit.models import load_model
 from dfqvit.models.adapters import find_adapter
 from dfqvit.runtime import set_runtime
 
-from ..kernels.interpreter import INTERPRETED, live_triton, run_in_interpreter
+from ..kernels.interpreter import INTERPRETED, live_triton
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -46,13 +46,6 @@ def test_triton_chain_gives_the_logits_of_the_cpu(name, tmp_path):
     assert float((found - expected).abs().mean()) < 0.01 * float(expected.std())
     assert torch.equal(found.argmax(1), expected.argmax(1))
     assert torch.equal(model(images.to(DEVICE)[:0]).cpu(), expected[:0])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_in_the_interpreter() -> None:
-    """The tests above, in a process whose Triton interprets."""
-    run_in_interpreter(__file__)
 
 
 @pytest.mark.gpu

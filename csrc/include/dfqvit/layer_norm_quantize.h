@@ -31,8 +31,8 @@ namespace quant {
 
 // The entry points of one path; `line` is the scratch.
 struct NormKernels {
-  // Rows of `type` to bytes, `stride` bytes from row to row.
-  void (*quantize)(const void* x, Type type, int64_t rows, const Norm&, uint8_t* out, int64_t stride, float* line);
+  // Rows of `type` to bytes, `stride` bytes from row to row. False when a row's mean was not finite.
+  bool (*quantize)(const void* x, Type type, int64_t rows, const Norm&, uint8_t* out, int64_t stride, float* line);
   // Rows [rows, channels] to what is normalised plus the residual, without rounding; `out` may be the residual.
   void (*add)(const float* x, int64_t rows, const Norm&, const float* residual, float* out, float* line);
 };

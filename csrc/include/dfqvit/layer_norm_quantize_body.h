@@ -78,12 +78,13 @@ struct ToSum {
 };
 
 template <class T, class To>
-DFQVIT_TARGET void norm_rows(const T* x, int64_t rows, const Norm& norm, const To& to, float* line) {
+DFQVIT_TARGET bool norm_rows(const T* x, int64_t rows, const Norm& norm, const To& to, float* line) {
   const int64_t channels = norm.channels, whole = channels / kOutputs * kOutputs, rest = channels - whole;
   const float count = static_cast<float>(channels);
   float weight[kOutputs] = {}, bias[kOutputs] = {};  // of the last, incomplete run
   std::memcpy(weight, norm.weight + whole, rest * sizeof(float));
   std::memcpy(bias, norm.bias + whole, rest * sizeof(float));
+  bool finite = true;
   for (int64_t r = 0; r < rows; ++r, x += channels) {
     vec sums[kVectors], squares[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = squares[v] = simd::broadcast(0.0f);
@@ -104,6 +105,7 @@ DFQVIT_TARGET void norm_rows(const T* x, int64_t rows, const Norm& norm, const T
       sums[v] = simd::add(sums[v], simd::load(line + whole + v * simd::kLanes));
     }
     const float average = sum_of(sums) / count;
+    finite &= std::isfinite(average);
     for (int64_t c = channels; c < norm.line(); ++c) line[c] = average;  // adds nothing to the squares
     const vec mean = simd::broadcast(average);
     for (int64_t c = 0; c < channels; c += kOutputs) {
@@ -128,18 +130,19 @@ DFQVIT_TARGET void norm_rows(const T* x, int64_t rows, const Norm& norm, const T
       to.put_some(y, r, whole, rest);
     }
   }
+  return finite;
 }
 
-DFQVIT_TARGET inline void norm(const void* x, Type type, int64_t rows, const Norm& norm, uint8_t* out, int64_t stride,
+DFQVIT_TARGET inline bool norm(const void* x, Type type, int64_t rows, const Norm& norm, uint8_t* out, int64_t stride,
                                float* line) {
   const ToBytes to{norm.out, out, stride};
   if (type == Type::bf16) {
-    norm_rows(static_cast<const ::dfqvit::simd::bfloat*>(x), rows, norm, to, line);
-  } else if (type == Type::f16) {
-    norm_rows(static_cast<const ::dfqvit::simd::half*>(x), rows, norm, to, line);
-  } else {
-    norm_rows(static_cast<const float*>(x), rows, norm, to, line);
+    return norm_rows(static_cast<const ::dfqvit::simd::bfloat*>(x), rows, norm, to, line);
   }
+  if (type == Type::f16) {
+    return norm_rows(static_cast<const ::dfqvit::simd::half*>(x), rows, norm, to, line);
+  }
+  return norm_rows(static_cast<const float*>(x), rows, norm, to, line);
 }
 
 DFQVIT_TARGET inline void norm_and_add(const float* x, int64_t rows, const Norm& norm, const float* residual,

@@ -28,6 +28,10 @@ inline float scalar_of(const char* name, const at::Tensor& value) {
   return *value.const_data_ptr<float>();
 }
 
+// ValueError where a value is NaN or Inf; nothing for a tensor that is not there.
+void check_finite(const char* name, const float* values, int64_t count);
+void check_finite(const char* name, const OptionalTensor& tensor);
+
 // The activation of a name, and its slope; ValueError when there is none.
 void set_activation(c10::string_view name, Activation& activation, float& slope);
 

@@ -21,7 +21,14 @@
 
 namespace c10 {
 using string_view = std::string_view;
-}
+
+constexpr int autocast_dispatch_keyset = 0;
+namespace impl {
+struct ExcludeDispatchKeyGuard {  // there is no autocast
+  explicit ExcludeDispatchKeyGuard(int) {}
+};
+}  // namespace impl
+}  // namespace c10
 
 namespace at {
 
@@ -206,18 +213,9 @@ class Tensor {
   // `other` has this tensor's shape, or that of its last dimension.
   Tensor sub(const Tensor& other) const { return with(other, std::minus<float>()); }
   Tensor mul(const Tensor& other) const { return with(other, std::multiplies<float>()); }
-  Tensor div(const Tensor& other) const { return with(other, std::divides<float>()); }
   Tensor sub_(const Tensor& other) {
     const Tensor result = sub(other);
     each([&](int64_t place, int64_t i) { floats()[place] = result.const_data_ptr<float>()[i]; });
-    return *this;
-  }
-  Tensor& round_() {
-    each([&](int64_t place, int64_t) { floats()[place] = std::nearbyint(floats()[place]); });
-    return *this;
-  }
-  Tensor& clamp_(float least, float greatest) {
-    each([&](int64_t place, int64_t) { floats()[place] = std::clamp(floats()[place], least, greatest); });
     return *this;
   }
   Tensor any() const {

@@ -1,9 +1,9 @@
 """Operators with their constants given once, and the watch over what these were made from.
 
 An operator that is called from Python finds its backend, checks and converts its arguments anew each time: tens of microseconds,
-which at one image is as much as the product of a small layer. So a block binds its operators to their constants (`Bind`),
-either through torch's dispatcher, where a trace, a mode or a transform sees them, or, where nothing watches, as compiled calls.
-Compiled calls are kept only together with a `Watch` (csrc/module.cpp), which is asked before every use.
+which at one image is as much as the product of a small layer. So layers and blocks bind operators to their constants (`Bind`):
+through torch's dispatcher, where a trace, a mode or a transform sees them, or, where nothing watches, as compiled calls. Compiled
+calls are kept only together with a `Watch` (csrc/module.cpp), which is asked before every use.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch.nn.modules import module as torch_module
 
 from ..kernels import extension
 from ..kernels.dispatch import Operator
-from ..quantization.layers import PREPARED
 
 Call = Callable[..., torch.Tensor]
+SOURCES = ("weight_packed", "acm")  # buffers of a frozen layer from which it makes others for its kernels
+PREPARED = ("weight_blocked", "weight_sums", "acm_float")  # these
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 # plain attributes that a block computes by
 _SETTINGS = (
     "eps", "num_heads", "head_dim", "scale", "approximate", "training", "bits", "w_bits", "frozen", "steps", "rotate_half",
-    "gate_last", "dilation", "padding", "padding_mode", "stride", "kernel_size", "groups",
+    "gate_last", "dilation", "padding", "padding_mode", "stride", "kernel_size", "groups", "shift_size", "window_size",
+    "input_resolution", "dynamic_mask",
 )  # fmt: skip
 _ADDED = (
     "gate",
@@ -38,6 +40,26 @@ _ADDED = (
     "gamma_2",
 )  # parts that a block may lack, and be given
 _PACKED = ("weight_packed", *PREPARED)  # the layer that owns these remakes them when they change
+
+
+class Prepares(nn.Module):
+    """Mixed in before a class that keeps prepared calls as `_prepared`: a copy makes its own, and so does the module itself where
+    torch is about to move or load its tensors, which nothing else may hold then (torch.utils.swap_tensors)."""
+
+    def _forget(self) -> None:
+        self.__dict__.pop("_prepared", None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the prepared calls."""
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
 
 class Bind(Protocol):
@@ -104,7 +126,9 @@ def watch(module: nn.Module, values: list[torch.Tensor], channels: int, dims: in
         absent += [
             (table, name) for table in (child._modules, child._parameters) for name in _ADDED if name not in table
         ]
-    return compiled_module.Watch(values, places, empty, absent, channels, dims)
+    packed = [child._buffers.get(SOURCES[0]) for child in module.modules()]
+    counted = [tensor for tensor in packed if tensor is not None and not tensor.is_inference()]
+    return compiled_module.Watch(values, counted, places, empty, absent, channels, dims)
 
 
 def small_tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -118,7 +142,13 @@ def small_tensors(module: nn.Module) -> list[torch.Tensor]:
     ]
 
 
-def may_prepare(x: torch.Tensor) -> bool:
-    """Whether calls could be compiled here and now: a CPU, the compiled module, and nobody who watches."""
+def may_prepare(owner: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a module's calls could be compiled here and now.
+
+    That takes a CPU, the compiled module, nobody who watches, and tensors that are what they are: a parametrization computes them
+    anew at each look, of what no watch knows.
+    """
     module, _ = extension.load()
-    return module is not None and x.device.type == "cpu" and not module.watched()
+    if module is None or x.device.type != "cpu" or module.watched():
+        return False
+    return not any("parametrizations" in child._modules for child in owner.modules())

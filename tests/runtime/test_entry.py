@@ -1,0 +1,161 @@
+"""The entry of a quantized model: no images, autocast, and what a trace keeps of its checks."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import dfqvit
+from dfqvit.runtime import accelerate
+
+from .. import networks
+from ..conftest import MODELS
+from . import test_blocks, test_families
+
+FORMS = ["integer", "simulated"]
+
+
+def quantized(name, form):
+    """(a quantized model, images)."""
+    if name in MODELS:
+        qmodel, images = test_blocks.quantized(MODELS[name]())
+    else:
+        _, qmodel, images = test_families.quantized(name)
+    if form == "integer":
+        accelerate(qmodel)
+    return qmodel, images
+
+
+def shapes(found):
+    """Of the tensors in what a model gives, with what holds them."""
+    if isinstance(found, dict):
+        return {key: shapes(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [shapes(value) for value in found]
+    return tuple(found.shape[1:]), found.dtype
+
+
+# ------------------------------------------------------------------ no images
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [*MODELS, "dinov3", "eva02", "swinv2", "convnext"])
+def test_no_images_give_no_logits(seed, name, form):
+    qmodel, images = quantized(name, form)
+    none = images[:0]
+    with torch.no_grad():
+        assert qmodel(none).shape == (0, 7)
+        assert qmodel(none.half()).dtype == torch.float16
+        for run in (qmodel.forward_features, qmodel.forward_intermediates):
+            assert shapes(run(none)) == shapes(run(images))
+    differentiable = none.clone().requires_grad_()
+    qmodel(differentiable).sum().backward()
+    assert differentiable.grad.shape == none.shape
+
+
+def test_no_images_of_another_shape_are_refused(seed):
+    qmodel, images = quantized("vit", "integer")
+    with pytest.raises(dfqvit.UsageError, match=r"images had shape \[0, 1, 32, 32\]; they must be \[B, 3, H, W\]"):
+        qmodel(images[:0, :1])
+
+
+# ------------------------------------------------------------------ autocast
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [*MODELS, "dinov3", "convnext"])
+def test_autocast_changes_nothing(seed, name, form):
+    qmodel, images = quantized(name, form)
+
+    def run():
+        with torch.no_grad():
+            features = qmodel.forward_features(images)
+            found = [qmodel(images), features, qmodel.forward_head(features), *qmodel.forward_intermediates(images)[1]]
+        return [*found, qmodel(images.half()).detach(), qmodel(prompted)]
+
+    def gradient(logits):
+        return torch.autograd.grad(logits.square().sum(), prompted)[0]
+
+    prompted = images.clone().requires_grad_()
+    expected = run()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found = run()
+            assert torch.is_autocast_enabled("cpu")
+        for ours, wanted in zip(found, expected, strict=True):
+            assert ours.dtype == wanted.dtype
+            assert torch.equal(ours, wanted)
+        assert torch.equal(gradient(found[-1]), gradient(qmodel(prompted)))
+
+
+def test_autocast_changes_nothing_in_a_network(seed):
+    qmodel = dfqvit.quantize(networks.segmenter(), calib="procedural", samples=2, rounding="nearest", progress=False)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = qmodel(images)["out"]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(qmodel(images)["out"], expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_and_exported_under_autocast(seed, form):
+    qmodel, images = quantized("vit", form)
+
+    def programs():
+        yield torch.compile(qmodel, fullgraph=True, backend="aot_eager")(images)
+        yield torch.export.export(qmodel, (images,)).module()(images)
+
+    with torch.no_grad():
+        expected = list(programs())
+        with torch.autocast("cpu", torch.bfloat16):
+            for found, wanted in zip(programs(), expected, strict=True):
+                assert torch.equal(found, wanted)
+
+
+# ------------------------------------------------------------------ traces
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("of", [None, "forward_features"])
+def test_a_traced_model_refuses_pixels(seed, form, of):
+    qmodel, images = quantized("vit", form)
+    for layer in qmodel.blocks[0].mlp.fc2, qmodel.head:  # factors of channels, as outliers get
+        layer.exponents = torch.randint(-3, 4, (layer.in_features,), dtype=torch.int8)
+    file = io.BytesIO()
+    with torch.no_grad():
+        traced = torch.jit.trace(Part(qmodel, of).eval(), images)
+        torch.jit.save(traced, file)
+        file.seek(0)
+        for program in (traced, torch.jit.load(file), torch.jit.freeze(traced)):
+            for _ in range(3):  # the interpreter specialises its graphs
+                assert torch.equal(program(images), Part(qmodel, of)(images))
+            for dtype in (torch.uint8, torch.int64, torch.bool):
+                with pytest.raises(
+                    torch.jit.Error, match="images had an integer dtype; they must be floats, normalised"
+                ):
+                    program(torch.ones_like(images).to(dtype))
+            assert program(images.half()).dtype == torch.float32
+
+
+def test_a_traced_network_refuses_pixels(seed):
+    qmodel = dfqvit.quantize(networks.pair(), calib="procedural", samples=2, rounding="nearest", progress=False)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(qmodel, images)
+        assert torch.equal(traced(images)[0], qmodel(images)[0])
+        with pytest.raises(torch.jit.Error, match="images had an integer dtype"):
+            traced(torch.ones(2, 3, 32, 32, dtype=torch.uint8))
+
+
+class Part(nn.Module):
+    """A model, or one of its methods as a module."""
+
+    def __init__(self, model, method):
+        super().__init__()
+        self.model, self.method = model, method or "forward"
+
+    def forward(self, x):
+        return getattr(self.model, self.method)(x)

@@ -1,0 +1,141 @@
+"""What a prepared call is made from: freed with its model, looked at anew where it changes, not kept where it cannot be watched."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import dfqvit
+from dfqvit.kernels import extension
+from dfqvit.models import Preprocessing
+from dfqvit.runtime import set_runtime
+
+from ..conftest import small_swin, small_vit
+from .test_families import make
+
+pytestmark = pytest.mark.skipif(not extension.supports_cpu()[0], reason="dfqvit._C is not built")
+MADE = {"vit": small_vit, "swin": small_swin}
+NAMES = ["vit", "swin", "swinv2", "convnext", "eva02"]
+
+
+def quantized(name, runtime="integer", **settings):
+    model = MADE[name]() if name in MADE else make(name)
+    size = (3, 64, 64) if name == "convnext" else Preprocessing.of(model).input_size
+    x = torch.randn(2, *size)
+    return dfqvit.quantize(
+        model, 8, calib="procedural", samples=2, rounding="nearest", runtime=runtime, progress=False, **settings
+    ), x
+
+
+@pytest.mark.parametrize(("name", "runtime"), [*((name, "integer") for name in NAMES), ("vit", "simulated")])
+@torch.no_grad()
+def test_a_model_that_was_called_is_freed(seed, name, runtime):
+    gc.freeze()  # the collector looks through what is made from here on, not through a whole process's millions of objects
+    qmodel, x = quantized(name, runtime)
+    qmodel(x)
+    alive = [weakref.ref(module) for module in qmodel.modules()]
+    del qmodel
+    gc.collect()
+    gc.unfreeze()
+    assert not [reference() for reference in alive if reference() is not None]
+
+
+class Times(nn.Module):
+    """A parametrization with a setting of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = 1.0
+
+    def forward(self, x):
+        return x * self.factor
+
+
+PARAMETRIZED = {
+    "vit": lambda model: (model.head, "bias"),
+    "swin": lambda model: (model.layers[0].blocks[0].attn, "relative_position_bias_table"),
+    "swinv2": lambda model: (model.layers[0].blocks[0].attn, "logit_scale"),
+    "convnext": lambda model: (model.stages[0].blocks[0], "gamma"),
+    "eva02": lambda model: (model.blocks[0].norm1, "bias"),
+}
+
+
+def apart(found, wanted):
+    """A block with such a tensor may run as simulated, which rounds a little otherwise."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", PARAMETRIZED)
+@torch.no_grad()
+def test_a_parametrized_tensor_is_looked_at_in_every_call(seed, name):
+    qmodel, x = quantized(name)
+    owner, tensor = PARAMETRIZED[name](qmodel)
+    before = qmodel(x)
+    rule = Times()
+    parametrize.register_parametrization(owner, tensor, rule)
+    qmodel.eval()
+    kept = apart(qmodel(x), before)
+    rule.factor = -3.0
+    changed = qmodel(x)
+    moved = apart(changed, before)
+    assert kept < moved / 3
+    parametrize.remove_parametrizations(owner, tensor)
+    assert apart(qmodel(x), changed) < moved / 3
+    getattr(owner, tensor).data.div_(-3)
+    assert apart(qmodel(x), before) < moved / 3
+
+
+WINDOWS = {
+    "mask": lambda block: block.attn_mask is None or block.attn_mask.zero_(),
+    "no mask": lambda block: setattr(block, "attn_mask", None),
+    "shift": lambda block: setattr(block, "shift_size", (0, 0)),
+    "index": lambda block: block.attn.relative_position_index.copy_(block.attn.relative_position_index.flip(0)),
+}
+
+
+@pytest.mark.parametrize("change", WINDOWS)
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+@torch.no_grad()
+def test_windows_that_are_changed_count(seed, name, change):
+    qmodel, x = quantized(name)
+    before = qmodel(x)
+    for block in (module for module in qmodel.modules() if hasattr(module, "shift_size")):
+        WINDOWS[change](block)
+    found = qmodel(x)
+    assert torch.equal(found, qmodel(x))
+    set_runtime(qmodel, "simulated")
+    simulated = qmodel(x)
+    assert apart(found, simulated) < apart(before, simulated) / 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_bytes_copied_into_the_tensors_of_a_state_dict_count(seed, name):
+    """As averages of models made by hand do, and broadcasts from another process."""
+    (one, x), (two, _) = quantized(name, scaling="none"), quantized(name, scaling="none")
+    assert not torch.equal(one(x), two(x))
+    state = two.state_dict()
+    for key, tensor in one.state_dict().items():
+        tensor.copy_(state[key])
+    assert torch.equal(one(x), two(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_tensors_can_be_swapped_after_a_call(seed, name):
+    """By torch's own option, under which nothing else may hold them."""
+    qmodel, x = quantized(name)
+    expected = qmodel(x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        qmodel.load_state_dict({key: torch.clone(value) for key, value in qmodel.state_dict().items()})
+        assert torch.equal(qmodel(x), expected)
+        assert torch.equal(qmodel.half()(x), expected)
+        assert torch.equal(qmodel.share_memory()(x), expected)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
