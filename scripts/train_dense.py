@@ -3,10 +3,10 @@
     python scripts/train_dense.py
 
 The detector and the segmenter are trained together on one backbone: pixels teach faster than boxes do. Each is then
-saved with the backbone as its own. It begins as the embedded classifier (`scripts/train_demo.py`). The items are of Debian's
-package dataset-fashion-mnist (MIT licence). Every scene is drawn anew, so none is seen twice. The held-out scenes, of test
-items, are used for nothing but the figures printed at the end. The moving average of the weights is saved, as float16. An
-interrupted run goes on from its snapshot. Results: dfqvit/models/assets/README.md.
+saved with the backbone as its own. Its first stages begin as the embedded classifier (`scripts/train_demo.py`), or as --init.
+The items are of Debian's package dataset-fashion-mnist (MIT licence). Every scene is drawn anew, so none is seen twice. The
+held-out scenes, of test items, are used for nothing but the figures printed at the end. The moving average of the weights is
+saved, as float16. An interrupted run goes on from its snapshot. Results: dfqvit/models/assets/README.md.
 """
 
 from __future__ import annotations
@@ -30,16 +30,6 @@ from dfqvit.evaluation.dense_data import SceneImages
 from dfqvit.models import Preprocessing, demo, dense
 from dfqvit.storage.atomic import atomic
 
-_WEIGHTS = (
-    0.3,
-    0.6,
-    1.5,
-    1.5,
-    2.0,
-    1.5,
-    1.2,
-    1.2,
-)  # of the ground and the classes: most pixels are ground, most items tops
 HELD_OUT = 1_000  # scenes of test items, seed 0
 _TRAINING_SEED = 1 << 12  # of the first step's scenes; held-out ones are drawn by small seeds from other items
 
@@ -90,32 +80,39 @@ def box_iou_of(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def segmentation_loss(logits: torch.Tensor, found: scenes.Scenes) -> torch.Tensor:
-    """Cross-entropy of the pixels, rare classes counted for more."""
-    return F.cross_entropy(logits.float(), found.masks.long(), torch.tensor(_WEIGHTS))
+    """Cross-entropy of the pixels, and the Dice loss of each class, over the batch."""
+    masks, logits = found.masks.long(), logits.float()
+    given, there = logits.softmax(1), F.one_hot(masks, logits.shape[1]).movedim(-1, 1).float()
+    shared, both = (given * there).sum((0, 2, 3)), (given + there).sum((0, 2, 3))
+    return 2 * F.cross_entropy(logits, masks) + (1 - (2 * shared + 1) / (both + 1)).mean()
 
 
 class Both(torch.nn.Module):
     """The detector and the segmenter on one backbone."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Path) -> None:
         super().__init__()
         self.detector, self.segmenter = dense.demo_detector(), dense.demo_segmenter()
         self.segmenter.backbone = self.detector.backbone
         torch.nn.init.constant_(self.detector.classifier.bias, -4.0)  # every place begins as ground
-        start_from_classifier(self.detector.backbone)
+        start_from(start, self.detector.backbone)
         for module in self.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # whose backward pass is slow on a CPU
 
     def forward(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        last, stages = self.detector.backbone.forward_intermediates(x)
-        return self.detector.head(last), self.segmenter.head(stages[0], last)
+        stages = self.detector.backbone.forward_intermediates(x, intermediates_only=True)
+        return self.detector.head(stages[1:]), self.segmenter.head(stages)
 
 
-def start_from_classifier(backbone: torch.nn.Module) -> None:
-    """Gives the backbone the weights of the embedded classifier."""
-    tensors = safetensors.torch.load_file(demo.WEIGHTS["dfqvit_demo_swin"])
-    backbone.load_state_dict({key: tensors[key] for key in backbone.state_dict()})
+def start_from(path: Path, backbone: torch.nn.Module) -> None:
+    """Gives the backbone what a classifier or a dense model has of its stages; the embedded classifier has the first two."""
+    own = backbone.state_dict()
+    for key, value in safetensors.torch.load_file(path).items():
+        name = key.removeprefix("backbone.")
+        if name in own and own[name].shape == value.shape:
+            own[name] = value.float()
+    backbone.load_state_dict(own)
 
 
 def figures(name: str, model: torch.nn.Module, count: int = HELD_OUT) -> dict[str, float]:
@@ -127,10 +124,10 @@ def figures(name: str, model: torch.nn.Module, count: int = HELD_OUT) -> dict[st
 
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
-    model = Both().train()
+    model = Both(options.init).train()
     images, labels = read_split(options.data, "train")
     items = torch.from_numpy(images.copy()), torch.from_numpy(labels)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -179,7 +176,13 @@ def train(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of the idx files (default: Debian's)")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument(
+        "--init",
+        type=Path,
+        default=demo.WEIGHTS["dfqvit_demo_swin"],
+        help="weights to begin with (default: the classifier's)",
+    )
     parser.add_argument("--batch-size", type=int, default=50, help="a multiple of 50 wastes no scene")
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--lr", type=float, default=1e-3)

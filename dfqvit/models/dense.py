@@ -29,7 +29,7 @@ WEIGHTS = {
     "demo-detector": ASSETS / "demo_detector.safetensors",
     "demo-segmenter": ASSETS / "demo_segmenter.safetensors",
 }
-_STEP, _WIDTHS = 4, (48, 96)  # pixels from one of the detector's places to the next; channels of the stages
+_STEP, _WIDTHS, _NECK = 4, (48, 96, 192), 128  # pixels from one of the detector's places to the next; channels
 _MOST_BOXES, _LEAST_SCORE, _OVERLAP = 100, 0.02, 0.6
 
 
@@ -41,8 +41,8 @@ def _backbone() -> Any:
         in_chans=1,
         num_classes=0,
         embed_dim=48,
-        depths=(2, 2),
-        num_heads=(2, 4),
+        depths=(2, 2, 2),
+        num_heads=(2, 4, 6),
         window_size=7,
     )
     config: dict[str, Any] = {
@@ -65,17 +65,17 @@ class DemoDetector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = _backbone()
-        self.neck = nn.Linear(_WIDTHS[1], 128)
-        self.classifier = nn.Linear(128, len(CLASSES))
-        self.regressor = nn.Linear(128, 4)
+        self.neck = Neck(_WIDTHS[1:])
+        self.classifier = nn.Linear(_NECK, len(CLASSES))
+        self.regressor = nn.Linear(_NECK, 4)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B, 1, 56, 56], normalised, to (logits [B, 196, 7], boxes [B, 196, 4] in pixels: left, top, right, bottom)."""
-        return self.head(self.backbone.forward_features(x))
+        return self.head(self.backbone.forward_intermediates(x, indices=[1, 2], intermediates_only=True))
 
-    def head(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `forward` gives, of the backbone's last tokens [B, 14, 14, 96]."""
-        tokens = F.gelu(self.neck(last.flatten(1, 2)))
+    def head(self, stages: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` gives, of the outputs of the last two stages, [B, 96, 14, 14] and [B, 192, 7, 7]."""
+        tokens = self.neck(stages).flatten(2).mT
         logits, sides = self.classifier(tokens), F.softplus(self.regressor(tokens)) * 2 * _STEP
         centre = centres(sides.device)
         return logits, torch.cat([centre - sides[..., :2], centre + sides[..., 2:]], dim=-1)
@@ -100,23 +100,35 @@ def centres(device: torch.device | None = None) -> torch.Tensor:
 
 
 class DemoSegmenter(nn.Module):
-    """Classes of pixels by a linear head: both stages' tokens side by side and a 1x1 convolution, resized to the image."""
+    """Classes of pixels: all stages meet at the first one's tokens, each of which gives the logits of its 2 x 2 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = _backbone()
-        self.classifier = nn.Conv2d(sum(_WIDTHS), len(CLASSES) + 1, 1)
+        self.neck = Neck(_WIDTHS)
+        self.classifier = nn.Conv2d(_NECK, 4 * (len(CLASSES) + 1), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 1, 56, 56], normalised, to logits [B, 8, 56, 56], the ground first."""
-        last, stages = self.backbone.forward_intermediates(x)
-        return self.head(stages[0], last)
+        return self.head(self.backbone.forward_intermediates(x, indices=[0, 1, 2], intermediates_only=True))
 
-    def head(self, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """What `forward` gives, of the first stage's output [B, 48, 28, 28] and the last tokens [B, 14, 14, 96]."""
-        coarse = F.interpolate(last.permute(0, 3, 1, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
-        logits = self.classifier(torch.cat([first, coarse], dim=1))
-        return F.interpolate(logits, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    def head(self, stages: list[torch.Tensor]) -> torch.Tensor:
+        """What `forward` gives, of the outputs of the stages, [B, 48, 28, 28], [B, 96, 14, 14] and [B, 192, 7, 7]."""
+        return F.pixel_shuffle(self.classifier(self.neck(stages)), 2)
+
+
+class Neck(nn.Module):
+    """Stages [B, widths[i], H / 2^i, W / 2^i] to [B, 128, H, W]: a 1x1 convolution of each, resized, their sum through GELU."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, _NECK, 1) for width in widths)
+
+    def forward(self, stages: list[torch.Tensor]) -> torch.Tensor:
+        size = stages[0].shape[2:]
+        planes = [convolution(stage) for convolution, stage in zip(self.lateral, stages, strict=True)]
+        resized = [F.interpolate(plane, size=size, mode="bilinear", align_corners=False) for plane in planes[1:]]
+        return F.gelu(sum(resized, planes[0]))
 
 
 def demo_detector() -> DemoDetector:
