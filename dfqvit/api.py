@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -19,11 +20,11 @@ from .calibration.images import calibration_images, companion_count, with_compan
 from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
-from .models.adapters import find_adapter, is_network
+from .models.adapters import find_adapter, is_network, rescaled_by
 from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
 from .models.network import Build, NetworkSpec, check_build
-from .models.preprocessing import FEATURES, check_preprocessing, image_shape
+from .models.preprocessing import FEATURES, check_preprocessing, image_shape, normalises
 from .models.spec import class_count
 from .patching.fusable import is_patched
 from .progress import Progress, showing
@@ -33,6 +34,7 @@ from .runtime import check_runtime, set_runtime
 from .runtime.record import QuantizationRecord, QuantizedModel
 from .synthesis.config import SynthesisConfig, check_count, check_names, check_seed
 from .synthesis.losses import Objective
+from .synthesis.procedural import procedural_images
 
 LAST_BLOCK = (-1,)
 MADE = ("synthetic", "procedural", "noise")  # images that need no data
@@ -45,7 +47,7 @@ def quantize(
     a_bits: int = 8,
     *,
     samples: int = 16,
-    iters: int = 500,
+    iters: int = SynthesisConfig.iters,
     gamma: int = 1,
     seed: int = 0,
     calib: Any = "synthetic",
@@ -153,41 +155,39 @@ def quantize(
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
     check_runtime(runtime)
     check_preprocessing(preprocessing)
+    if report is not None and not callable(report):
+        raise UsageError(f"report was {report!r}; it may be a function of a Progress, or None")
     _check_blocks(acm_blocks)
+    _check_choice(gamma, acm_blocks, acm_top)
     _check_images(calib, samples, iters, seed, synthesis)
     companions = companion_count(companions, calib, recipe)
     if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
         raise UsageError(f"reconstruct was {reconstruct!r}; it may be a number of steps, or 0")
     if reconstruct and placement != "gemm":
         raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
-    adapter = find_adapter(model)
-    if reconstruct and not adapter.whole_blocks:
-        raise UsageError(f"reconstruct was {reconstruct}; in a {type(model).__name__} it may be 0")
+    assumed = preprocessing is None
     spec, preprocessing = spec_of(model, model_kwargs, build, preprocessing)
     tell_hooks(model)
     check_objective(objective, calib)
     calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
-    if acm == "auto":
-        chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
-        low = w_bits <= 3 and recipe.rounding == "nearest"
-        if low and count >= LEAST_CHECKED and not chosen and class_count(model) and adapter.blocks():
-            acm, acm_blocks, acm_shrink = "checked", None, True
-        else:
-            acm = "sequential" if chosen else "none"
-    check_correction(acm, acm_shape, count)
-    check_family(adapter, acm, acm_shape)
-    if acm == "checked" and not class_count(model):
-        raise UsageError(
-            "acm was 'checked'; it compares logits, and the model has no classifier: it may be 'sequential'"
-        )
-    if size_budget is not None and not class_count(model):
-        raise UsageError(f"size_budget was {size_budget:g}; it compares logits, and the model has no classifier")
+    acm, acm_blocks, acm_shrink = settle(
+        model,
+        recipe,
+        count,
+        acm=acm,
+        acm_blocks=acm_blocks,
+        acm_shape=acm_shape,
+        acm_shrink=acm_shrink,
+        acm_top=acm_top,
+        reconstruct=reconstruct,
+        size_budget=size_budget,
+    )
     if acm_top is not None:
         acm_blocks = None
     qmodel = convert(model, recipe)
-    if size_budget is not None:
-        check_budget(model, recipe, size_budget)
+    if assumed and isinstance(spec, NetworkSpec) and not normalises(model):
+        _tell_rescaled(model, preprocessing)
     choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
     given: dict[str, Any] = {"samples": samples, "iters": iters, "seed": seed, "preprocessing": preprocessing}
     given["objective"] = objective
@@ -265,12 +265,86 @@ def spec_of(
     return spec, preprocessing
 
 
+def _tell_rescaled(network: nn.Module, preprocessing: Preprocessing) -> None:
+    """Warns of a network that normalises images in a way of its own."""
+    images = procedural_images(1, 0, preprocessing).to(next(network.parameters()).device)
+    if name := rescaled_by(network, images):
+        warnings.warn(
+            f"model gives its '{name}' images of another mean and deviation than it takes, so the mean {preprocessing.mean} and "
+            f"std {preprocessing.std} of that model are hardly those of its images: give preprocessing",
+            stacklevel=2,
+        )
+
+
+def settle(
+    model: nn.Module,
+    recipe: Recipe,
+    count: int,
+    *,
+    acm: str,
+    acm_blocks: Sequence[int] | None,
+    acm_shape: str,
+    acm_shrink: bool,
+    acm_top: int | None,
+    reconstruct: int,
+    size_budget: float | None,
+) -> tuple[str, Sequence[int] | None, bool]:
+    """(acm, acm_blocks, acm_shrink) as `quantize` takes them for `count` images: with what "auto" means for this model.
+
+    UsageError for all that the model or the other settings do not allow; it needs no images.
+    """
+    adapter, asked = find_adapter(model), acm
+    if reconstruct and not adapter.whole_blocks:
+        raise UsageError(f"reconstruct was {reconstruct}; in a {type(model).__name__} it may be 0")
+    if acm == "auto":
+        chosen = acm_top is not None or acm_blocks is not LAST_BLOCK
+        low = recipe.w_bits <= 3 and recipe.rounding == "nearest"
+        if low and count >= LEAST_CHECKED and not chosen and class_count(model) and adapter.blocks():
+            acm, acm_blocks, acm_shrink = "checked", None, True
+        else:
+            acm = "sequential" if chosen else "none"
+    if acm == "none":
+        _refuse_correction(asked, acm_blocks, acm_top, acm_shape, acm_shrink)
+    check_correction(acm, acm_shape, count)
+    check_family(adapter, acm, acm_shape)
+    if acm == "checked" and not class_count(model):
+        raise UsageError(
+            "acm was 'checked'; it compares logits, and the model has no classifier: it may be 'sequential'"
+        )
+    if size_budget is not None:
+        check_budget(model, recipe, size_budget)
+        if not class_count(model):
+            raise UsageError(f"size_budget was {size_budget:g}; it compares logits, and the model has no classifier")
+    return acm, acm_blocks, acm_shrink
+
+
 def _check_blocks(acm_blocks: Any) -> None:
     if acm_blocks is None:
         return
     listed = isinstance(acm_blocks, (Sequence, range)) and not isinstance(acm_blocks, str)
     if not listed or not all(isinstance(index, int) and not isinstance(index, bool) for index in acm_blocks):
         raise UsageError(f"acm_blocks was {acm_blocks!r}; it may be a list of indices of blocks, such as [-1], or None")
+
+
+def _check_choice(gamma: int, blocks: Any, top: Any) -> None:
+    """UsageError where of the settings that choose blocks for correction one would change nothing."""
+    if top is not None and blocks is not LAST_BLOCK and blocks is not None:
+        raise UsageError(f"acm_top was {top} and acm_blocks {blocks!r}; give one of them")
+    if gamma != 1 and (top is not None or blocks is not None):
+        raise UsageError(f"gamma was {gamma!r}; it counts blocks where acm_blocks is None and acm_top is not given")
+
+
+def _refuse_correction(asked: str, blocks: Any, top: Any, shape: str, shrink: bool) -> None:
+    """UsageError for a setting of the correction where there is none, as `asked`, or as "auto" has it here."""
+    told = "acm 'none'" if asked == "none" else f"acm '{asked}', which corrects nothing here"
+    for name, value, plain in (
+        ("acm_shape", shape, "element"),
+        ("acm_shrink", shrink, False),
+        ("acm_top", top, None),
+        ("acm_blocks", None if blocks is LAST_BLOCK else blocks, None),
+    ):
+        if value != plain:
+            raise UsageError(f"{name} was {value!r} and {told}; it is for acm='sequential', 'checked' or 'independent'")
 
 
 def _check_images(calib: Any, samples: Any, iters: Any, seed: Any, synthesis: Mapping[str, Any]) -> None:

@@ -9,9 +9,9 @@ Source: sensitivity by divergence with a greedy frontier, as in HAWQ (arXiv 1911
 
 from __future__ import annotations
 
-import copy
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from torch import nn
 from ..errors import UsageError
 from ..kernels.pack_weight import packed_row_bytes
 from ..models.adapters.scalings import scalings
+from ..models.copying import copied
 from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
@@ -46,7 +47,7 @@ def allocate_bits(
     recipe: Recipe,
     size_budget: float,
 ) -> Recipe:
-    """The recipe with `layer_bits` that fits a saved model into `size_budget`.
+    """The recipe with `layer_bits` that fits a saved model into `size_budget`; its w_bits are those of most layers.
 
     Args:
         model: the float model; left as it was.
@@ -63,7 +64,8 @@ def allocate_bits(
     layers = _layers(qmodel)
     divergences = measure_divergence(model, images, layers)
     costs = {name: LayerCost(_sizes(layer), divergences[name]) for name, layer in layers.items()}
-    return replace(recipe, layer_bits=choose_widths(costs, int(size_budget * 1e6) - _fixed_bytes(qmodel)))
+    widths = choose_widths(costs, int(size_budget * 1e6) - _fixed_bytes(qmodel))
+    return replace(recipe, w_bits=statistics.mode(widths.values()), layer_bits=widths)
 
 
 def check_budget(model: nn.Module, recipe: Recipe, size_budget: float) -> None:
@@ -87,7 +89,7 @@ def measure_divergence(
     layers: Mapping[str, QuantLinear],
 ) -> dict[str, dict[int, float]]:
     """{name: {bits: mean KL of the logits}} with the weights of that layer alone rounded; `layers` have observed."""
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     wanted = _log_probabilities(probe, images)
     found: dict[str, dict[int, float]] = {}
     for name, layer in tracked(list(layers.items()), "choose bits"):
@@ -146,7 +148,7 @@ def _layers(qmodel: nn.Module) -> dict[str, QuantLinear]:
 
 def _fixed_bytes(qmodel: nn.Module) -> int:
     """Of a file, beside the packed weights; `qmodel` is of `_widest`."""
-    frozen, layers = copy.deepcopy(qmodel), _layers(qmodel)
+    frozen, layers = copied(qmodel), _layers(qmodel)
     freeze(frozen, allocate_only=True)
     whole = len(safetensors.torch.save({key: value.contiguous() for key, value in frozen.state_dict().items()}))
     record = _RECORD_BYTES + len(json.dumps(dict.fromkeys(layers, WIDTHS[0])))

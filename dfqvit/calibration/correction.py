@@ -32,8 +32,11 @@ def choose_blocks(
     """Which blocks are corrected: `blocks` as given, else every gamma-th counted back from the last; None to let `top` choose.
 
     Raises:
-        UsageError: gamma or top below 1, an index out of range, or both blocks and top given.
+        UsageError: gamma or top no whole number or below 1, an index out of range, or both blocks and top given.
     """
+    for name, count in (("gamma", gamma), ("acm_top", top)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+            raise UsageError(f"{name} was {count!r}; it must be a whole number, 1 or more")
     if depth == 0:  # `check_family` refuses corrections then
         return []
     if gamma < 1:

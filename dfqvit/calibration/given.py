@@ -16,6 +16,8 @@ from ..models import Preprocessing
 
 MOST_OUTSIDE = 0.05  # share of values that no pixel from 0 to 1 gives; 0 for images, a third for noise
 _MARGIN = 0.05  # of the range from pixel 0 to pixel 1: resampling overshoots
+_TWELVE_BITS = 4095
+_LEAST_CONTRAST = 0.01  # the deviation within an image, of the range from pixel 0 to pixel 1
 _BELOW = -0.3  # where pixel 0 is less than this, images from 0 to 1 are not normalised
 
 
@@ -30,9 +32,11 @@ def given_images(calib: Any, preprocessing: Preprocessing) -> torch.Tensor:
     wanted = f"[n, {', '.join(map(str, preprocessing.input_size))}]"
     if isinstance(calib, (list, tuple)):
         calib = _stacked(calib, preprocessing, wanted)
-    if isinstance(calib, np.ndarray):
-        calib = torch.from_numpy(np.ascontiguousarray(calib)) if calib.dtype != object else calib
-    if not isinstance(calib, torch.Tensor):
+    if isinstance(calib, np.ndarray) and calib.dtype.kind in "fiub":
+        calib = _tensor(calib)
+    if isinstance(calib, torch.Tensor):
+        calib = _plain(calib, wanted)
+    else:
         raise UsageError(
             f"calib was a {type(calib).__name__}; it may be 'synthetic', 'noise', or images {wanted} as a tensor, an array or a "
             "list (of a data loader, its first batch without the labels)"
@@ -55,9 +59,18 @@ def given_images(calib: Any, preprocessing: Preprocessing) -> torch.Tensor:
     refusal, doubt = judge(calib, preprocessing)
     if refusal:
         raise UsageError(f"calib {refusal}: {how}")
+    doubt = doubt or _monotony(calib, preprocessing)
     if doubt:
         warnings.warn(f"calib {doubt}", stacklevel=2)
     return calib.clone() if calib.is_inference() else calib
+
+
+def _plain(images: torch.Tensor, wanted: str) -> torch.Tensor:
+    """The images without their graph; UsageError where the tensor has no values, or not in rows."""
+    kind = "meta" if images.is_meta else "nested" if images.is_nested else str(images.layout).removeprefix("torch.")
+    if kind != "strided":
+        raise UsageError(f"calib was a tensor of kind '{kind}'; it must be a dense tensor {wanted} with values")
+    return images.detach()
 
 
 def judge(images: torch.Tensor, preprocessing: Preprocessing) -> tuple[str, str]:
@@ -82,6 +95,17 @@ def judge(images: torch.Tensor, preprocessing: Preprocessing) -> tuple[str, str]
     return "", ""
 
 
+def _monotony(images: torch.Tensor, preprocessing: Preprocessing) -> str:
+    """Why the images [n, C, H, W] can hardly tell of others, or ""."""
+    low, high = preprocessing.channel_bounds(images.device)
+    deviation = ((images - images.mean((2, 3), keepdim=True)) / (high - low)).square().mean((1, 2, 3)).sqrt()
+    if flat := int((deviation < _LEAST_CONTRAST).sum()):
+        return f"held {flat} images of one colour among {len(images)}, which tell nothing of others"
+    if len(images) > 1 and bool((images == images[:1]).all()):
+        return f"held the same image {len(images)} times, which tells little of others"
+    return ""
+
+
 def outside_share(images: torch.Tensor, preprocessing: Preprocessing) -> float:
     """Share of the values that lie outside what pixels from 0 to 1 become, with a margin."""
     low, high = preprocessing.channel_bounds(images.device)
@@ -104,7 +128,7 @@ def _stacked(images: Sequence[Any], preprocessing: Preprocessing, wanted: str) -
             except ValueError as error:
                 raise UsageError(f"calib[{index}] was a PIL image of mode {image.mode}: {error}") from error
         return torch.stack(made)
-    parts = [torch.from_numpy(image) if isinstance(image, np.ndarray) else image for image in images]
+    parts = [_tensor(image) if isinstance(image, np.ndarray) else image for image in images]
     for index, part in enumerate(parts):
         if not isinstance(part, torch.Tensor):
             raise UsageError(f"calib[{index}] was a {type(part).__name__}; it may be a tensor, an array or a PIL image")
@@ -118,6 +142,12 @@ def _stacked(images: Sequence[Any], preprocessing: Preprocessing, wanted: str) -
     return torch.stack(parts)
 
 
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """An array of numbers as a tensor, also of another byte order, or longer than torch has floats."""
+    plain = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.ascontiguousarray(array, plain))
+
+
 def eight_bits(image: Image.Image) -> Image.Image:
     """An image of 16 bits scaled to 8, which Pillow's own conversion cuts off at 255; others as they are."""
     if not image.mode.startswith("I"):
@@ -125,8 +155,16 @@ def eight_bits(image: Image.Image) -> Image.Image:
             raise ValueError("its pixels are floating-point numbers of no known range")
         return image
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    greatest = int(values.max(initial=0))
+    if values.min(initial=0) < 0 or greatest > 65535:
         raise ValueError("its pixels are of more than 16 bits")
+    if 0 < greatest <= 255:
+        raise ValueError(f"its pixels have 16 bits or more, of which they use 8 at most ({greatest}): all but black")
+    if 255 < greatest <= _TWELVE_BITS:
+        warnings.warn(
+            f"an image of 16 bits or more has pixels up to {greatest} only, as cameras of 12 bits give them: it is taken for dark",
+            stacklevel=2,
+        )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 

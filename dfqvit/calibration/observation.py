@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from ..errors import UsageError
 from ..models import check_finite
 from ..models.adapters import find_adapter, flattened, is_network
 from ..models.adapters.generic import GenericAdapter
+from ..models.copying import copied
 from ..models.preprocessing import image_shape
-from ..models.spec import class_count
+from ..models.spec import class_count, said
 from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.model import quantized
@@ -28,6 +30,7 @@ from .rotate import rotate_heads
 VIEWS = 192  # random crops of the images, in all, for second-order rounding
 MOST_VIEWS = 12  # of one image; the least is one
 LEAST_CROP = 0.08  # of the area
+_NUDGE = 1e-6  # of an image, about what float rounds off
 
 
 def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -38,7 +41,7 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
         DfqvitError: NaN or Inf in the weights.
     """
     check_finite(model)
-    qmodel = copy.deepcopy(model).eval().requires_grad_(False)
+    qmodel = copied(model).eval().requires_grad_(False)
     for module in qmodel.modules():
         if getattr(module, "grad_checkpointing", False):  # layers would be called twice, and seen twice
             module.grad_checkpointing = False  # type: ignore[assignment]
@@ -52,21 +55,79 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 @torch.no_grad()
 def _expect_equal(model: nn.Module, qmodel: nn.Module) -> None:
-    """UsageError unless the converted model computes what the float one does: its structure was found, not known."""
+    """UsageError unless the converted model computes what the float one does: its structure was found, not known.
+
+    On an image whose values any normalised image may have, and as exactly as the float model answers to an image that is the same
+    but for rounding: StarNet multiplies features, and blows up what is far from its images, its errors with it.
+    """
     parameter = next(model.parameters())
     if parameter.is_meta:
         return
-    image = torch.randn(1, *image_shape(model), generator=torch.Generator().manual_seed(0)).to(parameter)
-    twin = copy.deepcopy(qmodel)  # which alone observes this image
-    wanted, found = (_given(each, image) for each in (model, twin))
+    image = _any_image(model)
+    twin = copied(qmodel)  # which alone observes this image
+    wanted, nudged = _given(model, image), _given(model, image * (1 + _NUDGE))
+    with _left_alone(model):
+        found = _given(twin, image)
     if not wanted:
         raise UsageError(f"model was a {type(model).__name__}, which gives no tensors; it must give one, or several")
-    pairs = zip(wanted, found, strict=True)
-    if not all(float((f - w).norm()) <= 1e-3 * float(w.norm()) + 1e-6 for w, f in pairs):
+    if not _alike(found, wanted, nudged):
         raise UsageError(
             f"model was a {type(model).__name__}, which computes something else once its layers are replaced; it may be a model "
             "that calls its layers as modules"
         )
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """UsageError where a module of the model is called within the block, in which its copy runs: a function that was put into a
+    method's place holds on to the model that it was made for."""
+    called: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.append(names[module])) for module in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if called:
+        raise UsageError(
+            f"model was a {type(model).__name__} of which a copy calls {said(called[0])} of the model itself, by a function that "
+            "was put into the place of a method; it may be a method of a class, or one that types.MethodType binds"
+        )
+
+
+@contextlib.contextmanager
+def _kept(qmodel: nn.Module) -> Iterator[None]:
+    """UsageError unless a converted model computes after the block, which scales and turns its channels, what it did before.
+
+    Asked where a network may read what is scaled at a further place, which no structure shows.
+    """
+    if not isinstance(find_adapter(qmodel), GenericAdapter):
+        yield
+        return
+    image = _any_image(qmodel)
+    twin = copied(qmodel)
+    wanted, nudged = _given(twin, image), _given(twin, image * (1 + _NUDGE))
+    del twin
+    yield
+    if not _alike(_given(copied(qmodel), image), wanted, nudged):
+        raise UsageError(
+            f"scaling was 'channels' and the model a {type(qmodel).__name__}, which reads at a further place what is scaled "
+            "between a norm and the layer after it; it may be 'none'"
+        )
+
+
+def _any_image(model: nn.Module) -> torch.Tensor:
+    parameter = next(model.parameters())
+    return 2 * torch.rand(1, *image_shape(model), generator=torch.Generator().manual_seed(0)).to(parameter) - 1
+
+
+def _alike(found: list[torch.Tensor], wanted: list[torch.Tensor], nudged: list[torch.Tensor]) -> bool:
+    """Whether outputs are the same but for rounding, of which those for a nudged image tell."""
+    return all(
+        float((f - w).norm()) <= 1e-3 * float(w.norm()) + 10 * float((n - w).norm()) + 1e-6
+        for w, n, f in zip(wanted, nudged, found, strict=True)
+    )
 
 
 def _given(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
@@ -98,8 +159,9 @@ def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
     if recipe.scaling == "channels":
         # Turned heads hide which of their channels are wide; but where ranges are searched, it must be for the heads as turned.
         steps = [lambda: equalize(qmodel, images), lambda: rotate_heads(qmodel)]
-        for step in steps if recipe.a_bits > MOST_CLIPPED else reversed(steps):
-            step()
+        with _kept(qmodel):
+            for step in steps if recipe.a_bits > MOST_CLIPPED else reversed(steps):
+                step()
     if recipe.rounding != "second-order":
         for batch in tracked(images.split(BATCH), "calibrate"):
             qmodel(batch)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,23 @@ from ..errors import DfqvitError, UsageError
 # What timm takes from a training script's checkpoint, in its order: the averaged weights first.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INDICES = (
-    "index",
-    "mask",
-    "coords",
+# Last names of what checkpoints hold beside weights: buffers that timm's models compute, or count, and the token of pretraining.
+COMPUTED = {
+    "attention_bias_idxs",
+    "attn_mask",
+    "mask_token",
     "num_batches_tracked",
-)  # in the names of buffers that hold integers or are computed
-
+    "rel_coords_log",
+    "rel_indices",
+    "rel_pos_indices",
+    "relative_coordinates_log",
+    "relative_coords_table",
+    "relative_position_index",
+}
+# Types that no quantizer gives: what is wrong with tensors of these is said where the model's names are known.
+_UNQUANTIZED = (*FLOATS, torch.int64, torch.bool, torch.complex64, torch.complex128)
+_WITHIN = ("module", "state_dict", "model")  # where a container may hold its weights one level down
+_AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged?)(_|$)", re.IGNORECASE)  # names that timm does not look under
 _START = 64  # bytes that tell what a file is
 _ZIP = b"PK\x03\x04"  # of torch.save
 
@@ -33,7 +44,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Which of the two it is, its first bytes say, not its suffix.
 
-    Of several, timm's choice: averaged (EMA) weights before raw ones, with a warning that says so.
+    Of several, timm's choice: averaged (EMA) weights before raw ones, with a warning that says so. One says, too, where averaged
+    ones were left.
 
     Raises:
         UsageError: there is no such file, or it holds a model that is quantized already.
@@ -46,8 +58,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     loaded = _read(path)
     if not isinstance(loaded, Mapping):
         raise DfqvitError(f"checkpoint '{path}' holds no state_dict of tensors, but a {type(loaded).__name__}")
-    found = [key for key in CONTAINERS if isinstance(loaded.get(key), Mapping)]
-    for key in loaded[found[0]] if found else loaded:
+    found = [key for key in CONTAINERS if isinstance(loaded.get(key), Mapping) and loaded[key]]
+    weights = _within(loaded[found[0]]) if found else loaded
+    for key in weights:
         if not isinstance(key, str):
             raise DfqvitError(
                 f"checkpoint '{path}' has the key {key!r} of type {type(key).__name__}; every key of a state_dict must be a text"
@@ -58,7 +71,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "was loaded, as timm does",
             stacklevel=2,
         )
-    state = dict(clean_state_dict(loaded[found[0]] if found else loaded))
+    averaged = [key for key, value in loaded.items() if _is_averaged(key, value)]
+    if averaged and found and not found[0].endswith("ema"):
+        warnings.warn(
+            f"checkpoint '{path}' holds '{averaged[0]}', by its name averaged weights, beside '{found[0]}', which was loaded, as "
+            f"timm does; where the averaged ones are wanted, save '{averaged[0]}' alone",
+            stacklevel=2,
+        )
+    if found:
+        _tell_others(path, loaded, found[0], averaged)
+    state = _without_prefixes(path, weights)
+    state.pop("n_averaged", None)  # torch's AveragedModel counts there
     tensors = dict(tensors_of(state))
     if not tensors:
         raise no_state_dict(path, loaded)
@@ -73,7 +96,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise DfqvitError(
                 f"checkpoint '{path}' holds {what} under '{key}'; it must be dense: save the values themselves"
             )
-        if value.dtype not in FLOATS and value.dim() and not any(part in key for part in INDICES):
+        if value.dtype not in _UNQUANTIZED and value.dim() and not is_computed(key):
             raise UsageError(
                 f"checkpoint '{path}' holds {str(value.dtype).removeprefix('torch.')} under '{key}': its weights are quantized "
                 "already and mean nothing without their scales; give the float checkpoint"
@@ -81,12 +104,80 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def _without_prefixes(path: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights by the names that timm gives them; UsageError where two of different values then have one name."""
+    state: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for key, value in weights.items():
+        (name,) = clean_state_dict({key: value})
+        if name in state and not _same(state[name], value):
+            raise UsageError(
+                f"checkpoint '{path}' holds two sets of weights, '{names[name]}' and '{key}' among them, which are one to timm; "
+                "save the wanted one alone"
+            )
+        state[name], names[name] = value, key
+    return state
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    return one is other
+
+
+def _tell_others(path: Path, loaded: Mapping[str, Any], chosen: str, averaged: Sequence[str]) -> None:
+    """Warns of weights of the same names and of other values beside the chosen ones; of averages another word tells."""
+    weights = clean_state_dict(_within(loaded[chosen]))
+    for key, value in loaded.items():
+        if (
+            key == chosen
+            or key in averaged
+            or not isinstance(value, Mapping)
+            or not all(isinstance(k, str) for k in value)
+        ):
+            continue
+        other = clean_state_dict(_within(value))
+        if other.keys() == weights.keys() and not all(_same(other[name], weights[name]) for name in weights):
+            if not chosen.endswith("ema"):
+                warnings.warn(
+                    f"checkpoint '{path}' holds '{key}', with weights of the same names and other values, beside '{chosen}', which "
+                    f"was loaded, as timm does; where the others are wanted, save '{key}' alone",
+                    stacklevel=3,
+                )
+            return
+
+
+def is_computed(key: str) -> bool:
+    """Whether a checkpoint's tensor of that name is none of the weights: the model computes it, or does not need it."""
+    return key.rpartition(".")[2] in COMPUTED
+
+
+def _within(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What holds the weights: the container, or an entry of it, such as the `module` of an average beside its `decay`."""
+    if any(isinstance(value, torch.Tensor) and value.dim() for value in container.values()):
+        return container
+    return next((container[key] for key in _WITHIN if isinstance(container.get(key), Mapping)), container)
+
+
+def _is_averaged(key: Any, value: Any) -> bool:
+    """Whether an entry holds averaged weights under a name that timm does not know."""
+    return key not in CONTAINERS and _AVERAGED.search(str(key)) is not None and _holds_tensors(value)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensors(each) for each in value)
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
 def no_state_dict(path: Path, entries: Mapping[Any, Any]) -> DfqvitError:
     """The error for a checkpoint whose weights are not where timm looks."""
     held = some([repr(str(key)) for key in entries])
+    what = f"its entries are {held}: save the one with the weights alone" if held else "it is an empty dict"
     return DfqvitError(
-        f"checkpoint '{path}' holds no state_dict of tensors where timm looks for one ({', '.join(CONTAINERS)}); its entries "
-        f"are {held}: save the one with the weights alone"
+        f"checkpoint '{path}' holds no state_dict of tensors where timm looks for one ({', '.join(CONTAINERS)}); {what}"
     )
 
 

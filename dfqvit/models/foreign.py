@@ -32,6 +32,7 @@ _TWINS = (
     (r"facebook/dino-vits(8|16)", r"vit_small_patch\1_224.dino"),
     (r"facebook/dino-vitb(8|16)", r"vit_base_patch\1_224.dino"),
 )
+_AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema")
 _WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
 
@@ -77,12 +78,32 @@ def _not_a_model(model: Any) -> str:
     return ""
 
 
-def _wrapped(model: nn.Module) -> str:
+def expect_unwrapped(argument: str, model: Any) -> None:
+    """UsageError where the argument of that name has the quantized model inside, with a wrapper of PyTorch or timm around it."""
+    if said := _wrapper(model):
+        what, place, _ = said
+        raise UsageError(f"{argument} was {what}; give {argument}.{place}")
+
+
+def _wrapper(model: Any) -> tuple[str, str, str] | None:
+    """What stands around a model, the attribute that is the model, and what to do with the result; None where nothing does."""
     kind, home = type(model).__name__, type(model).__module__
     if isinstance(model, (DataParallel, DistributedDataParallel)) or kind == "FullyShardedDataParallel":
-        return f"wrapped in {kind}; give model.module, and wrap the result again"
+        return f"wrapped in {kind}", "module", ", and wrap the result again"
+    if home in _AVERAGES:
+        return f"wrapped in {kind}, which averages weights", "module", ""
     if kind == "OptimizedModule" and hasattr(model, "_orig_mod"):
-        return "compiled by torch.compile; give model._orig_mod, and compile the result"
+        return "compiled by torch.compile", "_orig_mod", ", and compile the result"
+    return None
+
+
+def _wrapped(model: nn.Module) -> str:
+    kind, home = type(model).__name__, type(model).__module__
+    if said := _wrapper(model):
+        what, place, then = said
+        return f"{what}; give model.{place}{then}"
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return "compiled in place by compile(); give copy.deepcopy(model), which is not, and compile the result"
     if home.startswith("torch.jit") or kind in ("ScriptModule", "RecursiveScriptModule", "TopLevelTracedModule"):
         return f"a TorchScript module ({kind}); give the timm model that it was made from, and trace the result"
     if home.startswith("torch.fx") or kind.startswith("GraphModule"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from .adapters import is_network
+from .copying import copied
 from .foreign import expect_float_model
 from .spec import class_count
 
@@ -21,18 +23,32 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+# The work puts hooks and flags on the caller's model and modes on the process: one thread after the other.
+_one_at_a_time = threading.RLock()
+
+
+def _free_in_child() -> None:
+    """A child that was forked while another thread was at work never hears of its end."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_in_child)
+
+
 def on_float_reference(
     work: Callable[Concatenate[nn.Module, Arguments], Result],
 ) -> Callable[Concatenate[nn.Module, Arguments], Result]:
     """Lets `work(model, ...)` see its model as the float reference: see `float_reference` and `undisturbed`.
 
-    UsageError when the model is none.
+    A second thread waits until the first is done. UsageError when the model is none.
     """
 
     @functools.wraps(work)
     def framed(model: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         expect_float_model(model)
-        with undisturbed(), float_reference(model) as reference:
+        with _one_at_a_time, undisturbed(), float_reference(model) as reference:
             return work(reference, *args, **kwargs)
 
     return framed
@@ -124,4 +140,4 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         clone = tensor.detach().clone()
         clone = clone.float() if clone.is_floating_point() else clone
         memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ..errors import DfqvitError, UsageError
 from . import demo, dense
 from .adapters import find_adapter
 from .checkpoint import first_line
-from .spec import ModelSpec, plain
+from .device import expect_device
+from .spec import ModelSpec, class_count, plain
 from .weights import build, load_weights
 
 FAMILIES = (
@@ -58,15 +60,20 @@ def load_model(
         device: where the model goes.
 
     Raises:
-        UsageError: unknown or unsupported name, a checkpoint that does not fit.
+        UsageError: unknown or unsupported name, a checkpoint that does not fit, or a device that torch does not have.
         DfqvitError: an unreadable checkpoint, NaN or Inf in weights, pretrained weights that cannot be had.
     """
+    device = expect_device("device", device)
     if name in dense.BUILDERS:
         return _dense(
             name, checkpoint, {**(model_kwargs or {}), "num_classes": num_classes, "img_size": img_size}, device
         )
     architecture = _architecture(name)
-    options = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, **(model_kwargs or {})}
+    named, further = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}, model_kwargs or {}
+    for key, value in named.items():
+        if value is not None and further.get(key, value) != value:
+            raise UsageError(f"{key} was {value!r}, and {further[key]!r} in model_kwargs; give one of them")
+    options = {**named, **further}
     kwargs = {key: value for key, value in options.items() if value is not None}
     spec = ModelSpec(architecture, plain(kwargs))
     if checkpoint is None:
@@ -90,9 +97,23 @@ def load_model(
             raise DfqvitError(
                 f"MODEL '{name}': timm's pretrained weights could not be had ({first_line(error)}); give --checkpoint FILE"
             ) from error
+    if checkpoint is None and pretrained:
+        _tell_random_head(name, model)
     check_finite(model)
     model.dfqvit_spec = spec  # type: ignore[assignment]
     return model.eval().to(device)
+
+
+def _tell_random_head(name: str, model: nn.Module) -> None:
+    """Warns where timm's pretrained weights have no classifier of as many classes: it makes a new one then."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    trained, classes = config.get("num_classes"), class_count(model)
+    if classes and trained is not None and trained != classes:
+        warnings.warn(
+            f"MODEL '{name}' has pretrained weights of {trained} classes, so the classifier of {classes} that was asked for is "
+            "random; give --checkpoint FILE, weights that were trained on them",
+            stacklevel=3,
+        )
 
 
 def _dense(

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm.data
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 
 from ..errors import UsageError
@@ -17,6 +18,7 @@ from ..errors import UsageError
 _MODES = ("center", "squash", "border")  # timm's
 _GREATEST = 2.0  # of mean and std, for pixels from 0 to 1; timm's own are at most 1
 _LEAST_STD = 1e-6  # a network of pixels from 0 to 65535 has 1.5e-5
+_MOST_CHANNELS = 16  # of images, in what may be their mean
 _MOST_CROP = 2.0  # timm's are at most 1.15
 _MARGIN = 0.01  # what a resize in float may overshoot
 FEATURES = "timm.models._features"  # the module of timm's wrappers that features_only=True makes
@@ -61,7 +63,8 @@ class Preprocessing:
     def of(cls, model: Any) -> Preprocessing:
         """The model's own, as timm's pretrained configuration gives it, for the model's actual input size.
 
-        A network around timm models has that of the first; one that normalises images itself takes pixels from 0 to 1.
+        A network around timm models has that of the first. One with a mean and a std of its own, such as torchvision's Normalize
+        before the model, normalises images itself: it takes pixels from 0 to 1, or to 255 where that mean is of such.
 
         Raises:
             UsageError: a network holds timm models of several input sizes, and nothing says which the images have.
@@ -69,12 +72,15 @@ class Preprocessing:
         network, model = model, _timms(model)
         if model is not network:
             _expect_one_size(network)
-            if any(hasattr(module, "image_mean") for module in network.modules()):  # as torchvision's detectors
+            if _as_detectors(network):
                 channels = image_shape(model)[0]
                 return cls(image_shape(network), (0.0,) * channels, (1.0,) * channels, "bilinear", 1.0)
-        config = timm.data.resolve_data_config({}, pretrained_cfg=getattr(model, "pretrained_cfg", {}), model=model)
+        config = timm.data.resolve_data_config({}, pretrained_cfg=config_of(model), model=model)
         channels = image_shape(model)[0]
         mean, std = tuple(config["mean"]), tuple(config["std"])
+        greatest = None if model is network else _taken(network, model)
+        if greatest is not None:
+            mean, std = (0.0,) * channels, (1 / greatest,) * channels
         if len(mean) != channels:  # timm's figures are for RGB: a model of other channels gets their average
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
         return cls(
@@ -88,7 +94,7 @@ class Preprocessing:
 
     def write_to(self, model: nn.Module) -> None:
         """Lets timm's own code (`resolve_model_data_config`, its validation loop) prepare images for `model` as this says."""
-        config = dict(getattr(model, "pretrained_cfg", None) or {})
+        config = dict(config_of(model) or {})
         for key in ("test_input_size", "test_crop_pct"):  # timm's validation prefers them
             config.pop(key, None)
         config |= asdict(self)
@@ -168,12 +174,18 @@ def image_size(model: Any) -> tuple[int, int]:
     known = getattr(getattr(model, "dfqvit_spec", None), "input_size", None)
     if known is not None:
         return int(known[1]), int(known[2])
-    model = _timms(model)
+    whole, model = model, _timms(model)
     found = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "img_size", None)
+    found = found or _asked_size(model) or _asked_size(whole)
     if found is None:
-        found = (getattr(model, "pretrained_cfg", None) or {})["input_size"][1:]
+        found = (config_of(model) or {})["input_size"][1:]
     height, width = found if isinstance(found, (tuple, list)) else (found, found)
     return int(height), int(width)
+
+
+def _asked_size(model: Any) -> Any:
+    """The `img_size` that timm's create_model was given, as it left it on the model; None where it was given none."""
+    return (getattr(model, "_model_args", None) or {}).get("img_size")
 
 
 def image_shape(model: Any) -> tuple[int, int, int]:
@@ -189,11 +201,47 @@ def image_shape(model: Any) -> tuple[int, int, int]:
     return int(channels), *image_size(model)
 
 
+def config_of(model: Any) -> dict[str, Any] | None:
+    """timm's configuration of a model, also where that is timm's dataclass; None of what is no timm model."""
+    found = getattr(model, "pretrained_cfg", None)
+    found = found.to_dict() if isinstance(found, PretrainedCfg) else found
+    return found if isinstance(found, dict) else None
+
+
 def _timms(model: Any) -> Any:
     """The model if it is timm's, else the first timm model that it holds, else the model."""
-    found = [module for module in model.modules() if isinstance(getattr(module, "pretrained_cfg", None), dict)]
+    found = [module for module in model.modules() if config_of(module) is not None]
     inner = [module for module in found if type(module).__module__ != FEATURES]
     return (inner or found or [model])[0]
+
+
+def normalises(network: nn.Module) -> bool:
+    """Whether `Preprocessing.of` takes a network around timm models for one that normalises images itself."""
+    return _as_detectors(network) or _taken(network, _timms(network)) is not None
+
+
+def _as_detectors(network: nn.Module) -> bool:
+    """As torchvision's do."""
+    return any(hasattr(module, "image_mean") for module in network.modules())
+
+
+def _taken(network: nn.Module, model: nn.Module) -> float | None:
+    """The pixel 1 of what a network takes that normalises images itself before `model` sees them; None where it does not."""
+    inside = set(model.modules())
+    for module in (each for each in network.modules() if each not in inside):
+        for names in (("mean", "std"), ("pixel_mean", "pixel_std")):
+            mean, std = (_numbers(getattr(module, name, None)) for name in names)
+            if mean is not None and std is not None:
+                return 255.0 if max(map(abs, mean)) > _GREATEST else 1.0
+    return None
+
+
+def _numbers(value: Any) -> list[float] | None:
+    """A number, a few of them or a small tensor as a list; None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().float().flatten().tolist() if 0 < value.numel() <= _MOST_CHANNELS else None
+    listed = list(value) if isinstance(value, (list, tuple)) else [value]
+    return [float(each) for each in listed] if listed and all(_is_finite(each) for each in listed) else None
 
 
 def _expect_one_size(network: nn.Module) -> None:
@@ -202,7 +250,7 @@ def _expect_one_size(network: nn.Module) -> None:
     sizes = {
         name: image_size(module)
         for name, module in network.named_modules()
-        if isinstance(getattr(module, "pretrained_cfg", None), dict) and type(module).__module__ != FEATURES
+        if config_of(module) is not None and type(module).__module__ != FEATURES
     }
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"'{name}' {height} x {width}" for name, (height, width) in sizes.items())

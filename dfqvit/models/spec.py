@@ -16,9 +16,11 @@ import torch
 from timm.layers import DropPath, PatchDropout
 from timm.models import model_entrypoint
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import UsageError
-from .preprocessing import FEATURES, image_size
+from .preprocessing import FEATURES, config_of, image_size
 
 # Settings that change no output in eval mode.
 _INERT = (
@@ -30,6 +32,7 @@ _INERT = (
     "num_classes",  # the head says it
     "target_shift_size",  # the shift_size made of it counts
 )
+_INERT_NORM = ("momentum",)  # of batch normalisation, which reads it in train mode alone
 # Beginnings of the names of methods that change no output of a model that is there.
 _NO_PART = ("__", "init", "_init", "reset", "load", "_load", "extra_repr", "train", "no_weight_decay", "group_matcher")
 _NO_FORWARD = ("_forward_unimplemented",)  # what torch.nn's containers have in its place
@@ -102,21 +105,33 @@ class ModelSpec:
                 "by an entrypoint that timm.models.register_model registers"
             )
         raise UsageError(
-            f"{first}; give model_kwargs={{...}}, the keyword arguments that it was created with; a model that was changed "
-            "otherwise needs an entrypoint of its own (timm.models.register_model)"
+            f"{first}; {_permanent(model)}give model_kwargs={{...}}, the keyword arguments that it was created with; a model that "
+            "was changed otherwise needs an entrypoint of its own (timm.models.register_model)"
         )
+
+
+def _permanent(model: nn.Module) -> str:
+    """What makes weights plain that are computed anew in every call, for a message; "" where there are none."""
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            return f"make the parametrization of '{name}' permanent (torch.nn.utils.parametrize.remove_parametrizations), or "
+        if {"weight_orig", "weight_g"} & module._parameters.keys():
+            return f"make the weight of '{name}' permanent (torch.nn.utils.prune.remove, remove_weight_norm), or "
+    return ""
 
 
 def _candidates(cls: type[ModelSpec], model: nn.Module, kwargs: Mapping[str, Any] | None) -> Iterator[ModelSpec]:
     known = getattr(model, "dfqvit_spec", None)
     known = known if isinstance(known, ModelSpec) else None
-    config = getattr(model, "pretrained_cfg", None) or {}
+    config = config_of(model) or {}
     own = str(config.get("architecture") or "")
     tagged = f"{own}.{config.get('tag')}" if own and config.get("tag") else ""  # some structures are a tag's
     names = [name for name in (known.architecture if known else "", own, tagged) if name and timm.is_model(name)]
     names += [name for name in _registered_elsewhere() if name not in names]
     recorded = getattr(model, "_model_args", None)  # timm's create_model leaves it
     if kwargs is not None:
+        if not isinstance(kwargs, Mapping):
+            raise UsageError(f"model_kwargs was {kwargs!r}; it may be a dict of keywords of timm.create_model")
         bases = [plain(kwargs)]
     else:
         bases = [known.kwargs] if known else []
@@ -142,6 +157,9 @@ def _actual(model: Any) -> Iterator[dict[str, Any]]:
     classes = class_count(model)
     if classes is not None:
         yield (found := {"num_classes": classes})
+    pooling = _pooling(model)
+    if pooling is not None:  # `reset_classifier` may set it
+        yield {**found, "global_pool": pooling}
     try:
         sizes = {"in_chans": int(model.in_chans), "img_size": list(image_size(model))}
     except (AttributeError, TypeError, ValueError):  # no such thing on this model
@@ -150,15 +168,34 @@ def _actual(model: Any) -> Iterator[dict[str, Any]]:
     yield {**found, **sizes}
 
 
+def _pooling(model: Any) -> str | None:
+    """timm's name of how the model pools, by the module that does; None where it does not say it."""
+    head = getattr(model, "head", None)
+    for holder, name in ((head, "global_pool"), (head, "pool_type"), (model, "global_pool")):
+        found = getattr(holder, name, None)
+        found = getattr(found, "pool_type", found)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def classifier(model: Any) -> Any:
+    """What timm's `get_classifier` gives: a layer, or several; None where the model has no such method, or no classifier."""
+    get = getattr(model, "get_classifier", None)
+    try:
+        return get() if callable(get) else None
+    except AttributeError:  # of some families it reads a part that a model without a classifier has not
+        return None
+
+
 def class_count(model: Any) -> int | None:
     """Outputs of the model's classifier, by its layer where it is one; None where neither that nor the model says it.
 
     None of a network around timm models: what it gives may be anything.
     """
-    get = getattr(model, "get_classifier", None)
-    if not callable(get) and not isinstance(getattr(model, "pretrained_cfg", None), dict):
+    if not hasattr(model, "get_classifier") and config_of(model) is None:
         return None
-    head = get() if callable(get) else None
+    head = classifier(model)
     head = head[0] if isinstance(head, tuple) else head
     found = getattr(head, "out_features", None)
     if found is None and isinstance(head, nn.Identity):
@@ -175,9 +212,11 @@ def _registered_elsewhere() -> list[str]:
 
 def structural_difference(model: nn.Module, other: nn.Module) -> str:
     """What first differs between two models: shapes, module classes, a module's plain settings, a replaced method; or ""."""
-    ours, theirs = _shapes(model), _shapes(other)
+    ours, theirs, shared = _shapes(model), _shapes(other), _shared(model)
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
+            if key in shared:
+                return f"'{key}' is shared with '{shared[key]}' here, and not there: give each place a copy of its own"
             return f"'{key}' is {ours.get(key)} here and {theirs.get(key)} there"
     modules = dict(other.named_modules())
     for name, module in model.named_modules():
@@ -185,16 +224,26 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
         if isinstance(module, ABSENT_IN_EVAL) and (twin is None or isinstance(twin, ABSENT_IN_EVAL)):
             continue
         if twin is None or type(module) is not type(twin):
-            return f"'{name}' is a {type(module).__name__} here and a {type(twin).__name__} there"
+            return f"{said(name)} is a {type(module).__name__} here and a {type(twin).__name__} there"
         replaced = [key for key, value in vars(module).items() if callable(value) and hasattr(type(module), key)]
         for key in replaced:
             if key not in vars(twin):
-                return f"'{name}' has a {key} of its own here"
+                return f"{said(name)} has a {key} of its own here"
         for key, value in settings(twin).items():
             found = getattr(module, key, None)
             if found != value:
-                return f"'{name}.{key}' is {found!r} here and {value!r} there"
+                return f"'{dotted(name, key)}' is {found!r} here and {value!r} there"
     return ""
+
+
+def said(name: str) -> str:
+    """A module by its name within the model, for a message."""
+    return f"'{name}'" if name else "the model"
+
+
+def dotted(place: str, name: str) -> str:
+    """The full name of what a module at `place` has under `name`; the model's own place is ""."""
+    return f"{place}.{name}" if place else name
 
 
 def expect_own_methods(model: nn.Module) -> None:
@@ -236,19 +285,29 @@ def _replaced_method(kind: type) -> str:
 
 def settings(module: nn.Module) -> dict[str, Any]:
     """The plain values among a module's attributes that may matter to its output in eval mode."""
+    inert = _INERT + _INERT_NORM if isinstance(module, _BatchNorm) else _INERT
     return {
         key: value
         for key, value in vars(module).items()
-        if key not in _INERT and not key.startswith("_") and "drop" not in key and _is_plain(value)
+        if key not in inert and not key.startswith("_") and "drop" not in key and _is_plain(value)
     }
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {
-        key: tuple(value.shape)
-        for key, value in (*model.named_parameters(), *model.named_buffers())
-        if value is not None
-    }
+    """Of parameters, and of the buffers that a state_dict holds: others are computed, some only when the model is called."""
+    found = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        for name, value in module._buffers.items():
+            if value is not None and name not in module._non_persistent_buffers_set:
+                found[dotted(prefix, name)] = tuple(value.shape)
+    return found
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """{name: first name} of the parameters and buffers that stand at a further place."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {id(tensor): name for name, tensor in reversed(named)}
+    return {name: first[id(tensor)] for name, tensor in named if first[id(tensor)] != name}
 
 
 def _is_plain(value: Any) -> bool:

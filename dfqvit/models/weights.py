@@ -17,8 +17,8 @@ from torch import nn
 
 from ..errors import UsageError
 from .arrays import array_shapes, is_arrays, read_arrays
-from .checkpoint import FLOATS, INDICES, first_line, no_state_dict, read_checkpoint, some, tensors_of
-from .preprocessing import image_shape
+from .checkpoint import FLOATS, first_line, is_computed, no_state_dict, read_checkpoint, some, tensors_of
+from .preprocessing import config_of, image_shape
 
 Filter = Callable[..., dict[str, Any]]
 
@@ -71,13 +71,15 @@ def load_weights(
         try:
             found = dict(filter_fn(found, model))
         except Exception as error:  # a filter meets keys and shapes that it was not written for
+            if not all(isinstance(value, torch.Tensor) for value in found.values()):
+                raise no_state_dict(path, found) from error
             raise UsageError(
                 f"checkpoint '{path}' is not of MODEL '{name}': timm's conversion failed ({first_line(error)})"
             ) from error
     if not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise no_state_dict(path, found)
     for key in found.keys() - wanted.keys():
-        if any(part in key for part in INDICES):
+        if is_computed(key):
             del found[key]  # buffers that older versions saved, and that the model computes itself
     _adapt_channels(model, found, path, asked)
     _check(wanted, found, path, name)
@@ -94,7 +96,7 @@ def _check_patches(model: nn.Module, shapes: Mapping[str, torch.Size], path: Pat
     size = projection.kernel_size if isinstance(projection, nn.Conv2d) else getattr(embedding, "patch_size", None)
     size = (size, size) if isinstance(size, int) else size
     shape = shapes.get("patch_embed.proj.weight")
-    flexible = "flexi" in str(getattr(model, "pretrained_cfg", {}).get("architecture", "")) or "patch_size" in asked
+    flexible = "flexi" in str((config_of(model) or {}).get("architecture", "")) or "patch_size" in asked
     if size is None or shape is None or len(shape) != 4 or flexible:
         return
     if tuple(shape[2:]) != tuple(size):
@@ -106,7 +108,7 @@ def _check_patches(model: nn.Module, shapes: Mapping[str, torch.Size], path: Pat
 
 def _adapt_channels(model: nn.Module, found: dict[str, torch.Tensor], path: Path, asked: Mapping[str, Any]) -> None:
     """The first convolution of an RGB checkpoint for other channels, by timm's rule."""
-    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or "patch_embed.proj"
+    names = (config_of(model) or {}).get("first_conv") or "patch_embed.proj"
     for name in (names,) if isinstance(names, str) else names:
         key = f"{name}.weight"
         weight = found.get(key)

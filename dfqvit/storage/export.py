@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..quantization.quantizers import ActivationQuantizer
 from ..runtime.record import QuantizationRecord
 from ..version import __version__
 from .atomic import atomic
-from .file import rebuild
+from .file import as_path, held, rebuild
 
 OPSET = 21  # the default, and the first that has INT4
 LEAST_OPSET, GREATEST_OPSET = 18, 23  # of what was tried; torch's exporter writes 18 and converts from there
@@ -39,8 +40,8 @@ _INT4 = 4
 def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset: int = OPSET) -> dict[str, Any]:
     """Writes a quantized model as ONNX with QDQ nodes, atomically; images [batch, C, H, W] to logits, any batch size.
 
-    A network's outputs are named as its dict names them, or "output_0" and so on. Its shapes may not depend on values: what
-    selects boxes (NMS) must stay outside.
+    Forward hooks are not kept; a warning names them. A network's outputs are named as its dict names them, or "output_0" and so
+    on. Its shapes may not depend on values: what selects boxes (NMS) must stay outside.
 
     Args:
         qmodel: from `dfqvit.quantize` or `dfqvit.load`; left as it was.
@@ -52,14 +53,12 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
         What was written: `bytes`, `opset`, `nodes` (count by operator), `weights` (count by data type).
 
     Raises:
-        UsageError: no quantized model, an opset that does not fit, or a package of the extra `export` is missing.
+        UsageError: no quantized model, or one that was changed since so that `load` could not rebuild it; an opset that does not
+            fit; or a package of the extra `export` is missing.
         DfqvitError: torch could not export the model.
     """
-    record = getattr(qmodel, "dfqvit_record", None)
-    if not isinstance(record, QuantizationRecord):
-        raise UsageError(
-            "qmodel has no quantization record; export_onnx takes what dfqvit.quantize or dfqvit.load returned"
-        )
+    path = as_path(path)
+    record, tensors = held(qmodel, "export_onnx")
     if isinstance(opset, bool) or not isinstance(opset, int) or not LEAST_OPSET <= opset <= GREATEST_OPSET:
         raise UsageError(f"opset was {opset!r}; it may be {LEAST_OPSET} to {GREATEST_OPSET}")
     narrow = any(isinstance(module, QuantLinear) and module.w_bits <= _INT4 for module in qmodel.modules())
@@ -73,7 +72,7 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
         raise UsageError(f"export to ONNX needs {wanted}; install dfqvit[export]")
     import onnx
 
-    proto = _to_onnx(qdq_model(qmodel, opset), record, int4, opset)
+    proto = _to_onnx(qdq_model(record, tensors, opset), record, int4, opset)
     onnx.checker.check_model(proto, full_check=True)
     with atomic(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
@@ -81,17 +80,16 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
     kinds = {onnx.TensorProto.INT8: "INT8", onnx.TensorProto.INT4: "INT4"}
     weights = [kinds[tensor.data_type] for tensor in proto.graph.initializer if tensor.data_type in kinds]
     return {
-        "bytes": Path(path).stat().st_size,
+        "bytes": path.stat().st_size,
         "opset": opset,
         "nodes": {name: nodes.count(name) for name in sorted(set(nodes))},
         "weights": {name: weights.count(name) for name in sorted(set(weights))},
     }
 
 
-def qdq_model(qmodel: nn.Module, opset: int = OPSET) -> nn.Module:
-    """A copy of a quantized model, on the CPU, whose quantizers are ONNX's; it can be exported, not called."""
-    tensors = {key: value.detach().cpu() for key, value in qmodel.state_dict().items()}
-    model = rebuild(qmodel.dfqvit_record, tensors)  # type: ignore[arg-type]
+def qdq_model(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor], opset: int) -> nn.Module:
+    """The model that `rebuild` gives, with quantizers that are ONNX's; it can be exported, not called."""
+    model = rebuild(record, tensors)
     for module in list(model.modules()):
         if isinstance(module, ActivationQuantizer):
             module.register_buffer("zero", module.zero_point.to(torch.uint8))
@@ -102,7 +100,7 @@ def qdq_model(qmodel: nn.Module, opset: int = OPSET) -> nn.Module:
         elif isinstance(module, QuantLinear):
             integers = unpack_weight(module.weight_packed, module.w_bits, module.in_features)
             module.register_buffer("weight_integers", integers.T.contiguous())
-            module.register_buffer("factors", module.factor)  # ONNX has no shifts into the bits of a float
+            module.register_buffer("factors", module.factor)
             module.opset = opset
             module.__class__ = _QdqPatchProjection if isinstance(module, QuantPatchProjection) else _QdqLinear
         elif isinstance(module, AttentionOperands):

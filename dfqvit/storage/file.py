@@ -2,13 +2,17 @@
 
 The file's metadata has one entry, `dfqvit`: JSON with `format_version`, `record` (see `QuantizationRecord`) and `sha256`
 over all tensors and the rest of the JSON. Nothing is pickled. The tensors are the quantized model's state_dict, so their
-names are timm's, with `weight_packed` and `weight_scale` in place of the `weight` of a quantized layer.
+names are timm's, with `weight_packed` and `weight_scale` in place of the `weight` of a quantized layer. Beside them stand, under
+their names too, the tables that a structure computes and no state_dict holds, where they are not as it computes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +29,15 @@ from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
 from ..models import ModelSpec, Preprocessing
 from ..models.adapters import find_adapter, is_network
+from ..models.device import expect_device
+from ..models.foreign import expect_unwrapped
 from ..models.frame import undisturbed
 from ..models.network import Build, NetworkSpec, trusted
 from ..models.preprocessing import image_size
-from ..models.spec import ABSENT_IN_EVAL, settings
+from ..models.spec import ABSENT_IN_EVAL, dotted, said, settings
 from ..quantization.layers import QuantLinear
 from ..quantization.model import quantized
+from ..quantization.prepared import Prepares
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
 from ..runtime.record import QuantizationRecord, QuantizedModel
@@ -38,14 +45,15 @@ from ..synthesis.writing import write_tensors
 from ..version import __version__
 
 # What values that make no sense raise, here and in timm.
-_RUNTIME = __name__.split(".")[0] + ".runtime."
+_PACKAGE = __name__.split(".")[0] + "."
+_RUNTIME = _PACKAGE + "runtime."
 _UNFIT = (LookupError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError)
 _PACKED = ".weight_packed"
 FORMAT_VERSION = 2  # 1: a checksum over the tensors alone
 
 
 def save(qmodel: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
-    """Writes a model from `quantize` (or `load`) to `path`, atomically.
+    """Writes a model from `quantize` (or `load`) to `path`, atomically. Forward hooks are not kept; a warning names them.
 
     Args:
         qmodel: the quantized model, on any device.
@@ -60,26 +68,48 @@ def save(qmodel: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path
             is a file and `overwrite` is False.
         OSError: the file cannot be written; one that was there is as it was.
     """
-    record = getattr(qmodel, "dfqvit_record", None)
-    if not isinstance(record, QuantizationRecord):
-        raise UsageError("qmodel has no quantization record; save takes what dfqvit.quantize or dfqvit.load returned")
-    if isinstance(record.spec, NetworkSpec) and record.spec.function is None:
-        raise UsageError(
-            "qmodel is a network that was quantized without build; give dfqvit.quantize build='module:function'"
-        )
-    if not overwrite and Path(path).exists():
+    path = as_path(path)
+    if not overwrite and path.exists():
         raise UsageError(f"path was '{path}', which exists already; give overwrite=True to replace it")
-    aliases = _aliases(qmodel)
-    tensors = _apart({k: v.detach().cpu().contiguous() for k, v in qmodel.state_dict().items() if k not in aliases})
-    record = as_it_is(qmodel, record, tensors)
+    if path.is_dir():
+        raise UsageError(f"path was '{path}', which is a folder; give the file, such as '{path / 'model.safetensors'}'")
+    record, tensors = held(qmodel, "save")
     header = {
         "format_version": FORMAT_VERSION,
         "dfqvit_version": __version__,
         "record": record.to_dict(),
     }
     header["sha256"] = checksum(header, tensors)
-    write_tensors(path, tensors, {"dfqvit": json.dumps(header, sort_keys=True)})
+    write_tensors(path, _apart(tensors), {"dfqvit": json.dumps(header, sort_keys=True)})
+    return path
+
+
+def as_path(path: Any) -> Path:
+    """The argument `path`; UsageError unless it names a file as text or a Path does."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"path was {path!r}; it may be a str or a Path")
     return Path(path)
+
+
+def held(qmodel: nn.Module, taker: str) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:
+    """What `rebuild` makes a quantized model from, as it is now: its record, and its tensors on the CPU.
+
+    UsageError, which names the function `taker`, when nothing could rebuild it; see `as_it_is`.
+    """
+    expect_unwrapped("qmodel", qmodel)
+    record = getattr(qmodel, "dfqvit_record", None)
+    if not isinstance(record, QuantizationRecord):
+        raise UsageError(
+            f"qmodel has no quantization record; {taker} takes what dfqvit.quantize or dfqvit.load returned"
+        )
+    if isinstance(record.spec, NetworkSpec) and record.spec.function is None:
+        raise UsageError(
+            "qmodel is a network that was quantized without build; give dfqvit.quantize build='module:function'"
+        )
+    aliases = _aliases(qmodel)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in qmodel.state_dict().items() if k not in aliases}
+    record, twin = as_it_is(qmodel, record, tensors)
+    return record, tensors | changed_tables(qmodel, twin)
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -100,6 +130,32 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules(remove_duplicate=False) if is_network(model) else ():
         if first.setdefault(module, name) != name:
             found |= {f"{name}.{key}": f"{first[module]}.{key}" for key in module.state_dict()}
+    return found
+
+
+def _tables(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a structure computes and no state_dict holds, such as rotary embeddings, by name; none of our layers'."""
+    return {
+        dotted(place, name): tensor
+        for place, module in model.named_modules()
+        if not isinstance(module, QuantLinear)
+        for name, tensor in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    }
+
+
+def changed_tables(qmodel: nn.Module, twin: nn.Module) -> dict[str, torch.Tensor]:
+    """The tables with other values than in `twin`, as `load` builds it: a float model in half precision rounds its own. On the CPU.
+
+    One of another shape is not among them: such tables are made anew in a call.
+    """
+    ours, computed = _tables(qmodel), _tables(twin)
+    found = {}
+    for name in ours.keys() & computed.keys():
+        table = ours[name].detach().cpu().contiguous()
+        same = table.dtype == computed[name].dtype and torch.equal(table, computed[name])
+        if table.shape == computed[name].shape and not same:
+            found[name] = table
     return found
 
 
@@ -128,10 +184,11 @@ def load(
         The model: float images [B, C, H, W], normalised, to float32 logits [B, classes], or to what a network gives.
 
     Raises:
-        UsageError: there is no such file; cuda_graph on a CPU; or a network without `build`.
+        UsageError: there is no such file or device; cuda_graph on a CPU; or a network without `build`.
         DfqvitError: the file is not dfqvit's, is of a newer format, is truncated or was altered.
     """
     check_runtime(runtime)
+    device = expect_device("device", device)
     if cuda_graph:
         check_device(device)
     record, tensors = read(path)
@@ -153,11 +210,15 @@ def load(
 
 
 def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A quantized model from its record and its state_dict, simulated, in eval mode, on the CPU."""
+    """A quantized model from its record, its state_dict and its `changed_tables`; simulated, in eval mode, on the CPU."""
     model = _structure(record, tensors)
-    model.load_state_dict(
-        {**tensors, **{alias: tensors[key] for alias, key in _aliases(model).items() if key in tensors}}
-    )
+    tables = tensors.keys() & _tables(model).keys()
+    for name in tables:
+        place, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(place), leaf, tensors[name])
+    state = {key: value for key, value in tensors.items() if key not in tables}
+    aliases = {alias: tensors[key] for alias, key in _aliases(model).items() if key in tensors}
+    model.load_state_dict(state | aliases)
     if isinstance(record.spec, ModelSpec):
         model.dfqvit_spec = record.spec  # type: ignore[assignment]
         record.preprocessing.write_to(model)
@@ -186,25 +247,36 @@ def _structure(
     return quantized(model, *adapter.mixins)
 
 
-def as_it_is(qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> QuantizationRecord:
-    """The record of a model as it is now: of another input size, where that was set since; checked by what `load` would build.
+def as_it_is(
+    qmodel: nn.Module, record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]
+) -> tuple[QuantizationRecord, nn.Module]:
+    """The record of a model as it is now, of another input size where that was set since, and what `load` would build of it.
 
-    UsageError when nothing that `load` builds takes the tensors.
+    The latter is without values, but where there are tables, which its building computes.
+
+    UsageError when nothing that `load` builds takes the tensors; a warning names modules with hooks, which no file holds.
     """
     spec, preprocessing, size = record.spec, record.preprocessing, image_size(qmodel)
     specs: list[tuple[Any, Preprocessing]] = [(spec, preprocessing)]
     if isinstance(spec, ModelSpec):
         specs += _resized(qmodel, spec, preprocessing, size)
-    first = ""
+    first, device = "", None if _tables(qmodel) else "meta"
     for found in specs:
         candidate = replace(record, spec=found[0], preprocessing=found[1])
         try:
             with undisturbed():
-                difference = _difference(qmodel, tensors, _structure(candidate, tensors, "meta"))
+                twin = _structure(candidate, tensors, device)
+                difference = _difference(qmodel, tensors, twin)
         except _UNFIT as error:
             difference = (str(error) or repr(error)).splitlines()[0]
         if not difference:
-            return candidate
+            if hooked := _hooked(qmodel, twin):
+                warnings.warn(
+                    f"qmodel has forward hooks on {', '.join(hooked)}, which the file does not hold: what they change, a loaded "
+                    "model computes without",
+                    stacklevel=4,
+                )
+            return candidate, twin
         first = first or difference
     raise UsageError(
         f"qmodel was changed after it was quantized ({first}), and load could not rebuild it; change the float model, and "
@@ -237,26 +309,42 @@ def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn
     modules = dict(qmodel.named_modules())
     for name, module in twin.named_modules():
         ours = modules.get(name)
-        if ours is not None and name and not all(isinstance(each, ABSENT_IN_EVAL) for each in (ours, module)):
-            if _kind(ours) is not _kind(module):
+        if ours is not None:
+            absent = all(isinstance(each, ABSENT_IN_EVAL) for each in (ours, module))
+            if name and not absent and _kind(ours) is not _kind(module):
                 return f"'{name}' is a {_kind(ours).__name__}; load would build a {_kind(module).__name__}"
-            if "forward" in vars(ours):
-                return f"'{name}' has a forward of its own; load would build none"
+            for key in sorted(vars(ours).keys() - vars(module).keys()):
+                if callable(getattr(type(ours), key, None)):
+                    return f"{said(name)} has a {key} of its own; load would build none"
         for key, value in settings(module).items():
             found = settings(modules[name]).get(key, value) if name in modules else value
             if found != value:
-                return f"'{name}.{key}' is {found!r}; load would build {value!r}"
+                return f"'{dotted(name, key)}' is {found!r}; load would build {value!r}"
     return ""
+
+
+def _hooked(qmodel: nn.Module, twin: nn.Module) -> list[str]:
+    """The modules, by name, with forward hooks that are neither dfqvit's nor those of what `load` would build."""
+    built, none = dict(twin.named_modules()), nn.Identity()
+    return [said(name) for name, ours in qmodel.named_modules() if _hooks(ours) - _hooks(built.get(name, none))]
+
+
+def _hooks(module: nn.Module) -> Counter[tuple[str, str]]:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    makers = [hook if hasattr(hook, "__qualname__") else type(hook) for hook in hooks]
+    found = ((str(maker.__module__), maker.__qualname__) for maker in makers)
+    return Counter(each for each in found if not each[0].startswith(_PACKAGE))
 
 
 def _kind(module: nn.Module) -> type:
     """The class of a module as it was before the integer runtime took it."""
-    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith(_RUNTIME))
+    kinds = type(module).__mro__
+    return next(kind for kind in kinds if kind is not Prepares and not kind.__module__.startswith(_RUNTIME))
 
 
 def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]:
     """The record and the tensors of a file, checked against its checksum; see `load` for the errors."""
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         raise UsageError(
             f"file was '{path}', which is a folder; give the file in it, such as '{path / 'model.safetensors'}'"
@@ -278,7 +366,7 @@ def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]
     try:
         header = json.loads(metadata["dfqvit"])
         version = header["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise DfqvitError(f"'{path}' has a damaged dfqvit header") from error
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION

@@ -14,6 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from torch import nn
 
 from ..errors import DfqvitError
+from ..models.network import NetworkSpec
+from ..models.spec import class_count
 from ..runtime.record import QuantizationRecord
 from ..version import __version__
 from .atomic import atomic
@@ -44,9 +46,11 @@ def write_card(model: nn.Module, file: Path, folder: Path, evaluation: dict[str,
     if file.resolve() != (folder / WEIGHTS).resolve():
         with atomic(folder / WEIGHTS) as temporary:
             shutil.copyfile(file, temporary)
-    card = ModelCard(f"---\n{_metadata(record, evaluation).to_yaml()}\n---\n\n{_text(model, record, file, evaluation)}")
+    classes = class_count(model)
+    metadata = _metadata(record, evaluation, "image-classification" if classes else None)
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(model, record, file, evaluation)}")
     with atomic(folder / CARD) as temporary:
-        temporary.write_text(str(card))
+        temporary.write_text(str(card), encoding="utf-8")
     return folder / CARD
 
 
@@ -75,7 +79,7 @@ def _failed(repo_id: str, error: Exception) -> str:
     return f"the upload to '{repo_id}' failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
-def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None) -> ModelCardData:
+def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None, task: str | None = None) -> ModelCardData:
     pretrained = timm.models.get_pretrained_cfg(record.spec.architecture)
     base = None if record.spec.kwargs.keys() & _SIZES else getattr(pretrained, "hf_hub_id", None)
     results = None
@@ -87,10 +91,15 @@ def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None) -> 
         ]  # fmt: skip
     return ModelCardData(
         library_name="dfqvit",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         base_model=base,
         base_model_relation="quantized" if base else None,
-        tags=["timm", "quantization", "data-free", record.recipe.label],
+        tags=[
+            *([] if isinstance(record.spec, NetworkSpec) else ["timm"]),
+            "quantization",
+            *([] if record.calibration == "images" else ["data-free"]),
+            record.recipe.label,
+        ],
         model_name=f"{record.spec.architecture} {record.recipe.label}" if results else None,
         eval_results=results,
     )
@@ -98,18 +107,23 @@ def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None) -> 
 
 def _text(model: nn.Module, record: QuantizationRecord, file: Path, evaluation: dict[str, Any] | None) -> str:
     recipe, preprocessing = record.recipe, record.preprocessing
+    kind, call = "A model of timm", f'dfqvit.load("{WEIGHTS}")  # an nn.Module: float images in, float logits out'
+    if isinstance(record.spec, NetworkSpec):
+        kind = f"The network that `{record.spec.build_by}` makes"
+        call = f'dfqvit.load("{WEIGHTS}", build="{record.spec.build_by}")  # an nn.Module; that function must be importable'
+    source = "on images that were given" if record.calibration == "images" else "without data"
     kinds = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes(model).items())
     settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
     lines = [
         f"# {record.spec.architecture}, {recipe.label}",
         "",
-        f"A vision transformer of timm, quantized to {recipe.label} without data and without fine-tuning "
-        f"([DFQ-ViT]({_PAPER})) by dfqvit {__version__}. It runs in integer arithmetic.",
+        f"{kind}, quantized to {recipe.label} {source} and without fine-tuning ([DFQ-ViT]({_PAPER})) by dfqvit {__version__}."
+        + (" It runs in integer arithmetic." if recipe.placement == "gemm" else ""),
         "",
         "```python",
         "import dfqvit",
         "",
-        f'model = dfqvit.load("{WEIGHTS}")  # an nn.Module: float images in, float logits out',
+        f"model = {call}",
         "```",
         "",
         "| | |",

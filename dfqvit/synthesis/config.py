@@ -13,6 +13,7 @@ from .curriculum import JITTER, SCHEDULES
 from .spectrum import SPECTRA
 
 _MOST_SEED = 2**40  # images draw from (seed << 20) + their index, which must fit 64 bits
+PRECISIONS = ("auto", "float32", "bfloat16")
 _NUMBERS = (
     "crop_lower",
     "crop_upper",
@@ -28,10 +29,13 @@ _NUMBERS = (
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """Settings of `synthesize`; the defaults follow PSAQ-ViT (arXiv 2203.02250) and DFQ-ViT (arXiv 2507.14481)."""
+    """Settings of `synthesize`; the defaults follow PSAQ-ViT (arXiv 2203.02250) and DFQ-ViT (arXiv 2507.14481).
+
+    But for `iters`: half of their 500 steps gave images as good to calibrate with (docs/accuracy.md).
+    """
 
     samples: int = 16
-    iters: int = 500
+    iters: int = 250
     seed: int = 0
     schedule: str = "e2h"  # of the crop area: "e2h" (easy to hard), "fixed" or "hard-to-easy"
     crop_lower: float = 0.08  # delta_l, least crop area as a share of the image
@@ -45,7 +49,9 @@ class SynthesisConfig:
     points: int = 10
     bandwidth: float = 0.01
     batch_size: int = 32  # images in one pass; more samples go in parts, which share the whole batch's range
-    precision: str = "float32"  # of the model's forward and backward: "float32" or "bfloat16" (autocast)
+    precision: str = (
+        "auto"  # of the model's forward and backward: "float32", "bfloat16" (autocast) or, by the machine, "auto"
+    )
     spectrum: str = "natural"  # of the finished images: "natural" (see `spectrum`) or "free", as they were optimised
     compat: str = ""  # "psaq": drop the first patch of every Swin window, as PSAQ-ViT's code does
 
@@ -71,8 +77,8 @@ class SynthesisConfig:
         for name in ("warmup", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} was {getattr(self, name)}; it is a share, from 0 to 1")
-        if self.precision not in ("float32", "bfloat16"):
-            raise UsageError(f"precision was '{self.precision}'; it may be 'float32' or 'bfloat16'")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision was '{self.precision}'; it may be 'auto', 'float32' or 'bfloat16'")
         if self.spectrum not in SPECTRA:
             raise UsageError(f"spectrum was '{self.spectrum}'; it may be {', '.join(map(repr, SPECTRA))}")
         if self.compat not in ("", "psaq"):

@@ -1,4 +1,4 @@
-"""Ctrl-C between two states, never within one."""
+"""Ctrl-C between two states, never within one; and what it leaves behind within torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+import torch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -33,3 +35,23 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
         if held:
             signal.raise_signal(held[0])
+
+
+@contextmanager
+def autocast_restored(kind: str) -> Iterator[None]:
+    """Brings torch's autocast for a kind of device back to what it was: Ctrl-C while it is entered or left leaves it on."""
+    before = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+    depth = _autocast_depth()
+    try:
+        yield
+    finally:
+        while _autocast_depth() > depth:
+            torch.autocast_decrement_nesting()
+        torch.set_autocast_enabled(kind, before[0])
+        torch.set_autocast_dtype(kind, before[1])
+        torch.set_autocast_cache_enabled(before[2])
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()

@@ -21,6 +21,7 @@ from ..models.frame import evaluating, on_float_reference
 from ..models.preprocessing import check_preprocessing
 from ..progress import Progress
 from .config import SynthesisConfig, check_names
+from .interruption import autocast_restored
 from .losses import Objective
 from .step import Step
 from .writing import write_tensors
@@ -62,7 +63,7 @@ class Synthesis:
 
         `report` is called after every step; on a GPU after every tenth and the last, a little late, so that nothing waits.
         """
-        with evaluating(self.model):
+        with evaluating(self.model), autocast_restored(self.advance.device.type):
             return self._run(set(frame_steps(self.config.iters)), report)
 
     def _run(self, moments: set[int], report: Callable[[Progress], None] | None) -> torch.Tensor:
@@ -172,7 +173,7 @@ def _pinned_row() -> torch.Tensor:
 def synthesize(
     model: nn.Module,
     samples: int = 16,
-    iters: int = 500,
+    iters: int = SynthesisConfig.iters,
     seed: int = 0,
     *,
     preprocessing: Preprocessing | None = None,

@@ -49,8 +49,14 @@ def union(ranges: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 def onehot_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the target classes, averaged over the batch; a scalar."""
-    return F.cross_entropy(logits.float(), labels)
+    """Cross-entropy with the target classes, averaged over the batch; a scalar.
+
+    Args:
+        logits: [B, classes]; or [B, ..., classes] of a model without pooling, whose every token is classified.
+        labels: [B].
+    """
+    classified = logits.float().reshape(len(labels), -1, logits.shape[-1])
+    return F.cross_entropy(classified.mT, labels[:, None].expand(-1, classified.shape[1]))
 
 
 def tv_loss(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

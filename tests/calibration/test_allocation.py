@@ -100,6 +100,9 @@ def test_a_file_fits_its_budget_and_loads_the_same(family, seed, tmp_path):
 def test_label_names_the_widths():
     assert Recipe(4).label == "W4/A8"
     assert Recipe(4, layer_bits={"head": 8, "blocks.0.mlp.fc1": 3}).label == "W3-8/A8"
+    assert Recipe(4, layer_bits={"head": 8}).label == "W4-8/A8"  # the others have 4
+    assert Recipe(8, layer_bits={"blocks.0.attn.qkv": 3}).label == "W3-8/A8"
+    assert Recipe(4, layer_bits={}) == Recipe(4)
 
 
 def test_bad_budgets_and_names(seed):

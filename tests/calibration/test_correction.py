@@ -108,6 +108,8 @@ def test_which_blocks():
     assert choose_blocks(12, blocks=[]) == []
     for arguments, message in (
         ({"gamma": 0}, "gamma was 0; it must be at least 1"),
+        ({"gamma": 2.5}, "gamma was 2.5; it must be a whole number, 1 or more"),
+        ({"top": "1"}, "acm_top was '1'; it must be a whole number, 1 or more"),
         ({"blocks": [12]}, r"acm_blocks was \[12\]; the model has blocks 0 to 11"),
         ({"blocks": [-13]}, "the model has blocks 0 to 11"),
         ({"top": 13}, "acm_top was 13; the model has 12 blocks"),

@@ -17,6 +17,7 @@ import timm
 import torch
 import torchvision
 from timm.utils import CheckpointSaver, ModelEmaV2
+from torch import nn
 
 import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
@@ -64,6 +65,8 @@ def test_of_several_weights_timms_choice_and_it_is_said(tmp_path, seed, keys):
     used = next(name for name, model in models.items() if same(model, twin))
     if used.endswith("ema") and len(names) > 1:
         assert any(f"'{used}', the averaged weights, was loaded" in str(each.message) for each in said)
+    elif len(names) > 1:
+        assert any(f"other values, beside '{used}', which was loaded" in str(each.message) for each in said)
     else:
         assert not said
 
@@ -246,6 +249,7 @@ def test_other_containers_are_named(tmp_path, seed):
     for content, said in (
         ({"net": state, "acc": 93.1, "epoch": 7}, r"entries are 'net', 'acc', 'epoch': save the one"),
         ({"epoch": 7}, r"its entries are 'epoch'"),
+        ({"model": "vit", "model_state_dict": state}, r"entries are 'model', 'model_state_dict': save the one"),
         ([1, 2], "but a list"),
         (torch.zeros(3), "but a Tensor"),
         ({"model." + key: value for key, value in state.items()}, r"begin with 'model\.': save it without"),
@@ -255,6 +259,88 @@ def test_other_containers_are_named(tmp_path, seed):
         with pytest.raises((DfqvitError, UsageError), match=said) as error:
             loaded(tmp_path / "c.pth")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ema", "ema_state_dict", "model_EMA_weights", "swa_model", "averaged"])
+@pytest.mark.parametrize("layout", ["flat", "module", "list"])
+def test_averaged_weights_where_timm_does_not_look_are_told(tmp_path, seed, name, layout):
+    raw, averaged = (created(VIT, **SMALL).state_dict() for _ in range(2))
+    entry = {"flat": averaged, "module": {"decay": 0.9, "module": averaged}, "list": {"shadow": [*averaged.values()]}}
+    torch.save({"state_dict": raw, name: entry[layout]}, tmp_path / "c.pth")
+    with pytest.warns(
+        UserWarning, match=f"holds '{name}', by its name averaged weights, beside 'state_dict', which was loaded"
+    ):
+        found = loaded(tmp_path / "c.pth").state_dict()
+    assert all(torch.equal(found[key], raw[key]) for key in raw)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"ema": {"decay": 0.9}}, {"ema": True}, {"schema": {"a": torch.ones(3)}}, {"ema": None}], ids=str
+)
+def test_what_holds_no_averaged_weights_is_not_told(tmp_path, seed, entry):
+    model = created(VIT, **SMALL)
+    torch.save({"state_dict": model.state_dict(), **entry}, tmp_path / "c.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(loaded(tmp_path / "c.pth"), model)
+
+
+@pytest.mark.parametrize("empty", [{}, None, collections.OrderedDict()], ids=str)
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema"])
+def test_an_average_that_is_empty_holds_no_weights(tmp_path, seed, name, empty):
+    model = created(VIT, **SMALL)
+    torch.save({"model": model.state_dict(), name: empty}, tmp_path / "c.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(loaded(tmp_path / "c.pth"), model)
+
+
+@pytest.mark.parametrize("within", ["module", "state_dict", "model"])
+def test_weights_one_level_down_in_a_container(tmp_path, seed, within):
+    """As an average that was saved whole, beside its decay."""
+    raw, averaged = created(VIT, **SMALL), created(VIT, **SMALL)
+    content = {"model": raw.state_dict(), "model_ema": {within: averaged.state_dict(), "decay": 0.9}}
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match="'model_ema', the averaged weights, was loaded"):
+        assert same(loaded(tmp_path / "c.pth"), averaged)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_checkpoint_of_torchs_averaged_model(tmp_path, seed, wrapped):
+    model = created(VIT, **SMALL)
+    averaged = torch.optim.swa_utils.AveragedModel(nn.DataParallel(model) if wrapped else model)
+    averaged.update_parameters(nn.DataParallel(model) if wrapped else model)
+    for content in (averaged.state_dict(), {"model": averaged.state_dict()}):
+        torch.save(content, tmp_path / "c.pth")
+        if wrapped:
+            with pytest.raises(UsageError, match=r"all of its keys begin with 'module\.': save it without"):
+                loaded(tmp_path / "c.pth")
+        else:
+            assert same(loaded(tmp_path / "c.pth"), model)
+
+
+SURPLUS = {
+    "blocks.0.mlp.fc1.weight_mask": torch.zeros(192, 48),
+    "blocks.0.attn.qkv.lora_mask_A": torch.ones(4, 3),
+    "blocks.0.mask": torch.ones(3, dtype=torch.bool),
+    "class_index": torch.arange(7),
+    "coords_head.weight": torch.ones(3),
+    "my_attn_mask": torch.ones(3),
+}
+
+
+@pytest.mark.parametrize("key", SURPLUS)
+def test_surplus_keys_are_named_whatever_words_they_contain(tmp_path, seed, key):
+    torch.save({**created(VIT, **SMALL).state_dict(), key: SURPLUS[key]}, tmp_path / "c.pth")
+    with pytest.raises(UsageError, match=rf"keys 1 unexpected \({re.escape(key)}\)"):
+        loaded(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("key", ["blocks.0.attn.relative_position_index", "attn_mask", "a.num_batches_tracked"])
+def test_buffers_that_models_compute_are_surplus_to_nobody(tmp_path, seed, key):
+    model = created(VIT, **SMALL)
+    torch.save({**model.state_dict(), key: torch.ones(3, dtype=torch.int32)}, tmp_path / "c.pth")
+    assert same(loaded(tmp_path / "c.pth"), model)
 
 
 def test_other_libraries_names_are_recognised(tmp_path, seed):

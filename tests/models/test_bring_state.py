@@ -9,23 +9,30 @@ import math
 import random
 import re
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import dfqvit
 from dfqvit.errors import UsageError
 from dfqvit.models import Preprocessing, load_model
+from dfqvit.models.adapters import is_network
 from dfqvit.models.foreign import _TWINS
 from dfqvit.models.frame import evaluating, float_reference, undisturbed
 
-from ..conftest import small_swin, small_vit
+from ..conftest import made_once, small_swin, small_vit
 
 DROPPING = {"drop_rate": 0.3, "drop_path_rate": 0.3, "pos_drop_rate": 0.2, "attn_drop_rate": 0.2, "proj_drop_rate": 0.2}
+
+
+quantized_once = made_once(dfqvit.quantize)  # in the usual frame, which tests compare with
 
 
 def images(count=6, size=32):
@@ -130,7 +137,7 @@ FRAMES = {
 def test_frames_change_nothing(seed, tmp_path, frame, options):
     model, x = small_vit(), images()
     options = {"calib": x, "samples": 2, "rounding": "nearest", **options}
-    wanted = dfqvit.quantize(model, 3, **options)
+    wanted = quantized_once(model, 3, **options)
     path = dfqvit.save(wanted, tmp_path / "q.safetensors")
     with FRAMES[frame]():
         found = dfqvit.quantize(model, 3, **options)
@@ -198,7 +205,8 @@ def of_transformers(source, **config):
 
 
 def foreign():
-    model = small_vit()
+    model, in_place = small_vit(), small_vit()
+    in_place.blocks[1].compile(backend="eager")
     quantized = dfqvit.quantize(model, calib="noise", samples=2, rounding="nearest")
     yield (
         "vit_tiny_patch16_224",
@@ -210,7 +218,11 @@ def foreign():
     yield timm.create_model, "a function; call it; it must be a timm model"
     yield None, "a NoneType; it must be a timm model"
     yield torch.compile(model), "compiled by torch.compile; give model._orig_mod"
+    yield in_place, r"compiled in place by compile\(\); give copy.deepcopy\(model\), which is not"
     yield nn.DataParallel(model), "wrapped in DataParallel; give model.module"
+    yield AveragedModel(model), "wrapped in AveragedModel, which averages weights; give model.module"
+    yield ModelEmaV2(model), "wrapped in ModelEmaV2, which averages weights; give model.module"
+    yield ModelEmaV3(model), "wrapped in ModelEmaV3, which averages weights; give model.module"
     yield torch.jit.trace(model, images(1)), "a TorchScript module .*; give the timm model that it was made from"
     yield torch.export.export(model, (images(1),)).module(), "a GraphModule of torch.fx or torch.export"
     yield quantized, "quantized by dfqvit already"
@@ -314,6 +326,19 @@ def test_a_pretrained_configuration_of_another_scale_is_refused():
         Preprocessing.of(model)
 
 
+def test_a_configuration_as_timms_dataclass_is_taken(seed):
+    model = small_vit()
+    wanted, own = Preprocessing.of(model), model.pretrained_cfg
+    model.pretrained_cfg = timm.models.PretrainedCfg(**own)
+    assert Preprocessing.of(model) == wanted
+    qmodel = dfqvit.quantize(model, calib=images(), rounding="nearest")
+    assert qmodel.dfqvit_record.preprocessing == wanted
+    assert Preprocessing.of(qmodel) == wanted
+    network = nn.Sequential(model, nn.Linear(model.num_classes, 2))
+    assert is_network(network)
+    assert Preprocessing.of(network) == wanted
+
+
 def test_none_of_timms_configurations_is_refused():
     names = timm.list_pretrained()
     assert len(names) > 1000
@@ -388,3 +413,46 @@ def test_pixels_with_a_small_margin_and_none_at_all():
 def test_arguments_of_quantize_are_refused_in_a_sentence(options, message):
     with pytest.raises(UsageError, match=message):
         dfqvit.quantize(small_vit(), **{"calib": images(), "rounding": "nearest", **options})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": 2}, "gamma was 2; it counts blocks where acm_blocks is None"),
+        ({"gamma": 2, "acm": "sequential"}, "gamma was 2; it counts blocks where acm_blocks is None"),
+        ({"acm": "none", "acm_blocks": [0]}, r"acm_blocks was \[0\] and acm 'none'; it is for acm='sequential'"),
+        ({"acm": "none", "acm_top": 2}, "acm_top was 2 and acm 'none'"),
+        ({"acm": "none", "acm_shrink": True}, "acm_shrink was True and acm 'none'"),
+        ({"acm_shape": "channel"}, "acm_shape was 'channel' and acm 'auto', which corrects nothing here"),
+        ({"acm_top": 1, "acm_blocks": [0]}, r"acm_top was 1 and acm_blocks \[0\]; give one of them"),
+        ({"report": 3}, "report was 3; it may be a function of a Progress, or None"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        dfqvit.quantize(small_vit(), 4, calib="procedural", samples=2, **settings)
+
+
+def test_a_setting_given_twice_is_refused():
+    for key, values in (("num_classes", (10, 5)), ("img_size", (32, 64)), ("in_chans", (1, 3))):
+        with pytest.raises(
+            UsageError, match=f"{key} was {values[0]}, and {values[1]} in model_kwargs; give one of them"
+        ):
+            load_model("vit_tiny_patch16_224", **{key: values[0]}, model_kwargs={key: values[1]}, pretrained=False)
+
+
+def test_threads_quantize_one_model_one_after_the_other(seed):
+    """Each result is its own, and the model is left as it was: in train mode."""
+    model, x = small_vit().train(), torch.randn(2, 3, 32, 32)
+    kinds = [{"calib": "synthetic", "iters": 3, "samples": 2 + k, "seed": k} for k in range(3)]
+    kinds += [{"calib": "procedural", "samples": 3, "w_bits": 3}]
+
+    def made(settings):
+        return dfqvit.quantize(model, rounding="nearest", progress=False, **settings)(x)
+
+    alone = [made(settings) for settings in kinds]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        together = list(pool.map(made, kinds))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

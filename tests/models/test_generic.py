@@ -35,14 +35,14 @@ SMALL = {
     "swinv2_tiny_window8_256": {
         "img_size": 64,
         "window_size": 4,
-        "embed_dim": 16,
+        "embed_dim": 24,
         "depths": (2, 2),
         "num_heads": (1, 2),
         "num_classes": 7,
     },
     "vit_base_patch16_xp_224": SMALL_VIT,
     "vit_small_patch16_18x2_224": SMALL_VIT,
-    "mixer_s16_224": {"num_classes": 7},
+    "mixer_s16_224": {"img_size": 64, "mlp_ratio": (0.25, 0.25), "num_classes": 7},
     "mobilevit_xxs": {"num_classes": 7},
 }
 
@@ -105,6 +105,23 @@ def test_features_are_what_attention_passes_to_its_projection(seed):
     assert len(features.tensors) == len(seen) == 2
     for found, values in zip(features.tensors, seen, strict=True):
         assert torch.allclose(found, values[:, 1:].unflatten(-1, (3, 16)).mean(2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("visformer_tiny", 3),  # stage1, stage2, stage3
+        ("convmixer_768_32", 32),  # blocks that are nn.Sequential
+        ("efficientvim_m1", 3),  # stages that give tuples
+        ("rdnet_tiny", 7),  # dense_stages
+    ],
+)
+def test_stages_of_other_names_and_results_serve_too(seed, name, stages):
+    model = timm.create_model(name, num_classes=5).eval()
+    with find_adapter(model).capture() as features, torch.no_grad():
+        model(images_for(model, 2))
+    assert len(features.tensors) == stages
+    assert all(len(tensor) == 2 and tensor.dim() == 3 for tensor in features.tensors)
 
 
 @torch.no_grad()
@@ -242,15 +259,55 @@ def test_a_model_that_cannot_be_run_is_refused(seed):
         dfqvit.quantize(model, calib="noise", samples=2)
 
 
+def round_trip(model, tmp_path):
+    """The model at W8/A8, after a trip through a file; and the images that it was calibrated on."""
+    images = torch.randn(2, *Preprocessing.of(model).input_size) * 0.5
+    qmodel = dfqvit.quantize(model, w_bits=8, calib=images, rounding="nearest", progress=False)
+    loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "model.safetensors"))
+    assert torch.equal(loaded(images), qmodel(images))
+    return loaded, images
+
+
+@pytest.mark.parametrize("name", ["mixer_s16_224", "mobilevit_xxs"])
+def test_the_size_that_was_asked_for_is_that_of_the_images(seed, name, tmp_path):
+    """Of families whose models do not say it, one that takes no other size and one that takes any."""
+    model = small(name, img_size=64)
+    loaded, images = round_trip(model, tmp_path)
+    assert Preprocessing.of(loaded).input_size == tuple(images.shape[1:]) == (3, 64, 64)
+    assert torch.allclose(loaded(images), model(images), rtol=0, atol=0.5 * float(model(images).std()))
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m0", "shvit_s1"])
+def test_families_whose_classifier_cannot_be_asked_for_once_it_is_gone(seed, name, tmp_path):
+    loaded, images = round_trip(timm.create_model(name, num_classes=0).eval(), tmp_path)
+    assert loaded.dfqvit_record.spec.kwargs["num_classes"] == 0
+    assert loaded(images).dim() == 2
+
+
+def test_a_model_that_was_called_before_is_quantized_alike(seed, tmp_path):
+    """ConViT makes tables in its first call, from a weight that it reads."""
+    model = timm.create_model(
+        "convit_tiny", img_size=32, patch_size=8, depth=3, local_up_to_layer=2, num_classes=5
+    ).eval()
+    fresh, images = round_trip(copy.deepcopy(model), tmp_path)
+    model(images)
+    called, images = round_trip(model, tmp_path)
+    assert fresh.state_dict().keys() == called.state_dict().keys()
+    assert isinstance(called.blocks[0].attn.qk, nn.Linear)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rounding", ["nearest", "second-order"])
 def test_backbones_without_a_classifier(seed, rounding, tmp_path):
-    for model in (small_vit(num_classes=0), small("convnext_atto", num_classes=0)):
+    convnext = small("convnext_atto", num_classes=0)
+    convnext.pretrained_cfg = {**convnext.pretrained_cfg, "input_size": (3, 64, 64)}
+    for model in (small_vit(num_classes=0), convnext):
         x = images_for(model, 6)
         kwargs = (
             {**SMALL_VIT, "depth": 3, "num_classes": 0} if isinstance(model, timm.models.VisionTransformer) else None
         )
-        qmodel = dfqvit.quantize(model, 8, samples=4, iters=2, rounding=rounding, model_kwargs=kwargs)
+        settings = {"samples": 4, "iters": 2, "companions": 4, "rounding": rounding, "model_kwargs": kwargs}
+        qmodel = dfqvit.quantize(model, 8, **settings)
         assert apart(qmodel(x), model(x)) < 0.5
         assert torch.equal(dfqvit.load(dfqvit.save(qmodel, tmp_path / "m.safetensors"))(x), qmodel(x))
         with pytest.raises(UsageError, match=r"acm was 'checked'; it compares logits"):
@@ -307,3 +364,14 @@ def test_info_says_what_stays_float(seed, tmp_path):
     found = describe_file(path, torch.device("cpu"), 0)["float"]
     assert set(found) == {f"stages.{stage}.blocks.{k}.conv_dw" for stage, k in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))}
     assert 0 < sum(found.values()) < 0.5
+
+
+@torch.no_grad()
+def test_layers_that_mix_heads_stay_float(seed):
+    model = timm.create_model("cait_xxs24_224", img_size=64, depth=2, num_heads=4, num_classes=7).eval()
+    images = images_for(model)
+    qmodel = dfqvit.quantize(model, 8, calib=images, rounding="nearest")
+    attention = qmodel.blocks[0].attn
+    assert type(attention.qkv) is QuantLinear
+    assert type(attention.proj_l) is type(attention.proj_w) is nn.Linear
+    assert apart(qmodel(images), model(images)) < 0.1

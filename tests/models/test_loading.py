@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.utils.prune
 
 from dfqvit import demo
 from dfqvit.errors import DfqvitError, UsageError
@@ -53,6 +55,21 @@ def test_pth_checkpoints_are_read_without_unpickling_code(tmp_path):
     torch.save(model, tmp_path / "pickled.pth")
     with pytest.raises(DfqvitError, match="could not be read"):
         load_model("vit_tiny_patch16_224", tmp_path / "pickled.pth", num_classes=3)
+
+
+def test_a_classifier_that_no_pretrained_weights_have_is_told(tmp_path):
+    model = small_vit(num_classes=5)
+    write_checkpoint(tmp_path / "model.safetensors", model)
+    arguments = {key: value for key, value in SMALL["vit"].items() if key != "num_classes"}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": arguments}
+    config["pretrained_cfg"] = {"num_classes": 5, "classifier": "head", "first_conv": "patch_embed.proj"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({}, {"num_classes": 5}, {"num_classes": 0}, {"num_classes": 3, "pretrained": False}):
+            load_model(f"local-dir:{tmp_path}", **options)
+    with pytest.warns(UserWarning, match="has pretrained weights of 5 classes, so the classifier of 3 .* is random"):
+        load_model(f"local-dir:{tmp_path}", num_classes=3)
 
 
 def test_wrong_class_count_names_the_right_one(checkpoint):
@@ -112,6 +129,38 @@ def test_spec_sees_a_difference_in_heads_that_no_shape_shows():
     vars(model).pop("_model_args", None)
     with pytest.raises(UsageError, match=r"'blocks.0.attn.num_heads' is 6 here and 3 there"):
         ModelSpec.of(model)
+
+
+@pytest.mark.parametrize(("make", "pools"), [(small_vit, ("avg", "max", "")), (small_swin, ("max", ""))])
+def test_spec_knows_the_pooling_that_reset_classifier_set(make, pools):
+    for pooling in pools:
+        model = make()
+        model.reset_classifier(7, pooling)
+        spec = ModelSpec.of(model)
+        assert (spec.kwargs["num_classes"], spec.kwargs["global_pool"]) == (7, pooling)
+        assert spec.build()(torch.zeros(2, 3, 32, 32)).shape == model(torch.zeros(2, 3, 32, 32)).shape
+    model = timm.create_model("test_mambaout")
+    model.reset_classifier(7, "max")
+    assert ModelSpec.of(model).kwargs["global_pool"] == "max"
+
+
+@pytest.mark.parametrize(
+    ("change", "way"),
+    [
+        (torch.nn.utils.parametrizations.weight_norm, "torch.nn.utils.parametrize.remove_parametrizations"),
+        (lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5), "torch.nn.utils.prune.remove"),
+    ],
+)
+def test_weights_that_are_computed_anew_are_to_be_made_permanent(change, way):
+    model = small_vit()
+    change(model.blocks[1].mlp.fc1)
+    with pytest.raises(UsageError, match=rf"make the .* of 'blocks.1.mlp.fc1' permanent \({way}"):
+        ModelSpec.of(model)
+
+
+def test_keywords_are_a_dict():
+    with pytest.raises(UsageError, match=r"model_kwargs was \['depth'\]; it may be a dict"):
+        ModelSpec.of(small_vit(), ["depth"])
 
 
 @pytest.mark.parametrize("make", [small_vit, small_swin, small_distilled])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import safetensors
 import timm
 import torch
 from torch import nn
+from torchvision.transforms import Normalize
 
 import dfqvit
 from dfqvit import UsageError
@@ -69,7 +71,7 @@ def test_the_last_layers_are_found_along_the_graph(seed):
     class Branches(networks.Segmenter):
         def __init__(self):
             super().__init__()
-            self.first, self.second, self.third = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(5, 2)
+            self.first, self.second, self.third = nn.Linear(5, 20), nn.Linear(20, 3), nn.Linear(5, 17)
 
         def forward(self, x):
             rows = super().forward(x)["out"].flatten(2).mT
@@ -223,3 +225,46 @@ def test_networks_that_cannot_be_taken(seed):
 def test_preprocessing_is_the_backbones_or_none_where_the_network_normalises(seed):
     assert Preprocessing.of(networks.segmenter()) == Preprocessing.of(small_vit())
     assert Preprocessing.of(networks.retina()).mean == (0.0, 0.0, 0.0)
+
+
+class Normalising(nn.Module):
+    """Holds a mean and a std by some names, or none, and a ViT that is given images by them."""
+
+    def __init__(self, mean, std, names=("mean", "std")):
+        super().__init__()
+        self.body, self.values, self.names = small_vit(), (mean, std), names
+        for name, value in zip(names, (mean, std), strict=False):
+            self.register_buffer(name, torch.full((1, 3, 1, 1), value))
+
+    def forward(self, x):
+        return self.body((x - self.values[0]) / self.values[1])
+
+
+@pytest.mark.parametrize(
+    ("network", "greatest"),
+    [
+        (lambda: nn.Sequential(Normalize([0.5] * 3, [0.5] * 3), small_vit()), 1),
+        (lambda: Normalising(0.4, 0.2), 1),
+        (lambda: Normalising(120.0, 60.0, ("pixel_mean", "pixel_std")), 255),
+    ],
+)
+def test_a_network_that_normalises_itself_takes_pixels(seed, network, greatest):
+    network = network().eval()
+    found = Preprocessing.of(network)
+    assert (found.mean, found.std) == ((0.0,) * 3, (1 / greatest,) * 3)
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(found.normalise(pixels), pixels * greatest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qmodel = dfqvit.quantize(network, 8, **{**QUICK, "calib": found.normalise(pixels)})
+    assert qmodel.dfqvit_record.preprocessing == found
+
+
+def test_a_network_that_rescales_images_in_a_way_of_its_own_is_told(seed):
+    network, said = Normalising(0.4, 0.2, ()), "gives its 'body' images of another mean and deviation than it takes"
+    with pytest.warns(UserWarning, match=said):
+        dfqvit.quantize(network.eval(), 8, **QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dfqvit.quantize(network, 8, preprocessing=Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3), **QUICK)
+        dfqvit.quantize(networks.siamese(), 8, **QUICK)

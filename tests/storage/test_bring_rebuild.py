@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import subprocess
-import sys
+import pickle
+import re
 import warnings
 
 import pytest
@@ -12,13 +13,17 @@ import timm
 import torch
 from timm.models import VisionTransformer, register_model
 from torch import nn
+from torch.nn.utils import prune
 
 import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
-from dfqvit.models import Preprocessing, load_model
-from dfqvit.storage.file import read
+from dfqvit.models import ModelSpec, Preprocessing, load_model
+from dfqvit.storage.export import OPSET, qdq_model
+from dfqvit.storage.file import held, read
 
+from .. import networks
 from ..conftest import threads
+from ..fresh import python
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 SWIN = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
@@ -92,7 +97,7 @@ def test_thirty_architectures_load_in_a_fresh_process_to_the_same_bits(tmp_path,
             qmodel, x = quantized(timm.create_model(name, **kwargs))
             dfqvit.save(qmodel, tmp_path / f"{name}.safetensors")
             torch.save({"x": x, "y": qmodel(x)}, tmp_path / f"{name}.pt")
-    done = subprocess.run([sys.executable, "-c", LOADER, tmp_path, *ARCHITECTURES], capture_output=True, text=True)
+    done = python("-c", LOADER, tmp_path, *ARCHITECTURES)
     assert done.returncode == 0, done.stderr
     assert dict(line.split() for line in done.stdout.splitlines()) == dict.fromkeys(ARCHITECTURES, "True")
 
@@ -140,8 +145,6 @@ def test_what_a_file_cannot_name_is_refused_before_any_work(seed):
 
 
 def test_a_file_names_no_code_but_layers():
-    from dfqvit.models import ModelSpec
-
     for name in ("os.system", "torch.nn.init.ones_", "timm.models.load_checkpoint", "torch.nn.modules.activation.F"):
         with pytest.raises(UsageError, match=r"names (the layer )?'"):
             ModelSpec("vit_tiny_patch16_224", {"act_layer": {"callable": name}}).build("meta")
@@ -178,6 +181,31 @@ def test_flags_that_change_no_output_do_not_matter(seed, tmp_path):
     assert loaded(x).shape == (3, 5)
 
 
+@pytest.mark.parametrize("momentum", [0.01, None])
+def test_the_momentum_of_batch_normalisation_does_not_matter(momentum):
+    model = timm.create_model("levit_128s")
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = momentum
+    assert ModelSpec.of(model).architecture == "levit_128s"
+    norms[0].eps = 0.01
+    with pytest.raises(UsageError, match=r"'stem.conv1.bn.eps' is 0.01 here and 1e-05 there"):
+        ModelSpec.of(model)
+
+
+def test_what_stands_at_two_places_is_named():
+    model = small()
+    model.blocks[1] = model.blocks[0]
+    said = r"'blocks.1.attn.proj.bias' is shared with 'blocks.0.attn.proj.bias' here, and not there: give each place a copy"
+    with pytest.raises(UsageError, match=said):
+        ModelSpec.of(model)
+    model.blocks[1] = copy.deepcopy(model.blocks[0])
+    assert ModelSpec.of(model).architecture == "vit_tiny_patch16_224"
+    model.blocks[1].norm2.weight = model.norm.weight
+    with pytest.raises(UsageError, match=r"'norm.weight' is shared with 'blocks.1.norm2.weight' here"):
+        ModelSpec.of(model)
+
+
 def test_a_changed_forward_or_depth_is_refused(seed):
     model = small()
     model.blocks[1].forward = lambda x: x
@@ -185,7 +213,7 @@ def test_a_changed_forward_or_depth_is_refused(seed):
         quantized(model)
     model = small()
     model.pool = lambda x: x[:, 0]
-    with pytest.raises(UsageError, match=r"'' has a pool of its own here"):
+    with pytest.raises(UsageError, match=r"the model has a pool of its own here"):
         quantized(model)
     model = small(depth=3)
     model.blocks = model.blocks[:1]
@@ -208,6 +236,110 @@ def test_a_head_or_depth_changed_after_quantizing_is_not_saved(seed, tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("place", "method"), [("", "forward"), ("", "forward_features"), ("blocks.1.attn", "forward")])
+def test_a_method_replaced_after_quantizing_is_not_saved(seed, tmp_path, place, method):
+    qmodel, _ = quantized(small())
+    part = qmodel.get_submodule(place)
+    computes = getattr(part, method)
+    setattr(part, method, lambda *args, **kwargs: 2 * computes(*args, **kwargs))
+    where = f"'{place}'" if place else "the model"
+    with pytest.raises(UsageError, match=rf"\({where} has a {method} of its own; load would build none\)"):
+        dfqvit.save(qmodel, tmp_path / "q.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("place", ["", "blocks.0", "blocks.1.mlp.fc1", "head"])
+def test_hooks_that_no_file_holds_are_named(seed, tmp_path, place, kind):
+    qmodel, x = quantized(small())
+    before = qmodel(x)
+    hook = getattr(qmodel.get_submodule(place), kind)(lambda module, values, *_: None)
+    where = f"'{place}'" if place else "the model"
+    with pytest.warns(UserWarning, match=f"qmodel has forward hooks on {where}, which the file does not hold"):
+        path = dfqvit.save(qmodel, tmp_path / "q.safetensors")
+    assert torch.equal(dfqvit.load(path)(x), before)
+    hook.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dfqvit.save(qmodel, path)
+
+
+@pytest.mark.parametrize("options", [{"placement": "psaq"}, {"acm": "sequential", "acm_blocks": [0, -1]}], ids=str)
+def test_dfqvit_s_own_hooks_are_held(seed, tmp_path, options):
+    """Of sites on outputs, and of corrections on what is no layer: here on a LayerScale."""
+    qmodel, x = quantized(small(init_values=0.3), **options)
+    assert any(module._forward_hooks for module in qmodel.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "q.safetensors"))
+    assert torch.equal(loaded(x), qmodel(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: nn.utils.parametrizations.weight_norm(q.blocks[0].norm1, dim=None),
+        lambda q: nn.utils.parametrize.register_parametrization(q.blocks[0].norm1, "weight", nn.Tanh()),
+        lambda q: prune.l1_unstructured(q.blocks[0].norm1, "weight", 3),
+    ],
+    ids=["weight_norm", "parametrized", "pruned"],
+)
+def test_parameters_computed_from_others_are_not_saved(seed, tmp_path, change):
+    qmodel, _ = quantized(small())
+    change(qmodel)
+    with pytest.raises(UsageError, match="qmodel was changed after it was quantized"):
+        dfqvit.save(qmodel, tmp_path / "q.safetensors")
+
+
+ROUNDED = ("eva02_tiny_patch14_224", "vit_base_patch16_rope_224", "vit_relpos_small_patch16_224")  # by half precision
+SWIN_T = "swin_tiny_patch4_window7_224"
+TABLES = {
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 1},
+    "vit_base_patch16_rope_224": {**SMALL, "img_size": 32, "patch_size": 8},
+    "vit_relpos_small_patch16_224": {**SMALL, "img_size": 32, "patch_size": 8},
+    SWIN_T: {**SWIN, "img_size": 56},
+    "convit_tiny": {"depth": 1, "num_classes": 5},
+}
+
+
+def tables(model):
+    held = model.state_dict().keys()
+    return {key: value for key, value in model.named_buffers() if key not in held and value.is_floating_point()}
+
+
+@pytest.mark.parametrize("change", ["none", "half", "bfloat16", "table"])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_that_no_state_dict_holds_are_saved_where_they_are_others(seed, tmp_path, name, change):
+    """Computed by the structure; of a model in half precision they are rounded, and the user may set them."""
+    model = timm.create_model(name, **TABLES[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    if change in ("half", "bfloat16"):
+        model = model.to(getattr(torch, change))
+    if change == "table":
+        for table in tables(model).values():
+            table.mul_(0.7)
+    qmodel, x = quantized(model)
+    path = dfqvit.save(qmodel, tmp_path / "q.safetensors")
+    loaded = dfqvit.load(path)
+    assert torch.equal(loaded(x), qmodel(x))
+    again = dfqvit.load(dfqvit.save(loaded, tmp_path / "again.safetensors"))
+    assert torch.equal(again(x), qmodel(x))
+    beside = read(path)[1].keys() - qmodel.state_dict().keys()
+    assert bool(beside) == (change != "none" and (name in ROUNDED or (change, name) == ("table", SWIN_T)))
+    exported = dict(qdq_model(*held(qmodel, "export_onnx"), OPSET).named_buffers())
+    assert all(torch.equal(exported[key], table) for key, table in tables(dfqvit.load(path)).items() if key in exported)
+
+
+def test_tables_of_a_network_of_the_user_are_saved(seed, tmp_path):
+    network = networks.rotary()
+    network.left.rope.pos_embed.mul_(0.7)
+    qmodel = dfqvit.quantize(network, samples=2, calib="noise", rounding="nearest", build="tests.networks:rotary")
+    x = torch.randn(2, 3, 32, 32)
+    path = dfqvit.save(qmodel, tmp_path / "q.safetensors")
+    assert torch.equal(dfqvit.load(path, build="tests.networks:rotary")(x), qmodel(x))
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -227,6 +359,31 @@ def test_another_input_size_set_after_quantizing_is_saved(seed, tmp_path, name, 
     assert timm.data.resolve_model_data_config(loaded)["input_size"] == tuple(x.shape[1:])
 
 
+@pytest.mark.parametrize("name", ["vit", "swin", "eva02_tiny_patch14_224"])
+def test_patches_of_another_size_are_set_on_the_float_model(seed, name):
+    if name == "vit":
+        model = small()
+    else:
+        model = timm.create_model(
+            {"swin": SWIN_T}.get(name, name), **{"swin": TABLES[SWIN_T]}.get(name, TABLES.get(name))
+        )
+    qmodel, x = quantized(model, acm="none")
+    patch = model.patch_embed.patch_size
+    for size in (2 * patch[0], (patch[0], 2 * patch[1])):
+        with pytest.raises(UsageError, match=re.escape(f"patch_size was {size}; a quantized model keeps its {patch}")):
+            qmodel.set_input_size(patch_size=size)
+    wanted = qmodel(x)
+    for size in (patch[0], patch, list(patch)):
+        qmodel.set_input_size(x.shape[-2:], size)
+        assert torch.equal(qmodel(x), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(qmodel))(x), wanted)
+
+
+def test_only_models_of_several_input_sizes_have_set_input_size(seed):
+    model = timm.create_model("mixer_s32_224", img_size=64)
+    assert not hasattr(dfqvit.quantize(model, samples=2, calib="noise", rounding="nearest"), "set_input_size")
+
+
 @register_model
 def bring_test_vit(pretrained=False, **kwargs):
     """A user's own entrypoint, which says nothing to timm's builder."""
@@ -244,17 +401,21 @@ def bring_renamed_vit(pretrained=False, **kwargs):
     return timm.models.vision_transformer._create_vision_transformer("vit_small_patch16_224", **options)
 
 
-@pytest.mark.parametrize("name", ["bring_test_vit", "bring_renamed_vit"])
-def test_a_registered_model_of_the_user(tmp_path, seed, name):
-    qmodel, x = quantized(timm.create_model(name, num_classes=4))
-    path = dfqvit.save(qmodel, tmp_path / "q.safetensors")
-    assert torch.equal(dfqvit.load(path)(x), qmodel(x))
-    assert read(path)[0].spec.architecture == name
-    done = subprocess.run([sys.executable, "-m", "dfqvit", "info", path], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert f"names the model '{name}'" in done.stderr
-    assert "import the module that registers it first" in done.stderr
+def test_registered_models_of_the_user(tmp_path, seed):
+    """A process that has not registered them says which they are."""
+    names = ["bring_test_vit", "bring_renamed_vit"]
+    for name in names:
+        qmodel, x = quantized(timm.create_model(name, num_classes=4))
+        path = dfqvit.save(qmodel, tmp_path / name)
+        assert torch.equal(dfqvit.load(path)(x), qmodel(x))
+        assert read(path)[0].spec.architecture == name
+    code = "import sys; from dfqvit import cli; print([cli.run(['info', path]) for path in sys.argv[1:]])"
+    paths = [str(tmp_path / name) for name in names]
+    done = python("-c", code, *paths)
+    assert done.stdout == "[1, 1]\n", done.stderr
+    for name, line in zip(names, done.stderr.splitlines(), strict=True):
+        assert f"names the model '{name}'" in line
+        assert "import the module that registers it first" in line
 
 
 def test_a_model_of_no_name_is_refused(seed):

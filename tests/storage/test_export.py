@@ -67,7 +67,7 @@ def needs_onnx():
     [("demo-swin", {"w_bits": 3, "acm": "sequential"}), ("demo", {"placement": "psaq", "a_bits": 6})],
 )
 def test_onnx_runtime_agrees(tmp_path, name, settings):
-    qmodel = quantized(name, **settings)
+    qmodel = quantized(name, rounding="nearest", **settings)
     written = export_onnx(qmodel, tmp_path / "m.onnx")
     x, labels = images(qmodel, 1000)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_openvino_agrees(tmp_path, name, w_bits):
 def test_command_weights_are_integers_and_the_batch_is_free(tmp_path, capsys):
     import onnx
 
-    qmodel = quantized("demo")
+    qmodel = quantized("demo", rounding="nearest")
     dfqvit.save(qmodel, tmp_path / "m.safetensors")
     arguments = ["export", str(tmp_path / "m.safetensors"), "--onnx", str(tmp_path / "m.onnx")]
     (tmp_path / "m.onnx").write_bytes(b"mine")
@@ -176,30 +176,31 @@ def test_command_weights_are_integers_and_the_batch_is_free(tmp_path, capsys):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("dfqvit.storage.export.NEEDED", ("no_such_onnx",))
     with pytest.raises(ValueError, match=r"needs no_such_onnx; install dfqvit\[export\]"):
-        export_onnx(dfqvit.quantize(load_model("demo"), calib="noise"), tmp_path / "x.onnx")
+        export_onnx(
+            dfqvit.quantize(load_model("demo"), calib="noise", samples=2, rounding="nearest"), tmp_path / "x.onnx"
+        )
 
 
 @pytest.mark.parametrize("form", ["simulated", "integer"])
 @pytest.mark.parametrize("name", ["demo", "demo-swin"])
 def test_torch_export(name, form):
-    qmodel = dfqvit.quantize(load_model(name), calib="noise", samples=2, runtime=form)
+    qmodel = dfqvit.quantize(load_model(name), calib="noise", samples=2, rounding="nearest", runtime=form)
     x = torch.randn(3, 1, 28, 28)
     with torch.no_grad():
         program = torch.export.export(qmodel, (x,), strict=False)
         assert torch.equal(program.module()(x), qmodel(x))
 
 
-@pytest.mark.parametrize("name", ["segmenter", "pair"])
+@pytest.mark.parametrize("name", ["shallow_segmenter", "shallow_pair"])
 def test_a_network_in_onnx_runtime(seed, tmp_path, name):
     network = getattr(networks, name)()
-    qmodel = dfqvit.quantize(
-        network, calib="procedural", samples=4, build=f"tests.networks:{name}", runtime="simulated"
-    )
+    settings = {"calib": "procedural", "samples": 4, "rounding": "nearest", "runtime": "simulated"}
+    qmodel = dfqvit.quantize(network, build=f"tests.networks:{name}", **settings)
     export_onnx(qmodel, tmp_path / "network.onnx")
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     session = onnxruntime.InferenceSession(str(tmp_path / "network.onnx"), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    assert names == {"segmenter": ["out"], "pair": ["output_0", "output_1"]}[name]
+    assert names == {"shallow_segmenter": ["out"], "shallow_pair": ["output_0", "output_1"]}[name]
     x = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         wanted = flattened(qmodel(x))
@@ -216,11 +217,11 @@ class Selecting(networks.Segmenter):
 
 
 def selecting():
-    return Selecting().eval()
+    return Selecting(depth=1).eval()
 
 
 def test_shapes_that_depend_on_values_are_said_in_a_sentence(seed, tmp_path):
-    qmodel = dfqvit.quantize(selecting(), calib="procedural", samples=2, build=selecting)
+    qmodel = dfqvit.quantize(selecting(), calib="procedural", samples=2, rounding="nearest", build=selecting)
     with pytest.raises(dfqvit.DfqvitError, match="whose shapes do not depend on values") as error:
         export_onnx(qmodel, tmp_path / "network.onnx")
     assert "\n" not in str(error.value)

@@ -9,9 +9,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from torch.optim import swa_utils
 
 import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.models import ModelSpec, load_model
+from dfqvit.storage.export import export_onnx
 from dfqvit.storage.file import checksum, read
 
 from ..conftest import MODELS, SMALL, made_once
@@ -153,6 +156,101 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     assert os.listdir(saved.parent) == [saved.name]
 
 
+def test_a_folder_is_no_file_to_write(quantized, tmp_path):
+    with pytest.raises(UsageError, match="which is a folder; give the file, such as"):
+        dfqvit.save(quantized, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_stays_one(saved, monkeypatch):
+    model, link, dangling = dfqvit.load(saved), saved.parent / "current", saved.parent / "next"
+    monkeypatch.chdir(saved.parent)
+    link.symlink_to(saved.name)
+    dangling.symlink_to("other.safetensors")
+    before = saved.stat().st_ino
+    for path in (link, dangling, "current"):
+        dfqvit.save(model, path)
+    assert link.is_symlink()
+    assert dangling.is_symlink()
+    assert saved.stat().st_ino != before
+    assert (saved.parent / "other.safetensors").read_bytes() == saved.read_bytes()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o444])
+def test_a_file_that_is_replaced_keeps_its_mode(saved, mode):
+    model = dfqvit.load(saved)
+    saved.chmod(mode)
+    dfqvit.save(model, saved)
+    assert saved.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_what_is_no_regular_file_is_left_alone(saved):
+    model, pipe, loop = dfqvit.load(saved), saved.parent / "pipe", saved.parent / "loop"
+    os.mkfifo(pipe)
+    loop.symlink_to("loop")
+    (saved.parent / "null").symlink_to(os.devnull)
+    for path in (pipe, loop, saved.parent / "null"):
+        with pytest.raises(OSError, match=f"path was '{path}', which is no regular file; it may be one, or a name"):
+            dfqvit.save(model, path)
+    assert pipe.is_fifo()
+    assert loop.is_symlink()
+    assert sorted(os.listdir(saved.parent)) == sorted([saved.name, "pipe", "loop", "null"])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (torch.compile, "{} was compiled by torch.compile; give {}._orig_mod"),
+        (torch.nn.DataParallel, "{} was wrapped in DataParallel; give {}.module"),
+        (swa_utils.AveragedModel, "{} was wrapped in AveragedModel, which averages weights; give {}.module"),
+    ],
+)
+def test_a_wrapped_model_is_to_be_unwrapped(saved, tmp_path, wrap, message):
+    wrapped = wrap(dfqvit.load(saved))
+    for take in (dfqvit.save, export_onnx):
+        with pytest.raises(UsageError, match=message.format("qmodel", "qmodel") + "$"):
+            take(wrapped, tmp_path / "other")
+    with pytest.raises(UsageError, match=message.format("model", "model") + "$"):
+        dfqvit.integer_report(wrapped)
+
+
+@pytest.mark.parametrize("path", [b"m.safetensors", None, 3])
+def test_a_path_is_text_or_a_path(saved, path):
+    for use in (lambda: dfqvit.load(path), lambda: dfqvit.save(dfqvit.load(saved), path)):
+        with pytest.raises(UsageError, match=f"path was {path!r}; it may be a str or a Path"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device was 'gpu'; it may be cpu, cuda or cuda:N"),
+        (None, "device was None; it may be cpu, cuda or cuda:N"),
+        ("cuda:77", "device was 'cuda:77'; torch sees [0-9]+ CUDA devices"),
+        (torch.device("cuda", 77), "device was 'cuda:77'; torch sees [0-9]+ CUDA devices"),
+    ],
+)
+def test_devices_that_are_not_there(saved, device, message):
+    with pytest.raises(UsageError, match=message):
+        dfqvit.load(saved, device=device)
+    with pytest.raises(UsageError, match=message):
+        dfqvit.load(saved, device=device, cuda_graph=True)
+    with pytest.raises(UsageError, match=message):
+        load_model("demo", device=device)
+
+
 def test_save_takes_quantized_models_only():
     with pytest.raises(UsageError, match="qmodel has no quantization record"):
         dfqvit.save(MODELS["vit"](), "never.safetensors")
+
+
+def test_a_structure_with_tables_is_built_once(tmp_path, monkeypatch):
+    """Found here: once to see that it can be, and once more for the tables that it computes."""
+    settings = {"samples": 1, "calib": "noise", "rounding": "nearest", "progress": False}
+    qmodel = quantize(MODELS["swin"](), 8, model_kwargs=SMALL["swin"], **settings)
+    assert any(module._non_persistent_buffers_set for module in qmodel.modules())
+    build, built = ModelSpec.build, []
+    monkeypatch.setattr(ModelSpec, "build", lambda *given: built.append(build(*given)) or built[-1])
+    dfqvit.save(qmodel, tmp_path / "model.safetensors")
+    assert len(built) == 1

@@ -13,25 +13,26 @@ import numpy as np
 import pytest
 
 from dfqvit import demo
+from dfqvit.errors import UsageError
+from dfqvit.models import Preprocessing, load_model
+from dfqvit.synthesis import Synthesis, SynthesisConfig
 
-from ..conftest import threads
+from ..conftest import said, threads
 
 QUICK = ["--samples", "4", "--batch-size", "1", "--rounding", "nearest", "--seed", "3"]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-
-def command(processes, *arguments):
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        start += ["--nproc-per-node", str(processes), "-m"]
-    return [*start, "dfqvit", *map(str, arguments)]
-
-
-def run_group(processes, *arguments):
-    """As `run`, in that many processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(processes, *arguments), capture_output=True, text=True, env=environment)
-    return done.returncode, done.stdout, done.stderr
+# The program once for each of the commands, in one group, which can be joined once.
+# Every process writes its exit statuses.
+SEVERAL = """
+import json, os, pathlib, sys
+from dfqvit import cli, distributed
+place, commands = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+stop, distributed.stop = distributed.stop, lambda: None
+(place / os.environ["RANK"]).write_text(json.dumps([cli.run(command) for command in commands]))
+stop()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -41,33 +42,43 @@ def one_thread():
         yield
 
 
-def test_the_file_does_not_depend_on_the_number_of_processes(run, tmp_path):
-    for processes in (1, 2, 4):
-        out = tmp_path / str(processes)
-        arguments = ("quantize", "demo", *QUICK, "--iters", 4, "--acm", "sequential", "--out", out, "--json")
-        status, stdout, err = run(*arguments) if processes == 1 else run_group(processes, *arguments)
-        assert status == 0, err
-        assert json.loads(stdout)["out"] == str(out / "model.safetensors")  # one object: only the first prints
-    files = [(tmp_path / str(processes) / "model.safetensors").read_bytes() for processes in (1, 2, 4)]
-    assert files[0] == files[1] == files[2]
-
+def test_three_processes_give_the_file_and_the_accuracy_of_one(run, tmp_path):
+    """Of four parts one process makes two. And more processes than parts are refused, by the first alone."""
     with np.load(demo.TEST_IMAGES) as file:
         np.savez(tmp_path / "test.npz", images=file["images"][:101], labels=file["labels"][:101])
-    model, data = tmp_path / "1" / "model.safetensors", tmp_path / "test.npz"
-    arguments = ("evaluate", model, "--data", data, "--against", "demo", "--json")
-    one, two = (json.loads(found[1]) for found in (run(*arguments), run_group(2, *arguments)))
-    assert one["images"] == two["images"] == 101
+    quantize = ["quantize", "demo", *QUICK, "--iters", "4", "--acm", "sequential", "--json", "--out"]
+    evaluate = ["evaluate", str(tmp_path / "1" / "model.safetensors"), "--data", str(tmp_path / "test.npz")]
+    evaluate += ["--against", "demo", "--json"]
+    refused = ["quantize", "demo", "--samples", "6", "--iters", "2", "--out", str(tmp_path / "refused")]
+    status, stdout, err = run(*quantize, tmp_path / "1")
+    assert status == 0, err
+    assert json.loads(stdout)["out"] == str(tmp_path / "1" / "model.safetensors")
+    one = json.loads(run(*evaluate)[1])
+
+    (tmp_path / "several.py").write_text(SEVERAL)
+    (tmp_path / "statuses").mkdir()
+    commands = [refused, [*quantize, str(tmp_path / "3")], evaluate]
+    group = [*LAUNCHER, "--nproc-per-node", "3", tmp_path / "several.py", tmp_path / "statuses", json.dumps(commands)]
+    done = subprocess.run(group, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads((tmp_path / "statuses" / str(rank)).read_text()) for rank in range(3)] == [[2, 0, 0]] * 3
+    (line,) = said(done.stderr)
+    assert "batch_size was 32" in line
+    assert "at most 2" in line
+    made, three = map(json.loads, done.stdout.splitlines())  # one object of each: only the first prints
+    assert made["out"] == str(tmp_path / "3" / "model.safetensors")
+    files = [(tmp_path / processes / "model.safetensors").read_bytes() for processes in ("1", "3")]
+    assert files[0] == files[1]
+    assert one["images"] == three["images"] == 101
     for key in ("top1", "top5", "agreement", "against_top1"):
-        assert one[key] == two[key]
-    assert one["logit_error"] == pytest.approx(two["logit_error"], rel=1e-5)
+        assert one[key] == three[key]
+    assert one["logit_error"] == pytest.approx(three["logit_error"], rel=1e-5)
 
 
 def test_a_lost_process_ends_the_run_in_a_line_and_it_can_be_resumed(run, tmp_path):
-    arguments = ("quantize", "demo", *QUICK, "--iters", "120")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    group = subprocess.Popen(
-        command(2, *arguments, "--out", tmp_path / "a"), stderr=subprocess.PIPE, text=True, env=environment
-    )
+    arguments = ["quantize", "demo", *QUICK, "--iters", "40", "--out"]
+    command = [*LAUNCHER, "--nproc-per-node", "2", "-m", "dfqvit", *arguments, tmp_path / "a"]
+    group = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     seen = ""
     while "crop=" not in seen:
         seen += group.stderr.read(1)
@@ -91,15 +102,27 @@ def test_a_lost_process_ends_the_run_in_a_line_and_it_can_be_resumed(run, tmp_pa
         time.sleep(0.1)
     assert os.listdir(tmp_path / "a") == ["synthesis.snapshot.safetensors"]
     for folder, extra in (("a", ["--resume"]), ("b", [])):
-        assert run(*arguments, "--out", tmp_path / folder, *extra)[0] == 0
+        assert run(*arguments, tmp_path / folder, *extra)[0] == 0
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert one == two
 
 
-def test_more_processes_than_parts_are_refused(tmp_path):
-    status, _, err = run_group(2, "quantize", "demo", "--samples", "4", "--iters", "2", "--out", tmp_path)
-    assert status != 0
-    lines = [line for line in err.splitlines() if line.startswith("dfqvit:")]
-    assert len(lines) == 1
-    assert "batch_size was 32" in lines[0]
-    assert "at most 2" in lines[0]
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_batch_size_that_is_named_is_the_greatest_that_does(monkeypatch, world):
+    model, preprocessing = load_model("demo"), Preprocessing.of(load_model("demo"))
+    monkeypatch.setattr("dfqvit.distributed.world", lambda: world)
+
+    def refused(samples, batch_size):
+        try:
+            Synthesis(model, SynthesisConfig(samples=samples, batch_size=batch_size, iters=1), preprocessing)
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    for samples in range(1, 12):
+        if samples < world:
+            assert refused(samples, 1) == f"samples was {samples}; for {world} processes it must be at least {world}"
+            continue
+        named = int(refused(samples, 32).rsplit("at most ", 1)[1])
+        assert not refused(samples, named)
+        assert refused(samples, named + 1)

@@ -13,6 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from timm.models import VisionTransformer
+from torch.amp import autocast_mode
 
 from dfqvit import synthesize
 from dfqvit.errors import DfqvitError, UsageError
@@ -20,7 +22,7 @@ from dfqvit.kernels import total_variation, use_backend
 from dfqvit.models import Preprocessing
 from dfqvit.synthesis import Synthesis, SynthesisConfig, interruption, loop, step
 from dfqvit.synthesis.curriculum import DRAWS, crop_ratio, crop_shift_flip
-from dfqvit.synthesis.losses import tv_loss
+from dfqvit.synthesis.losses import onehot_loss, tv_loss
 from dfqvit.synthesis.step import Step
 
 from ..conftest import small_vit
@@ -132,7 +134,8 @@ def test_start_of_an_image_does_not_depend_on_how_many_there_are(model):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_micro_batches_change_nothing_but_rounding(model, batch_size):
     """The range of similarities is the whole batch's, whatever the parts."""
-    config, preprocessing = {"samples": 5, "iters": 3, "seed": 4}, Preprocessing.of(model)
+    config = {"samples": 5, "iters": 3, "seed": 4, "precision": "float32"}
+    preprocessing = Preprocessing.of(model)
     reports = []
     for size in (5, batch_size):
         run = Synthesis(model, SynthesisConfig(batch_size=size, **config), preprocessing)
@@ -149,7 +152,7 @@ def test_fused_and_reference_loss_give_the_same_images_over_20_steps(model):
     found = []
     for backend in (None, "reference"):
         with use_backend(backend):
-            found.append(synthesize(model, 4, 20, seed=1, learning_rate=0.02))
+            found.append(synthesize(model, 4, 20, seed=1, learning_rate=0.02, precision="float32"))
     assert float((found[0] - found[1]).abs().max()) < 1e-3
     assert float((found[0] - found[1]).abs().mean()) < 1e-5
     assert float((found[0] - synthesize(model, 4, 1, seed=1, learning_rate=0.02)).abs().mean()) > 1e-2  # they moved
@@ -162,6 +165,19 @@ def test_bfloat16_follows_float32(model):
     moved = (found[0] - synthesize(model, 4, 1, learning_rate=0.02)).abs().mean()
     assert float((found[0] - found[1]).abs().mean()) < 0.5 * float(moved)
     assert not torch.equal(*found)
+
+
+def test_the_machine_chooses_the_precision(model, monkeypatch):
+    """bfloat16 on a CPU that multiplies it; float32 elsewhere, and where the user's own loss or network takes part."""
+    made = {p: synthesize(model, 2, 2, precision=p) for p in ("float32", "bfloat16")}
+    for able, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        assert torch.equal(synthesize(model, 2, 2), made[name])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert torch.equal(synthesize(model, 2, 2), made["bfloat16"])
+    kinds = []
+    synthesize(model, 2, 2, objective=lambda logits: (kinds.append(logits.dtype), logits.float().square().mean())[1])
+    assert set(kinds) == {torch.float32}
 
 
 @pytest.mark.gpu
@@ -231,11 +247,15 @@ def ctrl_c():
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_at_any_line_of_a_step_resumes_to_the_same_bits(model, tmp_path):
-    """A signal at each line of the loop and of the step that Python runs during the second step, one run for each."""
-    config, preprocessing = SynthesisConfig(samples=2, iters=3, seed=4), Preprocessing.of(model)
+def test_ctrl_c_at_any_line_of_a_step_resumes_to_the_same_bits(model, seed, tmp_path):
+    """A signal at each line of the loop and of the step that Python runs during the second step, one run for each.
+
+    At each with the ViT, at every fourth from a random one with the others: these lines are no model's.
+    """
+    config, preprocessing = SynthesisConfig(samples=2, iters=3, seed=4, precision="bfloat16"), Preprocessing.of(model)
     whole = Synthesis(model, config, preprocessing).run()
-    snapshot, files = tmp_path / "s.safetensors", (loop.__file__, step.__file__, interruption.__file__)
+    snapshot = tmp_path / "s.safetensors"
+    files = (loop.__file__, step.__file__, interruption.__file__, autocast_mode.__file__)
 
     def interrupted_at(line: int) -> bool:
         """Whether the second step has that many lines; the run is interrupted there."""
@@ -261,12 +281,13 @@ def test_ctrl_c_at_any_line_of_a_step_resumes_to_the_same_bits(model, tmp_path):
             sys.settrace(before)
         return False
 
-    line = 1
+    line, stride = (1, 1) if type(model) is VisionTransformer else (1 + seed % 4, 4)
     while interrupted_at(line):
+        assert not torch.is_autocast_enabled("cpu")
         second = Synthesis(model, config, preprocessing, snapshot)
         assert second.resume()
         assert torch.equal(second.run(), whole), f"interrupted at line event {line}"
-        line += 1
+        line += stride
     assert line > 40
 
 
@@ -337,7 +358,7 @@ def test_frames_show_the_curriculum(model):
         ({"crop_lower": 0.5, "crop_upper": 0.4}, "crop bounds were 0.5 and 0.4"),
         ({"learning_rate": 0.0}, "learning_rate was 0.0"),
         ({"batch_size": 0}, "batch_size was 0; it must be at least 1"),
-        ({"precision": "float16"}, "precision was 'float16'; it may be 'float32' or 'bfloat16'"),
+        ({"precision": "float16"}, "precision was 'float16'; it may be 'auto', 'float32' or 'bfloat16'"),
         ({"compat": "x"}, "compat was 'x'"),
         ({"lerning_rate": 0.1}, "synthesize has no setting 'lerning_rate'; did you mean 'learning_rate'?"),
         ({"learning_rate": math.inf}, "learning_rate was inf; it must be a finite number"),
@@ -379,3 +400,14 @@ def test_without_a_classifier_the_class_term_is_left_out(seed):
     assert torch.isfinite(images).all()
     assert all(progress.onehot == 0 and progress.entropy != 0 for progress in terms)
     assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("pool", ["", "avg"])
+def test_a_model_that_classifies_every_token_is_synthesized_for(seed, pool):
+    """Its cross-entropy is the mean of its tokens'."""
+    model = small_vit(global_pool=pool)
+    assert torch.isfinite(synthesize(model, samples=2, iters=2)).all()
+    logits, labels = torch.randn(3, 5, 7), torch.tensor([1, 0, 6])
+    expected = -logits.log_softmax(-1)[torch.arange(3), :, labels].mean()
+    assert torch.allclose(onehot_loss(logits, labels), expected)
+    assert torch.allclose(onehot_loss(logits[:, 0], labels), torch.nn.functional.cross_entropy(logits[:, 0], labels))

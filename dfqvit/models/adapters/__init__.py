@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import UsageError
 from .base import Adapter, Features, LayerNames
 from .generic import GenericAdapter
-from .network import NetworkAdapter, flattened, is_network
+from .network import NetworkAdapter, flattened, is_network, rescaled_by
 from .swin import SwinAdapter
 from .vit import VitAdapter
 
@@ -30,4 +30,13 @@ def find_adapter(model: nn.Module, compat: str = "") -> Adapter:
     )
 
 
-__all__ = ["Adapter", "Features", "LayerNames", "NetworkAdapter", "find_adapter", "flattened", "is_network"]
+__all__ = [
+    "Adapter",
+    "Features",
+    "LayerNames",
+    "NetworkAdapter",
+    "find_adapter",
+    "flattened",
+    "is_network",
+    "rescaled_by",
+]

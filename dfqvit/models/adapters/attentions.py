@@ -32,10 +32,10 @@ _MOST_SCALE = math.log(100.0)  # Swin v2's bound of the logarithm of its learnt 
 
 
 def quantize_products(model: nn.Module, bits: int, quantizer: str) -> None:
-    """Quantizes, in place, the products of every attention that is known here."""
+    """Quantizes, in place, the products of every attention that is known here and has no forward of its own."""
     for module in model.modules():
         kind = QUANTIZED.get(type(module))
-        if kind is not None:
+        if kind is not None and "forward" not in vars(module):
             module.operands = AttentionOperands(bits, quantizer).train(module.training)
             module.__class__ = kind
 

@@ -16,6 +16,7 @@ from ...errors import UsageError
 from ...quantization.attention import AttentionOperands
 from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
 from ...quantization.recipe import Recipe
+from ..spec import classifier
 from .attentions import quantize_products
 
 
@@ -84,8 +85,7 @@ class Adapter(abc.ABC):
 
     def heads(self) -> tuple[Any, ...]:
         """The classifier's layers."""
-        get = getattr(self.model, "get_classifier", None)
-        found = get() if callable(get) else None
+        found = classifier(self.model)
         return tuple(found) if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
 
     def layers(self) -> dict[str, nn.Module]:

@@ -10,17 +10,19 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Attention as BeitAttention
+from timm.models.convit import GPSA
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import nn
 
 from ...errors import UsageError
 from ...quantization.layers import QuantLinear
-from ..preprocessing import image_shape
+from ..preprocessing import config_of, image_shape
 from .base import Adapter, Features, heads_mean, is_patch_convolution
 
 _LEAST_PATCHES = 4  # a set of fewer vectors says nothing of an image's structure
 _MOST_PATCHES = 1024  # of a stage's output; a larger one is averaged down to it
+_SMALL = 16  # inputs and outputs of a layer: rounding so few costs more than their products save
 _PROJECTIONS = ("proj", "out_proj", "attn_out_proj")  # attention's last layer: its input is softmax(QK^T)V
 _SEPARATE = (EvaAttention, BeitAttention, WindowAttentionV2)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
@@ -30,8 +32,9 @@ class GenericAdapter(Adapter):
     """A timm model of a family that dfqvit has no adapter for.
 
     Quantized are the layers of exact class `nn.Linear` and the `nn.Conv2d` whose patches do not overlap (1x1 among them), as
-    far as the model calls them: one whose weight the model reads itself stays float, found by a pass over one image. The
-    products of the attentions that `attentions` knows are quantized too; all else stays float.
+    far as the model calls them: one whose weight the model reads itself stays float, found by a pass over one image. So does a
+    linear layer or 1x1 convolution of at most 16 inputs and outputs, which mixes heads or the channels of a stem: it would be
+    slower in integers. The products of the attentions that `attentions` knows are quantized too; all else stays float.
     """
 
     patchable: ClassVar = {}
@@ -46,7 +49,7 @@ class GenericAdapter(Adapter):
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
         """Whether timm made `model`, it takes images alone, and a layer beside the classifier can be quantized."""
-        if not isinstance(getattr(model, "pretrained_cfg", None), dict) or required(model.forward) != 1:
+        if config_of(model) is None or required(model.forward) != 1:
             return False
         if any(isinstance(module, QuantLinear) for module in model.modules()):
             return True  # converted already
@@ -61,14 +64,16 @@ class GenericAdapter(Adapter):
         ] = {}  # by places: a module that holds it and is itself held twice is one place
         for prefix, parent in self.model.named_modules():
             for child, module in parent._modules.items():
-                if type(module) is nn.Linear or is_patch_convolution(module):
+                if (type(module) is nn.Linear or is_patch_convolution(module)) and not _is_small(module):
                     names.setdefault(module, []).append(f"{prefix}.{child}" if prefix else child)
         owners: dict[int, int] = {}
         for module in self.model.modules():
             for parameter in module._parameters.values():
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        return {
-            places[0]: module for module, places in names.items() if len(places) == 1 and owners[id(module.weight)] == 1
+        return {  # a weight that a hook computes, as torch.nn.utils.prune has it, is no one's
+            places[0]: module
+            for module, places in names.items()
+            if len(places) == 1 and owners.get(id(module.weight)) == 1
         }
 
     def layers(self) -> dict[str, nn.Module]:
@@ -96,8 +101,13 @@ class GenericAdapter(Adapter):
                 self._replace(name, probe._modules["layer"])  # type: ignore[arg-type]
 
     def prepare(self) -> None:
-        """Gives `qkv` the biases that some of timm's attentions keep for Q and V alone, so that they call it as it is."""
+        """Gives `qkv` the biases that some of timm's attentions keep for Q and V alone, so that they call it as it is.
+
+        A ConViT makes its tables anew: it reads weights for that, in its first call alone, and that must be the pass of `layers`.
+        """
         for module in self.model.modules():
+            if type(module) is GPSA:
+                module.rel_indices = module.rel_indices.new_zeros(1, 1, 1, 3)
             if type(module) in _SEPARATE and module.qkv is not None and module.q_bias is not None:
                 bias = torch.cat((module.q_bias, torch.zeros_like(module.q_bias), module.v_bias))
                 module.qkv.bias = nn.Parameter(bias.detach(), requires_grad=module.q_bias.requires_grad)
@@ -215,10 +225,23 @@ class GenericAdapter(Adapter):
             stages = self.model._modules.get(name)
             if isinstance(stages, (nn.Sequential, nn.ModuleList)):
                 return list(stages)
-        return self.blocks()
+        return self.blocks() or self._stages_of_other_names()
+
+    def _stages_of_other_names(self) -> list[nn.Module]:
+        """Children named `stage1`, `stage2`, ...; or what a list holds whose name ends in `stages` or `blocks`."""
+        children = dict(self.model.named_children())
+        lists = [
+            child
+            for name, child in children.items()
+            if name.endswith(("stages", "blocks")) and isinstance(child, (nn.Sequential, nn.ModuleList))
+        ]
+        numbered = [child for name, child in children.items() if name.startswith("stage") and name[5:].isdecimal()]
+        return numbered or [part for each in lists for part in each]
 
     def _patches(self, output: Any) -> torch.Tensor | None:
         """[B, N, C] of a stage's output, which is [B, N, C] or, as the model's `output_fmt` says, [B, C, H, W] or [B, H, W, C]."""
+        if isinstance(output, tuple) and output:  # the features, and what else the next stage takes
+            output = output[0]
         if not isinstance(output, torch.Tensor) or output.dim() not in (3, 4):
             return None
         if output.dim() == 4:
@@ -260,6 +283,12 @@ class Probe(nn.Module):
             if name not in ("in_features", "out_features"):  # a quantized layer has those
                 object.__setattr__(self, "read", True)
             return found
+
+
+def _is_small(layer: Any) -> bool:
+    """Whether it mixes so few values of each token that integers would not pay."""
+    single = isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)
+    return single and max(layer.weight.shape) <= _SMALL
 
 
 def required(function: Any) -> int:

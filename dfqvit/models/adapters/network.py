@@ -16,7 +16,7 @@ from ...quantization.layers import QuantLinear, quantize_output
 from ...quantization.model import QuantizedNetwork
 from ...quantization.quantizers import ActivationQuantizer
 from ...quantization.recipe import Recipe
-from ..preprocessing import FEATURES
+from ..preprocessing import FEATURES, config_of
 from .base import Adapter, Features
 from .generic import GenericAdapter, Probe
 from .swin import SwinAdapter
@@ -27,8 +27,38 @@ _OURS = __name__.split(".")[0]
 
 def is_network(model: nn.Module) -> bool:
     """Whether `model` is no timm model itself but holds at least one that is supported."""
-    is_timms = isinstance(getattr(model, "pretrained_cfg", None), dict)
+    is_timms = config_of(model) is not None
     return (not is_timms or type(model).__module__ == FEATURES) and bool(backbones(model))
+
+
+@torch.no_grad()
+def rescaled_by(network: nn.Module, images: torch.Tensor) -> str:
+    """The backbone that sees the images [B, C, H, W] with another mean and deviation than the network; "" where none does."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(name: str, given: tuple[Any, ...]) -> None:
+        if given and isinstance(given[0], torch.Tensor) and given[0].shape == images.shape:
+            seen.setdefault(name, given[0].float())
+
+    hooks = []
+    for name, adapter in backbones(network).items():
+        hooks += [
+            module.register_forward_pre_hook(lambda _, given, name=name: look(name, given))
+            for module in adapter.model.modules()
+        ]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, found in seen.items():
+        x, y = (each.transpose(0, 1).flatten(1).double() for each in (images, found))
+        x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+        slope = (x * y).sum(1, keepdim=True) / (x * x).sum(1, keepdim=True)
+        straight = bool(((y - slope * x).square().sum(1) < 1e-6 * y.square().sum(1)).all())
+        if straight and not torch.allclose(found, images.float(), atol=1e-3):
+            return name
+    return ""
 
 
 def backbones(network: nn.Module) -> dict[str, Adapter]:
@@ -49,7 +79,7 @@ def backbones(network: nn.Module) -> dict[str, Adapter]:
         for child, inner in module.named_children():
             visit(f"{name}.{child}" if name else child, inner)
         wrapper = type(module).__module__ == FEATURES
-        timms = name and isinstance(getattr(module, "pretrained_cfg", None), dict)
+        timms = name and config_of(module) is not None
         if timms and not (wrapper and len(found) > before) and GenericAdapter.supports(module):
             for inner_name in list(found)[before:]:
                 del found[inner_name]

@@ -6,10 +6,11 @@ something else (in Swin v2 the norms follow the layers). The last norm is left a
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import Attention, AttentionRope, GluMlp, Mlp
+from timm.layers import Attention, AttentionRope, GluMlp, LayerNorm, LayerNormFp32, Mlp
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaAttention, EvaBlock
@@ -23,6 +24,7 @@ from .attentions import QUANTIZED
 _BLOCKS = (Block, SwinTransformerBlock, EvaBlock, BeitBlock, RelPosBlock)  # each part after its norm
 _ROTARY = (AttentionRope, EvaAttention)  # which mix channels of queries, and of keys, before they meet
 _ATTENTIONS = (Attention, WindowAttention, BeitAttention, RelPosAttention, *_ROTARY)
+NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # the same arithmetic on float32
 
 
 _TIMMS = {ours: timms for timms, ours in QUANTIZED.items()}
@@ -51,17 +53,20 @@ class Scalings:
 def scalings(model: nn.Module) -> Scalings:
     """Of a timm model, converted or not."""
     norms, padded, values, scores, hidden = [], [], [], [], []
+    held = _places(model)
     for name, block in model.named_modules():
-        if type(block) is PatchMerging and _affine(block.norm):
+        if type(block) is PatchMerging and _scalable(block.norm, held):
             norms.append((f"{name}.norm", f"{name}.reduction"))
-        if type(block) not in _BLOCKS:
+        if type(block) not in _BLOCKS or "forward" in vars(block):
             continue
         attention: Any = block.attn
+        mlp: Any = block.mlp
+        own_attention, own_mlp = (held[id(part)] == 1 and "forward" not in vars(part) for part in (attention, mlp))
         qkv, kind = f"{name}.attn.qkv", _TIMMS.get(type(attention), type(attention))
         # three projections, or biases that are added after one, are left alone
         together = getattr(attention, "qkv", None) is not None and getattr(attention, "q_bias", None) is None
-        if kind in _ATTENTIONS and together and getattr(attention, "gate", None) is None:
-            if _affine(block.norm1):
+        if own_attention and kind in _ATTENTIONS and together and getattr(attention, "gate", None) is None:
+            if _scalable(block.norm1, held):
                 norms.append((f"{name}.norm1", qkv))
                 if type(block) is SwinTransformerBlock:
                     padded.append(f"{name}.norm1")
@@ -69,16 +74,30 @@ def scalings(model: nn.Module) -> Scalings:
                 values.append((qkv, f"{name}.attn.proj"))
             if kind not in _ROTARY and _absent(attention, "q_norm") and _absent(attention, "k_norm"):
                 scores.append(qkv)
-        mlp: Any = block.mlp
-        if type(mlp) in (Mlp, GluMlp) and _affine(block.norm2):
+        if own_mlp and type(mlp) in (Mlp, GluMlp) and _scalable(block.norm2, held):
             norms.append((f"{name}.norm2", f"{name}.mlp.fc1"))
-        if type(mlp) is Mlp and _absent(mlp, "norm"):
+        if own_mlp and type(mlp) is Mlp and _absent(mlp, "norm"):
             hidden.append(f"{name}.mlp.fc2")
     return Scalings(tuple(norms), frozenset(padded), tuple(values), tuple(scores), tuple(hidden))
 
 
-def _affine(norm: Any) -> bool:
-    return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+def _places(model: nn.Module) -> Counter[int]:
+    """{id of a module or parameter: in how many places it stands}."""
+    return Counter(
+        id(each)
+        for module in model.modules()
+        for table in (module._modules, module._parameters)
+        for each in table.values()
+        if each is not None
+    )
+
+
+def _scalable(norm: Any, held: Counter[int]) -> bool:
+    """Whether gain and bias of a norm can be written, and neither another place nor a hook reads these or what it gives."""
+    if type(norm) not in NORMS or norm.weight is None or norm.bias is None:  # of another class where it is parametrized
+        return False
+    alone = all(held[id(each)] == 1 for each in (norm, norm.weight, norm.bias))
+    return alone and not norm._forward_hooks and "forward" not in vars(norm)
 
 
 def _absent(module: Any, name: str) -> bool:
