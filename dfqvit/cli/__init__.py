@@ -1,5 +1,7 @@
 """The command line. `main` turns every error into one line on stderr: exit status 2 for wrong use, 1 for failure, 130 for Ctrl-C.
 
+SIGTERM and SIGHUP end a command as Ctrl-C does, with 143 and 129: half-written files go, and a synthesis keeps its snapshot.
+
 An error that nobody foresaw is one line too; its traceback goes to a file that the line names.
 """
 
@@ -8,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import signal
 import sys
 import tempfile
 import traceback
@@ -18,6 +19,7 @@ import click
 
 from ..errors import DfqvitError, Interrupted, UsageError
 from ..version import __version__
+from .process import empty_argument, interrupted, mend_streams, status_of, take_signals, watch_imports
 
 COMMANDS = {
     "ablate": "what each piece of the method does: a resumable grid of settings, tables and charts",
@@ -45,14 +47,15 @@ class _Commands(click.Group):
         if name not in COMMANDS:
             return None
         module = __import__(f"{__name__}.{name}", fromlist=["command"])
-        if signal.getsignal(signal.SIGINT) is _end_at_once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        take_signals()
         return module.command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
+        if wrong := empty_argument(args):
+            raise click.UsageError(wrong)
         if name not in COMMANDS and not ctx.resilient_parsing:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it may be {', '.join(COMMANDS)}"
@@ -78,25 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] != ["benchmark"]:  # which times torch too, as it is by default
         let_threads_sleep()
-    # An import may swallow a KeyboardInterrupt, so until the command's module is there Ctrl-C ends the process itself.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background shell's children ignore it
-        signal.signal(signal.SIGINT, _end_at_once)
+    mend_streams()
+    watch_imports()
     sys.exit(run(arguments))
-
-
-def _end_at_once(*_: object) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes only the first prints
-        with contextlib.suppress(OSError):
-            os.write(2, f"dfqvit: {_interrupted(sys.argv[1:])}\n".encode())
-    os._exit(130)
-
-
-def _interrupted(arguments: list[str]) -> str:
-    """What is said of Ctrl-C; --resume only where the command has it."""
-    told = "interrupted"
-    if arguments[:1] in (["synthesize"], ["quantize"]):
-        told += "; the same command with --resume goes on where a synthesis stopped"
-    return told
 
 
 def let_threads_sleep() -> None:
@@ -148,11 +135,11 @@ def _run(arguments: list[str] | None) -> int:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         return _fail(message, 2)
     except Interrupted as error:
-        return _fail(str(error), 130)
+        return _fail(str(error), status_of(error))
     except DfqvitError as error:
         return _fail(str(error), 1)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail(_interrupted(sys.argv[1:] if arguments is None else arguments), 130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        return _fail(interrupted(sys.argv[1:] if arguments is None else arguments), status_of(error))
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
         return 1

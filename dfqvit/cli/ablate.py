@@ -18,7 +18,7 @@ from ..storage.atomic import atomic
 from ..studies.ablation import REAL_IMAGES, Bench, Gallery, Table, run_study, weights_digest
 from ..studies.named import RECIPES, STUDIES, settings_of
 from ..studies.tables import markdown, write_charts
-from ..synthesis import Progress
+from ..synthesis import Progress, SynthesisConfig
 from .options import common, emit, model_options, numbers, open_model
 
 ROWS, TABLES = "ablations.csv", "ablations.md"
@@ -28,6 +28,9 @@ ROWS, TABLES = "ablations.csv", "ablations.md"
 @model_options
 @click.option("--study", "studies", type=click.Choice(list(STUDIES)), multiple=True, help="Default method; repeatable.")
 @click.option("--values", help="Comma-separated values in place of the study's own (samples, steps, gamma).")
+@click.option(
+    "--setting", "chosen", multiple=True, metavar="NAME", help="One of a study's settings, in place of all; repeatable."
+)
 @click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
@@ -43,7 +46,9 @@ ROWS, TABLES = "ablations.csv", "ablations.md"
 @click.option("--classes", type=click.Path(path_type=Path), help="Text file: line k is the folder name of class k.")
 @click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="Evaluated, evenly spread.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images.")
-@click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of synthesis.")
+@click.option(
+    "--iters", type=click.IntRange(1), default=SynthesisConfig.iters, show_default=True, help="Steps of synthesis."
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
 @common
 def command(**options: Any) -> None:
@@ -56,10 +61,11 @@ def command(**options: Any) -> None:
     studies = options.pop("studies") or ("method",)
     values, bits = numbers("--values", options.pop("values")), _widths(options.pop("bits"))
     recipe, samples, iters = options.pop("recipe"), options.pop("samples"), options.pop("iters")
+    chosen = options.pop("chosen")
     seeds = range(options["seed"], options.pop("seed") + options.pop("seeds"))
     data, classes, count = options.pop("data"), options.pop("classes"), options.pop("images")
     as_json = options.pop("as_json")
-    settings = {study: settings_of(study, recipe, values) for study in studies}
+    settings = {study: settings_of(study, recipe, values, chosen) for study in studies}
     if data is None and name not in embedded.ALIASES:
         raise UsageError("--data was not given; it must be for a MODEL that is not embedded")
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,7 @@ def command(**options: Any) -> None:
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; the same command goes on where it stopped") from error
     with atomic(out / TABLES) as temporary:
-        temporary.write_text(markdown(table.rows, charts=True))
+        temporary.write_text(markdown(table.rows, charts=True), encoding="utf-8")
     pictures = write_charts(table.rows, out)
     record = {
         "rows": str(out / ROWS),

@@ -21,7 +21,8 @@ from ..quantization.recipe import Recipe
 from ..runtime import RUNTIMES
 from ..runtime.record import QuantizationRecord
 from ..storage import load
-from .options import common, emit, open_float, pick_device
+from ..synthesis import SynthesisConfig
+from .options import build_option, common, emit, open_float, pick_device, refuse_given
 
 STEPS = 100  # of the fine-tuning that a calibration is compared with
 
@@ -31,6 +32,7 @@ STEPS = 100  # of the fine-tuning that a calibration is compared with
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Weights of the float model; times hardly need them."
 )
+@build_option
 @click.option("--w-bits", type=click.IntRange(2, 8), default=8, show_default=True, help="Bits of the weights of MODEL.")
 @click.option("--batch", default="1,32", show_default=True, help="Batch sizes, comma-separated.")
 @click.option(
@@ -46,7 +48,9 @@ STEPS = 100  # of the fine-tuning that a calibration is compared with
 )
 @click.option("--energy", is_flag=True, help="Joules an image and a calibration, and those of a light fine-tuning.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images of the calibration.")
-@click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of the synthesis.")
+@click.option(
+    "--iters", type=click.IntRange(1), default=SynthesisConfig.iters, show_default=True, help="Steps of the synthesis."
+)
 @common
 def command(**options: Any) -> None:
     """Images a second and latency of a quantized model beside the float one, in turn.
@@ -55,6 +59,8 @@ def command(**options: Any) -> None:
     random weights without --checkpoint).
     """
     device = pick_device(options["device"])
+    if not options["energy"]:
+        refuse_given(["samples", "iters"], "without --energy; it is of the calibration whose joules are counted")
     sizes = _batches(options["batch"])
     torch.manual_seed(options["seed"])
     model, quantized, recipe = _open(options, device)
@@ -98,11 +104,13 @@ def _batches(text: str) -> list[int]:
 def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, Recipe]:
     """(float model, quantized model, how it was quantized)."""
     path, checkpoint = Path(options["model_or_file"]), options["checkpoint"]
-    if path.is_file():
-        quantized = load(path, device, options["runtime"])
+    if path.is_file() or path.is_dir() or path.suffix == ".safetensors":
+        refuse_given(["w_bits"], f"and the file '{path}', whose bits are its own; it is for a MODEL")
+        quantized = load(path, device, options["runtime"], build=options["build"])
         record: QuantizationRecord = quantized.dfqvit_record
         model = open_float(record, None, checkpoint, device, pretrained=False)
     else:
+        refuse_given(["build"], f"and the MODEL '{path}'; it is for a file of `dfqvit quantize`")
         model = load_model(options["model_or_file"], checkpoint, pretrained=False, device=device)
         quick: dict[str, Any] = {"quantizer": "minmax", "rounding": "nearest", "acm": "none", "progress": False}
         quantized = quantize(model, options["w_bits"], calib="noise", samples=4, runtime=options["runtime"], **quick)

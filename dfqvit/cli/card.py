@@ -14,8 +14,8 @@ import click
 from ..errors import UsageError
 from ..storage import load
 from ..storage.atomic import refuse_existing
-from ..storage.hub import CARD, push, write_card
-from .options import emit
+from ..storage.hub import CARD, WEIGHTS, push, write_card
+from .options import build_option, emit, refuse_given
 
 
 @click.command("card")
@@ -24,17 +24,29 @@ from .options import emit
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of model and card."
 )
 @click.option("--evaluation", type=click.Path(path_type=Path), help="What `dfqvit evaluate FILE --json` printed.")
+@build_option
 @click.option("--push", "repo", help="Upload the folder to this repository of the Hugging Face Hub, OWNER/NAME.")
 @click.option("--private", is_flag=True, help="Of a repository that --push makes.")
-@click.option("--force", is_flag=True, help="Replace an existing card.")
+@click.option("--force", is_flag=True, help="Replace an existing card, and another model beside it.")
 @click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 def command(
-    file: Path, out: Path, evaluation: Path | None, repo: str | None, private: bool, force: bool, as_json: bool
+    file: Path,
+    out: Path,
+    evaluation: Path | None,
+    build: str | None,
+    repo: str | None,
+    private: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Make a folder for the Hugging Face Hub of a saved FILE: the model and its card. Only --push uploads anything."""
     refuse_existing(out / CARD, force)
+    if file.is_file() and (out / WEIGHTS).is_file() and not filecmp.cmp(file, out / WEIGHTS, shallow=False):
+        refuse_existing(out / WEIGHTS, force)  # the same model may lie there: that of `quantize --out`
+    if repo is None:
+        refuse_given(["private"], "without --push, which makes the repository")
     found = None if evaluation is None else _read(evaluation, file)
-    card = write_card(load(file, runtime="simulated"), file, out, found)
+    card = write_card(load(file, runtime="simulated", build=build), file, out, found)
     address = None if repo is None else push(out, repo, private)
     text = f"card: {card}" + (f"\nuploaded: {address}" if address else "")
     emit(as_json, {"card": str(card), "uploaded": address}, text)
@@ -46,9 +58,15 @@ def _read(path: Path, file: Path) -> dict[str, Any]:
     UsageError where it holds something else, or the figures of another file than `file`.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())  # in any of Unicode's encodings
+        if "figures" in found:
+            raise UsageError(
+                f"--evaluation '{path}' has figures of --task {found.get('task')}; a card holds those of classification"
+            )
         figures = {key: found[key] for key in ("images", "top1", "top5")}
         figures |= {key: found.get(key) for key in ("against_top1", "against_top5")}
+    except UsageError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--evaluation was '{path}'; it must be a file that holds what `dfqvit evaluate FILE --json` printed"

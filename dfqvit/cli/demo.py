@@ -24,7 +24,7 @@ from ..models.adapters import find_adapter
 from ..storage import save
 from ..synthesis import SynthesisConfig
 from .dense import demo_dense
-from .options import common, emit, pick_device
+from .options import common, emit, pick_device, refuse_given
 from .report import CURRICULUM, SAMPLES, make_report
 from .synthesize import run_synthesis
 
@@ -37,6 +37,7 @@ _ROWS: dict[str, tuple[int, dict[str, Any]]] = {f"W{bits}/A8": (bits, {}) for bi
 _ROWS["W3/A8, PSAQ-ViT's"] = (3, _PAPERS)
 _PAPERS_TOLD = "PSAQ-ViT's: the literature's quantizer, simulated; what it is calibrated on matters more to it\n"
 _REPORTED = 4  # bits of the model that the report is about
+_ITERS, _DENSE_ITERS = 300, 100  # of docs/dense.md's tables
 _BATCH, _ROUNDS, _SECONDS = 32, 7, 0.1  # of the comparison of speeds: the turns of each model, and how long one is
 
 SPEED = "x float32"  # the column
@@ -53,7 +54,12 @@ SPEED = "x float32"  # the column
 @click.option("--all", "all_models", is_flag=True, help="All four, one after the other, each in a folder of its own.")
 @click.option("--dense", is_flag=True, help="A small detector and a small segmenter instead: mAP@50 and mIoU.")
 @click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images to make.")
-@click.option("--iters", type=click.IntRange(1), default=300, show_default=True, help="Steps of the synthesis.")
+@click.option(
+    "--iters",
+    type=click.IntRange(1),
+    show_default=f"{_ITERS}; with --dense {_DENSE_ITERS}",
+    help="Steps of the synthesis.",
+)
 @click.option("--images", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="Test images to use.")
 @click.option(
     "--out",
@@ -71,6 +77,9 @@ def command(**options: Any) -> None:
     Replaces its own results of an earlier run.
     """
     device = pick_device(options["device"])
+    options["iters"] = options["iters"] or (_DENSE_ITERS if options["dense"] else _ITERS)
+    if options["dense"] or options["all_models"]:
+        refuse_given(["model"], f"with --{'dense' if options['dense'] else 'all'}, which has models of its own")
     if options["dense"]:
         if options["all_models"]:
             raise UsageError("--all was given with --dense, which has models of its own; it may be given without it")

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
 from ..api import quantize
-from ..errors import DfqvitError, UsageError
+from ..errors import UsageError
 from ..evaluation import scenes
 from ..evaluation.dense import evaluate_dense, meter, understood
 from ..evaluation.dense_data import SceneImages, open_dense
@@ -22,13 +20,12 @@ from ..evaluation.energy import Energy
 from ..models import Preprocessing, demo, load_model
 from ..models import dense as embedded
 from ..models.frame import evaluating
-from ..models.network import built
 from ..report import Dense, Report, write_report
 from ..report.dense_pictures import save_boxes, save_masks
 from ..runtime.record import QuantizationRecord
 from ..storage import save
 from ..synthesis import SynthesisConfig
-from .options import emit
+from .options import emit, open_network
 from .synthesize import run_synthesis
 
 _TASKS = {"demo-detector": ("detection", "mAP@50"), "demo-segmenter": ("segmentation", "mIoU")}
@@ -44,35 +41,24 @@ def evaluate_network(
     """Measures a loaded network as `dfqvit evaluate` asks, and prints the figures."""
     record: QuantizationRecord = network.dfqvit_record  # type: ignore[assignment]
     data = open_dense(Path(options["data"]), preprocessing, options["task"], options["label_ids"])
-    against = _against(options["against"], options["checkpoint"], device)
-    if against is not None:
+    against = None
+    if options["against"] is not None:
+        against = open_network(options["against"], options["checkpoint"], device)
         check_input(options["against"], against, preprocessing, device)
     with tqdm(total=len(data), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
         found = evaluate_dense(
-            network, data.batches(options["batch_size"]), options["task"], against, bar.update, data.categories
+            network,
+            data.batches(options["batch_size"], options["workers"] or 0),
+            options["task"],
+            against,
+            bar.update,
+            data.categories,
         )
     rows = [[record.recipe.label, *found.figures.values()]]
     rows += [["float", *found.against.values()]] if found.against is not None else []
     text = tabulate(rows, headers=["model", *(f"{name} %" for name in found.figures)], floatfmt=".2f")
     text += f"\n{found.images} images, {found.images_per_second:.1f} images/s by the network alone"
     emit(options["as_json"], {"file": str(options["file"]), "task": options["task"], **found.to_dict()}, text)
-
-
-def _against(name: str | None, checkpoint: Path | None, device: torch.device) -> torch.nn.Module | None:
-    """The float network: an embedded one, or what "module:function" makes, with the weights of --checkpoint."""
-    if name is None:
-        return None
-    if ":" not in name:
-        return load_model(name, checkpoint, device=device)
-    network = built(name).eval()
-    if checkpoint is None:
-        raise UsageError(f"--against was '{name}'; --checkpoint must hold its weights, a state_dict as .safetensors")
-    try:
-        network.load_state_dict(safetensors.torch.load_file(checkpoint))
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
-        raise DfqvitError(f"--checkpoint '{checkpoint}' does not fit what '{name}' makes: {said}") from error
-    return network.to(device)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..studies.charts import chart
 from ..studies.diagnosis import Finding, diagnose
 from ..studies.gradients import gradient_norms, late_share
 from ..synthesis import Synthesis, SynthesisConfig
-from .options import SynthesisBar, common, emit, open_float, pick_device
+from .options import SynthesisBar, build_option, common, emit, open_float, pick_device, refuse_given
 
 _IMAGES = 16
 _POINTS = 50  # of a curve in the picture of gradient norms
@@ -28,6 +28,7 @@ _POINTS = 50  # of a curve in the picture of gradient norms
 
 @click.command("diagnose")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@build_option
 @click.option("--against", help="The float MODEL of FILE: measures every layer and correction too.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights of --against or --gradients.")
 @click.option(
@@ -50,12 +51,16 @@ def command(**options: Any) -> None:
     if (options["file"] is None) == (options["gradients"] is None):
         raise UsageError("FILE and --gradients: give one of them")
     if options["gradients"] is not None:
+        refuse_given(["against", "data", "build"], "and --gradients; it is for a FILE")
+        if options["out"] is None:
+            refuse_given(["force"], "without --out, where a result could be")
         _show_gradients(**options)
         return
+    refuse_given(["num_classes", "samples", "iters", "out", "force"], "without --gradients, which it is for")
     if options["against"] is None and (options["data"] or options["checkpoint"]):
         raise UsageError("--data and --checkpoint are for --against, which was not given")
     device = pick_device(options["device"])
-    qmodel = load(options["file"], device, runtime="simulated")
+    qmodel = load(options["file"], device, runtime="simulated", build=options["build"])
     record: QuantizationRecord = qmodel.dfqvit_record
     model, images = None, None
     if options["against"] is not None:
@@ -138,6 +143,6 @@ def _show_gradients(**options: Any) -> None:
         )
         for name, content in (("gradients.csv", table.getvalue()), ("gradients.svg", picture)):
             with atomic(out / name) as temporary:
-                temporary.write_text(content)
+                temporary.write_text(content, encoding="utf-8")
         text += f"\n{out / 'gradients.csv'}, {out / 'gradients.svg'}"
     emit(options["as_json"], {"late_share": shares, "holds": holds, "norms": norms}, text)

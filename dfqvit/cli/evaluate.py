@@ -23,7 +23,7 @@ from ..models.spec import class_count
 from ..runtime.record import QuantizationRecord
 from ..storage import load
 from .dense import check_input, evaluate_network
-from .options import adjusted, common, emit, open_float, pick_device, plain_name
+from .options import adjusted, build_option, common, emit, open_float, pick_device, plain_name
 
 
 @click.command("evaluate")
@@ -41,7 +41,7 @@ from .options import adjusted, common, emit, open_float, pick_device, plain_name
     show_default=True,
     help="Detection reads DIR/annotations.json (COCO's format) and DIR/images, segmentation DIR/images and DIR/masks (PNG).",
 )
-@click.option("--build", help="A module:function that makes FILE's network, where it is not timm's; its code runs.")
+@build_option
 @click.option(
     "--label-ids", is_flag=True, help="The detector's labels are the ids of the categories, not their places."
 )

@@ -19,17 +19,20 @@ from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
 from ..runtime.record import QuantizationRecord
 from ..storage import environment, load, sizes
-from .options import common, emit, pick_device
+from .options import build_option, common, emit, pick_device
 
 _VALUE_WIDTH = 90  # characters; longer values go on below
 
 
 @click.command("info")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@build_option
 @click.option("--tuning", is_flag=True, help="Only the choices of backends that were measured on this machine.")
 @common
-def command(file: Path | None, tuning: bool, device: str, seed: int, as_json: bool) -> None:
+def command(file: Path | None, build: str | None, tuning: bool, device: str, seed: int, as_json: bool) -> None:
     """Without FILE: versions, devices, CPU and backends. With FILE: check a saved model completely and describe it."""
+    if build is not None and file is None:
+        raise UsageError("--build was given without a FILE; it makes the network of one")
     if tuning:
         if file is not None:
             raise UsageError("--tuning was given with a FILE; it may be given alone")
@@ -39,13 +42,13 @@ def command(file: Path | None, tuning: bool, device: str, seed: int, as_json: bo
         record = environment.collect()
         emit(as_json, record, environment.describe(record))
     else:
-        described = describe_file(file, pick_device(device), seed)
+        described = describe_file(file, pick_device(device), seed, build)
         emit(as_json, described, _as_text(described))
 
 
-def describe_file(path: Path, device: torch.device, seed: int) -> dict[str, Any]:
+def describe_file(path: Path, device: torch.device, seed: int, build: str | None = None) -> dict[str, Any]:
     """Loads the file (checksum, structure, shapes), runs one image through it, and says what is in it."""
-    model = load(path, device)
+    model = load(path, device, build=build)
     record: QuantizationRecord = model.dfqvit_record
     image = torch.randn(1, *record.preprocessing.input_size, generator=torch.Generator().manual_seed(seed)).to(device)
     with torch.no_grad():
@@ -133,4 +136,5 @@ def _bits(recipe: Recipe) -> str:
     if recipe.layer_bits is None:
         return f"{recipe.label}: weights {recipe.w_bits}, first and last layer {recipe.edge_bits}, activations {recipe.a_bits}"
     counts = Counter(recipe.layer_bits.values())
-    return f"{recipe.label} (" + ", ".join(f"{counts[bits]} layers W{bits}" for bits in sorted(counts)) + ")"
+    named = ", ".join(f"{counts[bits]} {'layer' if counts[bits] == 1 else 'layers'} W{bits}" for bits in sorted(counts))
+    return f"{recipe.label} ({named} by name; others W{recipe.w_bits}, first and last W{recipe.edge_bits})"

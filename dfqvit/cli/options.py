@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import safetensors
+import safetensors.torch
 import torch
 from tqdm import tqdm
 
 from ..distributed import local_rank, world
-from ..errors import UsageError
+from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing, demo, load_model
+from ..models.device import expect_device
+from ..models.network import NetworkSpec, built
 from ..progress import Progress, postfix
 from ..runtime.record import QuantizationRecord
 from ..synthesis import SynthesisConfig
+from ..synthesis.config import PRECISIONS
 from ..synthesis.spectrum import SPECTRA
 
 SYNTHESIS = ("samples", "iters", "seed", "schedule", "spectrum", "crop_lower", "crop_upper", "batch_size", "precision")
@@ -74,10 +79,10 @@ def synthesis_options(command: Command) -> Command:
         ),
         click.option(
             "--precision",
-            type=click.Choice(["float32", "bfloat16"]),
-            default="float32",
+            type=click.Choice(PRECISIONS),
+            default=SynthesisConfig.precision,
             show_default=True,
-            help="Of the model while it makes images; bfloat16 is faster where the processor has it.",
+            help="Of the model while it makes images; auto: bfloat16 on a CPU with instructions for it.",
         ),
         click.option(
             "--spectrum",
@@ -96,7 +101,13 @@ def synthesis_options(command: Command) -> Command:
         click.option(
             "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images in one forward pass."
         ),
-        click.option("--iters", type=click.IntRange(1), default=500, show_default=True, help="Steps of the synthesis."),
+        click.option(
+            "--iters",
+            type=click.IntRange(1),
+            default=SynthesisConfig.iters,
+            show_default=True,
+            help="Steps of the synthesis.",
+        ),
         click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images to make."),
     ):
         command = option(command)
@@ -108,18 +119,34 @@ def synthesis_config(options: dict[str, Any]) -> SynthesisConfig:
     return SynthesisConfig(**{key: options.pop(key) for key in SYNTHESIS})
 
 
+def given(name: str) -> bool:
+    """Whether an option of the running command was named on the command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
+
+
+def refuse_given(names: Sequence[str], reason: str) -> None:
+    """UsageError for the first of the options that was named on the command line, where it would change nothing.
+
+    `reason` goes on after "--name was given".
+    """
+    for name in names:
+        if given(name):
+            raise UsageError(f"--{name.replace('_', '-')} was given {reason}")
+
+
+def build_option(command: Command) -> Command:
+    """--build, of the commands that load a saved file."""
+    return click.option(
+        "--build", help="A module:function that makes FILE's network, where it is not timm's; its code runs."
+    )(command)
+
+
 def pick_device(name: str) -> torch.device:
-    """The device, or UsageError when torch does not have it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device was '{name}'; it may be cpu, cuda or cuda:N") from error
+    """The device, this process's own of several; UsageError when torch does not have it."""
+    device = expect_device("--device", f"cuda:{local_rank()}" if name == "cuda" and world() > 1 else name)
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device was '{name}'; it may be cpu, cuda or cuda:N")
-    if device.type == "cuda" and device.index is None and world() > 1:
-        device = torch.device("cuda", local_rank())
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device was '{name}'; torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -161,14 +188,41 @@ def open_float(
 ) -> torch.nn.Module:
     """The float model that a quantized one can be compared with: the same structure where it is the same architecture.
 
-    Another one is of its channels and input size, and of its classes where the record says them.
+    Another one is of its channels and input size, and of its classes where the record says them. A network of the user's own is
+    what "module:function" makes, or the file's own structure where `name` is None.
     """
+    if isinstance(record.spec, NetworkSpec):
+        if name is None:
+            return _weighted(record.spec.build(), record.spec.architecture, checkpoint).to(device)
+        return open_network(name, checkpoint, device)
     kwargs = record.spec.keywords()
     if name is not None and plain_name(name) != plain_name(record.spec.architecture):
         kwargs = {key: kwargs[key] for key in ("num_classes", "in_chans", "img_size") if key in kwargs}
     return load_model(
         name or record.spec.architecture, checkpoint, model_kwargs=kwargs, pretrained=pretrained, device=device
     )
+
+
+def open_network(name: str, checkpoint: Path | None, device: torch.device) -> torch.nn.Module:
+    """The float network: an embedded one, or what "module:function" makes, with the weights of --checkpoint."""
+    if ":" not in name:
+        return load_model(name, checkpoint, device=device)
+    network = built(name).eval()
+    if checkpoint is None:
+        raise UsageError(f"--against was '{name}'; --checkpoint must hold its weights, a state_dict as .safetensors")
+    return _weighted(network, name, checkpoint).to(device)
+
+
+def _weighted(network: torch.nn.Module, name: str, checkpoint: Path | None) -> torch.nn.Module:
+    """The network with the weights of a state_dict, where there is one."""
+    if checkpoint is None:
+        return network
+    try:
+        network.load_state_dict(safetensors.torch.load_file(checkpoint))
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise DfqvitError(f"--checkpoint '{checkpoint}' does not fit what '{name}' makes: {said}") from error
+    return network
 
 
 def plain_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ..api import quantize
+from ..api import LAST_BLOCK, quantize, settle
 from ..calibration.allocation import check_budget
 from ..calibration.correction import SHAPES, check_correction, choose_blocks
 from ..calibration.given import given_images
@@ -27,8 +28,19 @@ from ..runtime.record import QuantizationRecord
 from ..storage import save
 from ..storage.atomic import refuse_existing
 from ..synthesis import SynthesisConfig
-from .options import common, emit, model_options, open_model, pick_device, synthesis_config, synthesis_options
-from .report import CURRICULUM, SAMPLES, make_report
+from .options import (
+    SYNTHESIS,
+    common,
+    emit,
+    given,
+    model_options,
+    open_model,
+    pick_device,
+    refuse_given,
+    synthesis_config,
+    synthesis_options,
+)
+from .report import CURRICULUM, REPORT, SAMPLES, make_report
 from .synthesize import run_synthesis
 
 FILE = "model.safetensors"
@@ -122,9 +134,14 @@ def command(**options: Any) -> None:
     """Quantize MODEL without data and save it as DIR/model.safetensors, with DIR/report.html and pictures of its images."""
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
+    refuse_existing(out / REPORT, force)
     names = ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits", "softmax_bits", "scaling")
     bits = {key: options.pop(key) for key in names}
     recipe, budget = Recipe(**bits), options.pop("size_budget")
+    if budget is not None and given("w_bits"):
+        warnings.warn(
+            "--w-bits was given and --size-budget, which chooses the bits of the weights itself", stacklevel=2
+        )
     correction = {key: options.pop(key) for key in ("acm_shape", "acm_shrink")} | _correction(options)
     steps = options.pop("reconstruct")
     if steps and recipe.placement != "gemm":
@@ -133,16 +150,25 @@ def command(**options: Any) -> None:
     if options.pop("fast"):
         if options["calib"] not in ("synthetic", "procedural"):
             raise UsageError(f"--fast and --calib {options['calib']} were both given; give one of them")
-        options |= {"calib": "procedural", "samples": FAST_SAMPLES}
+        options["calib"] = "procedural"
+        if not given("samples"):
+            options["samples"] = FAST_SAMPLES
     made = "synthetic" if options["calib"].endswith(".safetensors") else options["calib"]  # by `dfqvit synthesize`
     companions = companion_count(companions, made, recipe)
+    if options["calib"] != "synthetic":
+        told = f"and --calib {options['calib']}; it is a setting of the synthesis, so --calib must be 'synthetic'"
+        refuse_given([name for name in SYNTHESIS if name not in ("samples", "seed")], told)
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     # All that `quantize` would refuse is refused before the synthesis, which takes long.
-    if budget is not None:
+    if calib in MADE:
+        if correction["acm"] != "auto":
+            check_correction(correction["acm"], correction["acm_shape"], config.samples)
+        asked = {"acm_blocks": LAST_BLOCK, "reconstruct": steps, "size_budget": budget, **correction}
+        asked.pop("gamma", None)
+        settle(model, recipe, config.samples + companions, **asked)
+    elif budget is not None:
         check_budget(model, recipe, budget)
-    if calib in MADE and correction["acm"] != "auto":
-        check_correction(correction["acm"], correction["acm_shape"], config.samples)
     chosen = correction.get("gamma", 1), correction.get("acm_blocks"), correction["acm_top"]
     choose_blocks(len(find_adapter(model).blocks()), *chosen)
     energy = Energy(pick_device(options["device"]))
@@ -236,6 +262,8 @@ def _correction(options: dict[str, Any]) -> dict[str, Any]:
     """The ACM settings of `quantize` from --acm, --gamma, --acm-blocks and --acm-top."""
     acm, gamma = options.pop("acm"), options.pop("gamma")
     text, top = options.pop("acm_blocks"), options.pop("acm_top")
+    if acm == "none":
+        refuse_given(["gamma"], "and --acm none, which corrects no block; give one of them")
     if sum(value is not None for value in (gamma, text, top)) > 1:
         raise UsageError("--gamma, --acm-blocks and --acm-top exclude each other; give one of them")
     result: dict[str, Any] = {"acm": acm, "acm_top": top}
@@ -250,11 +278,17 @@ def _correction(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_images(path: Path, preprocessing: Preprocessing, count: int) -> torch.Tensor:
+    """`count` images of a file or folder; of a samples file all, unless --samples says how many."""
     if path.suffix == ".safetensors" and path.is_file():
         try:
-            return safetensors.torch.load_file(path)["images"]
+            images = safetensors.torch.load_file(path)["images"]
         except (safetensors.SafetensorError, KeyError) as error:
             raise DfqvitError(f"--calib '{path}' is not a samples file of `dfqvit synthesize`: {error}") from error
+        if not given("samples"):
+            return images
+        if count > len(images):
+            raise UsageError(f"--samples was {count}; --calib '{path}' holds {len(images)} images")
+        return images[[index * len(images) // count for index in range(count)]]
     if not path.exists():
         raise UsageError(
             f"--calib was '{path}'; it may be 'synthetic', 'procedural', 'noise', or an existing file or folder of images"

@@ -17,8 +17,9 @@ import json
 import queue
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ..models import demo as embedded
 from ..storage.atomic import atomic
 from . import evaluate as evaluate_command
 from . import quantize as quantize_command
+from .process import Ended, empty_argument
 
 Settings = dict[str, Any]
 COMMANDS = {"quantize": quantize_command.command, "evaluate": evaluate_command.command}
@@ -61,7 +63,7 @@ def read_config(path: Path) -> list[Run]:
         UsageError: the file is missing or no YAML, or a key or value of it does not fit; names it and what it may be.
     """
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"CONFIG was '{path}', which could not be read: {error}") from error
     except yaml.YAMLError as error:
@@ -102,22 +104,34 @@ def run_all(
     for device in devices:
         free.put(device)
     results: dict[str, Settings] = {}
+    running: set[subprocess.Popen[str]] = set()
 
     def work(run: Run) -> Settings:
         device = free.get()
         try:
-            return _make(run, out / run.name, device)
+            return _make(run, out / run.name, device, running)
         finally:
             free.put(device)
 
     pool = ThreadPoolExecutor(len(devices))
+    waiting: dict[Future[Settings], Run] = {}
     try:
-        waiting = {pool.submit(work, run): run for run in runs}
+        for run in runs:
+            waiting[pool.submit(work, run)] = run
         for future in as_completed(waiting):
             run = waiting[future]
             results[run.name] = future.result()
             write_tables([(each, results[each.name]) for each in runs if each.name in results], out)
             report(run, results[run.name])
+    except Ended:  # a terminal's Ctrl-C comes to the processes too; this signal came here alone
+        pool.shutdown(wait=False, cancel_futures=True)
+        told: set[subprocess.Popen[str]] = set()
+        while not all(future.done() for future in waiting):
+            for process in set(running) - told:  # each once: a second signal would end its cleaning up
+                process.terminate()
+                told.add(process)
+            time.sleep(0.05)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     return [(run, results[run.name]) for run in runs]
@@ -131,9 +145,9 @@ def write_tables(results: Sequence[tuple[Run, Settings]], out: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     with atomic(out / "sweep.csv") as temporary:
-        temporary.write_text(text.getvalue())
+        temporary.write_text(text.getvalue(), encoding="utf-8")
     with atomic(out / "sweep.md") as temporary:
-        temporary.write_text(markdown(results) + "\n")
+        temporary.write_text(markdown(results) + "\n", encoding="utf-8")
 
 
 def markdown(results: Sequence[tuple[Run, Settings]]) -> str:
@@ -162,28 +176,37 @@ def _row(run: Run, result: Settings) -> Settings:
     return row if found is None else row | {"top-1": round(found["top1"], 2), "top-5": round(found["top5"], 2)}
 
 
-def _make(run: Run, folder: Path, device: str) -> Settings:
+def _make(run: Run, folder: Path, device: str, running: set[subprocess.Popen[str]]) -> Settings:
     folder.mkdir(parents=True, exist_ok=True)
     result: Settings = {}
     for command, arguments in _commands(run, folder, device):
         kept, beside = folder / f"{command}.json", folder / f"{command}.files.json"
         files = _files(run, command, folder)
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(beside.read_text()) == files:
-                result[command] = json.loads(kept.read_text())
+            if json.loads(beside.read_bytes()) == files:
+                result[command] = json.loads(kept.read_bytes())
                 continue
         kept.unlink(missing_ok=True)  # of other files
-        done = subprocess.run(
-            [sys.executable, "-m", "dfqvit", command, *arguments, "--json"], capture_output=True, text=True, check=False
-        )
+        line = [sys.executable, "-m", "dfqvit", command, *arguments, "--json"]
+        done = _finished(line, running)
         if done.returncode != 0:
             lines = [line.split("dfqvit: ", 1)[1] for line in done.stderr.splitlines() if "dfqvit: " in line]
             return {"error": lines[-1] if lines else f"`dfqvit {command}` ended with status {done.returncode}"}
         for path, text in ((beside, json.dumps(files)), (kept, done.stdout)):
             with atomic(path) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
         result[command] = json.loads(done.stdout)
     return result
+
+
+def _finished(line: Sequence[str], running: set[subprocess.Popen[str]]) -> subprocess.CompletedProcess[str]:
+    """What a process ended with; it is among `running` as long as it runs."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", errors="replace") as process:
+        running.add(process)
+        out, err = process.communicate()
+    running.discard(process)
+    return subprocess.CompletedProcess(line, process.returncode, out, err)
 
 
 def _files(run: Run, command: str, folder: Path) -> dict[str, list[int]]:
@@ -223,6 +246,8 @@ def _arguments(command: str, settings: Settings) -> list[str]:
 
 def _check(command: str, arguments: list[str]) -> None:
     """UsageError unless the command takes the arguments, in its own words."""
+    if wrong := empty_argument(arguments):
+        raise UsageError(f"{command} in CONFIG: {wrong}")
     try:
         COMMANDS[command].make_context(command, list(arguments))
     except click.ClickException as error:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..distributed import reduce_
-from ..errors import UsageError
+from ..errors import DfqvitError, UsageError
 from ..models.frame import evaluating
+from ..models.spec import class_count
 from .labels import Confusion
 
 
@@ -56,12 +57,15 @@ def evaluate(
     Warns where the predictions show that the labels are of another order than the model's, or counted from 1.
 
     Raises:
-        UsageError: labels are no whole numbers [n], one for each image; a label is outside the model's classes; `against` has
-            others; there were no images.
+        UsageError: a model gives no logits [n, classes], or has no classifier; labels are no whole numbers [n], one for each
+            image; a label is outside the model's classes; `against` has others; there were no images.
+        DfqvitError: logits hold NaN or Inf.
     """
     with contextlib.ExitStack() as stack:
-        for each in (model, against):
+        for name, each in (("model", model), ("against", against)):
             if each is not None:
+                if class_count(each) == 0:
+                    raise UsageError(f"{name} has no classifier; evaluate counts predictions of classes")
                 stack.enter_context(evaluating(each))
         return _evaluate(model, batches, against, report)
 
@@ -82,7 +86,7 @@ def _evaluate(
         labels = _whole(labels, len(images))
         images, labels = images.to(device), labels.to(device)
         start = time.perf_counter()
-        logits = model(images).float()
+        logits = logits_of(model, images, "model")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds += time.perf_counter() - start
@@ -92,7 +96,7 @@ def _evaluate(
         hits["top1"] += count_hits(logits, labels, 1)
         hits["top5"] += count_hits(logits, labels, 5)
         if against is not None:
-            others = against(images).float()
+            others = logits_of(against, images, "against")
             if others.shape != logits.shape:
                 raise UsageError(
                     f"against gives {others.shape[1]} classes and the model {logits.shape[1]}; they must be of the same ones"
@@ -130,6 +134,17 @@ def _evaluate(
     )
 
 
+def logits_of(model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
+    """[n, classes] in float32; UsageError where the model gives something else, DfqvitError where that is not finite."""
+    found = model(images)
+    if not isinstance(found, torch.Tensor) or found.dim() != 2 or len(found) != len(images):
+        what = list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+        raise UsageError(f"{name} gave {what} for {len(images)} images; it must give logits [{len(images)}, classes]")
+    if not bool(torch.isfinite(found).all()):
+        raise DfqvitError(f"{name} gave logits that hold NaN or Inf, of which no class is the first")
+    return found.float()
+
+
 def _whole(labels: Any, images: int) -> torch.Tensor:
     """The labels of a batch in int64; UsageError unless they are whole numbers [n], one for each image."""
     wanted = f"they must be a tensor of whole numbers [{images}], one for each image"
@@ -149,6 +164,7 @@ def _check_labels(labels: torch.Tensor, classes: int) -> None:
 
 
 def count_hits(logits: torch.Tensor, labels: torch.Tensor, k: int) -> int:
-    """How many rows of logits [n, classes] have their label among the k first."""
-    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return int((top == labels[:, None]).any(dim=1).sum())
+    """How many rows of logits [n, classes] have their label among the k first; of equal logits the lower class comes first."""
+    own = logits.gather(1, labels[:, None])
+    lower = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return int((((logits > own) | ((logits == own) & lower)).sum(dim=1) < k).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import os
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from .labels import class_folders, order_of, read_classes, read_labels
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _UNREAD = (".gif", ".jp2", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".jpe", ".dng")  # images, and left out
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises of a file
+
+KILLED = "data: a process that reads images was killed; fewer --workers need less memory"
 
 Item = tuple[torch.Tensor, int]
 
@@ -108,6 +111,8 @@ class FolderImages(Images):
     @staticmethod
     def _readable(path: Path, unreadable: str) -> bool:
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("no regular file")  # a pipe would be waited for
             with Image.open(path) as image:
                 image.verify()
             return True
@@ -134,9 +139,12 @@ class FolderImages(Images):
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files in `folder` at any depth that are not hidden, sorted; links are followed, every folder is read once."""
+    """The files in `folder` at any depth that are not hidden, sorted; links are followed, every folder is read once.
+
+    A link to a folder above is not followed: the files of all classes would be of this one.
+    """
     found: list[Path] = []
-    seen = {folder.resolve()}
+    seen = {folder.resolve(), *folder.resolve().parents}
     for place, folders, files in os.walk(folder, followlinks=True):
         kept = []
         for name in sorted(folders):
@@ -160,11 +168,20 @@ class ArrayImages(Images):
         self, path: Path, preprocessing: Preprocessing, num_classes: int | None = None, labelled: bool = True
     ) -> None:
         try:
+            with path.open("rb") as raw:
+                if not zipfile.is_zipfile(raw):
+                    raise ValueError("it is no zip archive, as numpy.savez writes one; other images belong in a folder")
             with np.load(path, allow_pickle=False) as file:
+                missing = {"images", *(["labels"] if labelled else [])} - set(file.files)
+                if missing:
+                    held = ", ".join(map(repr, file.files)) or "none"
+                    raise DfqvitError(
+                        f"data '{path}' has no array {min(missing)!r}; it must hold 'images' and 'labels', and it has {held}"
+                    )
                 self.images = torch.from_numpy(file["images"])
                 labels = file["labels"] if labelled else np.zeros(len(self.images), np.int64)
-        except KeyError as error:
-            raise DfqvitError(f"data '{path}' has no array {error}; it must hold 'images' and 'labels'") from error
+        except DfqvitError:
+            raise
         except (OSError, ValueError, EOFError, TypeError) as error:
             raise DfqvitError(f"data '{path}' is not a readable .npz file: {error}") from error
         except Exception as error:  # zipfile.BadZipFile, zlib.error: numpy lets them through
@@ -188,6 +205,8 @@ class ArrayImages(Images):
         if 0 in self.images.shape:
             height, width = self.images.shape[2:]
             raise UsageError(f"data '{path}' has images of {width} x {height} pixels; they must have one at least")
+        if int(self.images.max()) == 1:
+            raise UsageError(f"data '{path}' has images of 0 and 1 alone; their pixels must lie from 0 to 255")
         self.preprocessing = preprocessing
 
     def __len__(self) -> int:
@@ -229,6 +248,8 @@ def open_images(
         raise UsageError(f"data was '{path}'; there is no such file or folder")
     if classes is not None:
         raise UsageError(f"classes was '{classes}'; it is for a folder of classes, and '{path}' has labels of its own")
+    if unreadable == "skip":
+        raise UsageError(f"unreadable was 'skip'; it is for a folder of images, and '{path}' is one file")
     return ArrayImages(path, preprocessing, num_classes, labelled)
 
 
@@ -275,9 +296,7 @@ class Batches:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DfqvitError(
-                "data: a process that reads images was killed; fewer --workers need less memory"
-            ) from error
+            raise DfqvitError(KILLED) from error
 
 
 class _Tasks(Dataset):

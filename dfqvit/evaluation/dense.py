@@ -113,7 +113,7 @@ class SegmentationMeter:
 
     def __init__(self) -> None:
         self.metrics: list[Any] = []
-        self.confusion, self.counted = Confusion(), 0
+        self.confusion, self.counted, self.ignored, self.greatest = Confusion(), 0, 0, 0
 
     def add(self, logits: torch.Tensor, targets: list[Target]) -> None:
         """Of one batch; logits [B, classes, h, w] are resized to each mask."""
@@ -132,6 +132,8 @@ class SegmentationMeter:
                 sized = F.interpolate(sized, tuple(mask.shape), mode="bilinear", align_corners=False)
             guesses, counts = sized.argmax(1), mask[None] != IGNORED
             self.counted += int(counts.sum())
+            self.ignored += int((~counts).sum())
+            self.greatest = max(self.greatest, int(mask[None][counts].max())) if bool(counts.any()) else self.greatest
             self.confusion.count(mask[None][counts], guesses[counts], logits.shape[1])
             for metric in self.metrics:
                 metric.update(guesses, mask[None])
@@ -144,6 +146,11 @@ class SegmentationMeter:
         """In percent; UsageError where no pixel counts."""
         if not self.counted:
             raise UsageError(f"no pixel is counted: every mask is {IGNORED} throughout, which counts for nothing")
+        if self.ignored and self.greatest == 0:
+            raise UsageError(
+                f"the masks hold 0 and {IGNORED} alone, and {IGNORED} counts for nothing, so only the ground is left; where "
+                f"{IGNORED} stands for an object, it must be the number of its class"
+            )
         return {
             name: 100 * float(metric.compute())
             for name, metric in zip(("mIoU", "pixel accuracy"), self.metrics, strict=True)

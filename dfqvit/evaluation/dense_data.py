@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from ..calibration.given import eight_bits
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
-from .data import UNREADABLE
+from .data import KILLED, UNREADABLE
 from .dense import Target, check_task
 from .scenes import Scenes
 
@@ -42,11 +43,24 @@ class DenseImages(abc.ABC):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         """(image, target)."""
 
-    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, list[Target]]]:
-        """(images [n, C, H, W], targets) of up to `size` each."""
-        for start in range(0, len(self), size):
-            found = [self[index] for index in range(start, min(start + size, len(self)))]
-            yield torch.stack([image for image, _ in found]), [target for _, target in found]
+    def batches(self, size: int, workers: int = 0) -> Iterator[tuple[torch.Tensor, list[Target]]]:
+        """(images [n, C, H, W], targets) of up to `size` each, in order, read in `workers` processes.
+
+        Raises:
+            DfqvitError: a process that reads was killed, or a file cannot be read.
+            UsageError: what was read does not fit.
+        """
+        loader = DataLoader(_Tasks(self), batch_size=size, num_workers=workers, collate_fn=list)
+        try:
+            for found in loader:
+                wrong = next((each for each in found if isinstance(each, (UsageError, DfqvitError))), None)
+                if wrong is not None:
+                    raise wrong
+                yield torch.stack([image for image, _ in found]), [target for _, target in found]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DfqvitError(KILLED) from error
 
     def _open(self, path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
         """(the image, its height and width in the file)."""
@@ -69,6 +83,22 @@ class DenseImages(abc.ABC):
         return self.preprocessing.normalise(planes), size
 
 
+class _Tasks(Dataset):
+    """What a process does: an item, or the error, which would lose its form on the way as an exception."""
+
+    def __init__(self, images: DenseImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Target] | UsageError | DfqvitError:
+        try:
+            return self.images[index]
+        except (UsageError, DfqvitError) as error:
+            return error
+
+
 class CocoImages(DenseImages):
     """Boxes of `root/annotations.json`, COCO's format, on the images in `root/images`.
 
@@ -84,11 +114,12 @@ class CocoImages(DenseImages):
         if not path.is_file():
             raise UsageError(f"data was '{root}'; for detection it must hold {ANNOTATIONS} and a folder {IMAGES}")
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_bytes())  # in any of Unicode's encodings
             self.images = list(found["images"])
             _check_once(path, "categories", found["categories"])
             _check_once(path, "images", self.images)
-            order = sorted(each["id"] for each in found["categories"])
+            _check_once(path, "annotations", [each for each in found["annotations"] if "id" in each])
+            order = sorted(_whole_id(path, each["id"]) for each in found["categories"])
             labels = {number: number if label_ids else place for place, number in enumerate(order)}
             self.targets: dict[Any, list[tuple[list[float], int, int]]] = {each["id"]: [] for each in self.images}
             sizes = {each["id"]: (each["width"], each["height"], each["file_name"]) for each in self.images}
@@ -126,7 +157,10 @@ class CocoImages(DenseImages):
 
 
 class MaskImages(DenseImages):
-    """Images of `root/images` with a mask of the same name in `root/masks`: a PNG whose pixels are classes, 255 counts not."""
+    """Images of `root/images` with a mask of the same name in `root/masks`: a PNG whose pixels are classes, 255 counts not.
+
+    Of a palette the indices are the classes, whatever its colours are.
+    """
 
     def __init__(self, root: Path, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
@@ -150,6 +184,8 @@ class MaskImages(DenseImages):
                         f"data: '{self.masks[index]}' is a PNG of mode {file.mode}; masks are of mode L or P"
                     )
                 mask = torch.from_numpy(np.array(file))
+                if file.mode == "P":
+                    _check_palette(self.masks[index], mask, file.getpalette() or [])
         except UsageError:
             raise
         except UNREADABLE as error:
@@ -178,6 +214,23 @@ class SceneImages(DenseImages):
         if self.task == "segmentation":
             return image, {"mask": scenes.masks[index]}
         return image, {"boxes": scenes.boxes[index], "labels": scenes.labels[index]}
+
+
+def _check_palette(path: Path, mask: torch.Tensor, palette: list[int]) -> None:
+    """UsageError where a palette looks like greys that a program for smaller files has numbered anew.
+
+    Black and white for 0 and 1 is a usual palette of two classes.
+    """
+    used, reds = mask.unique().tolist(), palette[::3]
+    if reds != palette[1::3] or reds != palette[2::3] or used[-1] >= len(reds):
+        return  # it has colours
+    greys = [reds[index] for index in used]
+    if greys != used and not set(greys) <= {0, 255}:
+        index, grey = next((i, g) for i, g in zip(used, greys, strict=True) if i != g)
+        raise UsageError(
+            f"data: '{path}' has a palette of greys in which entry {index} is the grey {grey}, so it cannot be known which of the "
+            "two is the class; save it without a palette (mode L), with the classes as its values"
+        )
 
 
 def open_dense(root: Path, preprocessing: Preprocessing, task: str, label_ids: bool = False) -> DenseImages:
@@ -212,7 +265,14 @@ def write_coco(scenes: Scenes, root: Path, classes: tuple[str, ...]) -> None:
     images = [{"id": i + 1, "file_name": f"{i:06}.png", "width": width, "height": height} for i in range(len(scenes))]
     categories = [{"id": place + 1, "name": name} for place, name in enumerate(classes)]
     whole = {"images": images, "annotations": annotations, "categories": categories}
-    (root / ANNOTATIONS).write_text(json.dumps(whole))
+    (root / ANNOTATIONS).write_text(json.dumps(whole), encoding="utf-8")
+
+
+def _whole_id(path: Path, value: Any) -> int:
+    """The id of a category, which orders them and may be a label."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise UsageError(f"data: '{path}' has a category of the id {value!r}; ids are whole numbers")
+    return int(value)
 
 
 def _check_once(path: Path, kind: str, entries: list[dict[str, Any]]) -> None:

@@ -44,6 +44,7 @@ def order_of(
     """
     if names is not None:
         return _by_file(root, folders, names, num_classes)
+    inner = [name for name in folders if name.lower() in _SPLITS]
     wnids = all(_WNID.fullmatch(name) for name in folders)
     subset = infer_imagenet_subset({"num_classes": num_classes}) if wnids and num_classes else None
     if subset:
@@ -51,7 +52,6 @@ def order_of(
         if all(name in known for name in folders):
             return {name: known[name] for name in folders}, f"the folders are WordNet ids, in the order of {subset}"
     if num_classes is not None and len(folders) != num_classes:
-        inner = [name for name in folders if name.lower() in _SPLITS]
         hint = (
             f"give one of its folders, such as '{root / inner[0]}'"
             if inner
@@ -60,6 +60,11 @@ def order_of(
         raise UsageError(
             f"data '{root}' has {len(folders)} folders and the model {num_classes} classes, so which is which cannot be known; "
             f"{hint}"
+        )
+    if len(inner) == len(folders):
+        raise UsageError(
+            f"data '{root}' has the folders {', '.join(folders)}, which look like parts of a data set and not like classes; give "
+            f"one of them, such as '{root / inner[0]}', or --classes FILE where they are the classes"
         )
     ordered = sorted(folders, key=natural_key)
     if ordered != sorted(folders):
@@ -122,9 +127,11 @@ def read_labels(path: Path, labels: np.ndarray, num_classes: int | None) -> torc
         UsageError: they cannot be the model's classes.
     """
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.ndim != 1 or labels.dtype.kind not in "iuf" or (labels.dtype.kind == "f" and (labels % 1 != 0).any()):
+    with np.errstate(invalid="ignore"):  # of Inf, NaN and numbers that no int64 holds
+        whole = labels.astype(np.int64) if labels.dtype.kind in "iuf" else None
+    if labels.ndim != 1 or whole is None or (whole != labels).any():
         raise DfqvitError(f"data '{path}' holds labels {labels.dtype} {labels.shape}; they must be whole numbers [n]")
-    found = torch.from_numpy(labels.astype(np.int64))
+    found = torch.from_numpy(whole)
     if num_classes is None or not len(found):
         return found
     least, greatest = int(found.min()), int(found.max())
@@ -184,5 +191,10 @@ class Confusion:
             return (
                 f"the order of the classes looks wrong: {share:.0%} of the {what} fall into one class for each label, mostly "
                 f"another than the label; {remedy}"
+            )
+        if not right:
+            return (
+                f"not one of {total:.0f} {what} falls into the class of its label, as if these counted other classes or the model "
+                f"knew none; {remedy}"
             )
         return ""

@@ -14,6 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 12, 10, 42
 _ROW = 18  # height of a bar with its gap
 _NAMES = 168  # of the width, beside the bars
 _LONGEST = 24  # letters of a name that fit there
+_GREATEST = 1e300  # a span of two such numbers is still one
 
 # What a line shows has the same colour and dash in every chart; other names take those that are free.
 STYLES = {
@@ -41,14 +42,17 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(series: Mapping[str, Points], x_label: str, y_label: str, *, logarithmic: bool = False) -> str:
-    """Lines through (x, y) points, one a series, with a legend.
+    """Lines through (x, y) points, one a series, with a legend. Points of NaN, Inf or beyond 1e300 are left out, and counted.
 
     With `logarithmic`, y is drawn by its logarithm; points that are not positive are left out then.
     """
+    given = sum(map(len, series.values()))
+    series = {name: [point for point in points if _drawable(*point)] for name, points in series.items()}
+    missing = _missing(given - sum(map(len, series.values())), "points")
     series = {name: [p for p in points if p[1] > 0 or not logarithmic] for name, points in series.items()}
     every = [point for points in series.values() for point in points]
     if not every:
-        return "<p>No values to draw.</p>"
+        return f"<p>No values to draw.</p>{missing}"
     rise = math.log10 if logarithmic else float
     x_low, x_high = min(x for x, _ in every), max(x for x, _ in every)
     y_low, y_high = min(rise(y) for _, y in every), max(rise(y) for _, y in every)
@@ -88,7 +92,16 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str, *, loga
     )
     turn = f'transform="translate(14 {middle:.0f}) rotate(-90)"'
     parts.append(f'<text {turn} text-anchor="middle">{html.escape(y_label)}</text>')
-    return _svg(HEIGHT, f"{y_label} by {x_label}: {', '.join(series)}", parts) + _legend(list(series), styles)
+    return _svg(HEIGHT, f"{y_label} by {x_label}: {', '.join(series)}", parts) + _legend(list(series), styles) + missing
+
+
+def _drawable(*values: float) -> bool:
+    return all(abs(value) <= _GREATEST for value in values)  # NaN is not
+
+
+def _missing(count: int, what: str) -> str:
+    """What is said of values that could not be drawn."""
+    return f'<p class="soft">{count} {what} are not numbers that can be drawn (NaN or Inf).</p>' if count else ""
 
 
 def _styles(names: Iterable[str]) -> list[int]:
@@ -99,9 +112,11 @@ def _styles(names: Iterable[str]) -> list[int]:
 
 
 def range_chart(ranges: Sequence[tuple[str, float, float]], label: str) -> str:
-    """A bar from least to greatest for each (name, least, greatest)."""
+    """A bar from least to greatest for each (name, least, greatest); those of NaN or Inf are left out, and counted."""
+    given, ranges = len(ranges), [each for each in ranges if _drawable(*each[1:])]
+    missing = _missing(given - len(ranges), "ranges")
     if not ranges:
-        return "<p>No values to draw.</p>"
+        return f"<p>No values to draw.</p>{missing}"
     left = _NAMES
     low, high = min(0.0, *(r[1] for r in ranges)), max(0.0, *(r[2] for r in ranges))
     span = (high - low) or 1.0
@@ -127,7 +142,7 @@ def range_chart(ranges: Sequence[tuple[str, float, float]], label: str) -> str:
     parts.append(
         f'<text x="{(WIDTH + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">{html.escape(label)}</text>'
     )
-    return _svg(height, label, parts)
+    return _svg(height, label, parts) + missing
 
 
 def _svg(height: int, title: str, parts: Sequence[str]) -> str:

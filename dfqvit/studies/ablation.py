@@ -24,6 +24,7 @@ from torch import nn
 from ..api import quantize
 from ..errors import DfqvitError
 from ..evaluation import count_hits
+from ..evaluation.accuracy import logits_of
 from ..models import Preprocessing
 from ..storage.atomic import atomic
 from ..synthesis import Progress, Synthesis, SynthesisConfig
@@ -74,6 +75,16 @@ class Table:
     def __contains__(self, key: tuple[Any, ...]) -> bool:
         return any(row.key == key for row in self.rows)
 
+    def expect_same(self, model: str, weights: str, data: str, images: int, float_top1: float) -> None:
+        """DfqvitError where a row of this model and data has another accuracy of the float model: its images were others."""
+        for row in self.rows:
+            same = (row.model, row.weights, row.data, row.images) == (model, weights, data, images)
+            if same and abs(row.float_top1 - float_top1) > 1e-3:  # the file holds six digits
+                raise DfqvitError(
+                    f"'{self.path}' has rows of other images under the name '{data}': the float model had {row.float_top1:.2f} % "
+                    f"of them right, and has {float_top1:.2f} % now; give another --out"
+                )
+
     def add(self, row: Row) -> None:
         """Appends a row and writes the file."""
         self.rows.append(row)
@@ -85,7 +96,7 @@ class Table:
             values = (getattr(each, name) for name in names)
             writer.writerow(["" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in values])
         with atomic(self.path) as temporary:
-            temporary.write_text(text.getvalue())
+            temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -98,7 +109,7 @@ def read_rows(path: Path) -> list[Row]:
         "float | None": lambda text: float(text) if text else None,
     }
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [
                 Row(**{name: read[kinds[name]](text) for name, text in row.items()}) for row in csv.DictReader(file)
             ]
@@ -157,7 +168,7 @@ class Bench:
     @torch.no_grad()
     def logits(self, model: nn.Module) -> torch.Tensor:
         """[images, classes]."""
-        return torch.cat([model(images).float() for images, _ in self.batches])
+        return torch.cat([logits_of(model, images, "a model of the study") for images, _ in self.batches])
 
     @property
     def labels(self) -> torch.Tensor:
@@ -183,9 +194,13 @@ def run_study(
     report: Callable[[Progress], None] | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> None:
-    """Adds the missing rows of a study to the table. Noise and real images, which no seed changes much, run for the first seed."""
+    """Adds the missing rows of a study to the table. Noise and real images, which no seed changes much, run for the first seed.
+
+    DfqvitError where the table has rows of other images, or of another order of the classes, under the same name.
+    """
     wanted, labels = bench.logits(model), bench.labels
     float_top1 = count_hits(wanted, labels, 1) * 100 / len(labels)
+    table.expect_same(architecture, gallery.weights, bench.name, len(labels), float_top1)
     for seed in seeds:
         for setting in settings:
             if setting.source != "synthetic" and seed != seeds[0]:

@@ -25,9 +25,13 @@ def chart(
     Args:
         title: above the picture.
         places: (label, position) of each place on the horizontal axis; bars unless every place has a position.
-        series: {name: a point for each place, None where nothing was measured}.
+        series: {name: a point for each place, None where nothing was measured}. One that holds NaN or Inf is not drawn.
         linear: keeps a wide axis from becoming logarithmic.
     """
+    series = {
+        name: [point if point is not None and all(map(math.isfinite, point)) else None for point in points]
+        for name, points in series.items()
+    }
     values = [value for points in series.values() for point in points if point is not None for value in point]
     least, greatest = _bounds(values or [0.0, 1.0])
     numeric = all(position is not None for _, position in places) and len(places) > 1

@@ -14,10 +14,12 @@ from torch import nn
 
 from ..calibration.correction import STORED, block_outputs, divergence
 from ..calibration.given import MOST_OUTSIDE, judge
+from ..errors import UsageError
 from ..models.adapters import Adapter, find_adapter
 from ..models.adapters.scalings import scalings
 from ..quantization.layers import QuantLinear
 from ..runtime.record import QuantizationRecord
+from ..synthesis.config import SynthesisConfig
 from ..synthesis.curriculum import crop_ratio
 
 MOST_HIGH = 0.5  # share of energy at high frequencies: healthy images up to 0.3, noise 0.8
@@ -59,6 +61,9 @@ def diagnose(
         qmodel: has a `dfqvit_record`.
         model: the float model, to measure layers and corrections on `images`; without it the record alone speaks.
         images: [n, C, H, W], normalised; needed with `model`.
+
+    Raises:
+        UsageError: `model` has other layers or blocks than `qmodel` was made from.
     """
     record: QuantizationRecord = qmodel.dfqvit_record  # type: ignore[assignment]
     measured: dict[str, Any] = dict(record.measured)
@@ -70,11 +75,30 @@ def diagnose(
     ]
     if model is not None:
         assert images is not None
+        _expect_layers(model, qmodel)
         measured["layers"] = layer_divergence(model, qmodel, images)
         measured["foreign"] = correction_effect(model, qmodel, images)
         findings += _foreign(measured["foreign"])
     findings += _divergence(measured)
     return sorted(findings, key=lambda finding: -finding.weight), measured
+
+
+def _expect_layers(model: nn.Module, qmodel: nn.Module) -> None:
+    """UsageError unless `model` has every layer that was quantized, of its shape, and as many blocks."""
+    modules = dict(model.named_modules())
+    kinds = f"{type(model).__name__} is not what the quantized {type(qmodel).__name__} was made from"
+    for name, twin in qmodel.named_modules():
+        if isinstance(twin, QuantLinear):
+            weight = getattr(modules.get(name), "weight", None)
+            shape = None if weight is None else (weight.shape[0], weight[0].numel())
+            if shape != (twin.out_features, twin.in_features):
+                has = "no such layer" if shape is None else f"{shape[1]} to {shape[0]} features there"
+                raise UsageError(
+                    f"against: this {kinds}: '{name}' is {twin.in_features} to {twin.out_features} features, and it has {has}"
+                )
+    depths = [len(find_adapter(each).blocks()) for each in (model, qmodel)]
+    if depths[0] != depths[1]:
+        raise UsageError(f"against: this {kinds}: it has {depths[0]} blocks, and that one {depths[1]}")
 
 
 def _over(
@@ -92,7 +116,7 @@ def _under(signature: str, value: float, threshold: float, what: str, advice: st
 
 def _samples(record: QuantizationRecord, measured: dict[str, Any]) -> Iterator[Finding]:
     images = measured.get("images", {})
-    again = "quantize again with --iters 500 and the default schedule"
+    again = f"quantize again with --iters {SynthesisConfig.iters} and the default schedule"
     if record.calibration == "noise":
         yield Finding("noisy samples", 10.0, 1.0, 0.0, "the calibration images were noise (--calib noise)", again)
     elif images:

@@ -59,7 +59,7 @@ STUDIES: dict[str, list[Setting]] = {
     "schedule": [Setting(name, synthesis={"schedule": name}) for name in ("e2h", "fixed", "hard-to-easy")],
     "crops": _crops(),
     "samples": _numbers("samples", (4, 8, 16, 32, 64, 128, 256)),
-    "steps": _numbers("iters", (50, 100, 200, 500, 1000)),
+    "steps": _numbers("iters", (50, 100, 250, 500, 1000)),
     "gamma": [
         Setting(f"{gamma}", gamma, quantization={**_EVERY_BLOCK, "gamma": gamma}) for gamma in (1, 2, 3, 4, 6, 12)
     ],
@@ -83,8 +83,10 @@ STUDIES: dict[str, list[Setting]] = {
 }
 
 
-def settings_of(study: str, recipe: str, values: Sequence[float] | None = None) -> list[Setting]:
-    """The settings of a study on top of a recipe, `values` in place of those of its axis.
+def settings_of(
+    study: str, recipe: str, values: Sequence[float] | None = None, chosen: Sequence[str] = ()
+) -> list[Setting]:
+    """The settings of a study on top of a recipe, `values` in place of those of its axis; those `chosen` by name, or all.
 
     Raises:
         UsageError: an unknown name, or values for a study that has no axis.
@@ -108,14 +110,18 @@ def settings_of(study: str, recipe: str, values: Sequence[float] | None = None) 
     if study == "method":  # the default beside the paper's pieces
         synthesis, quantization = RECIPES["default"]
         found.append(Setting("the default", synthesis=synthesis, quantization=quantization))
-    return found
+    names = [setting.name for setting in found]
+    for name in chosen:
+        if name not in names:
+            raise UsageError(f"setting was '{name}'; of the study '{study}' it may be {', '.join(map(repr, names))}")
+    return [setting for setting in found if not chosen or setting.name in chosen]
 
 
 def _moved(study: str, setting: Setting, value: float) -> Setting:
     if setting.x is None:
         raise UsageError(f"values were given for the study '{study}', which has none; they may be given for 'samples'")
     if value != int(value) or value < 1:
-        raise UsageError(f"values held {value:g}; they must be whole numbers of at least 1")
+        raise UsageError(f"values held {value}; they must be whole numbers of at least 1")
     moved = replace(setting, name=f"{value:g}", x=value)
     if "gamma" in setting.quantization:
         return replace(moved, quantization={**setting.quantization, "gamma": int(value)})

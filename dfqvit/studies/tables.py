@@ -62,7 +62,7 @@ def write_charts(rows: Sequence[Row], folder: Path) -> list[Path]:
         path = folder / chart_name(held[0])
         title = f"{held[0].study}: {held[0].model}, top-1 % on {held[0].images} images of {held[0].data}"
         with atomic(path) as temporary:
-            temporary.write_text(chart(title, places, series))
+            temporary.write_text(chart(title, places, series), encoding="utf-8")
         written.append(path)
     return written
 

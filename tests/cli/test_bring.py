@@ -6,8 +6,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from dfqvit import cli, demo
 from dfqvit.models import load_model
 
 from ..conftest import PATHS_SAID, said
+from ..fresh import python
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 KWARGS = [part for key, value in SMALL.items() for part in ("--model-kwargs", f"{key}={value}")]
@@ -36,13 +35,7 @@ def saved(tmp_path):
 
 
 def program(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "dfqvit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    return python("-m", "dfqvit", *arguments, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize("backend", ["cuda", "quant_linear=cpuu"])

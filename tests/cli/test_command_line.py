@@ -75,13 +75,15 @@ def lines(draw, name):
     def needed(parameter):
         return GOOD[parameter.name] if tame else draw(values(parameter))
 
-    line = [needed(p) for p in arguments if p.required or draw(st.booleans())]
+    line = [needed(p) for p in arguments if p.required or tame or draw(st.booleans())]
     for option in options:
         line += [option.opts[0], needed(option)] if option.required else []
-    for option in draw(st.lists(st.sampled_from(options), max_size=4)):
+    for option in draw(st.lists(st.sampled_from(options), max_size=2 if tame else 4)):  # many contradict each other
         line += [option.opts[0]] if option.is_flag else [option.opts[0], draw(values(option))]
     out = next((p for p in command.params if p.name == "out"), None)
-    return line if out is None else [*line, out.opts[0], "out/model.onnx" if name == "export" else "out"]
+    if out is None or (tame and not out.required):
+        return line
+    return [*line, out.opts[0], "out/model.onnx" if name == "export" else "out"]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_random_options(name, given_files, monkeypatch, capsys):
         assert status in (1, 2), (status, stdout)  # 0 needs the work
         assert len(said) == 1, err
         assert "Traceback" not in err
-        assert "unexpected" not in said[0], err  # nobody foresaw it
+        assert not said[0].startswith("dfqvit: unexpected "), err  # nobody foresaw it
         after = contents(Path())
         assert {path: after.get(path) for path in before} == before
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from dfqvit.cli.options import emit
 from dfqvit.models import load_model
 
 from ..conftest import QUICK, said
+from ..fresh import python
 
 
 @pytest.fixture
@@ -87,7 +88,8 @@ def test_synthesize_then_quantize_from_the_samples(run, tmp_path):
     assert run("quantize", "demo", "--calib", samples, "--rounding", "nearest", "--out", tmp_path / "q")[0] == 0
 
 
-def test_one_call_equals_two(run, tmp_path):
+def test_one_call_equals_two(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dfqvit.calibration.images.COMPANIONS", 4)
     run("quantize", "demo", *QUICK, "--out", tmp_path / "one")
     run("synthesize", "demo", *QUICK, "--out", tmp_path / "s")
     run("quantize", "demo", "--calib", tmp_path / "s" / "samples.safetensors", "--out", tmp_path / "two")
@@ -96,6 +98,22 @@ def test_one_call_equals_two(run, tmp_path):
     assert torch.equal(one(x), two(x))
     assert one.dfqvit_record.calibration == "synthetic"
     assert one.dfqvit_record.settings["iters"] == 2
+
+
+def test_fast_takes_as_many_procedural_images_as_asked_for(run, tmp_path):
+    arguments = [
+        "quantize",
+        "demo",
+        "--fast",
+        "--rounding",
+        "nearest",
+        "--json",
+        "--out",
+        tmp_path / "o",
+        "--samples",
+        "3",
+    ]
+    assert json.loads(run(*arguments)[1])["record"]["samples"] == 3
 
 
 def test_fast_takes_procedural_images(run, tmp_path):
@@ -151,6 +169,21 @@ def test_results_are_not_replaced_without_force(run, tmp_path):
         (["quantize", "demo", "--acm-blocks", "99", "--calib", "noise"], 2, "the model has blocks 0 to 3"),
         (["quantize", "demo", "--acm-blocks", "x"], 2, "--acm-blocks was 'x'"),
         (["quantize", "demo", "--acm-blocks", "1", "--gamma", "2"], 2, "exclude each other"),
+        (
+            ["quantize", "demo", "--fast", "--iters", "9"],
+            2,
+            "--iters was given and --calib procedural; it is a setting of",
+        ),
+        (
+            ["quantize", "demo", "--calib", "noise", "--crop-lower", "0.08"],
+            2,
+            "--crop-lower was given and --calib noise",
+        ),
+        (
+            ["quantize", "demo", "--acm", "none", "--acm-blocks", "0", "--fast"],
+            2,
+            r"acm_blocks was \[0\] and acm 'none'",
+        ),
         (["quantize", "demo", "--calib", "nothing.npz"], 2, "--calib was 'nothing.npz'; it may be"),
         (["quantize", "demo", "--checkpoint", "none.safetensors"], 2, "checkpoint was 'none.safetensors'"),
         (["quantize", "demo", "--num-classes", "3"], 2, "has 10 classes and the model 3; give --num-classes 10"),
@@ -292,9 +325,16 @@ def test_benchmark_explains_its_ratio(run):
     assert "how many times as fast as the float model beside it. Both had 3 turns" in stdout
 
 
-def test_demo_on_a_few_images(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dfqvit.cli.demo._SECONDS", 0.02)  # a turn of the race
-    status, stdout, _ = run("demo", "--images", 250, *QUICK, "--out", tmp_path, "--json")
+@pytest.fixture
+def short_demo(monkeypatch):
+    """Few turns of the race of speeds, each a short one, and few companions."""
+    monkeypatch.setattr("dfqvit.cli.demo._ROUNDS", 3)
+    monkeypatch.setattr("dfqvit.cli.demo._SECONDS", 0.02)
+    monkeypatch.setattr("dfqvit.cli.demo.COMPANIONS", 2)
+
+
+def test_demo_on_a_few_images(run, tmp_path, short_demo):
+    status, stdout, _ = run("demo", "--images", 100, *QUICK, "--out", tmp_path, "--json")
     top1 = json.loads(stdout)["top1"]
     assert status == 0
     assert set(top1) == {"W8/A8", "W4/A8", "W3/A8", "W3/A8, PSAQ-ViT's"}
@@ -305,13 +345,13 @@ def test_demo_on_a_few_images(run, tmp_path, monkeypatch):
     assert "<h2>Accuracy</h2>" in (tmp_path / "report.html").read_text()
 
 
-def test_demo_of_all_models(run, tmp_path, monkeypatch):
-    """Of two here: one has no such places as PSAQ-ViT quantizes at."""
-    monkeypatch.setattr("dfqvit.cli.demo._SECONDS", 0.02)
+def test_demo_of_all_models(run, tmp_path, monkeypatch, short_demo):
+    """Of two here: one has no such places as PSAQ-ViT quantizes at. Quickly quantized: rounded to nearest."""
+    monkeypatch.setattr("dfqvit.cli.demo.quantize", functools.partial(dfqvit.quantize, rounding="nearest"))
     monkeypatch.setattr(
         "dfqvit.cli.demo.embedded.ALIASES", {n: demo.ALIASES[n] for n in ("demo-deit3", "demo-convnext")}
     )
-    status, stdout, err = run("demo", "--all", "--images", 250, *QUICK, "--out", tmp_path, "--json")
+    status, stdout, err = run("demo", "--all", "--images", 100, *QUICK, "--out", tmp_path, "--json")
     assert status == 0, err
     models = json.loads(stdout)["models"]
     assert {name: len(record["top1"]) for name, record in models.items()} == {"demo-deit3": 4, "demo-convnext": 3}
@@ -326,7 +366,7 @@ def test_demo_of_all_models(run, tmp_path, monkeypatch):
 
 def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(run, tmp_path):
     """A real process and a real signal."""
-    arguments = ["quantize", "demo", "--samples", "2", "--iters", "250", "--rounding", "nearest"]
+    arguments = ["quantize", "demo", "--samples", "2", "--iters", "100", "--rounding", "nearest"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dfqvit", *arguments, "--out", tmp_path / "a"],
         stderr=subprocess.PIPE,
@@ -384,25 +424,24 @@ def test_json_has_no_nan(capsys):
 
 def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path):
     """A real limit, as a disk that is full; pictures and report come after the model."""
+    code = (
+        "import resource, sys; from dfqvit import cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "cli.main(sys.argv[1:])"
+    )
     arguments = [
         "quantize",
         "demo",
         "--calib",
         "noise",
         "--samples",
-        "2",
+        2,
         "--rounding",
         "nearest",
         "--out",
         tmp_path / "q",
     ]
-    found = subprocess.run(
-        [sys.executable, "-m", "dfqvit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
+    found = python("-c", code, *arguments)
     assert found.returncode == 1
     assert said(found.stderr) == [f"dfqvit: File too large: '{tmp_path / 'q' / 'model.safetensors'}'"]
     assert list((tmp_path / "q").iterdir()) == []
@@ -434,10 +473,10 @@ def test_ctrl_c_while_modules_are_imported(arguments, wanted, tmp_path):
 
 def test_the_usual_handler_of_ctrl_c_is_back_when_a_command_runs():
     code = (
-        "import signal, dfqvit.cli as cli\n"
+        "import signal, sys, types, click, dfqvit.cli as cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import dfqvit.cli.info as info\n"
-        "info.command.callback = lambda **_: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        "usual = lambda: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        "sys.modules['dfqvit.cli.info'] = types.SimpleNamespace(command=click.Command('info', callback=usual))\n"
         "cli.main(['info'])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import yaml
 
 from dfqvit import cli, demo
 from dfqvit.cli import runs
+from dfqvit.cli.process import Ended
 from dfqvit.cli.runs import Run, read_config
 
 CONFIG = {
@@ -61,7 +66,16 @@ def test_the_example_is_read():
     assert {run.quantize["iters"] for run in runs if run.model == "demo-swin"} == {100}
 
 
-def test_resumes_and_goes_on_past_a_failure(sweep, tmp_path):
+def here(arguments, _):
+    """What a process with these arguments would end with, without Python's and torch's start."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.run(arguments[3:])
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def test_resumes_and_goes_on_past_a_failure(sweep, tmp_path, monkeypatch):
+    """The commands are processes at first, and run here the second time."""
     missing = str(tmp_path / "nowhere.safetensors")
     with np.load(demo.TEST_IMAGES) as file:
         np.savez(tmp_path / "test.npz", images=file["images"][:200], labels=file["labels"][:200])
@@ -85,6 +99,7 @@ def test_resumes_and_goes_on_past_a_failure(sweep, tmp_path):
     made = (tmp_path / "out" / good["name"] / "model.safetensors").stat().st_mtime_ns
     (tmp_path / "out" / good["name"] / "evaluate.json").write_text("{")  # as after a crash
     shutil.copy(Path(__file__).parent.parent.parent / "dfqvit" / "models" / "assets" / "demo_vit.safetensors", missing)
+    monkeypatch.setattr(runs, "_finished", here)
     _, out, _ = sweep(config, "--json")
     again, other = json.loads(out)["runs"]
     assert again["evaluate"]["top1"] == good["evaluate"]["top1"]
@@ -96,14 +111,14 @@ def test_changed_files_are_measured_again(tmp_path, monkeypatch):
     """The commands are stubs: each prints how often it ran."""
     count = {"quantize": 0, "evaluate": 0}
 
-    def stub(arguments, **_):
+    def stub(arguments, _):
         command, out = arguments[3], arguments
         count[command] += 1
         if command == "quantize":
             Path(out[out.index("--out") + 1], "model.safetensors").write_text(f"{count}")
         return subprocess.CompletedProcess(arguments, 0, json.dumps({"ran": count[command]}), "")
 
-    monkeypatch.setattr(runs.subprocess, "run", stub)
+    monkeypatch.setattr(runs, "_finished", stub)
     files = {name: tmp_path / f"{name}.npz" for name in ("checkpoint", "data", "classes")}
     for path in files.values():
         path.write_text("first")
@@ -114,7 +129,7 @@ def test_changed_files_are_measured_again(tmp_path, monkeypatch):
     )
 
     def ran():
-        result = runs._make(run, tmp_path / "run", "cpu")
+        result = runs._make(run, tmp_path / "run", "cpu", set())
         return result["quantize"]["ran"], result["evaluate"]["ran"]
 
     assert ran() == (1, 1)
@@ -137,12 +152,12 @@ def test_changed_files_are_measured_again(tmp_path, monkeypatch):
 
 def test_a_failed_run_leaves_no_older_result(tmp_path, monkeypatch):
     told = [subprocess.CompletedProcess([], 0, "{}", ""), subprocess.CompletedProcess([], 2, "", "dfqvit: no\n")]
-    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: told.pop(0))
+    monkeypatch.setattr(runs, "_finished", lambda *_: told.pop(0))
     (tmp_path / "w").write_text("first")
     run = Run("demo", {"checkpoint": str(tmp_path / "w")}, None)
-    assert runs._make(run, tmp_path / "run", "cpu") == {"quantize": {}}
+    assert runs._make(run, tmp_path / "run", "cpu", set()) == {"quantize": {}}
     (tmp_path / "w").write_text("another")
-    assert runs._make(run, tmp_path / "run", "cpu") == {"error": "no"}
+    assert runs._make(run, tmp_path / "run", "cpu", set()) == {"error": "no"}
     assert not (tmp_path / "run" / "quantize.json").exists()
 
 
@@ -178,3 +193,22 @@ def test_missing_configuration_and_unknown_device(sweep, tmp_path, capsys):
     status, _, err = sweep(CONFIG, "--devices", "tpu")
     assert status == 2
     assert "--device was 'tpu'" in err
+
+
+def test_a_signal_that_comes_to_the_sweep_alone_ends_its_processes(tmp_path, monkeypatch):
+    """Found here: `kill` left them behind, and with SIGINT the sweep waited for them."""
+    finished, ended = runs._finished, []
+
+    def stub(line, running):
+        body = "import time; time.sleep(600)" if "slow" in line else 'print(\'{"bytes": 1, "seconds": 1}\')'
+        ended.append(finished([sys.executable, "-c", body], running))
+        return ended[-1]
+
+    def end(*_):
+        raise Ended(signal.SIGTERM)
+
+    monkeypatch.setattr(runs, "_finished", stub)
+    both = [Run(name, {}, None) for name in ("quick", "slow")]
+    with pytest.raises(Ended):
+        runs.run_all(both, tmp_path, ["cpu", "cpu"], end)
+    assert sorted(done.returncode for done in ended) == [-signal.SIGTERM, 0]

@@ -203,6 +203,48 @@ def test_pixels_of_no_known_range_are_named(tmp_path, seed):
         open_images(tmp_path, HALF)[0]
 
 
+def test_eight_bits_in_files_of_sixteen_are_not_taken_for_black(tmp_path, seed):
+    values = np.random.default_rng(seed).integers(0, 256, (2, 32, 32), dtype=np.uint8)
+    values[:, 0, 0] = 255
+    (tmp_path / "c").mkdir()
+    for kind, end in ((np.uint16, "png"), (np.int32, "tif")):
+        deep = [Image.fromarray(each.astype(kind)) for each in values]
+        with pytest.raises(UsageError, match=r"of which they use 8 at most \(255\): all but black"):
+            given_images(deep, DEMO)
+        deep[0].save(tmp_path / "c" / f"x.{end}")
+        with pytest.raises(DfqvitError, match=r"all but black"):
+            open_images(tmp_path, DEMO)[0]
+        (tmp_path / "c" / f"x.{end}").unlink()
+    with pytest.warns(UserWarning, match="pixels up to 4080 only, as cameras of 12 bits give them"):
+        given_images([Image.fromarray(values[0].astype(np.uint16) * 16)], DEMO)
+    assert len(given_images([Image.fromarray(np.zeros((32, 32), np.uint16)), Image.fromarray(values[0])], DEMO)) == 2
+    np.savez(tmp_path / "n.npz", images=(values[:, None] / 255).astype(np.uint8), labels=np.zeros(2, np.int64))
+    with pytest.raises(UsageError, match=r"has images of 0 and 1 alone; their pixels must lie from 0 to 255"):
+        open_images(tmp_path / "n.npz", DEMO)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_images_that_tell_nothing_are_doubted(seed, name):
+    preprocessing = ALL[name]
+    images = preprocessing.normalise(pictures(seed, preprocessing.input_size[0]))
+    low, _ = preprocessing.channel_bounds()
+    with pytest.warns(UserWarning, match="held 4 images of one colour among 4"):
+        given_images(low.expand_as(images), preprocessing)
+    with pytest.warns(UserWarning, match="held 1 images of one colour among 5"):
+        given_images(torch.cat([images, torch.zeros_like(images[:1])]), preprocessing)
+    with pytest.warns(UserWarning, match="held the same image 3 times"):
+        given_images(images[:1].expand(3, -1, -1, -1), preprocessing)
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", np.longdouble, np.float16])
+def test_arrays_of_other_floats(seed, kind):
+    images = HALF.normalise(pictures(seed))
+    found = given_images(images.numpy().astype(kind), HALF)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, images, atol=1e-3)
+    assert torch.equal(given_images(list(images.numpy().astype(kind)), HALF), found)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_in_a_list(seed, channels):
     preprocessing = Preprocessing((channels, 32, 32), (0.5,) * channels, (0.5,) * channels, crop_pct=1.0)

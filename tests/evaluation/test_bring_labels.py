@@ -71,6 +71,21 @@ def test_the_folder_above_is_recognised(tmp_path):
         labels_of(tmp_path, num_classes=3)
 
 
+@pytest.mark.parametrize("names", [["train", "val"], ["Test", "training", "valid"]])
+def test_parts_of_a_data_set_are_no_classes(tmp_path, names):
+    """Also where the model has as many classes as there are parts."""
+    for name in names:
+        folders(tmp_path / name, ["a", "b", "c"])
+    with pytest.raises(UsageError, match=f"the folders {', '.join(names)}, which look like parts of a data set"):
+        labels_of(tmp_path, num_classes=len(names))
+    assert labels_of(tmp_path, num_classes=len(names), classes=_file(tmp_path / "c.txt", names))[0]
+
+
+def _file(path, names):
+    path.write_text("\n".join(names))
+    return path
+
+
 def test_what_archives_and_notebooks_leave_is_no_class(tmp_path):
     folders(tmp_path, ["b", "a", ".ipynb_checkpoints", "__MACOSX"])
     assert labels_of(tmp_path, num_classes=2)[0] == {"a": 0, "b": 1}
@@ -199,13 +214,15 @@ def test_another_order_of_classes_is_said(seed):
 
 @pytest.mark.parametrize("skill", [0.0, 0.1, 0.5, 0.95])
 def test_right_labels_are_never_doubted(seed, skill):
+    """Of a model that is right once, be it by chance: where it never is, the labels may be at fault."""
     for classes in (3, 10, 300):
         truth = torch.randint(0, classes, (600,))
         guesses = torch.where(torch.rand(600) < skill, truth, torch.randint(0, classes, (600,)))
+        guesses[0] = truth[0]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             measured(guesses, truth, classes)
-            measured(torch.full_like(truth, 2), truth, classes)  # a model that fell into one class
+            measured(truth[:1].expand(600), truth, classes)  # a model that fell into one class
 
 
 def test_labels_outside_the_model_are_refused_by_evaluate():
@@ -294,3 +311,13 @@ def test_names_of_two_words_in_a_classes_file(tmp_path):
     (tmp_path / "classes.txt").write_text("red bus\nred car\nred bus\ncat\n")
     with pytest.raises(UsageError, match="classes had 'red bus' in two lines"):
         labels_of(root, classes=tmp_path / "classes.txt", num_classes=4)
+
+
+def test_labels_of_other_classes_are_doubted(seed):
+    """Ten labels of one data set, and a model of a thousand classes that are others."""
+    confusion = Confusion()
+    guesses = torch.randint(10, 1000, (400,))
+    confusion.add(torch.nn.functional.one_hot(guesses, 1000).float(), torch.arange(400) % 10)
+    assert confusion.doubt().startswith("not one of 400 images falls into the class of its label")
+    confusion.add(torch.eye(1000)[:20], torch.arange(20))
+    assert confusion.doubt() == ""

@@ -19,6 +19,8 @@ from dfqvit.evaluation import evaluate
 from dfqvit.evaluation.data import ArrayImages, batches, open_images, spread_images
 from dfqvit.models import Preprocessing
 
+from ..conftest import small_vit
+
 PREPROCESSING = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3, crop_pct=1.0)
 
 
@@ -163,6 +165,35 @@ def test_evaluation_figures_against_counting(seed):
     assert found.against_top5 == pytest.approx(in_top(b, 5))
     assert found.agreement == pytest.approx(100 * np.mean(a.argmax(1) == b.argmax(1)))
     assert found.logit_error == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("give", "kind", "message"),
+    [
+        (lambda y: (y, y), UsageError, r"model gave a tuple for 7 images; it must give logits \[7, classes\]"),
+        (lambda y: y[:, None].expand(-1, 7, -1), UsageError, r"model gave \[7, 7, 9\] for 7 images"),
+        (lambda y: y[:, 0], UsageError, r"model gave \[7\] for 7 images"),
+        (lambda y: y.masked_fill(y == y.max(), torch.nan), DfqvitError, "model gave logits that hold NaN or Inf"),
+        (lambda y: y * torch.inf, DfqvitError, "model gave logits that hold NaN or Inf"),
+    ],
+)
+def test_what_is_no_logits_is_not_counted(seed, give, kind, message):
+    table, images, labels = Table(torch.randn(7, 9)), torch.arange(7).view(-1, 1, 1, 1).float(), torch.randint(9, (7,))
+
+    class Other(Table):
+        def forward(self, x):
+            return give(super().forward(x))
+
+    other = Other(table.logits.detach())
+    with pytest.raises(kind, match=message):
+        evaluate(other, [(images, labels)])
+    with pytest.raises(kind, match=message.replace("model", "against", 1)):
+        evaluate(table, [(images, labels)], other)
+
+
+def test_features_are_no_logits(seed):
+    with pytest.raises(UsageError, match="model has no classifier"):
+        evaluate(small_vit(num_classes=0), [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))])
 
 
 def test_fewer_than_five_classes():

@@ -19,9 +19,11 @@ from PIL import Image
 
 import dfqvit
 from dfqvit import cli
+from dfqvit.evaluation.energy import Cost
 from dfqvit.models import load_model
-from dfqvit.report import activation_ranges, divergence, similarity_density
-from dfqvit.report.charts import line_chart, ticks
+from dfqvit.report import Divergence, Report, activation_ranges, divergence, similarity_density
+from dfqvit.report.charts import line_chart, range_chart, ticks
+from dfqvit.report.page import render
 from dfqvit.report.pictures import for_page
 
 VOID = {"meta", "link", "img", "br", "line", "circle", "rect", "polyline"}
@@ -102,7 +104,7 @@ def test_the_verdict_comes_first(folder, tmp_path):
     assert text.index('class="verdict bad"') < text.index('class="tiles"')
     assert "things to look at.</b>" in text
     assert "<li>2 calibration images: quantize again with --samples 16 or more.</li>" in text
-    assert "<li>the synthesis took 3 steps: quantize again with --iters 500" in text
+    assert "<li>the synthesis took 3 steps: quantize again with --iters 250" in text
     arguments = [
         "quantize",
         "demo",
@@ -291,3 +293,30 @@ def test_chart_places_its_points():
     assert (first, last) == ("60.0,198.0", "468.0,10.0")
     assert "&lt;a&gt;" in text
     assert "No values" in line_chart({"a": [(0, 0)]}, "x", "y", logarithmic=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e308])
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_what_is_no_number_is_left_out_and_counted(value, logarithmic):
+    """Found here: a traceback, after all the work of a quantization."""
+    text = line_chart({"a": [(0, 1.0), (1, value), (2, 3.0)]}, "x", "y", logarithmic=logarithmic)
+    assert text == line_chart({"a": [(0, 1.0), (2, 3.0)]}, "x", "y", logarithmic=logarithmic) + missing("1 points")
+    assert line_chart({"a": [(0, value)]}, "x", "y") == f"<p>No values to draw.</p>{missing('1 points')}"
+    text = range_chart([("a", -1.0, value), ("b", -1.0, 2.0)], "x")
+    assert text == range_chart([("b", -1.0, 2.0)], "x") + missing("1 ranges")
+    assert range_chart([("a", value, value)], "x") == f"<p>No values to draw.</p>{missing('1 ranges')}"
+
+
+def missing(what):
+    return f'<p class="soft">{what} are not numbers that can be drawn (NaN or Inf).</p>'
+
+
+def test_names_cannot_break_the_page():
+    name = "<script>\"&'"
+    report = Report(name, name, 1, 1, Cost(1.0, {}), [(name, name)], name, ranges=[(name, 0.0, 1.0)], sizes={name: 1})
+    report.densities, report.divergences = {name: [(0, 1.0)]}, {name: Divergence([0.1], [0.1])}
+    report.accuracy, report.settings, report.versions = ([name], [[name]]), {name: [name]}, {name: {name: name}}
+    text = render(report)
+    Page(text)
+    assert "<script" not in text
+    assert text.count(html.escape(name)) >= 10

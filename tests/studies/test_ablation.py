@@ -16,7 +16,7 @@ from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.evaluation import evaluate
 from dfqvit.evaluation.data import open_images
 from dfqvit.models import Preprocessing, load_model
-from dfqvit.studies.ablation import Gallery, Row, Table, read_rows, score, weights_digest
+from dfqvit.studies.ablation import Bench, Gallery, Row, Table, read_rows, score, weights_digest
 from dfqvit.studies.charts import chart
 from dfqvit.studies.named import STUDIES, settings_of
 from dfqvit.studies.tables import markdown
@@ -133,6 +133,7 @@ def test_every_study_names_settings_that_quantize_takes():
     for setting in settings_of("acm", "paper"):
         dfqvit.quantize(model, 3, calib=images, **setting.quantization)
     assert [setting.x for setting in settings_of("gamma", "paper", [2, 5])] == [2, 5]
+    assert [setting.name for setting in settings_of("schedule", "paper", chosen=["fixed", "e2h"])] == ["e2h", "fixed"]
     assert [setting.synthesis["iters"] for setting in settings_of("steps", "default", [7])] == [7]
 
 
@@ -142,6 +143,7 @@ def test_every_study_names_settings_that_quantize_takes():
         (["vit_tiny_patch16_224"], 2, "--data was not given; it must be for a MODEL that is not embedded"),
         (["demo", "--study", "method", "--values", "2"], 2, "values were given for the study 'method'"),
         (["demo", "--study", "steps", "--values", "2.5"], 2, "values held 2.5; they must be whole numbers"),
+        (["demo", "--study", "steps", "--values", "9.99999999"], 2, "values held 9.99999999; they must be whole"),
         (["demo", "--bits", "9"], 2, "--bits was '9'; it must be whole numbers from 2 to 8"),
     ],
 )
@@ -160,6 +162,8 @@ def test_a_table_of_another_kind_is_refused(run, tmp_path):
         settings_of("all", "paper")
     with pytest.raises(UsageError, match="recipe was 'best'; it may be 'paper', 'default'"):
         settings_of("acm", "best")
+    with pytest.raises(UsageError, match="setting was 'easy'; of the study 'schedule' it may be 'e2h', 'fixed'"):
+        settings_of("schedule", "paper", chosen=["e2h", "easy"])
 
 
 def test_rows_survive_the_file_and_the_table_shows_mean_and_spread(tmp_path):
@@ -187,3 +191,30 @@ def test_charts_are_well_formed_and_to_scale():
     bars = ET.fromstring(chart("t", [("a", None), ("b", None)], {"W4": [(50, 40, 60), (0, 0, 0)], "W3": [None, None]}))
     heights = [float(element.get("height")) for element in bars if element.get("fill-opacity")]
     assert heights[0] > heights[1] > 0
+
+
+def test_rows_of_other_images_under_the_same_name_are_refused(tmp_path):
+    """Found here: with another folder of the same name, or another order of its classes, the old rows were shown as the new."""
+    table = Table(tmp_path / "rows.csv")
+    table.add(row(float_top1=200 / 3))
+    table = Table(tmp_path / "rows.csv")
+    table.expect_same("m", "0", "d", 1, 200 / 3)
+    table.expect_same("m", "0", "other", 1, 50.0)
+    table.expect_same("m", "1", "d", 1, 50.0)
+    with pytest.raises(DfqvitError, match=r"has rows of other images under the name 'd': .* 66.67 % .* 50.00 % now"):
+        table.expect_same("m", "0", "d", 1, 50.0)
+
+
+def test_logits_that_are_no_numbers_are_not_scored(seed):
+    model = torch.nn.Linear(3, 4)
+    bench = Bench("d", [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))], torch.empty(0))
+    assert bench.logits(model).shape == (2, 4)
+    model.bias.data[1] = float("nan")
+    with pytest.raises(DfqvitError, match="gave logits that hold NaN or Inf"):
+        bench.logits(model)
+
+
+def test_charts_leave_out_what_is_no_number():
+    nan = float("nan")
+    drawn = chart("t", [("a", 1.0), ("b", 2.0)], {"s": [(nan, nan, nan), (1.0, 0.5, 2.0)]})
+    assert drawn == chart("t", [("a", 1.0), ("b", 2.0)], {"s": [None, (1.0, 0.5, 2.0)]})

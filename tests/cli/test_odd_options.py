@@ -1,0 +1,243 @@
+"""Options that contradict each other or would change nothing are refused; networks of one's own go through every command."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+import dfqvit
+from dfqvit import demo
+from dfqvit.models import load_model
+from dfqvit.storage.atomic import expect_place
+
+from .. import networks
+from ..conftest import said
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Quantized demos of several widths: {bits: file}."""
+    folder = tmp_path_factory.mktemp("saved")
+    settings = {"samples": 2, "calib": "noise", "rounding": "nearest", "progress": False}
+    return {
+        bits: dfqvit.save(dfqvit.quantize(load_model("demo"), bits, **settings), folder / f"w{bits}.safetensors")
+        for bits in (8, 3)
+    }
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """(file of a quantized network of one's own, its float weights)."""
+    folder = tmp_path_factory.mktemp("network")
+    model = networks.segmenter()
+    settings = {"samples": 4, "calib": "noise", "rounding": "nearest", "progress": False}
+    qmodel = dfqvit.quantize(model, 8, build=networks.segmenter, **settings)
+    safetensors.torch.save_file(model.state_dict(), folder / "weights.safetensors")
+    return dfqvit.save(qmodel, folder / "model.safetensors"), folder / "weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["benchmark", "FILE", "--w-bits", 3], "--w-bits was given and the file"),
+        (["benchmark", "demo", "--iters", 3], "--iters was given without --energy"),
+        (["benchmark", "demo", "--samples", 3], "--samples was given without --energy"),
+        (["benchmark", "demo", "--build", "a:b"], "--build was given and the MODEL 'demo'"),
+        (["benchmark", "nowhere.safetensors"], "file was 'nowhere.safetensors'; there is no such file"),
+        (["diagnose", "FILE", "--out", "x"], "--out was given without --gradients"),
+        (["diagnose", "FILE", "--samples", 3], "--samples was given without --gradients"),
+        (["diagnose", "FILE", "--num-classes", 3], "--num-classes was given without --gradients"),
+        (["diagnose", "FILE", "--force"], "--force was given without --gradients"),
+        (["diagnose", "--gradients", "demo", "--against", "demo"], "--against was given and --gradients"),
+        (["diagnose", "--gradients", "demo", "--data", "x"], "--data was given and --gradients"),
+        (["diagnose", "--gradients", "demo", "--force"], "--force was given without --out"),
+        (["card", "FILE", "--out", "x", "--private"], "--private was given without --push"),
+        (["demo", "--dense", "--model", "demo"], "--model was given with --dense"),
+        (["demo", "--all", "--model", "demo"], "--model was given with --all"),
+        (["info", "--build", "a:b"], "--build was given without a FILE"),
+        (["quantize", "demo", "--acm", "none", "--gamma", 2, "--out", "x"], "--gamma was given and --acm none"),
+        (["evaluate", "FILE", "--data", demo.TEST_IMAGES, "--unreadable", "skip"], "unreadable was 'skip'"),
+    ],
+)
+def test_options_that_would_change_nothing(run, saved, arguments, message):
+    status, out, err = run(*(saved[8] if each == "FILE" else each for each in arguments))
+    assert (status, out) == (2, "")
+    assert message in said(err)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--acm", "none", "--acm-shape", "token"],
+        ["--acm", "none", "--acm-shrink"],
+        ["--acm", "none", "--acm-top", "1"],
+        ["--acm", "none", "--acm-blocks", "0"],
+        ["--acm-shape", "token"],  # "auto" corrects nothing here
+    ],
+)
+def test_a_correction_that_is_none_is_refused_before_the_synthesis(options, tmp_path, monkeypatch, run):
+    """Found here: the refusal came after the synthesis, and the images were lost."""
+    monkeypatch.setattr("dfqvit.cli.quantize._calibration", lambda *_: pytest.fail("the synthesis began"))
+    status, _, err = run("quantize", "demo", *options, "--out", tmp_path / "out")
+    assert status == 2
+    assert "it is for acm='sequential'" in said(err)[0]
+
+
+def test_what_the_model_does_not_allow_is_refused_before_the_synthesis(tmp_path, monkeypatch, run):
+    monkeypatch.setattr("dfqvit.cli.quantize._calibration", lambda *_: pytest.fail("the synthesis began"))
+    status, _, err = run("quantize", "demo-detector", "--size-budget", 5, "--out", tmp_path / "out")
+    assert status == 2
+    assert "it compares logits, and the model has no classifier" in said(err)[0]
+
+
+def test_width_and_budget_are_told_apart(tmp_path, monkeypatch, run):
+    def stop(**_):
+        raise dfqvit.UsageError("it went on")
+
+    monkeypatch.setattr("dfqvit.cli.quantize.open_model", stop)
+    arguments = ["quantize", "demo", "--size-budget", 1, "--out", tmp_path / "out"]
+    assert said(run(*arguments)[2]) == ["dfqvit: it went on"]
+    told = "dfqvit: warning: --w-bits was given and --size-budget, which chooses the bits of the weights itself"
+    assert said(run(*arguments, "--w-bits", 3)[2]) == [told, "dfqvit: it went on"]
+
+
+def test_as_many_samples_of_a_file_as_asked_for(run, tmp_path, seed):
+    """Found here: --samples was not looked at beside a samples file."""
+    safetensors.torch.save_file({"images": torch.randn(5, 1, 28, 28)}, tmp_path / "samples.safetensors")
+    arguments = ["quantize", "demo", "--calib", tmp_path / "samples.safetensors", "--companions", 0]
+    arguments += ["--rounding", "nearest", "--json", "--force", "--out", tmp_path / "q"]
+    status, out, err = run(*arguments, "--samples", 2)
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["record"]["samples"] == 2
+    status, _, err = run(*arguments, "--samples", 6)
+    assert status == 2
+    assert "--samples was 6; --calib" in said(err)[-1]
+    assert "holds 5 images" in said(err)[-1]
+
+
+def test_a_card_replaces_no_other_model_unasked(run, saved, tmp_path):
+    """Found here: the model of `quantize --out DIR` was lost to `card OTHER --out DIR`."""
+    kept = tmp_path / "model.safetensors"
+    shutil.copy(saved[8], kept)
+    status, _, err = run("card", saved[3], "--out", tmp_path)
+    assert status == 2
+    assert f"'{kept}' exists already; give --force" in said(err)[0]
+    assert filecmp.cmp(kept, saved[8], shallow=False)
+    assert not (tmp_path / "README.md").exists()
+    assert run("card", kept, "--out", tmp_path)[0] == 0  # the same model
+    (tmp_path / "README.md").unlink()
+    assert run("card", saved[8], "--out", tmp_path)[0] == 0  # of the same bytes
+    assert run("card", saved[3], "--out", tmp_path, "--force")[0] == 0
+    assert filecmp.cmp(kept, saved[3], shallow=False)
+
+
+def test_a_card_takes_figures_in_other_encodings_and_no_others(run, saved, tmp_path):
+    """PowerShell writes what a program prints in UTF-16."""
+    figures = {"file": str(saved[8]), "images": 500, "top1": 87.5, "top5": 99.5}
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(figures), encoding="utf-16")
+    os.utime(path)
+    assert run("card", saved[8], "--out", tmp_path / "hub", "--evaluation", path)[0] == 0
+    assert "87.50 %" in (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    path.write_text(json.dumps({"file": str(saved[8]), "task": "detection", "figures": {"mAP": 1.0}}))
+    status, _, err = run("card", saved[8], "--out", tmp_path / "other", "--evaluation", path)
+    assert status == 2
+    assert "has figures of --task detection; a card holds those of classification" in said(err)[0]
+
+
+BUILD = ["--build", "tests.networks:segmenter"]
+
+
+def test_a_network_of_ones_own_is_described(run, network):
+    status, _, err = run("info", network[0])
+    assert status == 2
+    assert "if you trust that code to run" in said(err)[0]
+    status, out, err = run("info", network[0], *BUILD, "--json")
+    assert status == 0, err
+    assert json.loads(out)["spec"]["build_by"] == BUILD[1]
+
+
+def test_a_network_of_ones_own_is_timed(run, network, monkeypatch):
+    found = {}
+    monkeypatch.setattr("dfqvit.cli.benchmark.race", lambda models, *_, **__: found.update(models) or [])
+    for options in ([], ["--checkpoint", network[1]]):
+        status, _, err = run("benchmark", network[0], *BUILD, "--batch", 1, "--rounds", 1, *options)
+        assert status == 0, err
+    weights, x = safetensors.torch.load_file(network[1]), torch.randn(1, 3, 32, 32)
+    assert all(torch.equal(value, weights[key]) for key, value in found["float32"].state_dict().items())
+    assert torch.isfinite(found["W8/A8"](x)["out"]).all()
+
+
+def test_a_network_of_ones_own_is_diagnosed(run, network):
+    against = ["--against", "tests.networks:segmenter", "--checkpoint", network[1]]
+    status, out, err = run("diagnose", network[0], *BUILD, *against, "--json")
+    assert status == 0, err
+    assert max(json.loads(out)["measured"]["layers"].values()) < 0.2
+    status, _, err = run("diagnose", network[0], *BUILD, "--against", "demo")
+    assert status == 2
+    assert "against: this VisionTransformer is not what the quantized Segmenter was made from" in said(err)[-1]
+
+
+def test_a_network_of_ones_own_is_exported(run, network, tmp_path, monkeypatch):
+    found = []
+    written = {"weights": {}, "nodes": {}, "bytes": 1, "opset": 21}
+    monkeypatch.setattr("dfqvit.cli.export.export_onnx", lambda model, *_, **__: found.append(model) or written)
+    assert run("export", network[0], *BUILD, "--onnx", tmp_path / "x.onnx")[0] == 0
+    assert isinstance(found[0], networks.Segmenter)
+
+
+def test_the_card_of_a_network_of_ones_own_says_what_it_is(run, network, tmp_path):
+    """Found here: it was said to be a vision transformer of timm that classifies, and how it was loaded failed."""
+    status, _, err = run("card", network[0], *BUILD, "--out", tmp_path)
+    assert status == 0, err
+    card = ModelCard.load(tmp_path / "README.md")
+    data = yaml.safe_load(card.data.to_yaml())
+    assert "pipeline_tag" not in data
+    assert "timm" not in data["tags"]
+    assert "The network that `tests.networks:segmenter` makes" in card.text
+    call = next(line for line in card.text.splitlines() if "dfqvit.load(" in line)
+    monkey = {"dfqvit": dfqvit}
+    exec(call.replace('"model.safetensors"', repr(str(tmp_path / "model.safetensors"))), monkey)
+    assert isinstance(monkey["model"], networks.Segmenter)
+
+
+@pytest.mark.parametrize("other", ["demo-swin", "demo-convnext"])
+def test_another_float_model_is_no_twin(run, saved, other):
+    """Found here: a traceback."""
+    status, _, err = run("diagnose", saved[8], "--against", other)
+    assert status == 2
+    assert "is not what the quantized VisionTransformer was made from" in said(err)[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "demo", "--out", "DIR/file/deep/er"],
+        ["synthesize", "demo", "--out", "DIR/file/deep"],
+        ["export", "FILE", "--onnx", "DIR/file/x.onnx"],
+        ["card", "FILE", "--out", "DIR/file/deep"],
+    ],
+)
+def test_a_file_in_place_of_a_folder_is_said_before_the_work(run, saved, tmp_path, arguments):
+    """Found here: it came after minutes of work, as "File exists" or "Not a directory"."""
+    (tmp_path / "file").write_text("kept")
+    line = [saved[8] if each == "FILE" else each.replace("DIR", str(tmp_path)) for each in arguments]
+    status, _, err = run(*line)
+    assert status == 2
+    assert f"'{tmp_path / 'file'}' is no folder" in said(err)[0]
+
+
+def test_a_folder_that_may_not_be_written_to_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.realpath(path) != os.path.realpath(tmp_path))
+    with pytest.raises(dfqvit.DfqvitError, match="cannot be written: nothing may be written to"):
+        expect_place(tmp_path / "a" / "b")
+    (tmp_path / "there").mkdir()
+    expect_place(tmp_path / "there" / "b")

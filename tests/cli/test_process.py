@@ -1,0 +1,127 @@
+"""The program in its surroundings: signals that end it, streams that are closed, full or gone, arguments that are empty."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dfqvit import cli
+from dfqvit.cli.process import empty_argument
+
+STUB = """
+import os, signal, sys, time, types, click
+import dfqvit.cli as cli
+def callback():
+{body}
+sys.modules['dfqvit.cli.info'] = types.SimpleNamespace(command=click.Command('info', callback=callback))
+cli.main(['info'])
+"""
+
+
+def program(body, **options):
+    """The program with a command of one's own: without torch, so that it starts at once."""
+    code = STUB.format(body="\n".join(f"    {line}" for line in body))
+    return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_signals_that_end_it_let_it_clean_up(name, status, tmp_path):
+    """Found here: SIGTERM and SIGHUP left half of a file, and the steps of a synthesis since its last snapshot were lost."""
+    body = [
+        f"path = {str(tmp_path / 'half')!r}",
+        "open(path, 'w').write('half')",
+        "try:",
+        f"    os.kill(os.getpid(), signal.{name})",
+        "    time.sleep(60)",
+        "finally:",
+        "    os.unlink(path)",
+    ]
+    number = getattr(signal, name)
+    found = program(
+        body, capture_output=True, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
+    )  # whatever the tests' own surroundings ignore
+    assert (found.returncode, found.stdout, found.stderr.strip()) == (status, "", "dfqvit: interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As nohup asks."""
+    body = ["os.kill(os.getpid(), signal.SIGHUP)", "print('went on')"]
+    found = program(body, capture_output=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert (found.returncode, found.stdout) == (0, "went on\n")
+
+
+def test_torchruns_processes_end_at_once():
+    """It waits for them, and they for each other in code that comes to no handler."""
+    body = ["print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"]
+    code = STUB.format(body=f"    {body[0]}").replace("cli.main(", "cli.run = lambda _: callback(); cli.main(")
+    environment = {**os.environ, "RANK": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    )
+    assert found.stdout == "True\n"
+
+
+def closing(*numbers):
+    def close():
+        for number in numbers:
+            with contextlib.suppress(OSError):
+                os.close(number)
+
+    return close
+
+
+@pytest.mark.parametrize("closed", [(2,), (0, 2), (0,), (0, 1, 2)])
+def test_closed_streams_lead_nowhere(closed, tmp_path):
+    """Found here: without a stderr the progress bar failed, and the first file that was opened took its messages."""
+    out = tmp_path / "out"
+    body = [
+        "import tqdm",
+        "for _ in tqdm.tqdm(range(3)): pass",
+        f"file = open({str(out)!r}, 'w')",
+        "file.write(str(file.fileno() > 2))",
+        "file.close()",
+        "print('done')",
+    ]
+    found = program(body, stdout=subprocess.PIPE, preexec_fn=closing(*closed))
+    assert found.returncode == 0
+    assert found.stdout == ("" if 1 in closed else "done\n")
+    assert out.read_text() == "True"
+
+
+def test_a_stderr_that_fails_ends_no_work():
+    """A log on a full disk, or the terminal that a command was started in and that was closed."""
+    with open("/dev/full", "w") as full:
+        body = ["import tqdm", "for _ in tqdm.tqdm(range(3)): pass", "click.echo('x', err=True)", "print('done')"]
+        found = program(body, stdout=subprocess.PIPE, stderr=full)
+    assert (found.returncode, found.stdout) == (0, "done\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "q.safetensors", "--data", ""], "the argument after '--data' was empty"),
+        (["evaluate", "", "--data", "t.npz"], "the argument after 'evaluate' was empty"),
+        (["evaluate", "q.safetensors", "--data", "t.npz", "--against="], "'--against' was empty"),
+        (["quantize", "demo", "--out", ""], "the argument after '--out' was empty"),
+    ],
+)
+def test_an_empty_argument_is_no_folder_and_no_default(arguments, message, capsys):
+    """Found here: --data "" was the folder one is in, and --against "" the architecture of the file."""
+    assert cli.run(arguments) == 2
+    assert f"{message}; it must be left out or have a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["quantize", "demo", "--model-kwargs", "key="], ["info"], ["--help"], ["-"]])
+def test_what_is_not_empty_passes(arguments):
+    assert empty_argument(arguments) == ""
