@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=list(FEW), default=list(FEW)[:4])
     parser.add_argument("--bits", nargs="+", default=["8/8", "6/6", "4/8", "3/8", "4/4"], help="weights/activations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="real images have one only")
-    parser.add_argument("--iters", type=int, default=500)
+    parser.add_argument("--iters", type=int, default=SynthesisConfig.iters)
     parser.add_argument("--precision", default="float32", help="of the synthesis")
     parser.add_argument("--limit", type=int, default=10_000, help="evaluation images of a set, evenly spread")
     parser.add_argument("--cache", type=Path, default=Path("out/accuracy"))

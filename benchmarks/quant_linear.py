@@ -51,11 +51,11 @@ MODELS = {
 GPU_PEAK, GPU_BANDWIDTH = 1979e12 / 2, 4.8e12  # H200: int8 multiply-adds a second, dense; bytes a second
 
 
-def by_mma_sync(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`call` without wgmma, which the CUDA kernel chooses for large products where there is one."""
+def by(product: str, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`call` with another of the CUDA kernel's products than it chooses: docs/kernels/quant_linear.md has the names."""
 
     def run() -> torch.Tensor:
-        os.environ["DFQVIT_WGMMA"] = "0"
+        os.environ["DFQVIT_WGMMA"] = product
         try:
             return call()
         finally:
@@ -182,8 +182,13 @@ class Case:
             packed, x = self._prepacked(), torch.quantize_per_tensor(self.x, 8 / 255, 128, torch.quint8)
             variants["torch int8"] = lambda: torch.ops.quantized.linear(x, packed, 8 / 255, 128)
         else:
-            variants["quant_linear mma.sync"] = by_mma_sync(lambda: self.ours(True))
-            variants["quant_linear w4 mma.sync"] = by_mma_sync(lambda: self.ours(True, bits=4))
+            products = {"mma.sync": "0"}
+            if torch.cuda.get_device_capability() == (9, 0):
+                products["of tiles"] = "tiles"
+            for name, product in products.items():
+                variants[f"quant_linear {name}"] = by(product, lambda: self.ours(True))
+                variants[f"quant_linear w4 {name}"] = by(product, lambda: self.ours(True, bits=4))
+                variants[f"quant_linear gelu {name}"] = by(product, lambda: self.ours(True, activation="gelu"))
         return variants
 
     def check(self) -> None:

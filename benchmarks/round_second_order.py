@@ -45,7 +45,8 @@ def main() -> None:
         moments = moment(columns, 0.3), moment(rows, 2.0)
         arguments = weight, scale, *moments
         found = kernels.round_second_order(*arguments, bits=BITS, sweeps=SWEEPS)
-        nearest = kernels.round_second_order(*arguments, bits=BITS, sweeps=0)
+        half = 1 << (BITS - 1)
+        nearest = (weight / scale[:, None]).round().clamp(-half, half - 1)
         share = cost(weight, found, scale, *moments) / cost(weight, nearest, scale, *moments)
 
         def run(backend: str, arguments: tuple[torch.Tensor, ...] = arguments) -> torch.Tensor:

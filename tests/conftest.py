@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import hashlib
 import os
 import pickle
@@ -27,6 +28,12 @@ from dfqvit.kernels import extension
 from dfqvit.synthesis import procedural
 
 os.environ.setdefault("DFQVIT_CPUS", "8")  # tests that ask for more threads than there are CPUs get them
+# What /proc/cpuinfo says the processor has is taken for true: inductor would compile a program for each kind of vectors, and
+# import torch in a process of its own to run it, 16 s of a processor.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+torch._inductor.config.cpp.vec_isa_ok = True
+# torch.compile makes many objects, which a collector that looks often looks through again and again
+gc.set_threshold(50_000, 20, 50)
 DATA = Path(os.environ.get("DFQVIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -106,9 +113,11 @@ def modes_are_as_before() -> Iterator[None]:
     """A test that leaves one of torch's modes on fails itself, instead of whichever comes after it in its process."""
     yield
     left = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
+    left.append(torch.is_autocast_enabled("cpu"))
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    assert left == [True, False, torch.float32], "gradients, inference mode or the default dtype were left changed"
+    torch.set_autocast_enabled("cpu", False)
+    assert left == [True, False, torch.float32, False], "gradients, inference mode, dtype or autocast were left changed"
 
 
 @pytest.fixture

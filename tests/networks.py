@@ -11,7 +11,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 
-from .conftest import small_swin, small_vit
+from .conftest import SMALL, small_swin, small_vit
 
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
 
@@ -19,9 +19,9 @@ SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "nu
 class Segmenter(nn.Module):
     """A ViT, a neck of 1x1 and 3x3 convolutions, a 1x1 head; gives a dict."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 3) -> None:
         super().__init__()
-        self.backbone = small_vit()
+        self.backbone = small_vit(depth=depth)
         self.neck = nn.Sequential(nn.Conv2d(48, 32, 1), nn.GELU(), nn.Conv2d(32, 32, 3, padding=1), nn.GELU())
         self.head = nn.Conv2d(32, 5, 1)
 
@@ -47,14 +47,19 @@ class Siamese(nn.Module):
 class Pair(nn.Module):
     """A ViT, of which the last block is not used, and a Swin; gives a list."""
 
-    def __init__(self, size: int = 32) -> None:
+    def __init__(self, size: int = 32, depth: int = 3, depths: tuple[int, int] = (2, 2)) -> None:
         super().__init__()
-        self.vit, self.swin = small_vit(), small_swin(img_size=size)
+        self.vit, self.swin = small_vit(depth=depth), small_swin(img_size=size, depths=depths)
         self.head = nn.Linear(96, 5)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         early = self.vit.forward_intermediates(
-            x, indices=[1], stop_early=True, intermediates_only=True, output_fmt="NLC", norm=False
+            x,
+            indices=[len(self.vit.blocks) - 2],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            norm=False,
         )[0]
         both = torch.cat([early.mean(1), self.swin.forward_features(x).mean((1, 2))], dim=1)
         return [self.head(both), early]
@@ -84,12 +89,26 @@ def segmenter() -> nn.Module:
     return Segmenter().eval()
 
 
+def shallow_segmenter() -> nn.Module:
+    return Segmenter(depth=1).eval()
+
+
 def siamese() -> nn.Module:
     return Siamese().eval()
 
 
+def rotary() -> nn.Module:
+    network = siamese()
+    network.left = network.right = timm.create_model("vit_base_patch16_rope_224", **SMALL["vit"]).eval()
+    return network
+
+
 def pair() -> nn.Module:
     return Pair().eval()
+
+
+def shallow_pair() -> nn.Module:
+    return Pair(depth=2, depths=(1, 1)).eval()
 
 
 def retina() -> nn.Module:

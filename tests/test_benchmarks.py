@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .fresh import python
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -21,17 +23,29 @@ def run(tmp_path):
     def call(*arguments, **environment):
         out = tmp_path / "rows.jsonl"
         short = ["--models", "demo", "--rounds", "2", "--slice", "0.02", "--device", "cpu", "--threads", "1"]
-        command = [sys.executable, str(BENCHMARKS / "inference.py"), *short, "--out", str(out), *arguments]
         environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), **environment}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        done = python(BENCHMARKS / "inference.py", *short, "--out", out, *arguments, env=environment)
         return done, [json.loads(line) for line in out.read_text().splitlines()]
 
     return call
 
 
-def test_rows_of_each_contender_and_batch(run):
-    done, rows = run("--batches", "1", "3", "--contenders", "eager-float32", "dfqvit-w8a8")
+def test_rows_of_each_contender_and_batch(run, tmp_path):
+    """A peer that is missing or fails is a row with the reason."""
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('broken on purpose')\n")
+    for name in ("onnx", "onnxscript"):
+        (tmp_path / f"{name}.py").write_text("")
+    path = os.pathsep.join([str(tmp_path), str(BENCHMARKS.parent)])
+    contenders = ["onnxruntime-int8", "openvino-int8", "eager-float32", "dfqvit-w8a8"]
+    done, found = run("--batches", "1", "3", "--contenders", *contenders, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
+    assert {row["contender"] for row in found} == set(contenders)
+    skipped = {row["contender"]: row["skipped"] for row in found if "skipped" in row}
+    assert "broken on purpose" in skipped["onnxruntime-int8"]
+    assert skipped.get("openvino-int8", "openvino, nncf not installed") == "openvino, nncf not installed"
+    assert "onnxruntime-int8: left out: ImportError: broken on purpose" in done.stdout
+
+    rows = [row for row in found if row["contender"] in contenders[2:]]
     assert [(row["batch"], row["contender"]) for row in rows] == [
         (1, "eager-float32"),
         (1, "dfqvit-w8a8"),
@@ -53,27 +67,11 @@ def test_rows_of_each_contender_and_batch(run):
     assert "dfqvit-w8a8" in done.stdout
 
 
-def test_a_peer_that_is_missing_or_fails_is_a_row_with_the_reason(run, tmp_path):
-    (tmp_path / "onnxruntime.py").write_text("raise ImportError('broken on purpose')\n")
-    for name in ("onnx", "onnxscript"):
-        (tmp_path / f"{name}.py").write_text("")
-    path = os.pathsep.join([str(tmp_path), str(BENCHMARKS.parent)])
-    peers = ["onnxruntime-int8", "openvino-int8", "eager-float32"]
-    done, rows = run("--batches", "2", "--contenders", *peers, PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
-    assert "broken on purpose" in rows[0]["skipped"]
-    if "skipped" in rows[1]:
-        assert rows[1]["skipped"] == "openvino, nncf not installed"
-    assert rows[2]["contender"] == "eager-float32"
-    assert "onnxruntime-int8: left out: ImportError: broken on purpose" in done.stdout
-
-
 def test_the_cost_of_acm_is_measured_in_pairs_beside_a_copy_without_any(tmp_path):
     out = tmp_path / "rows.jsonl"
     short = ["--models", "demo", "--batches", "2", "--gammas", "0", "3", "--seconds", "0.1", "--device", "cpu"]
-    command = [sys.executable, str(BENCHMARKS / "acm.py"), *short, "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = python(BENCHMARKS / "acm.py", *short, "--out", out, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["gamma"], row["blocks"]) for row in rows] == [(0, 0), (3, 2)]
@@ -88,8 +86,7 @@ def test_the_speed_of_a_family_is_that_of_its_float_model_beside_it(tmp_path):
     out = tmp_path / "rows.jsonl"
     short = ["--only", "efficientvit_m3", "--batches", "2", "1", "--seconds", "0.1"]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    command = [sys.executable, str(BENCHMARKS / "models.py"), *short, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = python(BENCHMARKS / "models.py", *short, "--out", out, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["batch"] for row in rows] == [2, 1]
@@ -100,8 +97,7 @@ def test_the_speed_of_a_family_is_that_of_its_float_model_beside_it(tmp_path):
         file.write(json.dumps({"architecture": "swin_tiny_patch4_window7_224", "failed": "ValueError"}) + "\n")
     code = "import coverage, json, pathlib, sys; print(json.dumps(coverage.measured(pathlib.Path(sys.argv[1]))))"
     environment["PYTHONPATH"] += os.pathsep + str(BENCHMARKS.parent / "scripts")
-    command = [sys.executable, "-c", code, str(out)]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    found = json.loads(python("-c", code, out, env=environment).stdout)
     ratios = " / ".join(f"{row['times_float32']:.1f}" for row in reversed(rows))
     assert found == {"efficientvit_msra": [f"efficientvit_m3: {ratios}"]}
 
@@ -165,9 +161,9 @@ def test_rows_of_dense_models_are_made_once_and_make_the_tables(tmp_path):
         "--bits",
         "8",
     ]
-    command = [sys.executable, str(BENCHMARKS / "dense.py"), *few, "--out", str(out), "--seeds", "0", "--sources"]
+    script = [BENCHMARKS / "dense.py", *few, "--out", out, "--seeds", "0", "--sources"]
     for sources in (["noise", "real"], ["noise", "real", "procedural"]):
-        done = subprocess.run([*command, *sources], capture_output=True, text=True, check=False, env=environment)
+        done = python(*script, *sources, env=environment)
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     rows = [json.loads(line) for line in out.read_text().splitlines()]

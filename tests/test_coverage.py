@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from .fresh import python
 
 ROOT = Path(__file__).parent.parent
 COMPUTED = (
@@ -21,8 +21,7 @@ COMPUTED = (
 
 
 def coverage(*arguments):
-    command = [sys.executable, "scripts/coverage.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return python(ROOT / "scripts" / "coverage.py", *arguments, cwd=ROOT)
 
 
 def test_a_few_dozen_architectures_are_accepted_and_can_be_loaded():

@@ -120,6 +120,7 @@ def run(command: str, written: dict[str, dict[Path, bytes]]) -> int:
 def test_page_runs(page, given_files, written, tmp_path, monkeypatch, capsys):
     """From first to last in one folder, the programs sharing their names, as a reader would go through it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dfqvit.calibration.images.COMPANIONS", 4)
     for name in ("test.npz", "photo.jpg", "model.safetensors", "out/model/model.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(given_files / Path(name).name, tmp_path / name)

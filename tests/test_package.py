@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dfqvit import demo
 from dfqvit.models import load_model
+
+from . import fresh
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,7 +69,9 @@ def test_installs_without_compiling_and_still_works(tmp_path):
     ]
     tree = tmp_path / "tree"
     shutil.copytree(
-        ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "*.so", "build", "*.egg-info", "out", "__pycache__")
+        ROOT,
+        tree,
+        ignore=shutil.ignore_patterns(".git", ".venv", "*.so", "build", "*.egg-info", "out", "__pycache__", ".*_cache"),
     )
     python(*command, ".", cwd=tree, DFQVIT_BUILD="0")
     code = (
@@ -78,15 +83,18 @@ def test_installs_without_compiling_and_still_works(tmp_path):
         "q = dfqvit.quantize(load_model('demo'), 4, calib='noise', samples=2);"
         "print(tuple(q(torch.zeros(1, 1, 28, 28)).shape), dfqvit.kernels.backends()['fake_quantize']['cpu'])"
     )
-    found = python("-I", "-c", code)
-    assert found.startswith("(1, 10) the compiled module dfqvit._C is not built")
+    found = fresh.python("-c", code, cwd=tmp_path)
+    assert found.stdout.startswith("(1, 10) the compiled module dfqvit._C is not built"), found.stderr
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("demo", 91.0), ("demo-swin", 90.0), ("demo-deit3", 92.0), ("demo-convnext", 91.0)]
+    ("name", "right"), [("demo", 932), ("demo-swin", 926), ("demo-deit3", 939), ("demo-convnext", 923)]
 )
-def test_embedded_models_reach_their_accuracy(name, least):
-    """On all 10,000 test images of Fashion-MNIST, in float32."""
+def test_embedded_models_reach_their_accuracy(name, right):
+    """On every tenth of Fashion-MNIST's 10,000 test images, in float32; of all, 9116, 9055, 9240 and 9117 are right.
+
+    Those counts are exact; sums in another order may turn one answer.
+    """
     from dfqvit.evaluation import evaluate
     from dfqvit.evaluation.data import batches, open_images
     from dfqvit.models import Preprocessing
@@ -94,7 +102,8 @@ def test_embedded_models_reach_their_accuracy(name, least):
     model = load_model(name)
     images = open_images(demo.TEST_IMAGES, Preprocessing.of(model))
     assert len(images) == 10_000
-    assert evaluate(model, batches(images, 100)).top1 >= least
+    part = torch.utils.data.Subset(images, range(0, len(images), 10))
+    assert abs(evaluate(model, batches(part, 100)).top1 * len(part) / 100 - right) < 1.5
 
 
 def test_assets_are_small():

@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import pytest
 
 import dfqvit
 import dfqvit.kernels
+
+from .fresh import python
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(
@@ -50,13 +51,8 @@ def test_docstring_is_complete(module, name):
 def test_pages_build_without_warnings(tmp_path):
     if importlib.util.find_spec("pdoc") is None:
         pytest.skip("pdoc is not installed; it is in the extra `docs`")
-    done = subprocess.run(
-        [sys.executable, "scripts/api_reference.py", "--out", tmp_path],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = python(ROOT / "scripts" / "api_reference.py", "--out", tmp_path, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert "warn" not in done.stderr.lower()
     for module, name in NAMES:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -13,6 +10,7 @@ import dfqvit
 from dfqvit.errors import UsageError
 
 from .conftest import small_swin, small_vit
+from .fresh import python
 
 quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
@@ -83,5 +81,5 @@ def test_without_torchao_it_says_so():
         "u.find_spec = lambda name, *more: None if name == 'torchao' else find(name, *more)\n"
         "import dfqvit\ntry:\n    dfqvit.DataFreeConfig()\nexcept dfqvit.UsageError as error:\n    print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
     assert done.stdout == "DataFreeConfig is for torchao, which is not installed; call dfqvit.quantize(model) instead\n"

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from .fresh import python
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import sys
@@ -62,7 +64,8 @@ def test_wheel_without_a_compiler(tmp_path):
     place = tmp_path / "installed"
     run(*pip, "install", "-q", "--no-compile", "--no-deps", "--no-index", "--target", str(place), str(wheel))
     environment["PYTHONPATH"] = str(place)
-    assert run(sys.executable, "-c", PROGRAM.format(place=str(place))).strip() == "whole"
+    done = python("-c", PROGRAM.format(place=str(place)), cwd=tmp_path, env=environment)
+    assert done.stdout.strip() == "whole", done.stderr
     assert "quantize" in run(sys.executable, "-m", "dfqvit", "--help")
 
 
