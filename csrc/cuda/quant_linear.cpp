@@ -134,19 +134,22 @@ at::Tensor quant_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
                           static_cast<int>(b.size(1)), static_cast<int>(rows),       static_cast<int>(outputs),
                           static_cast<int>(columns)};
 
-  at::Tensor scale = at::empty({outputs}, w_scales.options()),
-             offset = at::empty({outputs}, scale.options().dtype(at::kInt));
-  const at::Tensor sums = w_sums ? w_sums->contiguous() : at::Tensor();
-  C10_CUDA_CHECK(launch_columns(operands, bits, packed && w_sums ? sums.const_data_ptr<int32_t>() : nullptr,
-                                floats(x_scale), floats(x_zero), floats(w_scales), scale.mutable_data_ptr<float>(),
-                                offset.mutable_data_ptr<int32_t>(), stream));
+  at::Tensor sums;
+  if (packed && w_sums) {
+    sums = w_sums->contiguous();
+  } else {
+    sums = at::empty({outputs}, w_scales.options().dtype(at::kInt));
+    C10_CUDA_CHECK(launch_sums(operands, bits, sums.mutable_data_ptr<int32_t>(), stream));
+  }
 
   const auto as_floats = [](const Optional& t) { return t ? t->to(at::kFloat).contiguous() : at::Tensor(); };
   const at::Tensor biases = as_floats(bias), corrections = as_floats(acm), out_scales = as_floats(out_scale),
                    out_zeros = as_floats(out_zero), addend = residual ? residual->contiguous() : at::Tensor();
   Epilogue e{};
-  e.scale = floats(scale);
-  e.offset = offset.const_data_ptr<int32_t>();
+  e.x_scale = floats(x_scale);
+  e.x_zero = floats(x_zero);
+  e.w_scale = floats(w_scales);
+  e.w_sums = sums.const_data_ptr<int32_t>();
   e.bias = floats(biases);
   e.acm = floats(corrections);
   e.tokens = acm ? static_cast<int>(acm->size(0)) : 1;

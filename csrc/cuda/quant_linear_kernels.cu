@@ -122,12 +122,9 @@ cudaError_t launch_unpack(const uint8_t* weight, int64_t bits, int64_t row_bytes
   });
 }
 
-cudaError_t launch_columns(const Operands& operands, int64_t bits, const int32_t* sums, const float* x_scale,
-                           const float* x_zero, const float* w_scale, float* scale, int32_t* offset,
-                           cudaStream_t stream) {
-  columns_kernel<<<blocks_for(operands.outputs), kRowThreads, 0, stream>>>(
-      operands.b, operands.b_bytes, static_cast<int>(bits), operands.outputs, operands.depth, sums, x_scale, x_zero,
-      w_scale, scale, offset);
+cudaError_t launch_sums(const Operands& operands, int64_t bits, int32_t* sums, cudaStream_t stream) {
+  sums_kernel<<<blocks_for(operands.outputs), kRowThreads, 0, stream>>>(
+      operands.b, operands.b_bytes, static_cast<int>(bits), operands.outputs, operands.depth, sums);
   return cudaGetLastError();
 }
 

@@ -217,6 +217,7 @@ def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: in
         _narrow(
             proto, {name: module.w_bits for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         )
+    _add_zero_points(proto)
     for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]  # torch's stack traces, which name files of this machine
@@ -231,6 +232,24 @@ def _names(network: nn.Module, images: torch.Tensor) -> list[str]:
     if isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values()):
         return [str(name) for name in found]
     return [f"output_{index}" for index in range(len(flattened(found)))]
+
+
+def _add_zero_points(proto: Any) -> None:
+    """Writes out the zero points of int8 weights, in place: each a tensor of its own.
+
+    ONNX takes none for zero. But ONNX Runtime, told to keep products exact where the processor has no VNNI
+    (`session.x64quantprecision`), writes a scalar in its place, which it then refuses, and cannot do with one that weights share.
+    """
+    import onnx
+
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 2 and node.input[0] in weights:
+            count, name = weights[node.input[0]].dims[-1], f"{node.input[0]}.zero_point"
+            node.input.append(name)
+            proto.graph.initializer.append(
+                onnx.helper.make_tensor(name, onnx.TensorProto.INT8, [count], bytes(count), raw=True)
+            )
 
 
 def _narrow(proto: Any, bits: dict[str, int]) -> None:

@@ -9,7 +9,6 @@ from .machine import H200
 
 BATCH, TOKENS, BLOCKS, PATCHES, CLASSES = 256, 197, 12, 196, 1000
 MODELS = {"DeiT-T": 192, "DeiT-S": 384, "DeiT-B": 768}
-COLUMNS = 16.0  # microseconds that `quant_linear` prepares scales of columns, measured on an H100
 GAP = 1.0  # microseconds from one kernel to the next in a CUDA graph
 FLASH = (
     150e12  # multiply-adds a second that flash attention makes at such sizes (arXiv 2407.08608, heads of 64, forward)
@@ -51,7 +50,7 @@ def model(name: str, counts: linear.Counts, attention: float, norm: float) -> Wh
         (BLOCKS * sum(layer.time for layer in layers) + embedding_time) / 1e3,
         BLOCKS * attention * heads / 12 / 1e3,
         (2 * BLOCKS + 1) * norm / 1e3,
-        (BLOCKS * (4 * COLUMNS + 11 * GAP) + 10 * GAP) / 1e3,
+        (BLOCKS * 7 + 8) * GAP / 1e3,
         (BLOCKS * (sum(layer.bf16 for layer in layers) + (squares + others) * 1e6) + embedding.bf16 * 768 / width)
         / 1e3,
     )

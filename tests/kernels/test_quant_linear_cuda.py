@@ -64,9 +64,9 @@ class Kernels(Emulator):
         else:
             bits, half = 8, 1 << (w_bits - 1)
             b = self.rows(weight, w_scale, None, -half, half - 1)
-        scale, offset = torch.full((outputs,), torch.nan), torch.full((outputs,), -12345, dtype=torch.int32)
-        row_bytes = ctypes.c_int64(b.shape[1])
-        self("columns", b, row_bytes, bits, outputs, depth, w_sums, x_scale, x_zero, w_scale, scale, offset)
+        if w_sums is None:
+            w_sums = torch.full((outputs,), -12345, dtype=torch.int32)
+            self("sums", b, ctypes.c_int64(b.shape[1]), bits, outputs, depth, w_sums)
         bias, acm = (None if t is None else t.float().contiguous() for t in (bias, acm))
         requantized = out_scale is not None
         if requantized:
@@ -76,7 +76,7 @@ class Kernels(Emulator):
         out = torch.empty(rows, outputs, dtype=out_dtype)
         out.view(torch.uint8).fill_(0xAB)
         residual = None if residual is None else residual.contiguous()
-        epilogue = (scale, offset, bias, acm, 1 if acm is None else len(acm))
+        epilogue = (x_scale, x_zero, w_scale, w_sums, bias, acm, 1 if acm is None else len(acm))
         kinds = {None: 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "silu": 4}[activation], residual
         kinds = (*kinds, 0 if residual is None else TYPES[residual.dtype])
         results = (out_scale, out_zero, float((1 << out_bits) - 1), out, TYPES[out_dtype], int(outputs % 4 == 0))

@@ -1,7 +1,7 @@
 // The CUDA kernels of quant_linear, on raw pointers; the index arithmetic is in quant_linear_tile.h. No torch headers.
 //
 //   quantize_rows_kernel   floats to integers in aligned rows
-//   columns_kernel         scale and offset of each output
+//   sums_kernel            sums of the weight's rows, where the caller has none
 //   multiply_kernel        the product (quant_linear_product.cuh: tensor cores, u8 x s8) and its epilogue
 //                          (quant_linear_epilogue.cuh); 3 stages of asynchronous copies, blocks that stay and take tile
 //                          after tile
@@ -57,27 +57,17 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// scale[n] = x_scale * w_scale[n] and offset[n] = x_zero * sum_k qw[n, k]. A warp takes an output. `sums`, of the rows,
-// may be null: then they are added up here.
+// sums[n] = sum_k qw[n, k]. A warp takes an output.
 static __global__ void __launch_bounds__(kRowThreads)
-    columns_kernel(const uint8_t* __restrict__ weight, int64_t row_bytes, int bits, int outputs, int depth,
-                   const int32_t* __restrict__ sums, const float* __restrict__ x_scale,
-                   const float* __restrict__ x_zero, const float* __restrict__ w_scale, float* __restrict__ scale,
-                   int32_t* __restrict__ offset) {
+    sums_kernel(const uint8_t* __restrict__ weight, int64_t row_bytes, int bits, int outputs, int depth,
+                int32_t* __restrict__ sums) {
   const int n = blockIdx.x * kRowsAtOnce + threadIdx.x / 32;
   if (n >= outputs) return;
   const uint8_t* row = weight + n * row_bytes;
   int32_t sum = 0;
-  if (sums) {
-    sum = sums[n];
-  } else {
-    for (int k = threadIdx.x % 32; k < depth; k += 32) sum += unpacked_at(row, k, bits);
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-  }
-  if (threadIdx.x % 32 == 0) {
-    scale[n] = *x_scale * w_scale[n];
-    offset[n] = static_cast<int32_t>(*x_zero) * sum;
-  }
+  for (int k = threadIdx.x % 32; k < depth; k += 32) sum += unpacked_at(row, k, bits);
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  if (threadIdx.x % 32 == 0) sums[n] = sum;
 }
 
 // Packed weights [outputs, row_bytes] to bytes [outputs, stride], a chunk of 16 a thread; row_bytes is a multiple of

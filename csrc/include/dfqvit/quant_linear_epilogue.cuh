@@ -45,6 +45,14 @@ __device__ __forceinline__ void store_four(void* base, int64_t index, const Four
   }
 }
 
+// What an output's sum is multiplied with, and what is taken from it before: the zero point's share.
+__device__ __forceinline__ float scale_of(const Epilogue& e, int n) {
+  return *e.x_scale * e.w_scale[n];
+}
+__device__ __forceinline__ int32_t offset_of(const Epilogue& e, int n) {
+  return static_cast<int32_t>(*e.x_zero) * e.w_sums[n];
+}
+
 // What belongs to four neighbouring outputs; `count` of them are there.
 struct Columns {
   int n, count;
@@ -55,8 +63,8 @@ struct Columns {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool there = i < count;
-      scale[i] = there ? e.scale[n + i] : 0.0f;
-      offset[i] = there ? e.offset[n + i] : 0;
+      scale[i] = there ? scale_of(e, n + i) : 0.0f;
+      offset[i] = there ? offset_of(e, n + i) : 0;
       bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
       out_scale[i] = there && e.out_scale ? e.out_scale[n + i] : 1.0f;
       out_zero[i] = there && e.out_zero ? e.out_zero[n + i] : 0.0f;
@@ -117,8 +125,8 @@ struct ByteColumns {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool there = n + i < outputs;
-      scale[i] = there ? e.scale[n + i] : 0.0f;
-      offset[i] = there ? e.offset[n + i] : 0;
+      scale[i] = there ? scale_of(e, n + i) : 0.0f;
+      offset[i] = there ? offset_of(e, n + i) : 0;
       bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
       const float step = there ? e.out_scale[n + i] : 1.0f;
       inverse[i] = 1.0f / step;
@@ -226,8 +234,8 @@ struct ToFloats {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool there = n + i < outputs;
-      scale[i] = there ? e.scale[n + i] : 0.0f;
-      offset[i] = there ? e.offset[n + i] : 0;
+      scale[i] = there ? scale_of(e, n + i) : 0.0f;
+      offset[i] = there ? offset_of(e, n + i) : 0;
       bias[i] = there && e.bias ? e.bias[n + i] : 0.0f;
     }
   }

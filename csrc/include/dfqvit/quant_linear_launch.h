@@ -36,10 +36,12 @@ struct Operands {
 enum class Kind : int { general, bytes, gelu_bytes, floats };
 
 struct Epilogue {
-  const float* scale;
-  const int32_t* offset;
-  const float* bias;  // [outputs] or null
-  const float* acm;   // [tokens, outputs] or null
+  const float* x_scale;  // both one value
+  const float* x_zero;
+  const float* w_scale;   // [outputs]
+  const int32_t* w_sums;  // [outputs], of the integers of each row of the weight
+  const float* bias;      // [outputs] or null
+  const float* acm;       // [tokens, outputs] or null
   int tokens;
   Activation activation;
   const void* residual;  // [rows, outputs] of residual_type, or null
@@ -79,10 +81,8 @@ cudaError_t launch_quantize_rows(const T* x, int64_t rows, int64_t columns, cons
 cudaError_t launch_unpack(const uint8_t* weight, int64_t bits, int64_t row_bytes, int64_t chunks, uint8_t* out,
                           cudaStream_t stream);
 
-// scale[n] = x_scale * w_scale[n] and offset[n] = x_zero * sum_k qw[n, k]; `sums` may be null.
-cudaError_t launch_columns(const Operands& operands, int64_t bits, const int32_t* sums, const float* x_scale,
-                           const float* x_zero, const float* w_scale, float* scale, int32_t* offset,
-                           cudaStream_t stream);
+// sums[n] = sum_k qw[n, k].
+cudaError_t launch_sums(const Operands& operands, int64_t bits, int32_t* sums, cudaStream_t stream);
 
 // The product in tiles of shape S (Small, Large or Group) with weights of `bits` bits, on so many multiprocessors.
 template <typename S>

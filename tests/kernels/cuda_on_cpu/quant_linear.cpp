@@ -74,11 +74,9 @@ void quantize_rows(int blocks, int type, const void* x, int rows, int columns, c
   }
 }
 
-void columns(const uint8_t* weight, int64_t row_bytes, int bits, int outputs, int depth, const int32_t* sums,
-             const float* x_scale, const float* x_zero, const float* w_scale, float* scale, int32_t* offset) {
-  emulator::launch((outputs + kRowsAtOnce - 1) / kRowsAtOnce, kRowThreads, [&] {
-    columns_kernel(weight, row_bytes, bits, outputs, depth, sums, x_scale, x_zero, w_scale, scale, offset);
-  });
+void sums(const uint8_t* weight, int64_t row_bytes, int bits, int outputs, int depth, int32_t* sums) {
+  emulator::launch((outputs + kRowsAtOnce - 1) / kRowsAtOnce, kRowThreads,
+                   [&] { sums_kernel(weight, row_bytes, bits, outputs, depth, sums); });
 }
 
 void unpack(int bits, const uint8_t* weight, int64_t row_bytes, int64_t rows, uint8_t* out) {
@@ -105,12 +103,15 @@ void unpack(int bits, const uint8_t* weight, int64_t row_bytes, int64_t rows, ui
 
 // shape: 0 Small, 1 Large, 2 Group, 3 GroupOfTiles, for weights of 8 bits; others go by Group then.
 void product(int shape, int blocks, int bits, const uint8_t* a, int a_bytes, const uint8_t* b, int b_bytes, int rows,
-             int outputs, int depth, const float* scale, const int32_t* offset, const float* bias, const float* acm,
-             int tokens, int activation, const void* residual, int residual_type, const float* out_scale,
-             const float* out_zero, float out_greatest, void* out, int type, int whole) {
+             int outputs, int depth, const float* x_scale, const float* x_zero, const float* w_scale,
+             const int32_t* w_sums, const float* bias, const float* acm, int tokens, int activation,
+             const void* residual, int residual_type, const float* out_scale, const float* out_zero, float out_greatest,
+             void* out, int type, int whole) {
   const Operands p{a, a_bytes, b, b_bytes, rows, outputs, depth};
-  Epilogue e{scale,
-             offset,
+  Epilogue e{x_scale,
+             x_zero,
+             w_scale,
+             w_sums,
              bias,
              acm,
              tokens,
