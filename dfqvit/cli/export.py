@@ -9,7 +9,7 @@ import click
 from ..errors import UsageError
 from ..storage import load
 from ..storage.atomic import refuse_existing
-from ..storage.export import OPSET, export_onnx
+from ..storage.export import EXACT, OPSET, export_onnx
 from .options import build_option, common, emit
 
 
@@ -46,5 +46,6 @@ def command(
     written = export_onnx(load(file, runtime="simulated", build=build), out, int4=not int8, opset=opset)
     weights = ", ".join(f"{count} {kind}" for kind, count in written["weights"].items())
     pairs = written["nodes"].get("QuantizeLinear", 0)
-    text = f"{out}: {written['bytes'] / 1e6:.2f} MB, opset {written['opset']}, weights {weights}, {pairs} activations"
+    text = f"{out}: {written['bytes'] / 1e6:.2f} MB, opset {written['opset']}, weights {weights}, {pairs} activations\n"
+    text += f"On x86 processors without VNNI ONNX Runtime needs {EXACT}=1, or its sums of int8 products overflow"
     emit(as_json, {"file": str(file), "out": str(out), **written}, text)

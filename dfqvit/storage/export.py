@@ -34,7 +34,9 @@ from .file import as_path, held, rebuild
 OPSET = 21  # the default, and the first that has INT4
 LEAST_OPSET, GREATEST_OPSET = 18, 23  # of what was tried; torch's exporter writes 18 and converts from there
 NEEDED = ("onnx", "onnxscript")  # the packages of the extra `export`
+EXACT = "session.x64quantprecision"  # ONNX Runtime's option: no product overflows on x86 processors without VNNI
 _INT4 = 4
+_ZERO_POINT = ".zero_point"
 
 
 def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset: int = OPSET) -> dict[str, Any]:
@@ -42,6 +44,9 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
 
     Forward hooks are not kept; a warning names them. A network's outputs are named as its dict names them, or "output_0" and so
     on. Its shapes may not depend on values: what selects boxes (NMS) must stay outside.
+
+    ONNX Runtime adds pairs of int8 products in 16 bits on x86 processors without VNNI, where they overflow (logits were 6 % off):
+    there give its session the option `session.x64quantprecision=1`.
 
     Args:
         qmodel: from `dfqvit.quantize` or `dfqvit.load`; left as it was.
@@ -78,7 +83,8 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
         temporary.write_bytes(proto.SerializeToString())
     nodes = [node.op_type for node in proto.graph.node]
     kinds = {onnx.TensorProto.INT8: "INT8", onnx.TensorProto.INT4: "INT4"}
-    weights = [kinds[tensor.data_type] for tensor in proto.graph.initializer if tensor.data_type in kinds]
+    tensors = [tensor for tensor in proto.graph.initializer if not tensor.name.endswith(_ZERO_POINT)]
+    weights = [kinds[tensor.data_type] for tensor in tensors if tensor.data_type in kinds]
     return {
         "bytes": path.stat().st_size,
         "opset": opset,
@@ -237,15 +243,15 @@ def _names(network: nn.Module, images: torch.Tensor) -> list[str]:
 def _add_zero_points(proto: Any) -> None:
     """Writes out the zero points of int8 weights, in place: each a tensor of its own.
 
-    ONNX takes none for zero. But ONNX Runtime, told to keep products exact where the processor has no VNNI
-    (`session.x64quantprecision`), writes a scalar in its place, which it then refuses, and cannot do with one that weights share.
+    ONNX takes none for zero. But ONNX Runtime with the option `EXACT` writes a scalar in its place, which it then refuses, and it
+    cannot do with one that weights share.
     """
     import onnx
 
     weights = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
     for node in proto.graph.node:
         if node.op_type == "DequantizeLinear" and len(node.input) == 2 and node.input[0] in weights:
-            count, name = weights[node.input[0]].dims[-1], f"{node.input[0]}.zero_point"
+            count, name = weights[node.input[0]].dims[-1], node.input[0] + _ZERO_POINT
             node.input.append(name)
             proto.graph.initializer.append(
                 onnx.helper.make_tensor(name, onnx.TensorProto.INT8, [count], bytes(count), raw=True)

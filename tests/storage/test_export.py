@@ -17,6 +17,7 @@ from dfqvit.models.adapters import flattened
 from dfqvit.storage.export import export_onnx
 
 from .. import networks
+from .runtimes import onnx_session
 
 # Fewer blocks, where it is not accuracy that is looked at: each is exported for itself.
 SHALLOW = {
@@ -44,8 +45,7 @@ def images(model, count):
 
 
 def runtime(path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnx_session(path)
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
@@ -60,6 +60,23 @@ def openvino_runtime(path):
 def needs_onnx():
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+
+@pytest.mark.parametrize("int4", [True, False])
+def test_int8_weights_have_zero_points_of_their_own(tmp_path, int4):
+    """ONNX Runtime's exact products (`EXACT`) ended in an error without them."""
+    import onnx
+
+    export_onnx(quantized("demo", 4, shallow=True, rounding="nearest"), tmp_path / "m.onnx", int4=int4)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    weights = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in tensors]
+    int8 = [node for node in weights if tensors[node.input[0]].data_type == onnx.TensorProto.INT8]
+    zeros = [onnx.numpy_helper.to_array(tensors[node.input[2]]) for node in int8]
+    assert len({node.input[2] for node in int8}) == len(int8) == (2 if int4 else len(weights)) > 0
+    for node, zero in zip(int8, zeros, strict=True):
+        assert zero.dtype == np.int8 and zero.shape == tuple(tensors[node.input[1]].dims)
+        assert not zero.any()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +165,10 @@ def test_command_weights_are_integers_and_the_batch_is_free(tmp_path, capsys):
     assert "exists already; give --force" in capsys.readouterr().err
     assert (tmp_path / "m.onnx").read_bytes() == b"mine"
     assert cli.run([*arguments, "--force"]) == 0
-    assert "weights 16 INT4, 2 INT8, 34 activations" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "weights 16 INT4, 2 INT8, 34 activations" in said
+    assert "without VNNI ONNX Runtime needs session.x64quantprecision=1" in said
+
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.safetensors"]
     assert cli.run([*arguments[:-1], str(tmp_path / "m.txt")]) == 2
     assert "must end in .onnx" in capsys.readouterr().err
@@ -197,8 +217,7 @@ def test_a_network_in_onnx_runtime(seed, tmp_path, name):
     settings = {"calib": "procedural", "samples": 4, "rounding": "nearest", "runtime": "simulated"}
     qmodel = dfqvit.quantize(network, build=f"tests.networks:{name}", **settings)
     export_onnx(qmodel, tmp_path / "network.onnx")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    session = onnxruntime.InferenceSession(str(tmp_path / "network.onnx"), providers=["CPUExecutionProvider"])
+    session = onnx_session(tmp_path / "network.onnx")
     names = [output.name for output in session.get_outputs()]
     assert names == {"shallow_segmenter": ["out"], "shallow_pair": ["output_0", "output_1"]}[name]
     x = torch.rand(3, 3, 32, 32)

@@ -13,6 +13,7 @@ from dfqvit.storage.export import export_onnx
 
 from .. import networks
 from ..conftest import MODELS, SMALL, made_once
+from .runtimes import onnx_session
 
 quantize = made_once(dfqvit.quantize)
 REFUSED = {
@@ -47,9 +48,7 @@ def small(family, **settings):
 
 
 def onnx_logits(path, images):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return torch.from_numpy(onnx_session(path).run(None, {"images": images.numpy()})[0])
 
 
 @pytest.mark.parametrize("change", list(REFUSED))
