@@ -75,7 +75,8 @@ def test_int8_weights_have_zero_points_of_their_own(tmp_path, int4):
     zeros = [onnx.numpy_helper.to_array(tensors[node.input[2]]) for node in int8]
     assert len({node.input[2] for node in int8}) == len(int8) == (2 if int4 else len(weights)) > 0
     for node, zero in zip(int8, zeros, strict=True):
-        assert zero.dtype == np.int8 and zero.shape == tuple(tensors[node.input[1]].dims)
+        assert zero.dtype == np.int8
+        assert zero.shape == tuple(tensors[node.input[1]].dims)
         assert not zero.any()
 
 
