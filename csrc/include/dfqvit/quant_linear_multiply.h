@@ -3,10 +3,11 @@
 // Each path has kRows, the most rows of a tile; kOffset, what it takes from each value of a, so that the caller's
 // `starts` have kOffset times the sum of each output's weights more; and
 //   prepare(rows), release()   around all the tiles of a product with `rows` rows, on the thread that computes them;
-//   multiply(a, stride, r, rows, panels, starts, blocks, depth, sums)
+//   multiply(a, stride, r, rows, panels, starts, blocks, depth, bits, sums)
 //     rows r to min(r + kRows, rows) of a, uint8 with `stride` bytes from row to row, readable to whole chunks of 64;
 //     depth: K; from there to whole chunks the panels are 0, and a path multiplies as little of it as it can;
 //     panels: `blocks` (1 or 2) unpacked blocks, 1024 bytes for each chunk;
+//     bits: that each weight fits, as a signed integer;
 //     starts: for each block the 16 int32 that every row's sums begin at;
 //     sums: [blocks][kRows][16] int32. Rows beyond the last are not written, or hold nothing of use; kHeadroom int32
 //     before it may be written too.
@@ -34,7 +35,7 @@ inline void prepare(int64_t) {}
 inline void release() {}
 
 inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const uint8_t* const* panels,
-                     const int32_t* const* starts, int blocks, int64_t depth, int32_t* sums) {
+                     const int32_t* const* starts, int blocks, int64_t depth, int, int32_t* sums) {
   for (int j = 0; j < blocks; ++j) {
     int32_t total[16];
     std::memcpy(total, starts[j], sizeof(total));
@@ -55,39 +56,118 @@ inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t, const
 #if DFQVIT_X86
 namespace avx2 {
 
-constexpr int kRows = 2;
+constexpr int kRows = 4;
 constexpr int32_t kOffset = 0;
 inline void prepare(int64_t) {}
 inline void release() {}
 
-// Bytes are widened to 16 bits: products of bytes in pairs (vpmaddubsw) would saturate.
+// Holds a sum in its register: GCC would add products to each other first, of more vectors than there are registers.
+DFQVIT_TARGET_AVX2 inline __attribute__((always_inline)) void keep(__m256i& sum) {
+  asm("" : "+x"(sum));
+}
+
+DFQVIT_TARGET_AVX2 inline __attribute__((always_inline)) __m256i load(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+DFQVIT_TARGET_AVX2 inline __attribute__((always_inline)) void store(void* to, __m256i x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), x);
+}
+
+// Weights of up to kNarrow bits: products of bytes, added in pairs (vpmaddubsw), fit 16 bits, and so does the sum of
+// kLines of these: 255 * 8 * 2 * 8 = 32640.
+constexpr int kNarrow = 4, kLines = 8;
+
+DFQVIT_TARGET_AVX2 inline void multiply_narrow(const uint8_t* const* row, const uint8_t* panel, const int32_t* start,
+                                               int64_t depth, int32_t* sums) {
+  for (int i = 0; i < kRows; ++i) {
+    for (int q = 0; q < 2; ++q) store(sums + 16 * i + 8 * q, load(start + 8 * q));
+  }
+  for (int64_t k = 0; k < depth; k += 4 * kLines) {
+    __m256i few[kRows][2] = {};
+#pragma GCC unroll 8
+    for (int line = 0; line < kLines; ++line, panel += 64) {
+      const __m256i w[2] = {load(panel), load(panel + 32)};
+      for (int i = 0; i < kRows; ++i) {
+        int32_t four;
+        std::memcpy(&four, row[i] + k + 4 * line, sizeof(four));
+        const __m256i x = _mm256_set1_epi32(four);
+        for (int q = 0; q < 2; ++q) {
+          few[i][q] = _mm256_add_epi16(few[i][q], _mm256_maddubs_epi16(x, w[q]));
+          keep(few[i][q]);
+        }
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int q = 0; q < 2; ++q) {
+        int32_t* to = sums + 16 * i + 8 * q;
+        store(to, _mm256_add_epi32(load(to), _mm256_madd_epi16(few[i][q], _mm256_set1_epi16(1))));
+      }
+    }
+  }
+}
+
+// Others are widened to 16 bits, where vpmaddubsw would saturate: of four values and of four weights the first and the
+// third stand in one vector, the second and the fourth in another. Values for kPiece of K at a time.
+constexpr int64_t kPiece = 512;
+
+struct alignas(32) Widened {
+  int32_t even[kPiece / 4], odd[kPiece / 4];
+
+  DFQVIT_TARGET_AVX2 void take(const uint8_t* row, int64_t count) {
+    for (int64_t k = 0; k < count; k += 32) {
+      const __m256i bytes = load(row + k);
+      store(even + k / 4, _mm256_and_si256(bytes, _mm256_set1_epi16(255)));
+      store(odd + k / 4, _mm256_srli_epi16(bytes, 8));
+    }
+  }
+};
+
+DFQVIT_TARGET_AVX2 inline void multiply_wide(const Widened* rows, const uint8_t* panel, int64_t count, int32_t* sums) {
+  __m256i total[kRows][2];
+  for (int i = 0; i < kRows; ++i) {
+    for (int q = 0; q < 2; ++q) total[i][q] = load(sums + 16 * i + 8 * q);
+  }
+  for (int64_t v = 0; 4 * v < count; ++v, panel += 64) {
+    __m256i even[2], odd[2];
+    for (int q = 0; q < 2; ++q) {
+      const __m256i bytes = load(panel + 32 * q);
+      even[q] = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+      odd[q] = _mm256_srai_epi16(bytes, 8);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const __m256i x = _mm256_set1_epi32(rows[i].even[v]), y = _mm256_set1_epi32(rows[i].odd[v]);
+      for (int q = 0; q < 2; ++q) {
+        total[i][q] = _mm256_add_epi32(total[i][q], _mm256_madd_epi16(x, even[q]));
+        keep(total[i][q]);
+      }
+      for (int q = 0; q < 2; ++q) {
+        total[i][q] = _mm256_add_epi32(total[i][q], _mm256_madd_epi16(y, odd[q]));
+        keep(total[i][q]);
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int q = 0; q < 2; ++q) store(sums + 16 * i + 8 * q, total[i][q]);
+  }
+}
+
 DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                         const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                        int64_t depth, int32_t* sums) {
+                                        int64_t depth, int bits, int32_t* sums) {
   const uint8_t* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
+  if (bits <= kNarrow) {
+    for (int j = 0; j < blocks; ++j) multiply_narrow(row, panels[j], starts[j], depth, sums + 16 * kRows * j);
+    return;
+  }
   for (int j = 0; j < blocks; ++j) {
-    __m256i total[kRows][4];
-    for (int i = 0; i < kRows; ++i) {
-      for (int q = 0; q < 4; ++q) total[i][q] = _mm256_setzero_si256();
-    }
-    for (int64_t v = 0; 4 * v < depth; ++v) {
-      __m256i w[4];  // four outputs each, four weights an output
-      const __m128i* bytes = reinterpret_cast<const __m128i*>(panels[j] + 64 * v);
-      for (int q = 0; q < 4; ++q) w[q] = _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes + q));
-      for (int i = 0; i < kRows; ++i) {
-        const __m256i x = _mm256_broadcastq_epi64(_mm_cvtepu8_epi16(_mm_loadu_si32(row[i] + 4 * v)));
-        for (int q = 0; q < 4; ++q) total[i][q] = _mm256_add_epi32(total[i][q], _mm256_madd_epi16(x, w[q]));
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int q = 0; q < 4; q += 2) {
-        const __m256i pairs = _mm256_hadd_epi32(total[i][q], total[i][q + 1]);
-        const __m256i start = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts[j] + 4 * q));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16 * (kRows * j + i) + 4 * q),
-                            _mm256_add_epi32(start, _mm256_permute4x64_epi64(pairs, 0xD8)));
-      }
-    }
+    for (int i = 0; i < kRows; ++i) std::memcpy(sums + 16 * (kRows * j + i), starts[j], 16 * sizeof(int32_t));
+  }
+  Widened widened[kRows];
+  for (int64_t k = 0; k < depth; k += kPiece) {
+    const int64_t count = depth - k < kPiece ? depth - k : kPiece;
+    for (int i = 0; i < kRows; ++i) widened[i].take(row[i] + k, count);
+    for (int j = 0; j < blocks; ++j) multiply_wide(widened, panels[j] + 16 * k, count, sums + 16 * kRows * j);
   }
 }
 
@@ -124,7 +204,7 @@ DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t
 
 DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                         const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                        int64_t depth, int32_t* sums) {
+                                        int64_t depth, int, int32_t* sums) {
   const uint8_t* row[kRows];  // past the end the last row again
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
   blocks == 2 ? multiply<2>(row, panels, starts, depth, sums) : multiply<1>(row, panels, starts, depth, sums);
@@ -192,7 +272,7 @@ DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a0, const uint8_t* a1, int
 // in the headroom.
 DFQVIT_TARGET_AMX inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                        const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                       int64_t depth, int32_t* sums) {
+                                       int64_t depth, int, int32_t* sums) {
   const int64_t last = rows < 16 ? 0 : rows - 16;
   const int64_t r0 = r < last ? r : last, r1 = r + 16 < last ? r + 16 : last;
   const uint8_t *a0 = a + r0 * stride, *a1 = a + r1 * stride, *w0 = panels[0], *w1 = panels[blocks - 1];

@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) void add_line(const int8_t* line, const in
 }
 
 DFQVIT_APART void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows, const uint8_t* const* panels,
-                           const int32_t* const* starts, int blocks, int64_t depth, int32_t* sums) {
+                           const int32_t* const* starts, int blocks, int64_t depth, int, int32_t* sums) {
   const ArmRows<kRows> from(a, stride, r, rows);
   for (int j = 0; j < blocks; ++j) {
     int32x4_t total[kRows][8];  // two partial sums of each output, side by side
@@ -97,7 +97,7 @@ DFQVIT_TARGET_DOTPROD inline __attribute__((always_inline)) void add_line(const 
 
 DFQVIT_TARGET_DOTPROD DFQVIT_APART void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                                  const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                                 int64_t depth, int32_t* sums) {
+                                                 int64_t depth, int, int32_t* sums) {
   const ArmRows<kRows> from(a, stride, r, rows);
   for (int j = 0; j < blocks; ++j) {
     int32x4_t total[kRows][4];
@@ -133,7 +133,7 @@ inline void release() {}
 // words. Its sums are those of an output pair for the first row, then for the second.
 DFQVIT_TARGET_I8MM DFQVIT_APART void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                               const uint8_t* const* panels, const int32_t* const* starts, int blocks,
-                                              int64_t depth, int32_t* sums) {
+                                              int64_t depth, int, int32_t* sums) {
   const ArmRows<kRows> from(a, stride, r, rows);
   for (int j = 0; j < blocks; ++j) {
     int32x4_t total[kPairs][8];
