@@ -7,7 +7,7 @@ import importlib
 import json
 import numbers
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,21 +248,41 @@ def dotted(place: str, name: str) -> str:
 
 def expect_own_methods(model: nn.Module) -> None:
     """UsageError where a method was replaced on a class of timm or torch.nn: what is computed here is what they define."""
+    if said := method_replaced(model.named_modules()):
+        raise UsageError(f"model holds {said}; undo that before quantizing, or put it into a class of your own")
+
+
+def method_replaced(named: Iterable[tuple[str, nn.Module]]) -> str:
+    """Which of a model's modules is of a class of timm or torch.nn on which a method was replaced, for a message; or ""."""
     seen: set[type] = set()
-    for name, module in model.named_modules():
+    for name, module in named:
         for kind in type(module).__mro__:
             said = "" if kind in seen else _replaced_method(kind)
             seen.add(kind)
             if said:
-                raise UsageError(
-                    f"model holds '{name or type(module).__name__}', of {kind.__module__}.{kind.__name__}, on which class {said}; "
-                    "undo that before quantizing, or put it into a class of your own"
-                )
+                return f"'{name or type(module).__name__}', of {kind.__module__}.{kind.__name__}, on which class {said}"
+    return ""
+
+
+def methods_of(modules: Iterable[nn.Module]) -> list[tuple[type, str]]:
+    """(class, name) of every method that computes on the classes of timm and torch.nn of which the modules are."""
+    kinds = dict.fromkeys(kind for module in modules for kind in type(module).__mro__ if _is_known(kind))
+    return [
+        (kind, name)
+        for kind in kinds
+        for name, value in vars(kind).items()
+        if isinstance(value, types.FunctionType) and not name.startswith(_NO_PART)
+        if name == "forward" or kind.__module__.startswith("timm.")
+    ]
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.startswith(("timm.", "torch.nn.modules.")) and kind is not nn.Module
 
 
 def _replaced_method(kind: type) -> str:
     """Which method of a class was replaced, for a message; "" where none was or the class is neither timm's nor torch.nn's."""
-    if not kind.__module__.startswith(("timm.", "torch.nn.modules.")) or kind is nn.Module:
+    if not _is_known(kind):
         return ""
     for key, value in vars(kind).items():
         if key.startswith(_NO_PART):

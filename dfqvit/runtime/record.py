@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..errors import UsageError
 from ..models import ModelSpec, Preprocessing
 from ..models.network import NetworkSpec, network_spec
+from ..models.spec import method_replaced, methods_of
 from ..quantization.recipe import Recipe
 from .convert import integer_report
 
@@ -73,6 +76,33 @@ class QuantizedModel(nn.Module):
     dfqvit_record: QuantizationRecord
     dfqvit_spec: ModelSpec
     pretrained_cfg: dict[str, Any]
+
+    def _entered(self, *args: Any, **kwargs: Any) -> Any:
+        """As every quantized model's; UsageError where a method was replaced on a class that something within the model is of.
+
+        What stands for a block or an attention computes what timm's class defined, and would not see it.
+        """
+        if not torch.compiler.is_dynamo_compiling():
+            self._expect_methods()
+        return super()._entered(*args, **kwargs)  # type: ignore[misc]
+
+    def _expect_methods(self) -> None:
+        known = self.__dict__.get("_methods")
+        if known is not None and list(map(getattr, *known[:2])) == known[2]:
+            return
+        within = [(name, module) for name, module in self.named_modules() if name]
+        if said := method_replaced(within):
+            raise UsageError(
+                f"the quantized model holds {said}; undo that, or give the module alone a forward of its own"
+            )
+        places = methods_of(module for _, module in within)
+        kinds, names = [kind for kind, _ in places], [name for _, name in places]
+        if not torch.compiler.is_compiling():
+            self.__dict__["_methods"] = kinds, names, list(map(getattr, kinds, names))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a first call keeps."""
+        return {name: value for name, value in self.__dict__.items() if name != "_methods"}
 
     def __repr__(self) -> str:
         title, *rows = _described(self)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
 import torch
-from timm.layers import DropPath, QuickGELU
+from timm.layers import Attention, DropPath, Mlp, QuickGELU
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import dfqvit
@@ -15,6 +18,7 @@ from dfqvit.calibration import calibrate, convert
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 
+from ..conftest import small_swin, small_vit
 from .test_blocks import close
 from .test_families import CONVNEXT, ROTARY, SWIN_V2
 
@@ -113,6 +117,42 @@ def test_another_module_in_the_place_of_one(seed, kind, change):
 @pytest.mark.parametrize("kind", ["dinov3", "dinov3, part by part"])
 def test_a_bias_that_there_was_none_of(seed, kind):
     check_both(*pair(kind, qkv_bias=False), biased)
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind", "method"),
+    [
+        ("blocks.0.mlp", Mlp, "forward"),
+        ("blocks.0.attn", Attention, "forward"),
+        ("blocks.0.norm1", nn.LayerNorm, "forward"),
+        ("blocks.0", Block, "forward"),
+        ("layers.0.blocks.0", SwinTransformerBlock, "_attn"),
+    ],
+)
+def test_a_method_replaced_on_a_class_is_refused_until_it_is_undone(monkeypatch, seed, name, kind, method, called):
+    """What stands for it would never hear of the new one: the model answered as before, in integers and simulated."""
+    model = small_swin() if "layers" in name else small_vit(depth=1)
+    images = torch.randn(4, 3, 32, 32)
+    qmodel = dfqvit.quantize(model, 8, calib=images, rounding="nearest", progress=False)
+    expected = copy.deepcopy(qmodel)(images)
+    if called:
+        qmodel(images)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, method, lambda self, x, *args: 0 * x)
+        with pytest.raises(dfqvit.UsageError, match=f"holds '{name}', of .*, on which class {method} was replaced"):
+            qmodel(images)
+    assert torch.equal(qmodel(images), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(qmodel))(images), expected)
+
+
+def test_a_method_replaced_on_the_class_of_the_model_is_followed(monkeypatch, seed):
+    qmodel = dfqvit.quantize(small_vit(depth=1), 8, calib=torch.randn(4, 3, 32, 32), rounding="nearest", progress=False)
+    images = torch.randn(2, 3, 32, 32)
+    features = qmodel.forward_features(images)
+    monkeypatch.setattr(VisionTransformer, "forward", lambda self, x: self.forward_features(x))
+    assert torch.equal(qmodel(images), features)
+    assert torch.equal(qmodel(images), features)
 
 
 @pytest.mark.parametrize("setting", [("padding_mode", "circular"), ("dilation", (2, 2))])
