@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import warnings
@@ -89,6 +90,8 @@ class Operator:
             library = _COMPILED[name]
             _define(library, schema)
             torch.library.register_fake(f"{library.ns}::{self.name}", fake, lib=library)
+            _let_batch(library, self.name)
+        _let_batch(_LIBRARY, self.name)
         self._torch_op = getattr(getattr(torch.ops, _LIBRARY.ns), self.name)
         _OPERATORS[self.name] = self
 
@@ -250,6 +253,37 @@ def _define(library: torch.library.Library, schema: str) -> None:
     """Defines an operator unless the shared library, loaded first, has."""
     if not hasattr(getattr(torch.ops, library.ns), schema.split("(", 1)[0]):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _let_batch(library: torch.library.Library, name: str) -> None:
+    """Lets torch.func.vmap call an operator: once for each of its batch, so that each is computed as without vmap."""
+    operator = getattr(getattr(torch.ops, library.ns), name).default
+
+    def one_by_one(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        found = [operator(*_selected(args, dims, index)) for index in range(info.batch_size)]
+        if isinstance(found[0], torch.Tensor):
+            return torch.stack(found), 0
+        joined = [torch.stack(each) for each in zip(*found, strict=True)]
+        return type(found[0])(joined), type(found[0])([0] * len(joined))
+
+    torch.library.register_vmap(f"{library.ns}::{name}", one_by_one, lib=library)
+    if "Tensor[]" in str(operator._schema):  # of others torch's old vmap makes calls itself
+        library.impl(name, functools.partial(_refuse_old_vmap, name), "Batched")
+
+
+def _refuse_old_vmap(name: str, *_: Any) -> Any:
+    raise ValueError(
+        f"{name} was called for a batch of gradients at once (is_grads_batched=True, vectorize=True); use torch.func.jacrev or "
+        "torch.func.vmap, or one gradient after the other"
+    )
+
+
+def _selected(args: Sequence[Any], dims: Sequence[Any], index: int) -> list[Any]:
+    """Arguments, of which those with a dimension are a batch's: the one at `index` of it."""
+    return [
+        _selected(arg, dim, index) if isinstance(dim, (list, tuple)) else arg if dim is None else arg.select(dim, index)
+        for arg, dim in zip(args, dims, strict=True)
+    ]
 
 
 def compiled(name: str, device: str, supports: Callable[..., Verdict]) -> Backend:

@@ -152,6 +152,10 @@ class QuantLinear(Prepares, KeepsPrecision):
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(weight, acm, w_sums) in the form that the kernels of this device run fastest with."""
         if not checks.tracing() and not self._is_prepared():
+            if torch._C._functorch.is_batchedtensor(
+                self.weight_packed
+            ):  # of many layers at once, each of another weight
+                return self.weight_packed, self.acm, None
             self.prepare()
         blocked = None if linear_operator.asked in ("triton", "cuda") else self.weight_blocked
         acm = self.acm if self.acm_float is None else self.acm_float

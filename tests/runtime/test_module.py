@@ -249,6 +249,45 @@ def test_functorch_transforms_see_the_model_or_say_why_not(integer):
     assert torch.allclose(found, wanted.grad, atol=1e-6)
 
 
+def test_vmap_gives_what_each_call_gives(integer):
+    """torch said "Batching rule not implemented" of the blocks."""
+    qmodel, images = integer
+    with torch.no_grad():
+        expected = qmodel(images)
+        assert torch.equal(torch.func.vmap(lambda x: qmodel(x[None])[0])(images), expected)
+        found = torch.func.vmap(torch.func.vmap(qmodel), in_dims=1, out_dims=1)(images[:, None, None])
+        assert torch.equal(found[:, 0, 0], expected)
+
+
+def test_gradients_of_each_image_and_of_each_logit(integer):
+    qmodel, images = integer
+    found = torch.func.vmap(torch.func.grad(lambda x: qmodel(x[None]).square().sum()))(images)
+    wanted = images.clone().requires_grad_()
+    qmodel(wanted).square().sum().backward()
+    assert torch.allclose(found, wanted.grad, atol=1e-5)
+    logits = qmodel(wanted)[0]
+    rows = [torch.autograd.grad(logit, wanted, retain_graph=True)[0][0] for logit in logits]
+    assert torch.allclose(torch.func.jacrev(lambda x: qmodel(x[None])[0])(images[0]), torch.stack(rows), atol=1e-5)
+    with pytest.raises(ValueError, match=r"a batch of gradients at once .*; use torch\.func\.jacrev"):
+        torch.autograd.grad(qmodel(wanted)[0], wanted, torch.eye(len(logits)), is_grads_batched=True)
+
+
+def test_an_ensemble_of_models_is_called_at_once(integer):
+    """The packed weights are a batch then: what a layer prepares is of one."""
+    qmodel, images = integer
+    other = copy.deepcopy(qmodel)
+    other.load_state_dict(
+        {name: value.flip(0) for name, value in qmodel.state_dict().items() if "fc1" in name}, strict=False
+    )
+    with torch.no_grad():
+        expected = torch.stack([qmodel(images), other(images)])
+        assert not torch.equal(*expected)
+        state = torch.func.stack_module_state([qmodel, other])
+        call = torch.func.vmap(lambda *each: torch.func.functional_call(qmodel, each, (images,)))
+        assert torch.equal(call(*state), expected)
+        assert torch.equal(qmodel(images), expected[0])
+
+
 def test_functional_call_uses_what_it_is_given(integer):
     qmodel, images = integer
     name = next(name for name, module in qmodel.named_modules() if isinstance(module, IntegerBlock)) + ".norm1.weight"
