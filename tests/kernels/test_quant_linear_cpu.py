@@ -146,6 +146,22 @@ def test_sums_up_to_the_limit_of_int32(isa, x_zero):
     assert abs(float(found[0, 0])) > 0.99 * 2**31
 
 
+@pytest.mark.parametrize("w_bits", range(2, 9))
+def test_the_greatest_values_and_weights_of_each_width(seed, isa, w_bits):
+    """Where paths that add in 16 bits come nearest to their limit; exact, since all sums are integers below 2^24."""
+    least, most = -(1 << (w_bits - 1)), (1 << (w_bits - 1)) - 1
+    for depth in (1, 31, 32, 33, 511, 513):
+        x = torch.full((7, depth), 255, dtype=torch.uint8)
+        x[3:] = torch.randint(0, 256, (4, depth), dtype=torch.uint8)
+        weight = torch.full((18, depth), float(least))
+        weight[6:12] = most
+        weight[12:] = torch.randint(least, most + 1, (6, depth)).float()
+        packed = block_weight(pack_weight(weight, torch.ones(18), w_bits), depth, w_bits)
+        with use_backend("cpu"):
+            found = quant_linear(x, packed, **{**IDENTITY, "w_bits": w_bits, "w_scale": torch.ones(18)})
+        assert torch.equal(found.double(), x.double() @ weight.double().T), depth
+
+
 def test_sums_beyond_int32_are_left_to_the_reference():
     x, weight = torch.full((1, 65794), 255, dtype=torch.uint8), torch.full((1, 65794), -128.0)
     with pytest.warns(BackendFallbackWarning, match="sums of 65794 products of 8 and 8 bits do not fit in int32"):
