@@ -182,7 +182,7 @@ class Bench:
             run["w_bits"],
             run["a_bits"],
             calib=calib,
-            samples=run["samples"],
+            samples=run["samples"] if isinstance(calib, str) else len(calib),
             seed=run["seed"],
             preprocessing=self.preprocessing,
             **settings,

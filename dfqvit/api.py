@@ -21,6 +21,7 @@ from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
 from .models.adapters import find_adapter, is_network, rescaled_by
+from .models.adapters.attentions import QUANTIZED
 from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
 from .models.network import Build, NetworkSpec, check_build
@@ -46,7 +47,7 @@ def quantize(
     w_bits: int = 4,
     a_bits: int = 8,
     *,
-    samples: int = 16,
+    samples: int = SynthesisConfig.samples,
     iters: int = SynthesisConfig.iters,
     gamma: int = 1,
     seed: int = 0,
@@ -171,6 +172,10 @@ def quantize(
     check_objective(objective, calib)
     calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
+    if samples not in (count, SynthesisConfig.samples):
+        raise UsageError(
+            f"samples was {samples} and calib {count} images; all that are given are taken, so give as many as are wanted"
+        )
     acm, acm_blocks, acm_shrink = settle(
         model,
         recipe,
@@ -294,6 +299,11 @@ def settle(
     UsageError for all that the model or the other settings do not allow; it needs no images.
     """
     adapter, asked = find_adapter(model), acm
+    if recipe.softmax_bits != 8 and not any(type(module) in QUANTIZED for module in model.modules()):
+        raise UsageError(
+            f"softmax_bits was {recipe.softmax_bits}; this {type(model).__name__} has no attention whose probabilities are "
+            "quantized, so it may be 8"
+        )
     if reconstruct and not adapter.whole_blocks:
         raise UsageError(f"reconstruct was {reconstruct}; in a {type(model).__name__} it may be 0")
     if acm == "auto":

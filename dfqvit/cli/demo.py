@@ -132,7 +132,7 @@ def _run(name: str, out: Path, options: dict[str, Any], device: torch.device) ->
                     qmodel = quantize(
                         model,
                         bits,
-                        samples=config.samples,
+                        samples=config.samples if isinstance(images, str) else len(images),
                         seed=config.seed,
                         calib=images,
                         preprocessing=preprocessing,

@@ -116,6 +116,8 @@ def synthesis_options(command: Command) -> Command:
 
 def synthesis_config(options: dict[str, Any]) -> SynthesisConfig:
     """Takes what belongs to the synthesis out of `options`."""
+    if options["schedule"] == "fixed":
+        refuse_given(["crop_lower"], "and --schedule fixed, whose crops all are of the area --crop-upper; give that")
     return SynthesisConfig(**{key: options.pop(key) for key in SYNTHESIS})
 
 

@@ -181,7 +181,7 @@ def command(**options: Any) -> None:
         images = with_companions(images, companions, config.seed, preprocessing)
         qmodel = quantize(
             model,
-            samples=config.samples,
+            samples=config.samples if calib == "noise" else len(images),
             seed=config.seed,
             calib="noise" if calib == "noise" else images,
             preprocessing=preprocessing,

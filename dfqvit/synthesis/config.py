@@ -66,7 +66,12 @@ class SynthesisConfig:
                 raise UsageError(f"{name} was {value!r}; it must be a finite number")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule was '{self.schedule}'; it may be {', '.join(map(repr, SCHEDULES))}")
-        if not 0 < self.crop_lower <= self.crop_upper <= 1:
+        fixed, plain = self.schedule == "fixed", type(self).crop_lower
+        if fixed and self.crop_lower not in (plain, self.crop_upper):
+            raise UsageError(
+                f"crop_lower was {self.crop_lower} and schedule 'fixed', whose crops all are of the area crop_upper; give that"
+            )
+        if not 0 < (self.crop_upper if fixed else self.crop_lower) <= self.crop_upper <= 1:
             raise UsageError(
                 f"crop bounds were {self.crop_lower} and {self.crop_upper}; they must satisfy 0 < lower <= upper <= 1"
             )

@@ -222,6 +222,12 @@ def test_edges_keep_more_bits_and_old_files_theirs(seed: int) -> None:
     assert QuantizationRecord.from_dict(old).recipe == expected
 
 
+def test_bits_of_probabilities_that_no_attention_has_are_refused(seed: int) -> None:
+    model = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    with pytest.raises(UsageError, match=r"softmax_bits was 6; this ConvNeXt has no attention .*, so it may be 8"):
+        dfqvit.quantize(model, 8, calib="noise", samples=2, softmax_bits=6, rounding="nearest")
+
+
 def test_fewer_bits_of_probabilities(seed: int, tmp_path: Path) -> None:
     model, images = small_vit(), torch.randn(8, 3, 32, 32)
     with torch.no_grad():

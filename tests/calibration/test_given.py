@@ -5,11 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+import dfqvit
 from dfqvit.calibration.given import given_images
 from dfqvit.errors import UsageError
 from dfqvit.models.preprocessing import Preprocessing
 
+from ..conftest import small_vit
+
 PREPARED = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+
+
+def test_all_images_that_are_given_are_taken(seed):
+    """`samples` beside them was not looked at: who asked for 2 of 5 got all."""
+    model, images = small_vit(depth=1), torch.rand(5, 3, 32, 32) * 2 - 1
+    with pytest.raises(UsageError, match="samples was 2 and calib 5 images; all that are given are taken"):
+        dfqvit.quantize(model, 8, calib=images, samples=2, rounding="nearest")
+    for calib in (images, list(images)):
+        qmodel = dfqvit.quantize(model, 8, calib=calib, samples=5, rounding="nearest", progress=False)
+        assert qmodel.dfqvit_record.samples == 5
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def network(tmp_path_factory):
         (["demo", "--all", "--model", "demo"], "--model was given with --all"),
         (["info", "--build", "a:b"], "--build was given without a FILE"),
         (["quantize", "demo", "--acm", "none", "--gamma", 2, "--out", "x"], "--gamma was given and --acm none"),
+        (
+            ["quantize", "demo", "--schedule", "fixed", "--crop-lower", 0.08, "--out", "x"],
+            "--crop-lower was given and --schedule fixed",
+        ),
+        (
+            ["synthesize", "demo", "--schedule", "fixed", "--crop-lower", 0.5, "--out", "x"],
+            "--crop-lower was given and --schedule fixed",
+        ),
         (["evaluate", "FILE", "--data", demo.TEST_IMAGES, "--unreadable", "skip"], "unreadable was 'skip'"),
     ],
 )
@@ -96,6 +104,9 @@ def test_what_the_model_does_not_allow_is_refused_before_the_synthesis(tmp_path,
     status, _, err = run("quantize", "demo-detector", "--size-budget", 5, "--out", tmp_path / "out")
     assert status == 2
     assert "it compares logits, and the model has no classifier" in said(err)[0]
+    status, _, err = run("quantize", "demo-convnext", "--softmax-bits", 4, "--out", tmp_path / "out")
+    assert status == 2
+    assert "softmax_bits was 4; this ConvNeXt has no attention whose probabilities are quantized" in said(err)[0]
 
 
 def test_width_and_budget_are_told_apart(tmp_path, monkeypatch, run):

@@ -356,6 +356,8 @@ def test_frames_show_the_curriculum(model):
         ({"schedule": "hard"}, "schedule was 'hard'; it may be 'e2h', 'fixed', 'hard-to-easy'"),
         ({"crop_lower": 0.0}, "crop bounds were 0.0 and 1.0"),
         ({"crop_lower": 0.5, "crop_upper": 0.4}, "crop bounds were 0.5 and 0.4"),
+        ({"schedule": "fixed", "crop_lower": 0.5}, "crop_lower was 0.5 and schedule 'fixed'"),
+        ({"schedule": "fixed", "crop_upper": 0.0}, "crop bounds were 0.08 and 0.0"),
         ({"learning_rate": 0.0}, "learning_rate was 0.0"),
         ({"batch_size": 0}, "batch_size was 0; it must be at least 1"),
         ({"precision": "float16"}, "precision was 'float16'; it may be 'auto', 'float32' or 'bfloat16'"),
@@ -385,6 +387,12 @@ def test_frames_show_the_curriculum(model):
 def test_bad_settings(settings, message):
     with pytest.raises(UsageError, match=message):
         synthesize(small_vit(), **settings)
+
+
+def test_fixed_crops_have_one_bound():
+    """A least area of 0.08 by default refused them where they were smaller."""
+    for bounds in ({"crop_upper": 0.05}, {"crop_lower": 0.3, "crop_upper": 0.3}):
+        assert SynthesisConfig(schedule="fixed", **bounds).crop_upper == bounds["crop_upper"]
 
 
 def test_bad_models(seed):
