@@ -13,6 +13,7 @@ from timm.data import create_transform
 
 from ..errors import UsageError
 from ..models import Preprocessing
+from ..quantization.model import kind_of
 
 MOST_OUTSIDE = 0.05  # share of values that no pixel from 0 to 1 gives; 0 for images, a third for noise
 _MARGIN = 0.05  # of the range from pixel 0 to pixel 1: resampling overshoots
@@ -67,7 +68,7 @@ def given_images(calib: Any, preprocessing: Preprocessing) -> torch.Tensor:
 
 def _plain(images: torch.Tensor, wanted: str) -> torch.Tensor:
     """The images without their graph; UsageError where the tensor has no values, or not in rows."""
-    kind = "meta" if images.is_meta else "nested" if images.is_nested else str(images.layout).removeprefix("torch.")
+    kind = "meta" if images.is_meta else kind_of(images)
     if kind != "strided":
         raise UsageError(f"calib was a tensor of kind '{kind}'; it must be a dense tensor {wanted} with values")
     return images.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import UsageError
 from ..kernels import block_weight, checks, extension, quant_linear, weight_sums
 from ..kernels.dispatch import asked_table
 from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest, unpack_weight
@@ -274,6 +276,14 @@ class QuantPatchProjection(QuantLinear):
         super().__init__(weight.flatten(1), bias, *args)
         self.kernel_size = (weight.shape[2], weight.shape[3])
 
+    @property
+    def in_channels(self) -> int:
+        """What timm asks of the convolution before it makes patches of another size; UsageError: that takes its weights."""
+        raise UsageError(
+            f"patch_size was another one; a quantized model keeps its {self.kernel_size}: set it on the float model, and quantize "
+            "that"
+        )
+
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, w_bits: int, a_bits: int, quantizer: str) -> QuantPatchProjection:
         """The stand-in for an `nn.Conv2d` whose patches do not overlap."""
@@ -332,9 +342,14 @@ def _writes(packed: torch.Tensor | None) -> int:
 
 def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:
     """ValueError unless the images in x [B, T, ...] have as many tokens as the correction [T, N] was made for."""
-    if acm is not None and x.dim() > 2 and x.shape[-2] != acm.shape[0]:
+    if acm is not None and x.dim() > 2:
+        _check_count(acm, x.shape[-2])
+
+
+def _check_count(acm: torch.Tensor, tokens: int) -> None:
+    if tokens != acm.shape[0]:
         raise ValueError(
-            f"acm was made for {acm.shape[0]} tokens an image; these have {x.shape[-2]}: quantize for this input size"
+            f"acm was made for {acm.shape[0]} tokens an image; these have {tokens}: quantize for this input size"
         )
 
 
@@ -367,4 +382,5 @@ def correct_output(module: Any, acm: torch.Tensor | None) -> None:
 def _add_acm(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
     if module.acm is None:
         return output
+    _check_count(module.acm, math.prod(output.shape[1:]) // module.acm.shape[-1])
     return output + module.acm.to(output.dtype).view(output.shape[1:])

@@ -59,6 +59,7 @@ class QuantizedForward(KeepsPrecision):
     def _admitted(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
             raise UsageError(f"images were a {type(x).__name__}; they must be a float tensor [B, C, H, W], normalised")
+        _expect_dense(x)
         if not x.is_floating_point():
             raise UsageError(
                 f"images had dtype {x.dtype}; they must be floats, normalised as the model expects "
@@ -110,6 +111,7 @@ class QuantizedNetwork(nn.Module):
             return type(x)(self._admitted(each) for each in x)
         if not isinstance(x, torch.Tensor):
             return x
+        _expect_dense(x)
         if not x.is_floating_point():
             raise UsageError(
                 f"images had dtype {x.dtype}; they must be floats, normalised as the network expects "
@@ -117,6 +119,18 @@ class QuantizedNetwork(nn.Module):
             )
         _refuse_tangents(x)
         return _floats(x)
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    """ "strided", of a tensor whose values lie in rows; or what it is instead, as "nested" or "sparse_coo"."""
+    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+
+
+def _expect_dense(images: torch.Tensor) -> None:
+    if images.layout is not torch.strided or images.is_nested:
+        raise UsageError(
+            f"images were a tensor of kind '{kind_of(images)}'; they must be a dense float tensor [B, C, H, W], normalised"
+        )
 
 
 def _floats(images: torch.Tensor) -> torch.Tensor:

@@ -86,4 +86,6 @@ def checked(loss: Any) -> torch.Tensor:
         raise UsageError(f"objective gave {kind}; it must give a scalar tensor, a loss of what the model gives")
     if not loss.requires_grad:
         raise UsageError("objective gave a scalar without a gradient; it must be computed from what the model gives")
+    if loss.device.type == "cpu" and not bool(loss.isfinite()):  # a GPU does not wait for the answer
+        raise UsageError(f"objective gave {float(loss)}; it must give a finite number")
     return loss.float().reshape(())

@@ -186,6 +186,10 @@ class Step:
             ) * (len(images) / config.samples)
             self.images.grad[part] = torch.autograd.grad(losses.sum(), images)[0]  # type: ignore[index]
             terms += losses.detach()
+        if self.objective is not None and self.device.type == "cpu" and not bool(self.images.grad.isfinite().all()):  # type: ignore[union-attr]
+            raise UsageError(
+                "objective gave a gradient with NaN or Inf, such as that of a root at 0; it must be finite"
+            )
         if len(own) < len(parts):  # every process holds all images; a gradient plus zeros is itself
             distributed.reduce_(self.images.grad)  # type: ignore[arg-type]
             distributed.reduce_(terms)

@@ -359,6 +359,27 @@ def test_jit_trace_answers_as_the_model_for_other_batches(integer):
     assert "dfqvit::quant_block" in str(traced.inlined_graph)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("sparse_coo", lambda images: images.to_sparse()),
+        ("nested", lambda images: torch.nested.nested_tensor(list(images))),
+        ("jagged", lambda images: torch.nested.nested_tensor(list(images), layout=torch.jagged)),
+        ("_mkldnn", lambda images: images.to_mkldnn()),
+    ],
+)
+def test_images_without_rows_are_refused(integer, kind, make):
+    """torch said that it cannot access a storage."""
+    qmodel, images = integer
+    network = dfqvit.quantize(nn.Sequential(small_vit(depth=1)), 8, calib="noise", samples=2, rounding="nearest")
+    for model in (qmodel, qmodel.forward_features, network):
+        with pytest.raises(
+            UsageError, match=f"images were a tensor of kind '{'nested' if kind == 'jagged' else kind}'"
+        ):
+            model(make(images))
+
+
 def test_jit_script_is_refused(integer):
     with pytest.raises(UsageError, match=r"cannot be scripted \(torch.jit.script\); torch.jit.trace"):
         torch.jit.script(integer[0])

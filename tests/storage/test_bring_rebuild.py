@@ -372,11 +372,38 @@ def test_patches_of_another_size_are_set_on_the_float_model(seed, name):
     for size in (2 * patch[0], (patch[0], 2 * patch[1])):
         with pytest.raises(UsageError, match=re.escape(f"patch_size was {size}; a quantized model keeps its {patch}")):
             qmodel.set_input_size(patch_size=size)
+        with pytest.raises(
+            UsageError, match=re.escape(f"patch_size was another one; a quantized model keeps its {patch}")
+        ):
+            qmodel.patch_embed.set_input_size(patch_size=(2 * patch[0], patch[1]))
     wanted = qmodel(x)
     for size in (patch[0], patch, list(patch)):
         qmodel.set_input_size(x.shape[-2:], size)
         assert torch.equal(qmodel(x), wanted)
     assert torch.equal(pickle.loads(pickle.dumps(qmodel))(x), wanted)
+
+
+def test_patches_of_a_model_within_a_network_keep_their_size(seed):
+    """timm looked for what a convolution has, and ended in an AttributeError."""
+    network = networks.Segmenter(depth=1)
+    qmodel = dfqvit.quantize(network, 8, calib=torch.rand(4, 3, 32, 32) * 2 - 1, rounding="nearest", progress=False)
+    images = torch.randn(2, 3, 32, 32)
+    expected = qmodel(images)["out"]
+    with pytest.raises(UsageError, match=r"patch_size was another one; a quantized model keeps its \(8, 8\)"):
+        qmodel.backbone.set_input_size(patch_size=4)
+    assert torch.equal(qmodel(images)["out"], expected)
+
+
+@pytest.mark.parametrize("acm_blocks", [[0], [-1]])
+def test_a_correction_of_another_number_of_tokens_is_said(seed, acm_blocks):
+    """Of Swin V2's blocks it lies behind a norm; torch said that a shape was invalid."""
+    sizes = {**SWIN, "img_size": 32, "window_size": 4, "depths": (1, 1)}
+    model = timm.create_model("swinv2_tiny_window8_256", **sizes)
+    calib = torch.rand(4, 3, 32, 32) * 2 - 1
+    qmodel = dfqvit.quantize(model, 8, calib=calib, acm="sequential", acm_blocks=acm_blocks, rounding="nearest")
+    qmodel.set_input_size((64, 64), window_size=(4, 4))
+    with pytest.raises(ValueError, match=r"acm was made for \d+ tokens an image; these have \d+: quantize for this"):
+        qmodel(torch.randn(1, 3, 64, 64))
 
 
 def test_only_models_of_several_input_sizes_have_set_input_size(seed):

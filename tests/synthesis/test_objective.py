@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -65,6 +67,9 @@ def test_the_terms_of_a_step(seed):
         (lambda outputs: 3.0, "objective gave a float"),
         (lambda outputs: torch.zeros(()), "without a gradient"),
         (7, "objective was 7; it may be a function"),
+        (lambda outputs: outputs["out"].mean() * math.nan, "objective gave nan; it must give a finite number"),
+        (lambda outputs: outputs["out"].mean().exp() * math.inf, "objective gave inf; it must give a finite number"),
+        (lambda outputs: (0 * outputs["out"]).sqrt().mean(), "objective gave a gradient with NaN or Inf"),
     ],
 )
 def test_an_objective_that_is_none(seed, objective, said):
