@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +71,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "was loaded, as timm does",
             stacklevel=2,
         )
-    averaged = [key for key, value in loaded.items() if _is_averaged(key, value)]
-    if averaged and found and not found[0].endswith("ema"):
-        warnings.warn(
-            f"checkpoint '{path}' holds '{averaged[0]}', by its name averaged weights, beside '{found[0]}', which was loaded, as "
-            f"timm does; where the averaged ones are wanted, save '{averaged[0]}' alone",
-            stacklevel=2,
-        )
     if found:
-        _tell_others(path, loaded, found[0], averaged)
+        _tell_others(path, loaded, found[0], f"'{found[0]}', which was loaded, as timm does")
+        container = loaded[found[0]]
+        if (inner := _inner(container)) is not None:
+            _tell_others(path, container, inner, f"the '{inner}' of '{found[0]}', which was loaded")
     state = _without_prefixes(path, weights)
     state.pop("n_averaged", None)  # torch's AveragedModel counts there
     tensors = dict(tensors_of(state))
@@ -125,8 +121,17 @@ def _same(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _tell_others(path: Path, loaded: Mapping[str, Any], chosen: str, averaged: Sequence[str]) -> None:
-    """Warns of weights of the same names and of other values beside the chosen ones; of averages another word tells."""
+def _tell_others(path: Path, loaded: Mapping[str, Any], chosen: str, said: str) -> None:
+    """Warns of weights left beside the chosen ones, as `said`: averaged ones by their name, or others of the same names."""
+    if chosen.endswith("ema"):
+        return
+    averaged = [key for key, value in loaded.items() if key != chosen and _is_averaged(key, value)]
+    if averaged:
+        warnings.warn(
+            f"checkpoint '{path}' holds '{averaged[0]}', by its name averaged weights, beside {said}; "
+            f"where the averaged ones are wanted, save '{averaged[0]}' alone",
+            stacklevel=3,
+        )
     weights = clean_state_dict(_within(loaded[chosen]))
     for key, value in loaded.items():
         if (
@@ -138,12 +143,11 @@ def _tell_others(path: Path, loaded: Mapping[str, Any], chosen: str, averaged: S
             continue
         other = clean_state_dict(_within(value))
         if other.keys() == weights.keys() and not all(_same(other[name], weights[name]) for name in weights):
-            if not chosen.endswith("ema"):
-                warnings.warn(
-                    f"checkpoint '{path}' holds '{key}', with weights of the same names and other values, beside '{chosen}', which "
-                    f"was loaded, as timm does; where the others are wanted, save '{key}' alone",
-                    stacklevel=3,
-                )
+            warnings.warn(
+                f"checkpoint '{path}' holds '{key}', with weights of the same names and other values, beside {said}; "
+                f"where the others are wanted, save '{key}' alone",
+                stacklevel=3,
+            )
             return
 
 
@@ -154,9 +158,15 @@ def is_computed(key: str) -> bool:
 
 def _within(container: Mapping[str, Any]) -> Mapping[str, Any]:
     """What holds the weights: the container, or an entry of it, such as the `module` of an average beside its `decay`."""
+    inner = _inner(container)
+    return container if inner is None else container[inner]
+
+
+def _inner(container: Mapping[str, Any]) -> str | None:
+    """The entry of a container that holds the weights; None where it holds them itself."""
     if any(isinstance(value, torch.Tensor) and value.dim() for value in container.values()):
-        return container
-    return next((container[key] for key in _WITHIN if isinstance(container.get(key), Mapping)), container)
+        return None
+    return next((key for key in _WITHIN if isinstance(container.get(key), Mapping)), None)
 
 
 def _is_averaged(key: Any, value: Any) -> bool:

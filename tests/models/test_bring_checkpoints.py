@@ -285,6 +285,28 @@ def test_what_holds_no_averaged_weights_is_not_told(tmp_path, seed, entry):
         assert same(loaded(tmp_path / "c.pth"), model)
 
 
+@pytest.mark.parametrize(
+    ("container", "inner"), [("state_dict", "model"), ("model", "state_dict"), ("state_dict", "module")]
+)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ema", "by its name averaged weights"), ("last", "with weights of the same names")]
+)
+def test_weights_that_are_left_one_level_down_are_told(tmp_path, seed, container, inner, name, kind):
+    """The first of two sets was loaded without a word."""
+    one, other = (created(VIT, **SMALL) for _ in range(2))
+    torch.save({container: {inner: one.state_dict(), name: other.state_dict()}}, tmp_path / "c.pth")
+    with pytest.warns(
+        UserWarning, match=f"holds '{name}', {kind}.*, beside the '{inner}' of '{container}', which was loaded;"
+    ):
+        assert same(loaded(tmp_path / "c.pth"), one)
+    torch.save(
+        {container: {inner: one.state_dict(), name: one.state_dict() if name == "last" else 7}}, tmp_path / "c.pth"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(loaded(tmp_path / "c.pth"), one)
+
+
 @pytest.mark.parametrize("empty", [{}, None, collections.OrderedDict()], ids=str)
 @pytest.mark.parametrize("name", ["state_dict_ema", "model_ema"])
 def test_an_average_that_is_empty_holds_no_weights(tmp_path, seed, name, empty):
