@@ -5,10 +5,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if DFQVIT_X86
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #elif DFQVIT_ARM && defined(__linux__)
 #include <sys/auxv.h>
 #elif DFQVIT_ARM && defined(__APPLE__)
@@ -81,6 +83,19 @@ Isa detect() {
 bool has_avx512_vnni() {
 #if DFQVIT_X86
   return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+bool has_avx_vnni() {
+#if DFQVIT_AVXVNNI
+  static const bool found = [] {
+    constexpr unsigned kAvxVnni = 1u << 4;  // of CPUID leaf 7, part 1, EAX
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni) != 0;
+  }();
+  return found;
 #else
   return false;
 #endif

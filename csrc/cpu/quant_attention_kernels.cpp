@@ -8,6 +8,9 @@ AttentionKernels attention_kernels_for(Isa isa) {
 #if DFQVIT_X86
   if (isa == Isa::amx) return {amx::pack, amx::attend};
   if (isa == Isa::avx512 && has_avx512_vnni()) return {avx512::pack, avx512::attend};
+#if DFQVIT_AVXVNNI
+  if (isa >= Isa::avx2 && has_avx_vnni()) return {avxvnni::pack, avxvnni::attend};
+#endif
   if (isa >= Isa::avx2) return {avx2::pack, avx2::attend};
 #elif DFQVIT_ARM
   if (isa == Isa::i8mm) return {i8mm::pack, i8mm::attend};

@@ -5,10 +5,13 @@ namespace dfqvit {
 namespace quant {
 
 Kernels kernels_for(Isa isa) {
-#if DFQVIT_X86
+#if DFQVIT_X86  // bytes without VNNI: AVX-512 would gain little
   if (isa == Isa::amx) return {amx::quantize, amx::linear};
   if (isa == Isa::avx512 && has_avx512_vnni()) return {avx512::quantize, avx512::linear};
-  if (isa >= Isa::avx2) return {avx2::quantize, avx2::linear};  // bytes without VNNI: AVX-512 would gain little
+#if DFQVIT_AVXVNNI
+  if (isa >= Isa::avx2 && has_avx_vnni()) return {avxvnni::quantize, avxvnni::linear};
+#endif
+  if (isa >= Isa::avx2) return {avx2::quantize, avx2::linear};
 #elif DFQVIT_ARM
   if (isa == Isa::i8mm) return {neon::quantize, i8mm::linear};
   if (isa == Isa::dotprod) return {neon::quantize, dotprod::linear};

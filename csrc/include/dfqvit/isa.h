@@ -25,6 +25,9 @@ void set_active_isa(Isa isa);
 // Whether this processor multiplies bytes in AVX-512 (dpbusd); not every one of Isa::avx512 does.
 bool has_avx512_vnni();
 
+// Whether it does so in vectors of 256 bits without AVX-512, as Intel's since Alder Lake do.
+bool has_avx_vnni();
+
 const char* isa_name(Isa isa);
 
 // The inverse of isa_name. Throws std::invalid_argument that lists the names of this architecture.
@@ -40,10 +43,18 @@ Isa isa_from_name(const std::string& name);
 #define DFQVIT_TARGET_VNNI __attribute__((target("avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #define DFQVIT_TARGET_AMX \
   __attribute__((target("amx-tile,amx-int8,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define DFQVIT_AVXVNNI 1
+#define DFQVIT_TARGET_AVXVNNI __attribute__((target("avxvnni,avx2,fma,f16c")))
+#endif
 #else
 #define DFQVIT_X86 0
 #define DFQVIT_TARGET_AVX2
 #define DFQVIT_TARGET_AVX512
+#endif
+
+#ifndef DFQVIT_AVXVNNI  // older compilers lack its intrinsics
+#define DFQVIT_AVXVNNI 0
 #endif
 
 // NEON itself is a part of every 64-bit ARM, and needs no attribute. Older compilers lack the others' intrinsics.

@@ -173,6 +173,42 @@ DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_
 
 }  // namespace avx2
 
+#if DFQVIT_AVXVNNI
+namespace avxvnni {
+
+constexpr int kRows = 6;
+constexpr int32_t kOffset = 0;
+inline void prepare(int64_t) {}
+inline void release() {}
+
+DFQVIT_TARGET_AVXVNNI inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
+                                           const uint8_t* const* panels, const int32_t* const* starts, int blocks,
+                                           int64_t depth, int, int32_t* sums) {
+  const uint8_t* row[kRows];
+  for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
+  for (int j = 0; j < blocks; ++j) {
+    __m256i total[kRows][2];
+    for (int i = 0; i < kRows; ++i) {
+      for (int q = 0; q < 2; ++q) total[i][q] = avx2::load(starts[j] + 8 * q);
+    }
+    for (int64_t v = 0; 4 * v < depth; ++v) {
+      const __m256i w[2] = {avx2::load(panels[j] + 64 * v), avx2::load(panels[j] + 64 * v + 32)};
+      for (int i = 0; i < kRows; ++i) {
+        int32_t four;
+        std::memcpy(&four, row[i] + 4 * v, sizeof(four));
+        const __m256i x = _mm256_set1_epi32(four);
+        for (int q = 0; q < 2; ++q) total[i][q] = _mm256_dpbusd_avx_epi32(total[i][q], x, w[q]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int q = 0; q < 2; ++q) avx2::store(sums + 16 * (kRows * j + i) + 8 * q, total[i][q]);
+    }
+  }
+}
+
+}  // namespace avxvnni
+#endif
+
 namespace avx512 {
 
 constexpr int kRows = 8;
