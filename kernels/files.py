@@ -10,6 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+_BEGINNING, _SUFFIX = (
+    32,
+    16,
+)  # letters of a name that its temporary one has, of up to 4 bytes each; 255 bytes are the most
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -24,7 +29,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
     if os.path.lexists(target) and not target.is_file():
         raise OSError(f"path was '{path}', which is no regular file; it may be one, or a name that is free")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=Path(path).suffix, dir=target.parent)
+    suffix = Path(path).suffix
+    suffix = suffix if len(suffix) <= _SUFFIX else ""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name[:_BEGINNING]}.", suffix=suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:

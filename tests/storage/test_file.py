@@ -176,6 +176,16 @@ def test_a_link_stays_one(saved, monkeypatch):
     assert (saved.parent / "other.safetensors").read_bytes() == saved.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "name", ["m" * 243 + ".safetensors", "\N{GREEK SMALL LETTER MU}" * 121 + ".safetensors", "m." + "x" * 253]
+)
+def test_names_as_long_as_a_file_system_takes(saved, name):
+    """The temporary one was longer still."""
+    path = dfqvit.save(dfqvit.load(saved), saved.parent / name)
+    assert path.read_bytes() == saved.read_bytes()
+    assert sorted(os.listdir(saved.parent)) == sorted([saved.name, name])
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o444])
 def test_a_file_that_is_replaced_keeps_its_mode(saved, mode):
     model = dfqvit.load(saved)
