@@ -13,7 +13,14 @@ from torch import nn
 
 from .calibration import calibrate, convert, freeze, in_fixed_order, observe
 from .calibration.allocation import allocate_bits, check_budget
-from .calibration.correction import LEAST_CHECKED, add_corrections, check_correction, check_family, choose_blocks
+from .calibration.correction import (
+    LEAST_CHECKED,
+    add_corrections,
+    check_correction,
+    check_family,
+    choose_blocks,
+    correction_bytes,
+)
 from .calibration.given import given_images
 from .calibration.health import measure
 from .calibration.images import calibration_images, companion_count, with_companions
@@ -201,7 +208,9 @@ def quantize(
         images = with_companions(images, companions, seed, preprocessing)
         images = in_fixed_order(images)
         if size_budget is not None:
-            recipe = allocate_bits(model, images, recipe, size_budget)
+            chosen = choose_blocks(len(find_adapter(model).blocks()), gamma, acm_blocks, acm_top)
+            beside = 0 if acm == "none" else correction_bytes(model, images[:1], chosen, acm_top)
+            recipe = allocate_bits(model, images, recipe, size_budget, beside)
             qmodel = convert(model, recipe)
         if reconstruct:
             observe(qmodel, images, recipe)

@@ -46,6 +46,7 @@ def allocate_bits(
     images: torch.Tensor,
     recipe: Recipe,
     size_budget: float,
+    beside: int = 0,
 ) -> Recipe:
     """The recipe with `layer_bits` that fits a saved model into `size_budget`; its w_bits are those of most layers.
 
@@ -53,29 +54,33 @@ def allocate_bits(
         model: the float model; left as it was.
         images: [n, C, H, W], normalised, on the model's device.
         recipe: all other settings.
-        size_budget: megabytes (10^6 bytes) of the file, without ACM.
+        size_budget: megabytes (10^6 bytes) of the file.
+        beside: bytes of its corrections (`correction.correction_bytes`).
 
     Raises:
         UsageError: not even the least widths fit.
     """
-    check_budget(model, recipe, size_budget)
+    check_budget(model, recipe, size_budget, beside)
     qmodel = _widest(model, recipe)
     observe(qmodel, images, replace(recipe, scaling="none"))  # single layers are put into the float model as it is
     layers = _layers(qmodel)
     divergences = measure_divergence(model, images, layers)
     costs = {name: LayerCost(_sizes(layer), divergences[name]) for name, layer in layers.items()}
-    widths = choose_widths(costs, int(size_budget * 1e6) - _fixed_bytes(qmodel))
+    widths = choose_widths(costs, int(size_budget * 1e6) - beside - _fixed_bytes(qmodel))
     return replace(recipe, w_bits=statistics.mode(widths.values()), layer_bits=widths)
 
 
-def check_budget(model: nn.Module, recipe: Recipe, size_budget: float) -> None:
-    """UsageError unless `size_budget`, in megabytes, is what a saved model takes with all layers at the least width, or more."""
+def check_budget(model: nn.Module, recipe: Recipe, size_budget: float, beside: int = 0) -> None:
+    """UsageError unless `size_budget`, in megabytes, is what a saved model takes with all layers at the least width, or more.
+
+    `beside`: as in `allocate_bits`.
+    """
     if isinstance(size_budget, bool) or not isinstance(size_budget, (int, float)):
         raise UsageError(f"size_budget was {size_budget!r}; it must be a number of megabytes")
     if not (math.isfinite(size_budget) and size_budget > 0):
         raise UsageError(f"size_budget was {size_budget:g} MB; it must be finite and above 0")
     qmodel = _widest(model, recipe)
-    least = _fixed_bytes(qmodel) + sum(_sizes(layer)[WIDTHS[-1]] for layer in _layers(qmodel).values())
+    least = beside + _fixed_bytes(qmodel) + sum(_sizes(layer)[WIDTHS[-1]] for layer in _layers(qmodel).values())
     if size_budget * 1e6 < least:
         raise UsageError(
             f"size_budget was {size_budget:g} MB; this model needs {least / 1e6:.3f} MB at least (weights of {WIDTHS[-1]} bits)"

@@ -23,6 +23,7 @@ MODES = ("sequential", "checked", "independent", "none")
 SHAPES = ("element", "channel", "token")  # what has a value of its own: [tokens, channels], [1, channels], [tokens, 1]
 STORED = torch.float16  # of the matrices, in memory and in files
 _BATCH = 64
+_ENTRY_BYTES = 128  # of a tensor, its name and place in the header of a file
 LEAST_CHECKED = 4  # images: each half needs a mean
 
 
@@ -149,6 +150,12 @@ def add_corrections(
         before = float((wanted[index] - plain[index]).square().mean())
         left[index] = float((wanted[index] - corrected[index]).square().mean()) / before if before > 0 else 0.0
     return left
+
+
+def correction_bytes(model: nn.Module, image: torch.Tensor, chosen: list[int] | None, top: int | None) -> int:
+    """What the corrections of `chosen` blocks take in a file at most, or of the `top` largest; `image`: one, [1, C, H, W]."""
+    sizes = [output.numel() * STORED.itemsize + _ENTRY_BYTES for output in block_outputs(find_adapter(model), image)]
+    return sum(sizes[index] for index in chosen) if chosen is not None else sum(sorted(sizes)[-(top or 0) :])
 
 
 def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:

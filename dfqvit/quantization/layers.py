@@ -382,5 +382,9 @@ def correct_output(module: Any, acm: torch.Tensor | None) -> None:
 def _add_acm(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
     if module.acm is None:
         return output
-    _check_count(module.acm, math.prod(output.shape[1:]) // module.acm.shape[-1])
+    _check_count(module.acm, math.prod(output.shape[1:-1]))
+    if output.shape[-1] != module.acm.shape[-1]:  # of images, where channels come first
+        raise ValueError(
+            f"acm was made for outputs of width {module.acm.shape[-1]}; these have {output.shape[-1]}: quantize for this input size"
+        )
     return output + module.acm.to(output.dtype).view(output.shape[1:])

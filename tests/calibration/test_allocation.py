@@ -15,7 +15,7 @@ from dfqvit.errors import UsageError
 from dfqvit.quantization.layers import QuantLinear
 from dfqvit.quantization.recipe import Recipe
 
-from ..conftest import MODELS, SMALL
+from ..conftest import MODELS, SMALL, small_vit
 
 
 def random_costs(layers):
@@ -95,6 +95,19 @@ def test_a_file_fits_its_budget_and_loads_the_same(family, seed, tmp_path):
     measured = [(each.step, each.total) for each in told if each.stage == "choose bits"]
     assert measured == [(done, len(bits)) for done in range(len(bits) + 1)]
     assert torch.equal(dfqvit.load(path)(images), qmodel(images))
+
+
+@pytest.mark.parametrize("chosen", [{"acm_blocks": None}, {"acm_top": 1}], ids=str)
+def test_corrections_are_within_the_budget(seed, tmp_path, chosen):
+    """They came on top of it: 8 % of a model of 24 blocks."""
+    model, images = small_vit(depth=1, img_size=96), torch.randn(2, 3, 96, 96)  # 145 tokens
+    options = {"calib": images, "rounding": "nearest", "acm": "sequential", "progress": False, **chosen}
+    whole = dfqvit.quantize(model, 5, edge_bits=5, **options)
+    budget = dfqvit.save(whole, tmp_path / "q.safetensors").stat().st_size / 1e6
+    qmodel = dfqvit.quantize(model, size_budget=budget, **options)
+    assert 0.8 * budget < dfqvit.save(qmodel, tmp_path / "q.safetensors").stat().st_size / 1e6 <= budget
+    with pytest.raises(UsageError, match=r"size_budget was 0\.\d+ MB; this model needs 0\.\d+ MB at least"):
+        dfqvit.quantize(model, size_budget=budget - 0.014, **options)
 
 
 def test_label_names_the_widths():
