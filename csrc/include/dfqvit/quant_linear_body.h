@@ -102,8 +102,9 @@ constexpr int64_t size_of(Type type) {
   return type == Type::f32 ? 4 : type == Type::u8 ? 1 : 2;
 }
 
-// The epilogue of quant_linear, in float32 and in the order of the reference. T: what the result consists of.
-template <Activation kActivation, class T>
+// The epilogue of quant_linear, in float32 and in the order of the reference. The result consists of bytes or of floats
+// of e.type: which, is asked where they are stored, since to compile all of this for each takes long.
+template <Activation kActivation, bool kBytes>
 struct Standard {
   const Epilogue& e;
 
@@ -152,7 +153,7 @@ struct Standard {
     const int64_t valid = std::min<int64_t>(kOutputs, e.out_features - column), step = size_of(e.residual_type);
     const int64_t place = first * e.out_features + column;
     const char* residual = e.residual ? static_cast<const char*>(e.residual) + place * step : nullptr;
-    T* out = static_cast<T*>(e.out) + first * e.out_stride + column;
+    uint8_t* out = static_cast<uint8_t*>(e.out) + (first * e.out_stride + column) * size();
     const char* acm = e.acm ? static_cast<const char*>(e.acm) + block * e.acm_block * size_of(e.acm_type) : nullptr;
     int64_t token = acm ? first % e.tokens : 0;
     if (valid == kOutputs) {
@@ -162,20 +163,22 @@ struct Standard {
       if (residual) return finish<false, true>(sums, count, block, acm, token, residual, stride, out);
       return finish<false, false>(sums, count, block, acm, token, residual, stride, out);
     }
-    for (int64_t i = 0; i < count; ++i, sums += kOutputs, out += e.out_stride) {  // the last block, row by row
+    for (int64_t i = 0; i < count; ++i, sums += kOutputs, out += e.out_stride * size()) {  // the last block, row by row
       alignas(64) char acm_copy[kOutputs * sizeof(float)] = {}, residual_copy[kOutputs * sizeof(float)] = {};
-      T result[kOutputs];
+      alignas(64) uint8_t result[kOutputs * sizeof(float)];
       if (residual) std::memcpy(residual_copy, residual + i * e.out_features * step, valid * step);
       if (acm) {
         const int64_t width = size_of(e.acm_type);
         std::memcpy(acm_copy, acm + (token + i) % e.tokens * e.acm_row * width, valid * width);
       }
       finish<true, true>(sums, 1, block, acm_copy, 0, residual_copy, 0, result);
-      std::memcpy(out, result, valid * sizeof(T));
+      std::memcpy(out, result, valid * size());
     }
   }
 
  private:
+  int64_t size() const { return kBytes ? 1 : size_of(e.type); }
+
   // `width` elements at `place` of `count` rows.
   void ask(const void* addends, Type type, int64_t row, int64_t count, int64_t stride, int64_t place,
            int64_t width) const {
@@ -197,7 +200,7 @@ struct Standard {
   // neither changes nothing but -0.
   template <bool kAcm, bool kResidual>
   DFQVIT_TARGET void finish(const int32_t* sums, int64_t count, int64_t block, const char* acm, int64_t token,
-                            const char* residual, int64_t stride, T* out) const {
+                            const char* residual, int64_t stride, uint8_t* out) const {
     const Columns& columns = e.columns[block];
     Constants c;
     for (int v = 0; v < kVectors; ++v) {
@@ -219,7 +222,7 @@ struct Standard {
       }
       i += rows;
       sums += rows * kOutputs;
-      out += rows * e.out_stride;
+      out += rows * e.out_stride * size();
       if (kResidual) residual += rows * residual_row;
       token = token + rows < e.tokens ? token + rows : 0;
     }
@@ -228,36 +231,35 @@ struct Standard {
   // kRowsAtOnce rows of the above, of one image.
   template <bool kAcm, bool kResidual, int kRowsAtOnce>
   DFQVIT_INLINE void group(const int32_t* sums, const Constants& c, const char* acm, const char* residual,
-                           int64_t stride, T* out) const {
+                           int64_t stride, uint8_t* out) const {
     constexpr int n = kRowsAtOnce * kVectors;
     vec y[n], addend[n];
-    T* places[n];
+    uint8_t* places[n];
     DFQVIT_EACH {
       const int v = i % kVectors, at = v * simd::kLanes;
       addend[i] = c.bias[v];
       y[i] = simd::mul(c.scale[v], simd::from_integers(sums + i * simd::kLanes));
-      places[i] = out + i / kVectors * e.out_stride + at;
+      places[i] = out + (i / kVectors * e.out_stride + at) * size();
     }
     if constexpr (kAcm) add_rows<n>(addend, acm, e.acm_type, e.acm_row);
     DFQVIT_EACH y[i] = simd::add(y[i], addend[i]);
-    constexpr bool kBytes = sizeof(T) == 1;
     if constexpr (kActivation == Activation::gelu && kBytes) gelu<n>(y, kCoarseGelu);
     if constexpr (kActivation == Activation::gelu_tanh && kBytes) gelu<n>(y, kCoarseGeluTanh);
     if constexpr (kActivation == Activation::gelu && !kBytes) gelu<n>(y, kGelu);
     if constexpr (kActivation == Activation::gelu_tanh && !kBytes) gelu<n>(y, kGeluTanh);
     if constexpr (kActivation == Activation::swish) swish<n>(y, e.slope);
     if constexpr (kResidual) add_rows<n>(y, residual, e.residual_type, stride);
-    if constexpr (sizeof(T) == 1) {
+    if constexpr (kBytes) {
       const vec greatest = simd::broadcast(e.out_greatest);
       quantize_vectors<n, kVectors>(places, y, c.out_scale, c.out_reciprocal, c.out_zero, greatest);
-    } else if constexpr (sizeof(T) == 4) {
-      if (e.stream) {
-        DFQVIT_EACH simd::stream(places[i], y[i]);
-      } else {
-        DFQVIT_EACH simd::store(places[i], y[i]);
-      }
+    } else if (e.type == Type::bf16) {
+      DFQVIT_EACH simd::store(reinterpret_cast<::dfqvit::simd::bfloat*>(places[i]), y[i]);
+    } else if (e.type == Type::f16) {
+      DFQVIT_EACH simd::store(reinterpret_cast<::dfqvit::simd::half*>(places[i]), y[i]);
+    } else if (e.stream) {
+      DFQVIT_EACH simd::stream(reinterpret_cast<float*>(places[i]), y[i]);
     } else {
-      DFQVIT_EACH simd::store(places[i], y[i]);
+      DFQVIT_EACH simd::store(reinterpret_cast<float*>(places[i]), y[i]);
     }
   }
 };
@@ -355,13 +357,9 @@ template <Activation kActivation>
 DFQVIT_TARGET void linear_with(const uint8_t* a, int64_t stride, int64_t rows, const Weight& weight, int64_t begin,
                                int64_t end, uint8_t* scratch, const Epilogue& e) {
   if (e.type == Type::u8) {
-    gemm(a, stride, rows, weight, begin, end, scratch, Standard<kActivation, uint8_t>{e});
-  } else if (e.type == Type::bf16) {
-    gemm(a, stride, rows, weight, begin, end, scratch, Standard<kActivation, ::dfqvit::simd::bfloat>{e});
-  } else if (e.type == Type::f16) {
-    gemm(a, stride, rows, weight, begin, end, scratch, Standard<kActivation, ::dfqvit::simd::half>{e});
+    gemm(a, stride, rows, weight, begin, end, scratch, Standard<kActivation, true>{e});
   } else {
-    gemm(a, stride, rows, weight, begin, end, scratch, Standard<kActivation, float>{e});
+    gemm(a, stride, rows, weight, begin, end, scratch, Standard<kActivation, false>{e});
   }
 }
 
