@@ -78,15 +78,21 @@ class QuantizedModel(nn.Module):
     pretrained_cfg: dict[str, Any]
 
     def _entered(self, *args: Any, **kwargs: Any) -> Any:
-        """As every quantized model's; UsageError where a method was replaced on a class that something within the model is of.
+        """As every quantized model's.
 
-        What stands for a block or an attention computes what timm's class defined, and would not see it.
+        Raises:
+            UsageError: a method was replaced on a class that something within the model is of: what stands for a block or an
+                attention computes what timm's class defined, and would not see it. Or tensors were left on meta.
         """
         if not torch.compiler.is_dynamo_compiling():
-            self._expect_methods()
+            self._expect_itself()
         return super()._entered(*args, **kwargs)  # type: ignore[misc]
 
-    def _expect_methods(self) -> None:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__.pop("_methods", None)
+        return super()._apply(fn, recurse)
+
+    def _expect_itself(self) -> None:
         known = self.__dict__.get("_methods")
         if known is not None and list(map(getattr, *known[:2])) == known[2]:
             return
@@ -95,9 +101,16 @@ class QuantizedModel(nn.Module):
             raise UsageError(
                 f"the quantized model holds {said}; undo that, or give the module alone a forward of its own"
             )
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        without = [name for name, tensor in tensors if tensor.is_meta]
+        if without and len(without) < len(tensors):  # torch reads what happens to lie in memory
+            raise UsageError(
+                f"the quantized model holds '{without[0]}' on meta, without values, beside tensors that have some: "
+                "load the whole model, by dfqvit.load"
+            )
         places = methods_of(module for _, module in within)
         kinds, names = [kind for kind, _ in places], [name for _, name in places]
-        if not torch.compiler.is_compiling():
+        if not without and not torch.compiler.is_compiling():
             self.__dict__["_methods"] = kinds, names, list(map(getattr, kinds, names))
 
     def __getstate__(self) -> dict[str, Any]:
