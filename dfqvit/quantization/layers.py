@@ -284,6 +284,10 @@ class QuantPatchProjection(QuantLinear):
             "that"
         )
 
+    def __dir__(self) -> list[str]:
+        """Without `in_channels`: torch.jit.trace asks for all that is listed."""
+        return [name for name in super().__dir__() if name != "in_channels"]
+
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, w_bits: int, a_bits: int, quantizer: str) -> QuantPatchProjection:
         """The stand-in for an `nn.Conv2d` whose patches do not overlap."""
