@@ -70,7 +70,7 @@ def quantized(name, w_bits=8):
     """(float model, quantized and simulated, images)."""
     model = make(name)
     _, *size = (3, 64, 64) if "convnext" in name else Preprocessing.of(model).input_size
-    images = torch.randn(12, 3, *size)
+    images = torch.randn(24, 3, *size)  # as many to compare on as in test_blocks.py, and for its reason
     qmodel = convert(model, Recipe(w_bits))
     calibrate(qmodel, images[:8], Recipe(w_bits))
     return model, qmodel, images[8:]

@@ -105,7 +105,7 @@ def test_a_spawned_process_gets_the_models(seed):
 
 def test_every_tensor_that_is_loaded_after_a_call_counts(integer):
     """One key at a time: the logits are those of a model that was loaded before its first call."""
-    qmodel, images = integer
+    qmodel, images = integer[0], integer[1][:1]
     before = {key: value.clone() for key, value in qmodel.state_dict().items()}
     changed = 0
     for key, value in before.items():
@@ -130,7 +130,7 @@ def small_tensors(qmodel):
 
 
 def test_tensors_that_are_written_in_place_count(integer):
-    qmodel, images = integer
+    qmodel, images = integer[0], integer[1][:1]
     expected = afresh(qmodel)(images)
     for name, tensor in small_tensors(qmodel):
         before = tensor.clone()
@@ -273,7 +273,10 @@ def test_gradients_of_each_image_and_of_each_logit(integer):
 
 
 def test_an_ensemble_of_models_is_called_at_once(integer):
-    """The packed weights are a batch then: what a layer prepares is of one."""
+    """The packed weights are a batch then: what a layer prepares is of one.
+
+    Norms of a batch of weights are computed without them first, so their last bits differ, and a value may tip.
+    """
     qmodel, images = integer
     other = copy.deepcopy(qmodel)
     other.load_state_dict(
@@ -281,10 +284,10 @@ def test_an_ensemble_of_models_is_called_at_once(integer):
     )
     with torch.no_grad():
         expected = torch.stack([qmodel(images), other(images)])
-        assert not torch.equal(*expected)
+        assert not close(*expected)
         state = torch.func.stack_module_state([qmodel, other])
         call = torch.func.vmap(lambda *each: torch.func.functional_call(qmodel, each, (images,)))
-        assert torch.equal(call(*state), expected)
+        assert all(close(*pair) for pair in zip(call(*state), expected, strict=True))
         assert torch.equal(qmodel(images), expected[0])
 
 
@@ -421,7 +424,7 @@ def test_images_that_cannot_be_normalised_are_refused(model, form):
         for dtype in (torch.uint8, torch.int64, torch.bool):
             with pytest.raises(UsageError, match=f"images had dtype {dtype}; they must be floats, normalised"):
                 run(torch.ones_like(images).to(dtype))
-        with pytest.raises(UsageError, match=r"images had shape \[4, 1, 32, 32\]; they must be \[B, 3, H, W\]"):
+        with pytest.raises(UsageError, match=r"images had shape \[16, 1, 32, 32\]; they must be \[B, 3, H, W\]"):
             run(images[:, :1])
         with pytest.raises(UsageError, match="images were a list"):
             run([images])
