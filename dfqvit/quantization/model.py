@@ -50,7 +50,8 @@ class QuantizedForward(KeepsPrecision):
         Many timm models reshape in a way that needs an image.
         """
         images = self._admitted(x)
-        empty = not isinstance(self, QuantizedNetwork) and not torch.jit.is_tracing() and images.shape[:1] == (0,)
+        of_timm = not isinstance(self, QuantizedNetwork) or type(self).__module__.startswith("timm.")
+        empty = of_timm and not torch.jit.is_tracing() and images.shape[:1] == (0,)
         if empty:
             images = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
         found = _without_autocast(method, images, *args, **kwargs)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from timm.layers import GELU, DropPath, GELUTanh, GluMlp, LayerScale, Mlp, QuickGELU
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaBlock
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -115,15 +117,19 @@ def folded(
 
 
 def gains_of(block: Any) -> tuple[Any, Any]:
-    """LayerScale of both results of a block: tensors, or None; anything else is not known."""
-    found = []
-    for scale, gamma in (("ls1", "gamma_1"), ("ls2", "gamma_2")):
-        module = getattr(block, scale, None)
-        if module is None or type(module) is nn.Identity:
-            found.append(getattr(block, gamma, None))
-        else:
-            found.append(module.gamma if type(module) is LayerScale else module)
-    return found[0], found[1]
+    """LayerScale of both results of a block, as its class computes it: tensors, or None; anything else is not known."""
+    if isinstance(block, BeitBlock):  # which asks the first alone
+        first, second = block.gamma_1, block.gamma_2
+        return (None, None) if first is None else (first, _NOTHING if second is None else second)
+    if isinstance(block, EvaBlock):
+        return block.gamma_1, block.gamma_2
+    return _gain_of(getattr(block, "ls1", None)), _gain_of(getattr(block, "ls2", None))
+
+
+def _gain_of(scale: nn.Module | None) -> Any:
+    if scale is None or type(scale) is nn.Identity:
+        return None
+    return scale.gamma if type(scale) is LayerScale else scale
 
 
 def hidden_scale(fc2: QuantLinear) -> torch.Tensor | None:

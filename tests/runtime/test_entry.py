@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -16,12 +17,13 @@ from ..conftest import MODELS
 from . import test_blocks, test_families
 
 FORMS = ["integer", "simulated"]
+FEATURES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
-def quantized(name, form):
+def quantized(name, form, **sizes):
     """(a quantized model, images)."""
     if name in MODELS:
-        qmodel, images = test_blocks.quantized(MODELS[name]())
+        qmodel, images = test_blocks.quantized(MODELS[name](**sizes))
     else:
         _, qmodel, images = test_families.quantized(name)
     if form == "integer":
@@ -54,6 +56,14 @@ def test_no_images_give_no_logits(seed, name, form):
     differentiable = none.clone().requires_grad_()
     qmodel(differentiable).sum().backward()
     assert differentiable.grad.shape == none.shape
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_images_give_no_features(seed, form):
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **FEATURES)
+    calib = torch.rand(2, 3, 32, 32) * 2 - 1
+    qmodel = dfqvit.quantize(model, 8, calib=calib, rounding="nearest", runtime=form, progress=False)
+    assert shapes(qmodel(calib[:0])) == shapes(qmodel(calib))
 
 
 def test_no_images_of_another_shape_are_refused(seed):
@@ -102,7 +112,7 @@ def test_autocast_changes_nothing_in_a_network(seed):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_and_exported_under_autocast(seed, form):
-    qmodel, images = quantized("vit", form)
+    qmodel, images = quantized("vit", form, depth=1)  # each block is traced for itself
 
     def programs():
         yield torch.compile(qmodel, fullgraph=True, backend="aot_eager")(images)
@@ -121,7 +131,7 @@ def test_compiled_and_exported_under_autocast(seed, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("of", [None, "forward_features"])
 def test_a_traced_model_refuses_pixels(seed, form, of):
-    qmodel, images = quantized("vit", form)
+    qmodel, images = quantized("vit", form, depth=1)
     for layer in qmodel.blocks[0].mlp.fc2, qmodel.head:  # factors of channels, as outliers get
         layer.exponents = torch.randint(-3, 4, (layer.in_features,), dtype=torch.int8)
     file = io.BytesIO()

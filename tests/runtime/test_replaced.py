@@ -8,7 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
-from timm.layers import Attention, DropPath, Mlp, QuickGELU
+from timm.layers import Attention, DropPath, LayerScale, Mlp, QuickGELU
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -112,6 +112,34 @@ def biased(block):
 def test_another_module_in_the_place_of_one(seed, kind, change):
     """Where dropout stands, the activation, a norm: after the block was called, so after its constants were prepared."""
     check_both(*pair(kind), change)
+
+
+def unscaled(block):
+    block.gamma_1 = None
+
+
+def given_gains(block):
+    """Of which its class knows nothing."""
+    name = "ls1" if "gamma_1" in block._parameters else "gamma_1"
+    found = nn.Parameter(torch.full((48,), 5.0), requires_grad=False)
+    setattr(block, name, found if name == "gamma_1" else LayerScale(48, 5.0))
+    block.norm1.bias.data += 1
+
+
+GAINS = [kind for kind in KINDS if kind not in ("swin v2", "convnext")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [*((kind, given_gains) for kind in GAINS), *((kind, unscaled) for kind in GAINS if not kind.startswith("vit"))],
+)
+def test_gains_are_those_that_the_class_of_a_block_applies(seed, kind, change):
+    """BEiT without its first has none: the second was applied, logits 33 % off."""
+    integer, simulated, images = pair(kind)
+    if kind.startswith("vit"):
+        for model in (integer, simulated):
+            first_block(model).ls1 = nn.Identity()
+    check_both(integer, simulated, images, change)
 
 
 @pytest.mark.parametrize("kind", ["dinov3", "dinov3, part by part"])
