@@ -46,4 +46,4 @@ def test_real_images_keep_the_accuracy(deit, w_bits, least):
 def test_noise_loses_it(deit):
     model, batches, _ = deit
     qmodel = dfqvit.quantize(model, 8, calib="noise", samples=32, placement="psaq", quantizer="minmax", acm="none")
-    assert evaluate(qmodel, batches).top1 <= 20
+    assert evaluate(qmodel, batches[::2]).top1 <= 20

@@ -72,15 +72,16 @@ def test_is_saved_like_any_other_and_computes_what_was_tuned(models, tmp_path):
 def test_a_block_that_does_not_get_better_keeps_its_integers(models, monkeypatch):
     model, images = models
     monkeypatch.setattr("dfqvit.calibration.reconstruction.RATE", 1e6)  # diverges at once
-    plain = dfqvit.quantize(model, 4, calib=images[:4])
-    tuned = dfqvit.quantize(model, 4, calib=images[:4], reconstruct=2)
+    plain = dfqvit.quantize(model, 4, calib=images[:4], rounding="nearest")
+    tuned = dfqvit.quantize(model, 4, calib=images[:4], rounding="nearest", reconstruct=2)
     assert all(torch.equal(packed, integers_of(tuned)[name]) for name, packed in integers_of(plain).items())
 
 
 def test_the_float_model_is_left_alone_and_seeds_repeat(models):
     model, images = models
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    one, two = (dfqvit.quantize(model, 3, calib=images[:4], reconstruct=3, seed=5) for _ in range(2))
+    settings = {"rounding": "nearest", "reconstruct": 3, "seed": 5}
+    one, two = (dfqvit.quantize(model, 3, calib=images[:4], **settings) for _ in range(2))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(packed, integers_of(two)[name]) for name, packed in integers_of(one).items())
     assert all(not parameter.requires_grad for parameter in one.parameters())

@@ -119,13 +119,14 @@ def test_a_network_of_ones_own(folder, tmp_path, capsys, seed):
 
 
 def test_demo_prints_every_source_and_writes_pictures(tmp_path, capsys, monkeypatch):
-    """Rounded to nearest, which takes half the time."""
+    """Of one width, rounded to nearest, which takes a sixth of the time."""
     monkeypatch.setattr("dfqvit.cli.dense.quantize", functools.partial(dfqvit.quantize, rounding="nearest"))
+    monkeypatch.setattr("dfqvit.cli.dense._BITS", (4,))
     short = ["--images", "20", "--samples", "2", "--iters", "2"]
     status, out, err = output(capsys, "demo", "--dense", "--out", tmp_path, *short, "--json")
     assert status == 0, err
     found = json.loads(out)
-    assert len(found["figures"]) == 6
+    assert len(found["figures"]) == 2
     for row in found["figures"].values():
         assert set(row) == {"float", "data-free", "noise", "real images", "MB"}
         assert 0 < row["MB"] < 1.5

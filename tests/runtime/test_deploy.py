@@ -146,14 +146,19 @@ def test_gradients_pass_through_a_compiled_model(integer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["vit", "swin"])
-def test_inductor(seed, family):
+@pytest.mark.parametrize(("family", "dynamic"), [("vit", False), ("swin", True)])
+def test_inductor(seed, family, dynamic):
+    """For one number of images and, compiled once too, for any."""
     qmodel, images = quantized(few_blocks(family), 8, acm="sequential")
     accelerate(qmodel)
     compiled = torch.compile(qmodel, fullgraph=True)
+    if dynamic:
+        torch._dynamo.mark_dynamic(images, 0)
     with torch.no_grad():
         assert close(compiled(images), qmodel(images))
-        assert close(compiled(images[:3]), qmodel(images[:3]))
+        if dynamic:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                assert close(compiled(images[:3]), qmodel(images[:3]))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -262,17 +267,18 @@ def test_a_pt2_of_aotinductor_runs_from_cpp(seed, example, tmp_path):
         x = torch.randn(batch, 3, 32, 32)
         assert close(loaded(x), qmodel(x))
     pattern = (torch.arange(3 * 3 * 32 * 32).remainder(97) / 48.5 - 1).view(3, 3, 32, 32)
-    values, classes = qmodel(pattern).max(1)
+    assert close(loaded(pattern), qmodel(pattern))
+    values, classes = loaded(pattern).max(1)  # of the program: of two that are near the model may choose the other
     arguments = [str(example), str(LIBRARY), package, "3", "32", "32", "3"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     found = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout.split()
     assert [int(c) for c in found[::2]] == classes.tolist()
-    assert torch.allclose(torch.tensor([float(v) for v in found[1::2]]), values, atol=0.05)
+    assert torch.allclose(torch.tensor([float(v) for v in found[1::2]]), values, rtol=1e-3, atol=1e-3)
 
 
 def test_a_compiled_call_costs_no_more_than_a_plain_one(seed):
     """Three times as much would mean that something is rebuilt in every call; the figure is in docs/inference.md."""
-    qmodel, images = quantized(small_vit(), 4)
+    qmodel, images = quantized(small_vit(depth=1), 4)
     accelerate(qmodel)
     compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import dfqvit
-from dfqvit.calibration.images import COMPANIONS
 from dfqvit.errors import UsageError
 from dfqvit.models import Preprocessing
 from dfqvit.synthesis import procedural
@@ -17,6 +16,7 @@ from dfqvit.synthesis.procedural import procedural_images
 from ..conftest import SMALL, small_vit
 
 KWARGS = SMALL["vit"]
+COMPANIONS = 5  # fewer than by default, where it is their number alone that is looked at
 
 
 def preprocessing(channels: int, height: int, width: int) -> Preprocessing:
@@ -99,7 +99,10 @@ def test_companions_stand_beside_the_synthetic_images(seed: int) -> None:
     ],
     ids=["default", "nearest", "psaq", "procedural", "given", "none"],
 )
-def test_companions_by_default(seed: int, changes: dict[str, Any], expected: int) -> None:
+def test_companions_by_default(
+    seed: int, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: int
+) -> None:
+    monkeypatch.setattr("dfqvit.calibration.images.COMPANIONS", COMPANIONS)
     settings: dict[str, Any] = {"samples": 2, "iters": 1, "model_kwargs": KWARGS, **changes}
     record: Any = dfqvit.quantize(small_vit(), 4, 8, **settings).dfqvit_record
     assert record.settings.get("companions", 0) == expected
