@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..kernels.quantize_heads.reference import rotate
-from .quantizers import ActivationQuantizer
+from .quantizers import ActivationQuantizer, TellsBits
 
 
-class AttentionOperands(nn.Module):
+class AttentionOperands(TellsBits):
     """The products of attention, `softmax(scale Q K^T + bias) V`, with quantized operands.
 
     Q, K and V are quantized like any activation. The exponentials are rounded to whole steps of 1/255 of each row's
     greatest, and divided by the sum of what was rounded: their range needs no calibration, and rows still sum to 1. `steps`
     is 255, or what the recipe's `softmax_bits` make of it.
     """
+
+    _BITS = "steps"
 
     def __init__(self, bits: int, quantizer: str) -> None:
         super().__init__()

@@ -7,8 +7,10 @@ activations up to 5 bits only. Adding one means adding an entry to `WEIGHT_RULES
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import UsageError
 from ..kernels import fake_quantize
@@ -70,12 +72,38 @@ def check_rule(quantizer: str) -> None:
         raise UsageError(f"quantizer was '{quantizer}'; it may be {', '.join(map(repr, RANGE_RULES))}")
 
 
-class ActivationQuantizer(KeepsPrecision):
+class TellsBits(nn.Module):
+    """A module whose state_dict tells, beside its tensors, the setting `_BITS` that these are for; of another one it is not loaded.
+
+    A state_dict's metadata, which torch keeps and saves: a file of tensors alone has none, and is not asked.
+    """
+
+    _BITS: str
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][self._BITS] = getattr(self, self._BITS)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: Any
+    ) -> None:
+        here = getattr(self, self._BITS)
+        told = local_metadata.get(self._BITS, here)
+        if told != here:
+            errors: list[str] = lists[-1]
+            errors.append(f"'{prefix[:-1]}' was quantized with {self._BITS} {told}; here it has {here}.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+
+class ActivationQuantizer(TellsBits, KeepsPrecision):
     """Quantizes one activation tensor: passes x through while observing, rounds it to the grid once frozen.
 
     Buffers: `scale` and `zero_point`, float32 scalars; `scale` is 0 until the quantizer is frozen or loaded.
     """
 
+    _BITS = "bits"
     scale: torch.Tensor
     zero_point: torch.Tensor
 

@@ -123,6 +123,24 @@ def test_every_tensor_that_is_loaded_after_a_call_counts(integer):
     assert changed >= 0.7 * len(before)  # a zero point moves nothing but the ends of its range
 
 
+@pytest.mark.parametrize(
+    ("other", "said"), [({"a_bits": 4}, "bits 4; here it has 8"), ({"softmax_bits": 5}, "steps 31; here it has 255")]
+)
+def test_a_state_of_other_bits_is_refused(seed, other, said):
+    """Scales of 4 bits beside codes of 8: logits 20 % off those of either model."""
+    model, calib = small_vit(depth=1), torch.rand(4, 3, 32, 32) * 2 - 1
+    options = {"calib": calib, "rounding": "nearest", "scaling": "none", "progress": False}
+    qmodel = dfqvit.quantize(model, 8, **options)
+    expected, file = qmodel(calib), io.BytesIO()
+    torch.save(dfqvit.quantize(model, 8, **options, **other).state_dict(), file)
+    file.seek(0)
+    with pytest.raises(RuntimeError, match=rf"'blocks\.0\.attn\.operands.*' was quantized with {said}"):
+        copy.deepcopy(qmodel).load_state_dict(torch.load(file, weights_only=True))
+    again = dfqvit.quantize(model, 8, **options)
+    again.load_state_dict(qmodel.state_dict())
+    assert torch.equal(again(calib), expected)
+
+
 def small_tensors(qmodel):
     for name, tensor in itertools.chain(qmodel.named_parameters(), qmodel.named_buffers()):
         if tensor.is_floating_point() and tensor.numel() and "window_" not in name and "attn_mask" not in name:
