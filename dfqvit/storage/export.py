@@ -114,6 +114,8 @@ def qdq_model(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor], o
             module.register_buffer("one", torch.ones(()))
             module.register_buffer("none", torch.zeros((), dtype=torch.uint8))
             module.__class__ = _QdqAttentionOperands
+        if getattr(module, "fused_attn", False):  # in one function, of which the exporter has no form for 5 dimensions
+            module.fused_attn = False  # type: ignore[assignment]
         if isinstance(module._buffers.get("acm"), torch.Tensor):
             module.acm = module.acm.float()
     return model
@@ -213,7 +215,7 @@ def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: in
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            said = str(error).strip().splitlines()[0]
+            said = _first_cause(error)
             if isinstance(record.spec, NetworkSpec):
                 said += "; a network must give tensors whose shapes do not depend on values (no NMS inside)"
             raise DfqvitError(f"torch could not export the model: {said}") from error
@@ -230,6 +232,13 @@ def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: in
     for key, value in {"dfqvit_version": __version__, "dfqvit_record": json.dumps(record.to_dict())}.items():
         proto.metadata_props.add(key=key, value=value)
     return proto
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of the error that others came of."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _names(network: nn.Module, images: torch.Tensor) -> list[str]:
