@@ -42,6 +42,18 @@ class QuantizationRecord:
         values["spec"].pop("function", None)  # of a network: what may be called is said anew by who loads
         return values
 
+    def expect_grid(self, height: int, width: int) -> None:
+        """UsageError for images that are longer one way and shorter the other than those that the corrections were made for.
+
+        They may be of as many tokens; of another number, the corrections themselves tell.
+        """
+        _, rows, columns = self.preprocessing.input_size
+        if self.acm_blocks and (height - rows) * (width - columns) < 0:
+            raise UsageError(
+                f"images were {height} x {width}; the corrections (acm) are for the places of {rows} x {columns}: quantize for "
+                "this input size"
+            )
+
     def made_from(self, calibration: str, settings: dict[str, Any]) -> QuantizationRecord:
         """The same, naming where the calibration images came from: for images that were synthesised beforehand."""
         return replace(self, calibration=calibration, settings=settings)
@@ -77,16 +89,19 @@ class QuantizedModel(nn.Module):
     dfqvit_spec: ModelSpec
     pretrained_cfg: dict[str, Any]
 
-    def _entered(self, *args: Any, **kwargs: Any) -> Any:
+    def _entered(self, method: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """As every quantized model's.
 
         Raises:
             UsageError: a method was replaced on a class that something within the model is of: what stands for a block or an
-                attention computes what timm's class defined, and would not see it. Or tensors were left on meta.
+                attention computes what timm's class defined, and would not see it. Or tensors were left on meta, or corrections
+                are for other places.
         """
         if not torch.compiler.is_dynamo_compiling():
             self._expect_itself()
-        return super()._entered(*args, **kwargs)  # type: ignore[misc]
+            if isinstance(x, torch.Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
+                self.dfqvit_record.expect_grid(*x.shape[-2:])
+        return super()._entered(method, x, *args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.__dict__.pop("_methods", None)

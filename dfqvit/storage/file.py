@@ -270,6 +270,7 @@ def as_it_is(
         except _UNFIT as error:
             difference = (str(error) or repr(error)).splitlines()[0]
         if not difference:
+            record.expect_grid(*candidate.preprocessing.input_size[1:])
             if hooked := _hooked(qmodel, twin):
                 warnings.warn(
                     f"qmodel has forward hooks on {', '.join(hooked)}, which the file does not hold: what they change, a loaded "

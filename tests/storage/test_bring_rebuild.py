@@ -22,7 +22,7 @@ from dfqvit.storage.export import OPSET, qdq_model
 from dfqvit.storage.file import held, read
 
 from .. import networks
-from ..conftest import threads
+from ..conftest import small_swin, small_vit, threads
 from ..fresh import python
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -404,6 +404,25 @@ def test_a_correction_of_another_number_of_tokens_is_said(seed, acm_blocks):
     qmodel.set_input_size((64, 64), window_size=(4, 4))
     with pytest.raises(ValueError, match=r"acm was made for \d+ tokens an image; these have \d+: quantize for this"):
         qmodel(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_correction_is_of_places(seed, tmp_path, name):
+    """Of images 16 x 64 there are as many tokens as of 32 x 32: the corrections were added to others."""
+    calib, other = torch.rand(4, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 16, 64)
+    model = small_vit(depth=1, dynamic_img_size=True) if name == "vit" else small_swin()
+    options = {"calib": calib, "rounding": "nearest", "progress": False}
+    qmodel, plain = (dfqvit.quantize(model, 8, acm=acm, **options) for acm in ("sequential", "none"))
+    if name == "swin":
+        for each in (qmodel, plain):
+            each.set_input_size((16, 64), window_size=(2, 2))
+        with pytest.raises(
+            UsageError, match=r"images were 16 x 64; the corrections \(acm\) are for the places of 32 x 32"
+        ):
+            dfqvit.save(qmodel, tmp_path / "q.safetensors")
+    with pytest.raises(UsageError, match=r"images were 16 x 64; the corrections \(acm\) are for the places of 32 x 32"):
+        qmodel(other)
+    assert plain(other).shape == (2, 7)
 
 
 def test_only_models_of_several_input_sizes_have_set_input_size(seed):
