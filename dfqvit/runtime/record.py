@@ -99,8 +99,9 @@ class QuantizedModel(nn.Module):
         """
         if not torch.compiler.is_dynamo_compiling():
             self._expect_itself()
-            if isinstance(x, torch.Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
-                self.dfqvit_record.expect_grid(*x.shape[-2:])
+            record = self.dfqvit_record
+            if record.acm_blocks and isinstance(x, torch.Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
+                record.expect_grid(*x.shape[-2:])
         return super()._entered(method, x, *args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -111,7 +112,7 @@ class QuantizedModel(nn.Module):
         known = self.__dict__.get("_methods")
         if known is not None and list(map(getattr, *known[:2])) == known[2]:
             return
-        within = [(name, module) for name, module in self.named_modules() if name]
+        within = _stood_in_for(self)
         if said := method_replaced(within):
             raise UsageError(
                 f"the quantized model holds {said}; undo that, or give the module alone a forward of its own"
@@ -140,6 +141,16 @@ class QuantizedModel(nn.Module):
         (name, how), *rows = _described(self)
         lines = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
         return f"<table><caption>{escape(name)}, {escape(how)}</caption>{lines}</table>"
+
+
+def _stood_in_for(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules, by name, that are of a class of dfqvit, and all within them: others are called, and so are their methods."""
+    ours = __name__.partition(".")[0] + "."
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and name not in found and type(module).__module__.startswith(ours):
+            found |= dict(module.named_modules(prefix=name))
+    return list(found.items())
 
 
 def _described(model: Any) -> list[tuple[str, str]]:

@@ -159,7 +159,7 @@ def test_a_bias_that_there_was_none_of(seed, kind):
     ],
 )
 def test_a_method_replaced_on_a_class_is_refused_until_it_is_undone(monkeypatch, seed, name, kind, method, called):
-    """What stands for it would never hear of the new one: the model answered as before, in integers and simulated."""
+    """What stands for it would never hear of the new one: the model answered as before."""
     model = small_swin() if "layers" in name else small_vit(depth=1)
     images = torch.randn(4, 3, 32, 32)
     qmodel = dfqvit.quantize(model, 8, calib=images, rounding="nearest", progress=False)
@@ -172,6 +172,21 @@ def test_a_method_replaced_on_a_class_is_refused_until_it_is_undone(monkeypatch,
             qmodel(images)
     assert torch.equal(qmodel(images), expected)
     assert torch.equal(pickle.loads(pickle.dumps(qmodel))(images), expected)
+
+
+def test_a_method_replaced_on_a_class_is_followed_where_nothing_stands_for_it(monkeypatch, seed):
+    calib = torch.rand(4, 3, 32, 32) * 2 - 1
+    options = {"calib": calib, "rounding": "nearest", "runtime": "simulated", "progress": False}
+    qmodel = dfqvit.quantize(small_vit(depth=1), 8, **options)
+    zeroed = copy.deepcopy(qmodel)
+    zeroed.blocks[0].mlp.forward = lambda x: 0 * x
+    expected, before = zeroed(calib), qmodel(calib)
+    monkeypatch.setattr(Mlp, "forward", lambda self, x: 0 * x)
+    assert torch.equal(qmodel(calib), expected)
+    assert not torch.equal(before, expected)
+    monkeypatch.setattr(Attention, "forward", lambda self, x, *args: 0 * x)
+    with pytest.raises(dfqvit.UsageError, match="on which class forward was replaced"):
+        qmodel(calib)
 
 
 @pytest.mark.parametrize("kind", ["beit", "swin v2", "dinov3", "vit"])
