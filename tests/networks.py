@@ -13,6 +13,9 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from .conftest import SMALL, small_swin, small_vit
 
+# Of heads of vectors: the sums of a few may all be near 0, and what is relative to them large. The length of 64 is within an
+# eleventh (1 / sqrt(2 * 64)) of what it is on average, give or take.
+OUTPUTS = 64
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
 
 
@@ -37,7 +40,7 @@ class Siamese(nn.Module):
         super().__init__()
         self.left = small_vit()
         self.right = self.left
-        self.head = nn.Linear(96, 5)
+        self.head = nn.Linear(96, OUTPUTS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         both = [self.left.forward_features(x)[:, 0], self.right.forward_features(x.flip(3))[:, 0]]
@@ -50,7 +53,7 @@ class Pair(nn.Module):
     def __init__(self, size: int = 32, depth: int = 3, depths: tuple[int, int] = (2, 2)) -> None:
         super().__init__()
         self.vit, self.swin = small_vit(depth=depth), small_swin(img_size=size, depths=depths)
-        self.head = nn.Linear(96, 5)
+        self.head = nn.Linear(96, OUTPUTS)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         early = self.vit.forward_intermediates(

