@@ -180,9 +180,7 @@ def quantize(
     calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
     if samples not in (count, SynthesisConfig.samples):
-        raise UsageError(
-            f"samples was {samples} and calib {count} images; all that are given are taken, so give as many as are wanted"
-        )
+        warnings.warn(f"samples was {samples} and calib {count} images; all that are given are taken", stacklevel=2)
     acm, acm_blocks, acm_shrink = settle(
         model,
         recipe,

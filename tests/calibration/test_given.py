@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -18,10 +20,13 @@ PREPARED = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
 def test_all_images_that_are_given_are_taken(seed):
     """`samples` beside them was not looked at: who asked for 2 of 5 got all."""
     model, images = small_vit(depth=1), torch.rand(5, 3, 32, 32) * 2 - 1
-    with pytest.raises(UsageError, match="samples was 2 and calib 5 images; all that are given are taken"):
-        dfqvit.quantize(model, 8, calib=images, samples=2, rounding="nearest")
+    with pytest.warns(UserWarning, match="samples was 2 and calib 5 images; all that are given are taken"):
+        qmodel = dfqvit.quantize(model, 8, calib=images, samples=2, rounding="nearest", progress=False)
+    assert qmodel.dfqvit_record.samples == 5
     for calib in (images, list(images)):
-        qmodel = dfqvit.quantize(model, 8, calib=calib, samples=5, rounding="nearest", progress=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="samples was")
+            qmodel = dfqvit.quantize(model, 8, calib=calib, samples=5, rounding="nearest", progress=False)
         assert qmodel.dfqvit_record.samples == 5
 
 
