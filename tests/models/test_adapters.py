@@ -107,6 +107,7 @@ def test_conversion_changes_nothing_until_frozen(variant, placement):
 
 @pytest.mark.parametrize("placement", ["gemm", "psaq"])
 def test_eight_bits_stay_near_the_float_model(variant, placement):
+    variant.reset_classifier(64)  # of few logits all may be near 0, and the error is relative to them
     x = images_for(variant, 4)
     before = copy.deepcopy(variant.state_dict())
     qmodel = convert(variant, Recipe(8, 8, placement, "minmax"))
