@@ -47,6 +47,8 @@ def unusual(request, seed):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif "bias_table" in name:
                 parameter.normal_()
+            elif name == "head.weight":  # some families begin with one near 0: the logits would be its bias
+                parameter.normal_(std=0.1)
     return model
 
 
