@@ -257,7 +257,7 @@ def test_a_network_that_normalises_itself_takes_pixels(seed, network, greatest):
     assert torch.allclose(found.normalise(pixels), pixels * greatest)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        qmodel = dfqvit.quantize(network, 8, **{**QUICK, "calib": found.normalise(pixels)})
+        qmodel = dfqvit.quantize(network, 8, **{**QUICK, "calib": found.normalise(pixels), "samples": 2})
     assert qmodel.dfqvit_record.preprocessing == found
 
 

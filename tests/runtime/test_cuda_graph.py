@@ -12,7 +12,7 @@ import dfqvit
 from dfqvit.errors import UsageError
 from dfqvit.runtime.cuda_graph import GraphedForward, Graphs, capture_graphs
 
-from .test_triton import demo
+from .test_triton import shallow
 
 
 def on_gpu(test):
@@ -20,7 +20,7 @@ def on_gpu(test):
 
 
 def saved(tmp_path, name="demo"):
-    quantized, images = demo(name)
+    quantized, images = shallow(name)
     return dfqvit.save(quantized, tmp_path / "model.safetensors"), images
 
 
