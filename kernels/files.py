@@ -10,10 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-_BEGINNING, _SUFFIX = (
-    32,
-    16,
-)  # letters of a name that its temporary one has, of up to 4 bytes each; 255 bytes are the most
+# Letters of a name that its temporary one has, of up to 4 bytes each; 255 bytes are the most.
+_BEGINNING, _SUFFIX = 32, 16
 
 
 @contextlib.contextmanager

@@ -154,9 +154,8 @@ class QuantLinear(Prepares, KeepsPrecision):
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(weight, acm, w_sums) in the form that the kernels of this device run fastest with."""
         if not checks.tracing() and not self._is_prepared():
-            if torch._C._functorch.is_batchedtensor(
-                self.weight_packed
-            ):  # of many layers at once, each of another weight
+            # of many layers at once, each of another weight
+            if torch._C._functorch.is_batchedtensor(self.weight_packed):
                 return self.weight_packed, self.acm, None
             self.prepare()
         blocked = None if linear_operator.asked in ("triton", "cuda") else self.weight_blocked

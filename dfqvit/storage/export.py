@@ -83,8 +83,8 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
         temporary.write_bytes(proto.SerializeToString())
     nodes = [node.op_type for node in proto.graph.node]
     kinds = {onnx.TensorProto.INT8: "INT8", onnx.TensorProto.INT4: "INT4"}
-    held_tensors = [tensor for tensor in proto.graph.initializer if not tensor.name.endswith(_ZERO_POINT)]
-    weights = [kinds[tensor.data_type] for tensor in held_tensors if tensor.data_type in kinds]
+    of_weights = (each for each in proto.graph.initializer if not each.name.endswith(_ZERO_POINT))
+    weights = [kinds[each.data_type] for each in of_weights if each.data_type in kinds]
     return {
         "bytes": path.stat().st_size,
         "opset": opset,
