@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfqvit import cli
+from dfqvit import cli, demo
 from dfqvit.kernels import extension
+from dfqvit.models import load_model
 from dfqvit.synthesis import procedural
 
 os.environ.setdefault("DFQVIT_CPUS", "8")  # tests that ask for more threads than there are CPUs get them
@@ -197,6 +198,23 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# Of each kind of block of the embedded models one, and a Swin's merging of patches: where it is not accuracy that is looked at.
+SHALLOW: dict[str, dict[str, Any]] = {
+    "demo": {"depth": 1},
+    "demo-deit3": {"depth": 1},
+    "demo-swin": {"depths": (2, 1)},
+    "demo-convnext": {"depths": (1, 1, 1, 1)},
+}
+
+
+def shallow_demo(name: str) -> nn.Module:
+    """The first blocks of an embedded model, with its weights."""
+    state = load_model(name).state_dict()
+    model: nn.Module = timm.create_model(demo.ALIASES[name], **SHALLOW[name]).eval()
+    model.load_state_dict({key: state[key] for key in model.state_dict()})
+    return model
 
 
 def made_once(make: Callable[..., Any]) -> Callable[..., Any]:

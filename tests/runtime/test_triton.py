@@ -5,33 +5,28 @@ from __future__ import annotations
 import functools
 
 import pytest
-import timm
 import torch
 
 import dfqvit
-from dfqvit import demo
 from dfqvit.kernels import use_backend
 from dfqvit.kernels.quant_linear.op import forward as linear_operator
 from dfqvit.models import load_model
 from dfqvit.models.adapters import find_adapter
 from dfqvit.runtime import set_runtime
 
+from ..conftest import SHALLOW, shallow_demo
 from ..kernels.interpreter import INTERPRETED, live_triton
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Of each kind of block one, and a Swin's merging of patches: the interpreter takes seconds for each.
-SHALLOW = {"demo": {"depth": 1}, "demo-swin": {"depths": (2, 1)}}
 
 
 @functools.cache
 def shallow(name):
     """(a file's worth of quantized model, simulated; an image)."""
     torch.manual_seed(0)
-    state, images = load_model(name).state_dict(), torch.randn(9, 1, 28, 28)
-    model = timm.create_model(demo.ALIASES[name], **SHALLOW[name]).eval()
-    model.load_state_dict({key: state[key] for key in model.state_dict()})
+    images = torch.randn(9, 1, 28, 28)
     options = {"quantizer": "minmax", "acm": "sequential", "runtime": "simulated", "model_kwargs": SHALLOW[name]}
-    return dfqvit.quantize(model, 4, 8, calib=images[:8], **options), images[8:]
+    return dfqvit.quantize(shallow_demo(name), 4, 8, calib=images[:8], **options), images[8:]
 
 
 @live_triton

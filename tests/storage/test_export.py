@@ -17,23 +17,12 @@ from dfqvit.models.adapters import flattened
 from dfqvit.storage.export import export_onnx
 
 from .. import networks
+from ..conftest import shallow_demo
 from .runtimes import onnx_session
-
-# Fewer blocks, where it is not accuracy that is looked at: each is exported for itself.
-SHALLOW = {
-    "demo": {"depth": 1},
-    "demo-deit3": {"depth": 1},
-    "demo-swin": {"depths": (2, 1)},
-    "demo-convnext": {"depths": (1, 1, 1, 1)},
-}
 
 
 def quantized(name, w_bits=4, shallow=False, **settings):
-    model = load_model(name)
-    if shallow:
-        state = model.state_dict()
-        model = timm.create_model(demo.ALIASES[name], **SHALLOW[name]).eval()
-        model.load_state_dict({key: state[key] for key in model.state_dict()})
+    model = shallow_demo(name) if shallow else load_model(name)
     real = spread_images(open_images(demo.TRAIN_SAMPLE, Preprocessing.of(model)), 16)
     return dfqvit.quantize(model, w_bits, calib=real, **settings)
 
