@@ -15,9 +15,13 @@ import torch.distributed as dist
 
 from .errors import DfqvitError
 
+_lost = (
+    False  # whether a LostProcess was raised already: torchrun's SIGTERM comes after gloo's own error, and says no more
+)
+
 
 class LostProcess(DfqvitError):
-    """Another process of the run has ended, or this one was told to end."""
+    """Another process of the run has ended, or this one was told to end. Raised once: what it ends is to be cleaned up."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -44,6 +48,8 @@ def start() -> None:
     """Joins the other processes of a torchrun. torchrun ends the others by SIGTERM when one is lost: that becomes LostProcess."""
     if world() == 1 or dist.is_initialized():
         return
+    global _lost
+    _lost = False
     signal.signal(signal.SIGTERM, _terminated)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
@@ -77,8 +83,13 @@ def _call(function: Any, *arguments: Any) -> None:
     except RuntimeError as error:
         if isinstance(error, LostProcess):
             raise
+        global _lost
+        _lost = True
         raise LostProcess from error
 
 
 def _terminated(*_: Any) -> None:
-    raise LostProcess
+    global _lost
+    if not _lost:
+        _lost = True
+        raise LostProcess

@@ -10,12 +10,12 @@ from types import FrameType
 
 import torch
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until the block is done; for short blocks that must be done wholly or not at all."""
+    """Holds Ctrl-C, SIGTERM and SIGHUP back until the block is done; for short blocks that must be done wholly or not at all."""
     if threading.current_thread() is not threading.main_thread():  # Python runs signal handlers in the main thread only
         yield
         return

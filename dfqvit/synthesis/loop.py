@@ -21,7 +21,7 @@ from ..models.frame import evaluating, on_float_reference
 from ..models.preprocessing import check_preprocessing
 from ..progress import Progress
 from .config import SynthesisConfig, check_names
-from .interruption import autocast_restored
+from .interruption import autocast_restored, uninterrupted
 from .losses import Objective
 from .step import Step
 from .writing import write_tensors
@@ -84,7 +84,8 @@ class Synthesis:
             return self.advance.finished()
         except (KeyboardInterrupt, LostProcess):
             if self.snapshot is not None and rank() == 0:
-                self.save_snapshot()
+                with uninterrupted():  # Ctrl-C reaches torchrun's processes twice, and whoever waits presses it again
+                    self.save_snapshot()
             raise
         finally:
             for parameter, needed in zip(self.model.parameters(), needed_grad, strict=True):

@@ -307,6 +307,29 @@ def test_a_held_signal_comes_when_the_block_is_done():
         assert pool.submit(lambda: interruption.uninterrupted().__enter__()).result() is None
 
 
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_signal_while_the_snapshot_is_written_waits_for_it(model, tmp_path, monkeypatch):
+    """Found by CI: torchrun's SIGTERM came while a process that missed another wrote its snapshot, and there was none."""
+    write = loop.write_tensors
+    snapshot = tmp_path / "s.safetensors"
+    run = Synthesis(model, SynthesisConfig(samples=2, iters=3, seed=4), Preprocessing.of(model), snapshot)
+
+    def pressed_again(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        write(*arguments)
+
+    def pressed(_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "write_tensors", pressed_again)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(pressed)
+    monkeypatch.undo()
+    again = Synthesis(model, run.config, run.preprocessing, snapshot)
+    assert again.resume()
+    assert again.step == 1
+
+
 def test_a_snapshot_of_another_run_is_refused(model, tmp_path):
     snapshot, preprocessing = tmp_path / "s.safetensors", Preprocessing.of(model)
     Synthesis(model, SynthesisConfig(samples=2, iters=6), preprocessing, snapshot).save_snapshot()
