@@ -13,20 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import DfqvitError
+from .errors import LostProcess, ending
 
 _lost = (
     False  # whether a LostProcess was raised already: torchrun's SIGTERM comes after gloo's own error, and says no more
 )
-
-
-class LostProcess(DfqvitError):
-    """Another process of the run has ended, or this one was told to end. Raised once: what it ends is to be cleaned up."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "a process of this run was lost; the same command with --resume goes on where a synthesis stopped"
-        )
 
 
 def rank() -> int:
@@ -45,12 +36,17 @@ def local_rank() -> int:
 
 
 def start() -> None:
-    """Joins the other processes of a torchrun. torchrun ends the others by SIGTERM when one is lost: that becomes LostProcess."""
+    """Joins the other processes of a torchrun. torchrun ends the others by SIGTERM when one is lost: that becomes LostProcess.
+
+    So does SIGHUP, which torchrun hands on when its terminal is closed.
+    """
     if world() == 1 or dist.is_initialized():
         return
     global _lost
     _lost = False
     signal.signal(signal.SIGTERM, _terminated)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _terminated)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -90,6 +86,6 @@ def _call(function: Any, *arguments: Any) -> None:
 
 def _terminated(*_: Any) -> None:
     global _lost
-    if not _lost:
+    if not _lost and not ending():
         _lost = True
         raise LostProcess

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     A link stays one: the file that it leads to is written. A file that is replaced leaves its mode to the new one.
 
     Raises:
-        OSError: `path` names a folder, a device, a pipe or the like.
+        OSError: `path` names a folder, a device, a pipe or the like; or what was raised while it was written, which names `path`.
     """
     target = Path(os.path.realpath(path))
     if os.path.lexists(target) and not target.is_file():
@@ -29,13 +29,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     suffix = Path(path).suffix
     suffix = suffix if len(suffix) <= _SUFFIX else ""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name[:_BEGINNING]}.", suffix=suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.name[:_BEGINNING]}.{secrets.token_hex(8)}{suffix}")
     try:
+        temporary.touch(0o600, exist_ok=False)  # within the `try`: a signal may come at any line
         yield temporary
-        temporary.chmod(_mode(target))  # mkstemp makes files private
+        temporary.chmod(_mode(target))
         temporary.replace(target)
+    except OSError as error:  # a full disk's names no file, or the temporary one
+        if error.filename is not None and str(temporary) not in (str(error.filename), str(error.filename2)):
+            raise
+        if error.errno is None:  # of Pillow
+            raise OSError(f"'{path}' could not be written: {error}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

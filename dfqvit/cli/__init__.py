@@ -19,7 +19,16 @@ import click
 
 from ..errors import DfqvitError, Interrupted, UsageError
 from ..version import __version__
-from .process import empty_argument, interrupted, mend_streams, status_of, take_signals, watch_imports
+from .process import (
+    empty_argument,
+    end_at_once,
+    interrupted,
+    leave_at_once,
+    mend_streams,
+    status_of,
+    take_signals,
+    watch_imports,
+)
 
 COMMANDS = {
     "ablate": "what each piece of the method does: a resumable grid of settings, tables and charts",
@@ -83,7 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
         let_threads_sleep()
     mend_streams()
     watch_imports()
-    sys.exit(run(arguments))
+    try:
+        status = run(arguments)
+        leave_at_once(status)
+    except KeyboardInterrupt as error:  # as `run` returned
+        end_at_once(status_of(error) - 128)
+    sys.exit(status)
 
 
 def let_threads_sleep() -> None:

@@ -7,8 +7,10 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from ..errors import ending
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -50,7 +52,14 @@ def take_signals() -> None:
     """From now on the signals of `watch_imports` raise KeyboardInterrupt or `Ended`."""
     for number in ENDING:
         if signal.getsignal(number) is end_at_once:
-            signal.signal(number, _raise(number))
+            signal.signal(number, _raise)
+
+
+def leave_at_once(status: int) -> None:
+    """From now on those signals end the process with `status`: all is done and said, and Python alone has still to end."""
+    for number in ENDING:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, lambda *_: os._exit(status))
 
 
 def end_at_once(number: int, _: object = None) -> None:
@@ -61,14 +70,10 @@ def end_at_once(number: int, _: object = None) -> None:
     os._exit(128 + number)
 
 
-def _raise(number: int) -> Callable[..., object]:
-    if number == signal.SIGINT:
-        return signal.default_int_handler
-
-    def end(*_: object) -> None:
-        raise Ended(number)
-
-    return end
+def _raise(number: int, _: object = None) -> None:
+    """Once: who waits presses Ctrl-C again, and torchrun, systemd and closed terminals send two signals or the same one twice."""
+    if not ending():
+        raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
 
 
 def empty_argument(arguments: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ from ..models import demo as embedded
 from ..storage.atomic import atomic
 from . import evaluate as evaluate_command
 from . import quantize as quantize_command
-from .process import Ended, empty_argument
+from .process import empty_argument
 
 Settings = dict[str, Any]
 COMMANDS = {"quantize": quantize_command.command, "evaluate": evaluate_command.command}
@@ -123,11 +123,13 @@ def run_all(
             results[run.name] = future.result()
             write_tables([(each, results[each.name]) for each in runs if each.name in results], out)
             report(run, results[run.name])
-    except Ended:  # a terminal's Ctrl-C comes to the processes too; this signal came here alone
+    except (
+        KeyboardInterrupt
+    ):  # a terminal's Ctrl-C comes to the processes too, but not to one that has just been started
         pool.shutdown(wait=False, cancel_futures=True)
         told: set[subprocess.Popen[str]] = set()
         while not all(future.done() for future in waiting):
-            for process in set(running) - told:  # each once: a second signal would end its cleaning up
+            for process in set(running) - told:
                 process.terminate()
                 told.add(process)
             time.sleep(0.05)

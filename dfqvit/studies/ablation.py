@@ -28,6 +28,7 @@ from ..evaluation.accuracy import logits_of
 from ..models import Preprocessing
 from ..storage.atomic import atomic
 from ..synthesis import Progress, Synthesis, SynthesisConfig
+from ..synthesis.writing import write_tensors
 from .named import Setting
 
 REAL_IMAGES = 32  # and of noise: as in PSAQ-ViT's comparison
@@ -145,8 +146,7 @@ class Gallery:
             run.resume()
             run.run(report)
             seconds = time.perf_counter() - started
-            with atomic(path) as temporary:
-                safetensors.torch.save_file({"images": run.images.detach().cpu()}, temporary)
+            write_tensors(path, {"images": run.images.detach().cpu()}, {})
             path.with_suffix(".snapshot").unlink(missing_ok=True)
         try:
             kept = safetensors.torch.load_file(path)["images"]

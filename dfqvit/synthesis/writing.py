@@ -26,5 +26,5 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
         except safetensors.SafetensorError as error:  # "... (os error 28)", which no handler of OSError sees
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
-                raise OSError(f"'{path}' could not be written: {error}") from error
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+                raise OSError(str(error)) from error
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error

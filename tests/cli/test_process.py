@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from dfqvit import cli
-from dfqvit.cli.process import empty_argument
+from dfqvit.cli.process import ENDING, empty_argument
 
 STUB = """
 import os, signal, sys, time, types, click
@@ -29,6 +29,12 @@ def program(body, **options):
     return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
 
 
+def usual():
+    """The signals of a process that is started, whatever the tests' own surroundings ignore."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_signals_that_end_it_let_it_clean_up(name, status, tmp_path):
     """Found here: SIGTERM and SIGHUP left half of a file, and the steps of a synthesis since its last snapshot were lost."""
@@ -41,12 +47,81 @@ def test_signals_that_end_it_let_it_clean_up(name, status, tmp_path):
         "finally:",
         "    os.unlink(path)",
     ]
-    number = getattr(signal, name)
-    found = program(
-        body, capture_output=True, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
-    )  # whatever the tests' own surroundings ignore
+    found = program(body, capture_output=True, preexec_fn=usual)
     assert (found.returncode, found.stdout, found.stderr.strip()) == (status, "", "dfqvit: interrupted")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [
+        ("SIGINT", "SIGINT", 130),
+        ("SIGINT", "SIGTERM", 130),
+        ("SIGTERM", "SIGTERM", 143),
+        ("SIGTERM", "SIGHUP", 143),
+        ("SIGHUP", "SIGINT", 129),
+    ],
+)
+def test_a_second_signal_changes_nothing(first, second, status, tmp_path):
+    """Found here: it ended the cleaning up after the first, or the line that is said of it, which became a traceback.
+
+    It comes wherever it may: while what was begun is cleaned up after, while the line is said, and as Python ends.
+    """
+    body = [
+        "import atexit",
+        f"again = lambda *_: signal.raise_signal(signal.{second})",
+        "atexit.register(again)",
+        "say = cli._fail",
+        "cli._fail = lambda *told: (again(), say(*told), again())[1]",
+        f"path = {str(tmp_path / 'half')!r}",
+        "open(path, 'w').write('half')",
+        "try:",
+        "    try:",
+        f"        signal.raise_signal(signal.{first})",
+        "    except KeyboardInterrupt as error:",
+        "        again()",
+        "        raise cli.Interrupted('interrupted; go on') from error",
+        "finally:",
+        "    again()",
+        "    os.unlink(path)",
+    ]
+    found = program(body, capture_output=True, preexec_fn=usual)
+    assert (found.returncode, found.stdout, found.stderr.strip()) == (status, "", "dfqvit: interrupted; go on")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_after_a_signal_that_a_library_swallowed_ends_it():
+    """As callbacks of compiled code do: it is not taken for one that is being cleaned up after."""
+    body = [
+        "try:",
+        "    signal.raise_signal(signal.SIGINT)",
+        "except BaseException:",
+        "    pass",
+        "signal.raise_signal(signal.SIGTERM)",
+        "print('went on')",
+    ]
+    found = program(body, capture_output=True, preexec_fn=usual)
+    assert (found.returncode, found.stdout, found.stderr.strip()) == (143, "", "dfqvit: interrupted")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_as_python_ends_leaves_the_status_as_it_is(name):
+    """Found here: a traceback, of the modules that clean up as Python ends."""
+    body = ["import atexit", f"atexit.register(lambda: signal.raise_signal(signal.{name}))", "click.echo('done')"]
+    found = program(body, capture_output=True, preexec_fn=usual)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_before_or_after_the_command_is_the_same_line(name):
+    """Found here: a traceback."""
+    body = [f"signal.raise_signal(signal.{name})"]
+    code = STUB.format(body=f"    {body[0]}").replace(
+        "cli.main(", "cli.run = lambda _: (cli.take_signals(), callback()); cli.main("
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, preexec_fn=usual)
+    status = 128 + getattr(signal, name)
+    assert (found.returncode, found.stdout, found.stderr) == (status, "", "dfqvit: interrupted\n")
 
 
 def test_a_signal_that_is_ignored_stays_so():

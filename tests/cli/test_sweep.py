@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -195,20 +196,24 @@ def test_missing_configuration_and_unknown_device(sweep, tmp_path, capsys):
     assert "--device was 'tpu'" in err
 
 
-def test_a_signal_that_comes_to_the_sweep_alone_ends_its_processes(tmp_path, monkeypatch):
-    """Found here: `kill` left them behind, and with SIGINT the sweep waited for them."""
+@pytest.mark.parametrize("interruption", [Ended(signal.SIGTERM), KeyboardInterrupt()])
+def test_a_signal_that_comes_to_the_sweep_alone_ends_its_processes(tmp_path, monkeypatch, interruption):
+    """Found here: `kill` left them behind, and after Ctrl-C the sweep waited for one that began as it came, or `kill -INT`."""
     finished, ended = runs._finished, []
 
     def stub(line, running):
-        body = "import time; time.sleep(600)" if "slow" in line else 'print(\'{"bytes": 1, "seconds": 1}\')'
+        slow = "slow" in line
+        while not slow and not running:  # the slow one has been started
+            time.sleep(0.01)
+        body = "import time; time.sleep(600)" if slow else 'print(\'{"bytes": 1, "seconds": 1}\')'
         ended.append(finished([sys.executable, "-c", body], running))
         return ended[-1]
 
     def end(*_):
-        raise Ended(signal.SIGTERM)
+        raise interruption
 
     monkeypatch.setattr(runs, "_finished", stub)
     both = [Run(name, {}, None) for name in ("quick", "slow")]
-    with pytest.raises(Ended):
+    with pytest.raises(type(interruption)):
         runs.run_all(both, tmp_path, ["cpu", "cpu"], end)
     assert sorted(done.returncode for done in ended) == [-signal.SIGTERM, 0]

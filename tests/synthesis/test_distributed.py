@@ -33,6 +33,20 @@ stop, distributed.stop = distributed.stop, lambda: None
 stop()
 """
 
+# The second process is killed before its sixth step.
+LOSING = """
+import os, signal, sys
+from dfqvit import cli
+from dfqvit.synthesis.step import Step
+step = Step.__call__
+def stepping(self):
+    if os.environ["RANK"] == "1" and self.taken == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self)
+Step.__call__ = stepping
+cli.main(sys.argv[1:])
+"""
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -76,26 +90,11 @@ def test_three_processes_give_the_file_and_the_accuracy_of_one(run, tmp_path):
 
 def test_a_lost_process_ends_the_run_in_a_line_and_it_can_be_resumed(run, tmp_path):
     arguments = ["quantize", "demo", *QUICK, "--iters", "40", "--out"]
-    command = [*LAUNCHER, "--nproc-per-node", "2", "-m", "dfqvit", *arguments, tmp_path / "a"]
-    group = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    seen = ""
-    while "crop=" not in seen:
-        seen += group.stderr.read(1)
-    children = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{entry}/environ", "rb") as file:
-                values = dict(pair.split(b"=", 1) for pair in file.read().split(b"\0") if b"=" in pair)
-            with open(f"/proc/{entry}/stat") as file:
-                parent = int(file.read().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-        if parent == group.pid:
-            children[values.get(b"RANK")] = int(entry)
-    os.kill(children[b"1"], signal.SIGKILL)
-    rest = group.communicate()[1]
+    (tmp_path / "losing.py").write_text(LOSING)
+    command = [*LAUNCHER, "--nproc-per-node", "2", tmp_path / "losing.py", *arguments, tmp_path / "a"]
+    group = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert group.returncode != 0
-    assert "dfqvit: a process of this run was lost; the same command with --resume" in rest
+    assert "dfqvit: a process of this run was lost; the same command with --resume" in group.stderr
     assert os.listdir(tmp_path / "a") == ["synthesis.snapshot.safetensors"]
     for folder, extra in (("a", ["--resume"]), ("b", [])):
         assert run(*arguments, tmp_path / folder, *extra)[0] == 0
@@ -117,6 +116,35 @@ def test_a_process_is_lost_once(monkeypatch):
     with pytest.raises(distributed.LostProcess):
         distributed._terminated(signal.SIGTERM, None)
     distributed._terminated(signal.SIGTERM, None)
+
+
+def test_torchruns_signal_after_ctrl_c_says_nothing_new(monkeypatch):
+    monkeypatch.setattr(distributed, "_lost", False)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        distributed._terminated(signal.SIGTERM, None)
+    with pytest.raises(distributed.LostProcess):
+        distributed._terminated(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_torchrun_ends_a_process_by_is_cleaned_up_after(monkeypatch, name):
+    """Found here: SIGHUP, of a terminal that was closed, ended the process without a snapshot."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda _: None)
+    try:
+        distributed.start()
+        assert callable(signal.getsignal(getattr(signal, name)))
+        with pytest.raises(distributed.LostProcess):
+            signal.raise_signal(getattr(signal, name))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
+        distributed.start()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
