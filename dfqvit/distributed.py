@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from .errors import LostProcess, ending
 _lost = (
     False  # whether a LostProcess was raised already: torchrun's SIGTERM comes after gloo's own error, and says no more
 )
+_waiting: Any = None  # the group in which the others wait while the first calibrates, which may take hours
+_PATIENCE = timedelta(days=30)
 
 
 def rank() -> int:
@@ -42,12 +45,13 @@ def start() -> None:
     """
     if world() == 1 or dist.is_initialized():
         return
-    global _lost
+    global _lost, _waiting
     _lost = False
     signal.signal(signal.SIGTERM, _terminated)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, _terminated)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def stop() -> None:
@@ -64,13 +68,13 @@ def reduce_(tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
 
 
 def wait_for_all() -> None:
-    """Returns once every process is here.
+    """Returns once every process is here, however late; one that is lost is told all the same, by its connection that ends.
 
     By a barrier, which takes no tensor of Python's: gloo's threads give theirs back a moment after a reduction has returned, need
     Python's lock for it, and abort the process where Python has ended meanwhile (pytorch 179291).
     """
     if dist.is_initialized():
-        _call(dist.barrier)
+        _call(dist.barrier, _waiting)
 
 
 def _call(function: Any, *arguments: Any) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,18 +83,33 @@ def test_the_contenders_are_known(script):
 
 
 def test_the_whole_is_bounded(script, tmp_path, monkeypatch, capsys):
+    """By a clock that only the steps move."""
+    now, given = [0.0], []
+
+    def run(command, log, seconds, variables):
+        given.append((log.name, seconds))
+        log.touch()
+        now[0] += min(command, seconds)
+        return 0 if command <= seconds else 124
+
+    monkeypatch.setattr(script, "run", run)
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(script, "steps", lambda out: [("a", 20, 60), ("b", 70, 60), ("c", 70, 60), ("d", 0, 60)])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--seconds", "100"])
+    assert script.main() == 1
+    assert given == [("a.log", 60), ("b.log", 60), ("c.log", 20)]
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [(row["status"], row["seconds"]) for row in rows] == [(0, 20), (124, 60), (124, 20), (124, 0)]
+
+
+def test_a_step_ends_when_its_time_is_over(script, tmp_path):
     def sleep(seconds):
         return [sys.executable, "-c", f"import time; time.sleep({seconds}); print('awake')"]
 
-    monkeypatch.setattr(script, "TOTAL", 3)
-    monkeypatch.setattr(script, "steps", lambda out: [("a", sleep(0), 60), ("b", sleep(60), 60), ("c", sleep(0), 60)])
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
-    started = time.perf_counter()
-    assert script.main() == 1
-    assert time.perf_counter() - started < 20
-    assert [row["status"] for row in json.loads((tmp_path / "summary.json").read_text())] == [0, 124, 124]
-    assert "awake" in (tmp_path / "a.log").read_text()
-    assert not (tmp_path / "c.log").exists()
+    assert script.run(sleep(0), tmp_path / "a.log", 600, {**os.environ}) == 0
+    assert (tmp_path / "a.log").read_text() == "awake\n"
+    assert script.run(sleep(600), tmp_path / "b.log", 0.1, {**os.environ}) == 124
+    assert "awake" not in (tmp_path / "b.log").read_text()
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -182,6 +182,18 @@ def test_a_stderr_that_fails_ends_no_work():
     assert (found.returncode, found.stdout) == (0, "done\n")
 
 
+def test_a_stdout_that_fails_is_status_1():
+    """A full disk is said; a reader that has gone, as `head` does, wants to hear no more."""
+    with open("/dev/full", "w") as full:
+        found = program(["click.echo('done')"], stdout=full, stderr=subprocess.PIPE)
+    assert (found.returncode, found.stderr) == (1, "dfqvit: No space left on device\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        found = program(["click.echo('done')"], stdout=gone, stderr=subprocess.PIPE)
+    assert (found.returncode, found.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,16 +271,25 @@ def test_part_of_a_data_set(tmp_path):
     assert torch.equal(found[0][0][1], images[2][0])
 
 
-def test_time_spent_waiting_for_images():
+def test_time_spent_waiting_for_images(monkeypatch):
+    """By a clock that only the images and the model move."""
+    now = [0.0]
+    monkeypatch.setattr("dfqvit.evaluation.accuracy.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
     def slow():
         for _ in range(3):
-            time.sleep(0.05)
+            now[0] += 0.3
             yield torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.long)
 
-    found = evaluate(Table(torch.eye(3)), slow())
-    assert found.waiting > 50
-    assert found.overall_images_per_second < 6 / 0.15
-    assert found.images_per_second > found.overall_images_per_second
+    class Timed(Table):
+        def forward(self, images):
+            now[0] += 0.1
+            return super().forward(images)
+
+    found = evaluate(Timed(torch.eye(3)), slow())
+    assert found.waiting == pytest.approx(75)
+    assert found.images_per_second == pytest.approx(6 / 0.3)
+    assert found.overall_images_per_second == pytest.approx(6 / 1.2)
 
 
 def test_links_to_folders_are_followed_once(folder):

@@ -7,8 +7,8 @@ import json
 import multiprocessing
 import subprocess
 import sys
-import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from dfqvit.kernels.dispatch import Backend, Operator, anything
 from dfqvit.kernels.tuning import TuningWarning
 
 _numbers = itertools.count()
+_now = [0.0]  # of a clock that only the backends made up here move: a busy machine ranks them otherwise
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("DFQVIT_TUNING", raising=False)
     monkeypatch.setattr(tuning, "_entries", None)
     monkeypatch.setattr(tuning, "_warned", set())
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: _now[0]))
     monkeypatch.setattr(dispatch, "_serves", lambda backend, tensor: True)
     monkeypatch.setattr(dispatch, "_OPERATORS", dict(dispatch._OPERATORS))
     monkeypatch.setattr(dispatch, "_asked", {})
@@ -49,7 +51,7 @@ class Fake:
             self.calls[name] += 1
             if seconds < 0:
                 raise RuntimeError(f"{name} is broken")
-            time.sleep(seconds)
+            _now[0] += seconds
             return 2 * x
 
         return run
@@ -78,8 +80,7 @@ def test_the_fastest_is_measured_once_and_remembered(cache, monkeypatch):
     assert not more
     assert key.startswith(f"{fake.operator.name} | rows 4 | {extension.cpu_name()}")
     assert entry["backend"] == "triton"
-    assert entry["microseconds"]["triton"] >= 1000
-    assert entry["microseconds"]["cuda"] > entry["microseconds"]["cpu"] > entry["microseconds"]["triton"]
+    assert entry["microseconds"] == pytest.approx({"cuda": 4000, "triton": 1000, "cpu": 2000})
 
 
 def test_each_bucket_of_shapes_has_its_own_choice():

@@ -175,7 +175,7 @@ def browser():
             [program, *common, f"--user-data-dir={profile}", *options, page.as_uri()],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=900,
             check=True,
         )
 

@@ -277,19 +277,21 @@ def test_a_pt2_of_aotinductor_runs_from_cpp(seed, example, tmp_path):
 
 
 def test_a_compiled_call_costs_no_more_than_a_plain_one(seed):
-    """Three times as much would mean that something is rebuilt in every call; the figure is in docs/inference.md."""
+    """Three times as much would mean that something is rebuilt in every call; the figure is in docs/inference.md.
+
+    In this thread's own time on a processor, and in turns: other processes hold both up, or neither.
+    """
     qmodel, images = quantized(small_vit(depth=1), 4)
     accelerate(qmodel)
     compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
 
-        def shortest(call):
-            times = []
-            for _ in range(30):
-                start = time.perf_counter()
-                call(images)
-                times.append(time.perf_counter() - start)
-            return min(times)
+        def taken(call):
+            start = time.thread_time()
+            call(images)
+            return time.thread_time() - start
 
         compiled(images)
-        assert shortest(compiled) < 3 * shortest(qmodel)
+        both = [(taken(compiled), taken(qmodel)) for _ in range(50)]
+        shortest = [min(times) for times in zip(*both, strict=True)]
+        assert shortest[0] < 3 * shortest[1]

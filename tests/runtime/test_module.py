@@ -92,7 +92,7 @@ def test_a_spawned_process_gets_the_models(seed):
     queue = context.Queue()
     process = context.Process(target=_call, args=(models, queue))
     process.start()
-    found = queue.get(timeout=300)
+    found = queue.get(timeout=900)
     process.join()
     for (qmodel, images), theirs in zip(models, found, strict=True):
         assert torch.allclose(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -128,23 +129,42 @@ def test_torchruns_signal_after_ctrl_c_says_nothing_new(monkeypatch):
         distributed._terminated(signal.SIGTERM, None)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_what_torchrun_ends_a_process_by_is_cleaned_up_after(monkeypatch, name):
-    """Found here: SIGHUP, of a terminal that was closed, ended the process without a snapshot."""
+@pytest.fixture
+def joined(monkeypatch):
+    """`distributed.start` as one of two processes, without the other; with the signals that a shell's processes have."""
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "_lost", False)
+    monkeypatch.setattr(distributed, "_waiting", None)
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda _: None)
-    try:
-        distributed.start()
-        assert callable(signal.getsignal(getattr(signal, name)))
-        with pytest.raises(distributed.LostProcess):
-            signal.raise_signal(getattr(signal, name))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
-        distributed.start()
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: (backend, timeout))
+    yield distributed.start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_torchrun_ends_a_process_by_is_cleaned_up_after(joined, name):
+    """Found here: SIGHUP, of a terminal that was closed, ended the process without a snapshot."""
+    joined()
+    assert callable(signal.getsignal(getattr(signal, name)))
+    with pytest.raises(distributed.LostProcess):
+        signal.raise_signal(getattr(signal, name))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
+    joined()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_the_others_wait_however_long_the_first_calibrates(joined, monkeypatch):
+    """Found here: for half an hour, gloo's own patience. Then all was lost that the first had at work."""
+    waited = []
+    joined()
+    monkeypatch.setattr(distributed.dist, "barrier", waited.append)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    distributed.wait_for_all()
+    ((backend, patience),) = waited
+    assert backend == "gloo"
+    assert patience >= timedelta(days=1)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
