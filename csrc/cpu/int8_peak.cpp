@@ -31,7 +31,7 @@ DFQVIT_TARGET_VNNI int64_t multiply_vectors() {
   for (int64_t i = 0; i < kRounds; ++i) {
     for (auto& t : total) t = _mm512_dpbusd_epi32(t, x, x);
   }
-  for (auto& t : total) asm volatile("" : : "v"(t));
+  for (auto& t : total) asm volatile("" : : "vm"(t));
   return kRounds * 12 * 64;
 }
 

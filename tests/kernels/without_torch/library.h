@@ -1,6 +1,6 @@
 // Stands for torch/library.h: operators by their names, called with arguments that are read from a stream. A request is
 // the operator's name and its arguments, an answer "R" and tensors, or "E" and the message of an exception; see
-// tests/kernels/arm_emulator.py, which writes the one and reads the other.
+// tests/kernels/emulated.py, which writes the one and reads the other.
 #pragma once
 
 #include <cstdio>

@@ -1,6 +1,6 @@
 // Stands for torch's headers: as much of at::Tensor as csrc/cpu asks for, so that the CPU operators are compiled as
 // they are, for a processor that there is no torch for. Every header of torch's that they include becomes one that
-// includes this (tests/kernels/arm_emulator.py). Slow and plain; what changes values works on float32 alone.
+// includes this (tests/kernels/emulated.py). Slow and plain; what changes values works on float32 alone.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +50,7 @@ struct BFloat16 {
   operator float() const { return dfqvit::simd::portable::bits_to_float(static_cast<uint32_t>(bits) << 16); }
 };
 
-// The order is that of `TYPES` in tests/kernels/arm_emulator.py.
+// The order is that of `TYPES` in tests/kernels/emulated.py.
 enum class ScalarType : int { Float, BFloat16, Half, Byte, Char, Int, Long, Double };
 constexpr ScalarType kFloat = ScalarType::Float, kBFloat16 = ScalarType::BFloat16, kHalf = ScalarType::Half,
                      kByte = ScalarType::Byte, kChar = ScalarType::Char, kInt = ScalarType::Int,

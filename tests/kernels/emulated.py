@@ -1,7 +1,8 @@
-"""The CPU operators compiled for 64-bit ARM and run by an emulator of that processor, in the place of the backend "cpu".
+"""The CPU operators compiled for a processor that this one is not, and run by an emulator in the place of the backend "cpu".
 
 `tests/kernels/without_torch` is one program of all operators, which stands in for torch too: it answers requests on its standard
-input. It is the operators' own code, from the check of their arguments to their loops.
+input. It is the operators' own code, from the check of their arguments to their loops. For ARM see test_arm.py, for AVX-512 and
+AMX test_avx512.py.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from dfqvit.kernels import dispatch
@@ -49,51 +48,28 @@ TYPES = [
 FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp-simd"]
 
 
-def tool(variable: str, *names: str) -> str | None:
-    """The program that the environment variable names, or the first of `names` on the PATH."""
-    return os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
+def compile_operators(folder: Path, compiler: str, *flags: str) -> str:
+    """The program of all operators.
 
-
-COMPILER = tool("CXX_AARCH64", "aarch64-linux-gnu-g++")
-EMULATOR = tool("QEMU_AARCH64", "qemu-aarch64-static", "qemu-aarch64")
-OBJDUMP = tool("OBJDUMP_AARCH64", "aarch64-linux-gnu-objdump")
-
-
-def needed(*tools: tuple[str | None, str]) -> None:
-    """Skips where a tool is missing; on Debian they are in g++-aarch64-linux-gnu and qemu-user-static."""
-    missing = [name for found, name in tools if found is None]
-    if missing:
-        pytest.skip(f"no {' and no '.join(missing)}: ARM64 is not tested here")
-
-
-def compile_operators(folder: Path, compiler: str, *flags: str) -> Path:
-    """The program of all operators, linked statically."""
+    Compiled and run through once, -Og takes least: -O1 compiles twice as long, -O0 runs twice as long.
+    """
     for header in HEADERS:
         path = folder / "include" / header
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('#include "tensor.h"\n')
-    program = folder / "operators"
+    program = str(folder / "operators")
     includes = [f"-I{folder / 'include'}", f"-I{SOURCES}", f"-I{ROOT / 'csrc' / 'include'}"]
     source = str(SOURCES / "operators.cpp")
-    subprocess.run([compiler, *FLAGS, *flags, *includes, "-static", "-pthread", "-o", str(program), source], check=True)
+    subprocess.run([compiler, *FLAGS, "-Og", *flags, *includes, "-pthread", "-o", program, source], check=True)
     return program
-
-
-def compile_products(folder: Path, compiler: str) -> Path:
-    """An object file of the integer products alone, compiled as setup.py does."""
-    source, result = folder / "products.cpp", folder / "products.o"
-    names = ", ".join(f"(void*)dfqvit::quant::{path}::multiply" for path in ("neon", "dotprod", "i8mm"))
-    source.write_text(f'#include "dfqvit/quant_linear_multiply.h"\nvoid* used[] = {{{names}}};\n')
-    include = f"-I{ROOT / 'csrc' / 'include'}"
-    subprocess.run([compiler, *FLAGS, "-O3", include, "-c", "-o", str(result), str(source)], check=True)
-    return result
 
 
 class Operators:
     """The running program; a call is that of torch's operator of the name."""
 
-    def __init__(self, *command: str) -> None:
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, *command: str, **environment: str) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
 
     def close(self) -> None:
         self.process.communicate()
