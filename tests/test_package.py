@@ -71,7 +71,7 @@ def test_installs_without_compiling_and_still_works(tmp_path):
     shutil.copytree(
         ROOT,
         tree,
-        ignore=shutil.ignore_patterns(".git", ".venv", "*.so", "build", "*.egg-info", "out", "__pycache__", ".*_cache"),
+        ignore=shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "out", "__pycache__"),
     )
     python(*command, ".", cwd=tree, DFQVIT_BUILD="0")
     code = (
