@@ -45,7 +45,7 @@ def product(
         zero_point = reader.input.zero_point.expand(size).contiguous()
         grid = (scale.expand(size).contiguous(), zero_point, reader.input.bits, "uint8")
     weight, acm, sums = layer.operands()
-    bias = layer.bias if layer.bias is None or gain is None else layer.bias * gain
+    bias = None if layer.bias is None else scaled(layer.bias, gain)
     w_scale, factor, correction = scaled(layer.weight_scale, gain), layer.factor, layer.acm
     arguments = (
         None, weight, bias, acm, layer.input.scale, layer.input.zero_point, w_scale,

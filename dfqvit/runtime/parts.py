@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import GELU, DropPath, GELUTanh, GluMlp, LayerScale, Mlp, QuickGELU
+from timm.layers import GELU, DropPath, GELUTanh, GluMlp, LayerScale, Mlp, QuickGELU, SwiGLU
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaBlock
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ..kernels.quant_linear.blocked import OUTPUTS
 from ..models.adapters.attentions import QuantWindowAttentionV2
 from ..models.adapters.scalings import NORMS
 from ..quantization.attention import AttentionOperands
@@ -26,11 +27,66 @@ _DROPS = (nn.Identity, nn.Dropout, DropPath)  # nothing, in eval
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Two layers that read the same as one: the outputs of the first, then those of the second.
+
+    For calls that are prepared under a watch over both: weights are copied, and values are compared.
+    """
+
+    first: QuantLinear
+    second: QuantLinear
+
+    @property
+    def why_not(self) -> str:
+        """Why they cannot be one, or ""."""
+        if self.first.w_bits != self.second.w_bits:
+            return "the weights of its MLP's first layers differ in bits"
+        if not alike(self.first.input, self.second.input):
+            return "the inputs of its MLP's first layers are rounded differently"
+        return ""
+
+    @property
+    def input(self) -> ActivationQuantizer:
+        return self.first.input
+
+    @property
+    def w_bits(self) -> int:
+        return self.first.w_bits
+
+    @property
+    def weight_scale(self) -> torch.Tensor:
+        return torch.cat((self.first.weight_scale, self.second.weight_scale))
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        layers = (self.first, self.second)
+        if all(layer.bias is None for layer in layers):
+            return None
+        return torch.cat([torch.zeros_like(each.weight_scale) if each.bias is None else each.bias for each in layers])
+
+    @property
+    def acm(self) -> torch.Tensor | None:
+        return self.first.acm if self.second.acm is None else self.second.acm
+
+    @property
+    def exponents(self) -> torch.Tensor | None:
+        return self.first.exponents if self.second.exponents is None else self.second.exponents
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As QuantLinear's, without a correction."""
+        first, second = self.first.operands()[0], self.second.operands()[0]
+        blocked = first.dtype == second.dtype == torch.int32
+        if not blocked or self.first.out_features % OUTPUTS:  # the second begins within a block of outputs
+            first, second = self.first.weight_packed, self.second.weight_packed
+        return torch.cat((first, second)), None, None
+
+
+@dataclass(frozen=True)
 class Parts:
     """The parts of a block with one attention and one two-layer MLP."""
 
     norms: tuple[nn.LayerNorm, nn.LayerNorm]
-    linears: tuple[QuantLinear, QuantLinear, QuantLinear, QuantLinear]  # qkv, proj, fc1, fc2
+    linears: tuple[QuantLinear, QuantLinear, QuantLinear | Joined, QuantLinear]  # qkv, proj, fc1, fc2
     operands: AttentionOperands
     heads: int
     scale: float
@@ -106,7 +162,7 @@ def scaled(tensor: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
 
 
 def folded(
-    linears: Sequence[QuantLinear], gains: Sequence[torch.Tensor | None]
+    linears: Sequence[QuantLinear | Joined], gains: Sequence[torch.Tensor | None]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(biases, of no values for none; scales of the weights) of layers, with what multiplies their results."""
     pairs = list(zip(linears, gains, strict=True))
@@ -137,20 +193,24 @@ def hidden_scale(fc2: QuantLinear) -> torch.Tensor | None:
     return None if fc2.factor is None else fc2.input.scale * fc2.factor
 
 
-def parts_of(block: Any, *, post_norm: bool = False) -> Parts | str:
+def parts_of(block: Any, *, post_norm: bool = False, join: bool = False) -> Parts | str:
     """The parts of a block whose own class and attention are known, or why it cannot run in integers.
 
-    `post_norm`: whether its norms come last within its residual sums. Every part is asked what it is, by exact class: a part
-    that is not known could compute anything.
+    `post_norm`: whether its norms come last within its residual sums. `join`: whether two first layers of an MLP (SwiGLU) may be
+    taken as one, see `Joined`. Every part is asked what it is, by exact class: a part that is not known could compute anything.
     """
     attention, mlp = block.attn, block.mlp
     if not isinstance(getattr(attention, "operands", None), AttentionOperands):
         return "its attention is not quantized (placement 'psaq', or an attention of another kind)"
-    if type(mlp) not in (Mlp, GluMlp):
+    apart = join and type(mlp) is SwiGLU
+    if type(mlp) not in (Mlp, GluMlp) and not apart:
         return f"its MLP is a {type(mlp).__name__}"
-    linears = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
-    if not all(type(layer) is QuantLinear and layer.frozen for layer in linears):
+    first = (mlp.fc1_g, mlp.fc1_x) if apart else (mlp.fc1,)
+    if not all(type(each) is QuantLinear and each.frozen for each in (attention.qkv, attention.proj, *first, mlp.fc2)):
         return "its linear layers are not all quantized"
+    if apart and (reason := Joined(*first).why_not):
+        return reason
+    linears = (attention.qkv, attention.proj, Joined(*first) if apart else mlp.fc1, mlp.fc2)
     if linears[0].out_features != 3 * linears[1].in_features:
         return "its attention has fewer heads of keys than of queries"
     if linears[0].acm is not None or linears[1].acm is not None or linears[2].acm is not None:
@@ -206,9 +266,17 @@ _NOTHING = nn.Identity()
 
 def gate_of(mlp: nn.Module) -> str:
     """Which half of fc1's result goes through the activation, as `quant_block` has it."""
+    if type(mlp) is SwiGLU:
+        return "first"
     if type(mlp) is not GluMlp:
         return "none"
     return "last" if mlp.gate_last else "first"
+
+
+def alike(first: ActivationQuantizer, second: ActivationQuantizer) -> bool:
+    """Whether two quantizers round to the same grid; reads values."""
+    same = first.bits == second.bits and torch.equal(first.scale, second.scale)
+    return same and torch.equal(first.zero_point, second.zero_point)
 
 
 def watched_or_differentiated(module: nn.Module, *given: torch.Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Blocks of an attention and an MLP, each after a norm and within a residual sum, whatever these two are.
 
 The norms give bytes to the layers that read them, and the residual sums ride in the epilogues of the last layers, as in
-`quant_block`; between them the attention (see `attention`) and the MLP compute part by part.
+`quant_block`; between them the attention (see `attention`) and the MLP compute part by part. Where nothing watches, a block with
+two first layers in its MLP (SwiGLU) runs whole on CPUs, as `quant_block` of both joined: the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_relpos import RelPosBlock
 from torch import nn
 
+from ..kernels import extension
 from ..kernels.dispatch import asked_table
 from ..kernels.gate_quantize.op import forward as gate_quantize
 from ..models.adapters.attentions import QUANTIZED, Parts
@@ -35,9 +37,18 @@ from .attention import IntegerOperands
 from .company import lift
 from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
-from .parts import activation_of, gains_of, replaced_forward, tensors_of, watched_or_differentiated
+from .parts import (
+    activation_of,
+    alike,
+    gains_of,
+    parts_of,
+    replaced_forward,
+    tensors_of,
+    watched_or_differentiated,
+)
 
 _ASKED = asked_table()
+_UNPREPARED: tuple[Any, Any, Any] = None, None, None
 _GATED = (GluMlp, SwiGLU)
 _PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
 
@@ -46,6 +57,7 @@ class IntegerResidual(Prepares):
     """Mixed in before timm's block class. As simulated in training, with a gradient, and while a hook waits on a part."""
 
     family: ClassVar[type]
+    whole: ClassVar[bool] = False  # whether `quant_block` computes what the family's forward does
 
     @classmethod
     def take(cls, block: nn.Module) -> None:
@@ -76,7 +88,12 @@ class IntegerResidual(Prepares):
         """[B, N, C] to float32 [B, N, C]; further arguments as timm's block takes them, for the attention."""
         prepare = not _ASKED and not torch.compiler.is_compiling()
         if prepare:
-            watching, steps = self.__dict__.get("_prepared", (None, None))
+            watching, steps, whole = self.__dict__.get("_prepared", _UNPREPARED)
+            turns = None if whole is None else _turns(args, kwargs)
+            if turns is not None:
+                found = whole(x, *turns)
+                if found is not None:
+                    return found
             if watching is not None and watching(x, *tensors_of(args, kwargs)):
                 return steps(x, *args, **kwargs)
         if watched_or_differentiated(self, x, *tensors_of(args, kwargs)) or self.why_not(self):
@@ -88,9 +105,29 @@ class IntegerResidual(Prepares):
         result = _Steps(self, trying)(x, *args, **kwargs)
         if trying.on_cpu:
             with torch.no_grad():
-                prepared = watch(self, small_tensors(self), x.shape[2]), _Steps(self, compiled)
-            self.__dict__["_prepared"] = prepared
+                watching = watch(self, small_tensors(self), x.shape[2])
+                whole = _whole(self, watching, _turns(args, kwargs)) if self.whole else None
+                self.__dict__["_prepared"] = watching, _Steps(self, compiled), whole
         return result
+
+
+def _turns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
+    """What a whole block takes beside x: a rope that all images share, or nothing. None where a call gives more."""
+    rope = kwargs.get("rope")
+    if args or any(value is not None and value is not False for name, value in kwargs.items() if name != "rope"):
+        return None
+    if rope is None:
+        return ()
+    return (rope,) if isinstance(rope, torch.Tensor) and rope.dim() in (2, 3) else None
+
+
+def _whole(block: Any, watching: Any, turns: tuple[torch.Tensor, ...] | None) -> Any:
+    """The block as one prepared call of `quant_block`, of x and what `_turns` gives; None where it is not one."""
+    module, _ = extension.load()
+    parts = parts_of(block, join=True)
+    if module is None or turns is None or isinstance(parts, str):
+        return None
+    return module.QuantBlock(watching, parts.arguments(None, None, None, *turns))
 
 
 class _Steps:
@@ -105,7 +142,8 @@ class _Steps:
         found = {name: None if layer is None else linear(layer, bind) for name, layer in projections.items()}
         self.parts = Parts(attention.operands.bound(bind), **found, position_bias=_once(attention.position_bias, bind))
         self.proj = product(attention.proj, gain=first, bind=bind)
-        self.norm2 = normed(block.norm2, getattr(mlp, "fc1", None), bind)
+        apart = isinstance(mlp, SwiGLU)
+        self.norm2 = (_normed_for_both if apart else normed)(block.norm2, mlp if apart else mlp.fc1, bind)
         self.hidden = _hidden(mlp, bind)
         self.fc2 = product(mlp.fc2, gain=second, bind=bind)
 
@@ -123,8 +161,27 @@ def _once(function: Callable[[], torch.Tensor | None], bind: Bind) -> Callable[[
     return lambda: value
 
 
+def _normed_for_both(
+    norm: nn.Module, mlp: Any, bind: Bind
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The norm as a function to what each of the first layers of a SwiGLU takes.
+
+    Both saw the same values and have the same grid, which a trace cannot ask: it has a norm for each.
+    """
+    first, second = normed(norm, mlp.fc1_g, bind), normed(norm, mlp.fc1_x, bind)
+    floats = isinstance(first, nn.Module), isinstance(second, nn.Module)  # else bytes
+    one_grid = bind is compiled and not any(floats) and alike(mlp.fc1_g.input, mlp.fc1_x.input)
+    once = all(floats) or one_grid
+
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = first(x)
+        return y, y if once else second(x)
+
+    return call
+
+
 def _hidden(mlp: Any, bind: Bind) -> Call:
-    """What the last layer of one of timm's MLPs takes, as a function of x, which may be bytes where one layer alone reads it."""
+    """What the last layer of one of timm's MLPs takes, as a function of what `norm2` gives: bytes for quantized layers."""
     if type(mlp) is IntegerMlp:
         return hidden_bytes(mlp, bind)
     if isinstance(mlp, Mlp):
@@ -145,11 +202,11 @@ def _hidden(mlp: Any, bind: Bind) -> Call:
     return lambda x: run(*halves(x))
 
 
-def _halves(mlp: Any, bind: Bind) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def _halves(mlp: Any, bind: Bind) -> Callable[[Any], tuple[torch.Tensor, torch.Tensor]]:
     """(what goes through the activation, what that is multiplied by) of a gated MLP."""
     if isinstance(mlp, SwiGLU):
         gate, value = linear(mlp.fc1_g, bind), linear(mlp.fc1_x, bind)
-        return lambda x: (gate(x), value(x))
+        return lambda both: (gate(both[0]), value(both[1]))
     both, last = linear(mlp.fc1, bind), mlp.gate_last
 
     def packed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,6 +220,7 @@ class IntegerEvaBlock(IntegerResidual, EvaBlock):
     """Of EVA, DINOv3, the Perception Encoder."""
 
     family: ClassVar = EvaBlock
+    whole: ClassVar = True
 
 
 class IntegerBeitBlock(IntegerResidual, BeitBlock):
@@ -181,6 +239,7 @@ class IntegerPlainBlock(IntegerResidual, Block):
     """Of ViTs whose parts `quant_block` does not have."""
 
     family: ClassVar = Block
+    whole: ClassVar = True
 
 
 RESIDUAL: dict[type, type[IntegerResidual]] = {

@@ -10,12 +10,18 @@ import timm
 import torch
 from timm.layers import GluMlp, RmsNorm, SwiGLU
 from torch import nn
+from torch.func import functional_call
 
 import dfqvit
+from dfqvit.calibration import calibrate, convert
+from dfqvit.calibration.correction import add_corrections
+from dfqvit.kernels import extension, use_backend
+from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
+from dfqvit.runtime.parts import parts_of
 from dfqvit.runtime.residual import IntegerResidual
 
-from ..conftest import SMALL, small_vit
+from ..conftest import SMALL, made_once, small_vit
 from .test_blocks import Operators, close, quantized
 
 
@@ -207,4 +213,189 @@ def test_a_gradient_after_a_call_is_the_simulated_ones(unusual):
         qmodel(images)
         qmodel(images)
     qmodel(ours).square().sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+# With two first layers in the MLP. Of 100 outputs, no block of a weight's ends where the second layer begins.
+SWIGLU = {
+    "dinov3": lambda: small("vit_small_plus_patch16_dinov3", init_values=0.4, depth=2),
+    "100 hidden": lambda: small(
+        "vit_small_plus_patch16_dinov3", init_values=0.4, depth=2, swiglu_align_to=4, mlp_ratio=2.1
+    ),
+    "vit": lambda: small_vit(mlp_layer=SwiGLU, act_layer="gelu", depth=2),
+}
+
+
+@made_once
+def gated(name, w_bits=8, second_bits=None):
+    """(quantized, images); `second_bits`: of fc1_x of the last block."""
+    model = SWIGLU[name]().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "gamma" not in key:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif parameter.dim() > 1:  # those of timm are so small that hardly a byte of the head's input would change
+                parameter.normal_().mul_(parameter[0].numel() ** -0.5)
+    images = torch.randn(24, 3, *model.patch_embed.img_size)
+    recipe = Recipe(w_bits, layer_bits=None if second_bits is None else {"blocks.1.mlp.fc1_x": second_bits})
+    qmodel = convert(model, recipe)
+    calibrate(qmodel, images[:8], recipe)
+    add_corrections(model, qmodel, images[:8], "sequential")
+    return qmodel, images[8:]
+
+
+def whole(qmodel):
+    """Of every block, whether it is prepared as one operator; all of them have been called."""
+    if extension.load()[0] is None:
+        pytest.skip("dfqvit._C is not built")
+    return [block.__dict__["_prepared"][2] is not None for block in residual(qmodel)]
+
+
+def part_by_part(qmodel, images):
+    with use_backend("cpu"):  # one that is asked for by name: nothing is prepared
+        return qmodel(images)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("w_bits", [8, 4, 3])
+@pytest.mark.parametrize("name", list(SWIGLU))
+def test_two_first_layers_run_as_one_operator(seed, isa, name, w_bits):
+    qmodel, images = gated(name, w_bits)
+    simulated = qmodel(images)
+    assert accelerate(qmodel) == {}
+    found = [qmodel(images) for _ in range(2)]
+    assert whole(qmodel) == [True, True]
+    expected = part_by_part(qmodel, images)
+    assert all(torch.equal(each, expected) for each in found)
+    assert close(expected, simulated)
+    for batch in (1, 3):
+        assert torch.equal(qmodel(images[:batch]), part_by_part(qmodel, images[:batch]))
+    assert set(dfqvit.integer_report(qmodel).values()) == {""}
+
+
+def replace_first_layer(qmodel):
+    qmodel.blocks[1].mlp.fc1_x = copy.deepcopy(qmodel.blocks[0].mlp.fc1_x)
+    qmodel.blocks[1].mlp.fc1_x.input.load_state_dict(qmodel.blocks[1].mlp.fc1_g.input.state_dict())
+
+
+def load_one_half(qmodel):
+    layer = qmodel.blocks[1].mlp.fc1_x
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state | {"weight_packed": 255 - state["weight_packed"]})
+
+
+GATED_CHANGES = {
+    "a state of the second": load_one_half,
+    "a layer for the second": replace_first_layer,
+    "packed weights in place": lambda q: q.blocks[1].mlp.fc1_g.weight_packed.bitwise_not_(),
+    "scales in place": lambda q: q.blocks[1].mlp.fc1_x.weight_scale.mul_(-0.5),
+    "a bias in place": lambda q: q.blocks[1].mlp.fc1_g.bias.add_(1),
+    "a bias for none": lambda q: setattr(q.blocks[1].mlp.fc1_x, "bias", None),
+    "the activation": lambda q: setattr(q.blocks[1].mlp, "act", nn.GELU("tanh")),
+    "a norm inside": lambda q: setattr(q.blocks[1].mlp, "norm", nn.LayerNorm(192).eval()),
+    "grids that differ": lambda q: q.blocks[1].mlp.fc1_x.input.scale.mul_(1.5),
+    "zero points that differ": lambda q: q.blocks[1].mlp.fc1_x.input.zero_point.add_(60),
+    "both grids": lambda q: [each.input.scale.mul_(1.5) for each in (q.blocks[1].mlp.fc1_g, q.blocks[1].mlp.fc1_x)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", list(GATED_CHANGES))
+def test_joined_layers_follow_what_changes(seed, change):
+    qmodel, images = gated("dinov3")
+    accelerate(qmodel)
+    before = [qmodel(images) for _ in range(2)][-1]
+    assert whole(qmodel) == [True, True]
+    GATED_CHANGES[change](qmodel)
+    found = [qmodel(images) for _ in range(2)]
+    assert whole(qmodel) == [True, change not in ("a norm inside", "grids that differ", "zero points that differ")]
+    assert not torch.equal(found[0], before)
+    for expected in (found[1], part_by_part(qmodel, images), copy.deepcopy(qmodel)(images)):
+        assert torch.equal(found[0], expected)
+    simulated = copy.deepcopy(qmodel)
+    for block in simulated.blocks:
+        block.__class__ = type(block).family
+    assert close(found[0], simulated(images))
+
+
+@torch.no_grad()
+def test_functional_call_with_other_weights_of_one_half(seed):
+    qmodel, images = gated("dinov3")
+    accelerate(qmodel)
+    before = [qmodel(images) for _ in range(2)][-1]
+    name = "blocks.1.mlp.fc1_x.weight_packed"
+    other = ~qmodel.get_buffer(name)
+    found = functional_call(qmodel, {name: other}, images)
+    assert torch.equal(qmodel(images), before)
+    changed = copy.deepcopy(qmodel)
+    changed.blocks[1].mlp.fc1_x.weight_packed = other
+    assert not torch.equal(found, before)
+    assert torch.equal(found, part_by_part(changed, images))
+
+
+@torch.no_grad()
+def test_halves_that_differ_stay_two_layers(seed):
+    qmodel, images = gated("dinov3", 8, 4)
+    expected = qmodel(images)
+    accelerate(qmodel)
+    found = [qmodel(images) for _ in range(2)][-1]
+    assert whole(qmodel) == [True, False]
+    assert torch.equal(found, part_by_part(qmodel, images))
+    assert close(found, expected)
+    assert parts_of(qmodel.blocks[1], join=True) == "the weights of its MLP's first layers differ in bits"
+    mlp = qmodel.blocks[0].mlp
+    mlp.fc1_g.input.zero_point.add_(1)
+    said = "the inputs of its MLP's first layers are rounded differently"
+    assert parts_of(qmodel.blocks[0], join=True) == said
+    mlp.fc1_x.input.zero_point.add_(1)
+    assert not isinstance(parts_of(qmodel.blocks[0], join=True), str)
+    assert parts_of(qmodel.blocks[0]) == "its MLP is a SwiGLU"
+
+
+@torch.no_grad()
+def test_a_joined_block_with_masks_and_ropes(seed):
+    """A prepared one answers for no call that it was not made for."""
+    qmodel, images = gated("dinov3")
+    accelerate(qmodel)
+    qmodel(images)
+    assert whole(qmodel) == [True, True]
+    block, x, angles = qmodel.blocks[0], torch.randn(2, 21, 48), torch.randn(2, 1, 16, 16)
+    each = torch.cat((angles.sin(), angles.cos()), -1)  # one for each image
+    mask = torch.ones(21, 21, dtype=torch.bool).tril()
+    calls = [
+        {"rope": each[0, 0]},
+        {},
+        {"rope": each[0, 0], "attn_mask": mask},
+        {"rope": each[1, 0], "is_causal": True},
+        {"rope": each},
+    ]
+    found = [block(x, **call) for call in calls]
+    with use_backend("cpu"):
+        expected = [block(x, **call) for call in calls]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert all(not torch.equal(found[0], other) for other in found[1:])
+    assert torch.equal(block(x, each[0, 0]), found[0])  # not by name
+    with pytest.raises(ValueError, match="rope had shape"):
+        block(x, rope=each[0, 0, :, :-2])
+
+
+def test_joined_layers_are_copied_saved_and_differentiated(seed, tmp_path):
+    model = SWIGLU["dinov3"]().eval()
+    images = torch.randn(8, 3, *model.patch_embed.img_size)
+    qmodel = dfqvit.quantize(model, 4, calib=images, rounding="nearest")
+    names = set(qmodel.state_dict())
+    with torch.no_grad():
+        expected = qmodel(images)
+        assert whole(qmodel) == [True, True]
+        loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "gated.safetensors"))
+        for found in (copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel)), loaded):
+            assert torch.equal(found(images), expected)
+            assert set(found.state_dict()) == names
+    ours = images.clone().requires_grad_()
+    qmodel(ours).square().sum().backward()
+    for block in loaded.blocks:
+        block.__class__ = type(block).family
+    theirs = images.clone().requires_grad_()
+    loaded(theirs).square().sum().backward()
+    assert float(ours.grad.abs().sum()) > 0
     assert torch.equal(ours.grad, theirs.grad)
