@@ -22,7 +22,7 @@ from .calibration.correction import (
     correction_bytes,
 )
 from .calibration.given import given_images
-from .calibration.health import measure
+from .calibration.health import measure, warn_of_results
 from .calibration.images import calibration_images, companion_count, with_companions
 from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
@@ -237,6 +237,7 @@ def quantize(
         settings=settings,
         measured=measure(model, qmodel, images, preprocessing, corrected),
     )
+    warn_of_results(qmodel.dfqvit_record.measured)
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
     if isinstance(spec, ModelSpec):
         preprocessing.write_to(qmodel)

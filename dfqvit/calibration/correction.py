@@ -168,8 +168,13 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def block_outputs(adapter: Adapter, images: torch.Tensor, stop_after: int | None = None) -> list[torch.Tensor]:
-    """The outputs of the blocks, each [n, tokens, channels] on the images' device, up to block `stop_after`."""
+def block_outputs(
+    adapter: Adapter, images: torch.Tensor, stop_after: int | None = None, results: list[Any] | None = None
+) -> list[torch.Tensor]:
+    """The outputs of the blocks, each [n, tokens, channels] on the images' device, up to block `stop_after`.
+
+    `results` takes what the model itself gives, of one batch after the other.
+    """
     blocks = adapter.blocks()
     blocks = blocks if stop_after is None else blocks[: stop_after + 1]
     outputs: list[list[torch.Tensor]] = [[] for _ in blocks]
@@ -186,7 +191,9 @@ def block_outputs(adapter: Adapter, images: torch.Tensor, stop_after: int | None
     try:
         for batch in images.split(_BATCH):
             with contextlib.suppress(_Stop):
-                adapter.model(batch)
+                result = adapter.model(batch)
+                if results is not None:
+                    results.append(result)
     finally:
         for handle in handles:
             handle.remove()

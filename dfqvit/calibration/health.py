@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .correction import block_outputs, divergence
 from .given import outside_share
 
 HIGH = 0.25  # cycles a pixel; of a photograph's energy a few percent lie beyond, of white noise's 80
+LOST = 1.0  # of `result_divergence`: results that tell nothing of an image
 _MOST_IMAGES = 32
 
 
@@ -24,16 +26,50 @@ def measure(
     preprocessing: Preprocessing,
     left: dict[int, float] | None = None,
 ) -> dict[str, Any]:
-    """Plain values: `images` (see `image_statistics`), `divergence` and `rms` by block, `acm_left` as `add_corrections` gave it."""
+    """Plain values: `images` (see `image_statistics`), `divergence` and `rms` by block, `acm_left` as `add_corrections` gave it.
+
+    And `results`, where they are of a kind that can be compared: see `result_divergence`.
+    """
     images = images[:_MOST_IMAGES]
-    wanted = block_outputs(find_adapter(model), images)
-    found = block_outputs(find_adapter(qmodel), images)
+    results: tuple[list[Any], list[Any]] = [], []
+    wanted = block_outputs(find_adapter(model), images, results=results[0])
+    found = block_outputs(find_adapter(qmodel), images, results=results[1])
+    share = result_divergence(*results)
     return {
         "images": image_statistics(images, preprocessing),
+        **({} if share is None else {"results": round(share, 5)}),
         "divergence": [round(divergence(w, f), 5) for w, f in zip(wanted, found, strict=True)],
         "rms": [round(float(w.square().mean().sqrt()), 4) for w in wanted],
         "acm_left": {str(index): round(share, 4) for index, share in (left or {}).items()},
     }
+
+
+def result_divergence(wanted: list[Any], found: list[Any]) -> float | None:
+    """How far results are from those wanted, as a share of what tells one image's from another's; 1 is no better than their mean.
+
+    The mean squared distance over the variance between images, of logits or features [n, ...], batch by batch. None where a
+    result is no tensor, or all images have the same. A block's divergence does not show it: where a few channels hold most of
+    the energy, all the rest may be lost.
+    """
+    if not all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in (*wanted, *found)):
+        return None
+    right, other = (torch.cat(list(parts)).double().flatten(1) for parts in (wanted, found))
+    spread = (right - right.mean(dim=0)).square().mean()
+    if not spread > 1e-12 * right.square().mean():
+        return None
+    return float((other - right).square().mean() / spread)
+
+
+def warn_of_results(measured: dict[str, Any]) -> None:
+    """A UserWarning where `measure` found that the quantized model's results tell nothing of an image."""
+    share = measured.get("results", 0.0)
+    if share > LOST:
+        warnings.warn(
+            f"the quantized model's results are off by {share:.0%} of what tells one calibration image's from another's in the "
+            "float model, so they tell little of an image; more bits, another placement or a model with fewer outliers may "
+            "serve (docs/low-accuracy.md)",
+            stacklevel=3,
+        )
 
 
 def image_statistics(images: torch.Tensor, preprocessing: Preprocessing) -> dict[str, float]:

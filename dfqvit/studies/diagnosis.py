@@ -28,6 +28,7 @@ MOST_LIKENESS = 0.8  # correlation between images: healthy up to 0.35
 LEAST_SAMPLES = 8
 LEAST_STEPS = 50
 MOST_BLOCK = 0.25  # divergence of a block's output, as a share of its energy
+MOST_RESULTS = 0.5  # of what tells one image's results from another's: 0.2 of DeiT-T at W4/A8, 0.46 at W3/A8
 MOST_LAYER = 0.25  # the same of a linear layer's
 OUTLIER = 4.0  # a layer stands out when it is this many times the median
 MOST_LEFT = 1.0  # of the divergence, after a correction on its own images
@@ -209,6 +210,10 @@ def _foreign(effect: dict[int, float]) -> Iterator[Finding]:
 
 def _divergence(measured: dict[str, Any]) -> Iterator[Finding]:
     more = "give these layers more bits (layer_bits, or --size-budget for all), or --reconstruct"
+    if "results" in measured:
+        what = f"the results are off by {measured['results']:.0%} of what tells one image's from another's"
+        other = "more bits, or --placement gemm with the default quantizer"
+        yield from _over("large divergence", measured["results"], MOST_RESULTS, what, other)
     blocks = measured.get("divergence", [])
     if blocks:
         worst = max(range(len(blocks)), key=lambda index: blocks[index])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import warnings
 import xml.etree.ElementTree as ET
 
 import pytest
 import torch
 
 import dfqvit
-from dfqvit.calibration.health import image_statistics, measure
+from dfqvit.calibration.health import image_statistics, measure, result_divergence
 from dfqvit.models import Preprocessing, load_model
 from dfqvit.models.adapters import find_adapter
-from dfqvit.studies.diagnosis import diagnose, layer_divergence
+from dfqvit.studies.diagnosis import MOST_BLOCK, diagnose, layer_divergence
 from dfqvit.synthesis import SynthesisConfig
 
 from ..conftest import said
@@ -113,6 +114,38 @@ def test_large_divergence_names_block_and_layer(float_model, images):
     assert [finding.signature for finding in found] == ["large divergence"]
     assert f"the output of {chosen} is off" in found[0].what
     assert max(measured["layers"], key=measured["layers"].get) == chosen
+
+
+def test_results_that_tell_nothing_of_an_image_are_told(float_model, images):
+    """Found here: ViT-Ti by PSAQ-ViT's placement is at chance, and its blocks' divergence was called healthy.
+
+    One channel of the residual sums reaches hundreds, so that 8 bits leave nothing of the others.
+    """
+    model = copy.deepcopy(float_model)
+    with torch.no_grad():
+        find_adapter(model).blocks()[-2].mlp.fc2.bias[5] = 3000.0
+    options = {"w_bits": 8, "calib": images, "quantizer": "minmax", "rounding": "nearest"}
+    with pytest.warns(UserWarning, match="results are off by .*%.*tell little of an image"):
+        qmodel = quantized(model, placement="psaq", **options)
+    measured = qmodel.dfqvit_record.measured
+    assert max(measured["divergence"]) < MOST_BLOCK
+    assert any("the results are off by" in finding.what for finding in diagnose(qmodel)[0])
+    with torch.no_grad():
+        wanted, found = model(images).double(), qmodel(images).double()
+    expected = (found - wanted).square().mean() / wanted.var(dim=0, correction=0).mean()
+    assert measured["results"] == pytest.approx(float(expected), rel=1e-2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the quantized model's results")
+        assert quantized(float_model, **options).dfqvit_record.measured["results"] < 0.1
+
+
+def test_results_that_cannot_be_compared_are_left_out():
+    wanted = [torch.randn(2, 3), torch.randn(1, 3)]
+    assert result_divergence(wanted, wanted) == 0
+    assert result_divergence(wanted, [each.mean(dim=0, keepdim=True).expand_as(each) for each in wanted]) > 0
+    assert result_divergence([{"logits": wanted[0]}], [{"logits": wanted[0]}]) is None
+    assert result_divergence([wanted[1]], [wanted[1] + 1]) is None  # one image: nothing tells it from another
+    assert result_divergence([torch.ones(2, 3)], [torch.zeros(2, 3)]) is None
 
 
 def test_measurements_are_what_they_say(float_model, images):
