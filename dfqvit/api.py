@@ -235,9 +235,9 @@ def quantize(
         acm=acm,
         acm_blocks=sorted(corrected),
         settings=settings,
-        measured=measure(model, qmodel, images, preprocessing, corrected),
+        measured=(measured := measure(model, qmodel, images, preprocessing, corrected)),
     )
-    warn_of_results(qmodel.dfqvit_record.measured)
+    warn_of_results(measured)
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
     if isinstance(spec, ModelSpec):
         preprocessing.write_to(qmodel)

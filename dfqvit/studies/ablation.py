@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,8 @@ class Gallery:
         if not path.exists():
             started = time.perf_counter()
             self.folder.mkdir(parents=True, exist_ok=True)
-            run = Synthesis(self.model, config, self.preprocessing, path.with_suffix(".snapshot"))
+            steps = replace(config, spectrum="free")  # the finish is not theirs, and a snapshot serves any
+            run = Synthesis(self.model, steps, self.preprocessing, path.with_suffix(".snapshot"))
             run.resume()
             run.run(report)
             seconds = time.perf_counter() - started

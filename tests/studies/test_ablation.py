@@ -99,6 +99,23 @@ def test_kept_images_are_those_of_synthesize(tmp_path):
         gallery.images(SynthesisConfig(samples=2, iters=2, seed=5))
 
 
+def test_an_interrupted_run_serves_images_of_another_finish(tmp_path):
+    """Found here: a study that went on by another recipe refused the snapshot of its first."""
+    model = load_model("demo-swin")
+    gallery = Gallery(model, Preprocessing.of(model), tmp_path, "w")
+
+    def interrupt(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gallery.images(SynthesisConfig(samples=2, iters=4, seed=5, spectrum="free"), interrupt)
+    steps = []
+    found, _ = gallery.images(SynthesisConfig(samples=2, iters=4, seed=5), lambda progress: steps.append(progress.step))
+    assert steps == [3, 4]
+    assert torch.equal(found, synthesize(model, 2, 4, 5))
+
+
 def test_digests_tell_weights_and_normalisation_apart():
     """Once they did not hold the latter: images made for one mean were given to another."""
     model = load_model("demo")
