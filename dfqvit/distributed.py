@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import LostProcess, ending
+from .errors import LostProcess, ending, interruption
 
 _lost = (
     False  # whether a LostProcess was raised already: torchrun's SIGTERM comes after gloo's own error, and says no more
@@ -85,11 +85,11 @@ def _call(function: Any, *arguments: Any) -> None:
             raise
         global _lost
         _lost = True
-        raise LostProcess from error
+        raise interruption(LostProcess()) from error
 
 
 def _terminated(*_: Any) -> None:
     global _lost
     if not _lost and not ending():
         _lost = True
-        raise LostProcess
+        raise interruption(LostProcess())

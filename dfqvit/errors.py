@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import weakref
+from typing import TypeVar
+
+Error = TypeVar("Error", bound=BaseException)
 
 
 class UsageError(ValueError):
@@ -26,9 +29,19 @@ class LostProcess(DfqvitError):
         )
 
 
+_raised: weakref.ref[BaseException] | None = None  # what the last signal raised
+
+
+def interruption(error: Error) -> Error:
+    """The error, to be raised because of a signal."""
+    global _raised
+    _raised = weakref.ref(error)
+    return error
+
+
 def ending() -> bool:
-    """Whether an interruption is being cleaned up after, here or further out: then another signal says nothing new."""
-    error = sys.exc_info()[1]
-    while error is not None and not isinstance(error, (KeyboardInterrupt, Interrupted, LostProcess)):
-        error = error.__context__
-    return error is not None
+    """Whether what the last signal raised is on its way, or cleaned up after: then another signal says nothing new.
+
+    By its being there: `sys.exc_info` tells nothing of it in what Python frees on its way.
+    """
+    return _raised is not None and _raised() is not None

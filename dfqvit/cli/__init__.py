@@ -149,11 +149,11 @@ def _run(arguments: list[str] | None) -> int:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         return _fail(message, 2)
     except Interrupted as error:
-        return _fail(str(error), status_of(error))
+        return _ended(str(error), error)
     except DfqvitError as error:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort) as error:
-        return _fail(interrupted(sys.argv[1:] if arguments is None else arguments), status_of(error))
+        return _ended(interrupted(sys.argv[1:] if arguments is None else arguments), error)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout has gone; nothing is left to say
         return 1
@@ -167,6 +167,12 @@ def _run(arguments: list[str] | None) -> int:
             return _fail(text, 2)
         return _fail_unforeseen(error, arguments)
     return 0
+
+
+def _ended(message: str, error: BaseException) -> int:
+    """Says so, and what the interruption holds is freed where no signal comes any more."""
+    leave_at_once(_fail(message, status_of(error)))
+    return status_of(error)
 
 
 def _is_of_backends(error: Exception) -> bool:

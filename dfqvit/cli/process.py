@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -10,13 +11,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ending
+from ..errors import ending, interruption
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_PATIENCE = 5
+_ignored = 0  # signals since the one that is cleaned up after
 
 
 class Ended(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came: all that cleans up after Ctrl-C cleans up after it."""
+    """SIGINT, SIGTERM or SIGHUP came: all that cleans up after Ctrl-C cleans up after it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -49,7 +52,7 @@ def watch_imports() -> None:
 
 
 def take_signals() -> None:
-    """From now on the signals of `watch_imports` raise KeyboardInterrupt or `Ended`."""
+    """From now on the signals of `watch_imports` raise `Ended`."""
     for number in ENDING:
         if signal.getsignal(number) is end_at_once:
             signal.signal(number, _raise)
@@ -58,8 +61,9 @@ def take_signals() -> None:
 def leave_at_once(status: int) -> None:
     """From now on those signals end the process with `status`: all is done and said, and Python alone has still to end."""
     for number in ENDING:
-        if callable(signal.getsignal(number)):
+        if callable(found := signal.getsignal(number)) and found is not signal.default_int_handler:
             signal.signal(number, lambda *_: os._exit(status))
+            atexit.register(signal.signal, number, signal.SIG_IGN)  # Python gives handlers back before it is done
 
 
 def end_at_once(number: int, _: object = None) -> None:
@@ -72,8 +76,17 @@ def end_at_once(number: int, _: object = None) -> None:
 
 def _raise(number: int, _: object = None) -> None:
     """Once: who waits presses Ctrl-C again, and torchrun, systemd and closed terminals send two signals or the same one twice."""
+    global _ignored
     if not ending():
-        raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
+        _ignored = 0
+        if hasattr(
+            signal, "SIGCHLD"
+        ):  # torch's handler raises for each process that reads images and had the signal too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise interruption(Ended(number))
+    _ignored += 1
+    if _ignored == _PATIENCE:  # the cleaning up hangs
+        end_at_once(number)
 
 
 def empty_argument(arguments: Sequence[str]) -> str:

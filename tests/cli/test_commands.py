@@ -479,7 +479,7 @@ def test_ctrl_c_raises_as_usual_when_a_command_runs():
         "import signal, sys, types, click, dfqvit.cli as cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def pressed():\n    try:\n        signal.raise_signal(signal.SIGINT)\n"
-        "    except BaseException as error:\n        print(type(error) is KeyboardInterrupt)\n"
+        "    except BaseException as error:\n        print(isinstance(error, KeyboardInterrupt))\n"
         "sys.modules['dfqvit.cli.info'] = types.SimpleNamespace(command=click.Command('info', callback=pressed))\n"
         "cli.main(['info'])\n"
     )

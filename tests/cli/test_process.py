@@ -90,6 +90,51 @@ def test_a_second_signal_changes_nothing(first, second, status, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_second_signal_changes_nothing_of_what_python_frees():
+    """Found here: where objects end with a frame, as torch's readers of images do, nothing tells that an error is on its way."""
+    body = [
+        "class Held:",
+        "    def __del__(self):",
+        "        signal.raise_signal(signal.SIGTERM)",
+        "        click.echo('freed')",
+        "held = Held()",
+        "signal.raise_signal(signal.SIGINT)",
+    ]
+    found = program(body, capture_output=True, preexec_fn=usual)
+    assert (found.returncode, found.stderr.strip()) == (130, "dfqvit: interrupted")
+
+
+def test_a_fifth_signal_ends_what_hangs():
+    body = [
+        "try:",
+        "    signal.raise_signal(signal.SIGINT)",
+        "finally:",
+        "    for _ in range(4):",
+        "        signal.raise_signal(signal.SIGTERM)",
+        "    click.echo('hangs')",
+        "    signal.raise_signal(signal.SIGTERM)",
+        "    time.sleep(600)",
+    ]
+    found = program(body, capture_output=True, preexec_fn=usual)
+    assert (found.returncode, found.stdout, found.stderr) == (143, "hangs\n", "dfqvit: interrupted\n")
+
+
+def test_the_end_of_processes_that_read_images_changes_nothing():
+    """Found here: they had the signal too, and torch raised an error for each of them while the command was cleaned up after."""
+    body = [
+        "def ended(*_):",
+        "    raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Terminated.')",
+        "signal.signal(signal.SIGCHLD, ended)",
+        "try:",
+        "    signal.raise_signal(signal.SIGTERM)",
+        "finally:",
+        "    signal.raise_signal(signal.SIGCHLD)",
+        "    click.echo('cleaned')",
+    ]
+    found = program(body, capture_output=True, preexec_fn=usual)
+    assert (found.returncode, found.stdout, found.stderr.strip()) == (143, "cleaned\n", "dfqvit: interrupted")
+
+
 def test_a_signal_after_a_signal_that_a_library_swallowed_ends_it():
     """As callbacks of compiled code do: it is not taken for one that is being cleaned up after."""
     body = [

@@ -12,7 +12,8 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from dfqvit import demo, distributed
+from dfqvit import demo, distributed, errors
+from dfqvit.cli.process import Ended
 from dfqvit.errors import UsageError
 from dfqvit.models import Preprocessing, load_model
 from dfqvit.synthesis import Synthesis, SynthesisConfig
@@ -114,6 +115,7 @@ def test_a_process_is_lost_once(monkeypatch):
         distributed._call(lost)
     distributed._terminated(signal.SIGTERM, None)
     monkeypatch.setattr(distributed, "_lost", False)
+    monkeypatch.setattr(errors, "_raised", None)
     with pytest.raises(distributed.LostProcess):
         distributed._terminated(signal.SIGTERM, None)
     distributed._terminated(signal.SIGTERM, None)
@@ -121,10 +123,9 @@ def test_a_process_is_lost_once(monkeypatch):
 
 def test_torchruns_signal_after_ctrl_c_says_nothing_new(monkeypatch):
     monkeypatch.setattr(distributed, "_lost", False)
-    try:
-        raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        distributed._terminated(signal.SIGTERM, None)
+    raised = errors.interruption(Ended(signal.SIGINT))
+    distributed._terminated(signal.SIGTERM, None)
+    del raised
     with pytest.raises(distributed.LostProcess):
         distributed._terminated(signal.SIGTERM, None)
 
@@ -135,6 +136,7 @@ def joined(monkeypatch):
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "_lost", False)
+    monkeypatch.setattr(errors, "_raised", None)
     monkeypatch.setattr(distributed, "_waiting", None)
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda _: None)
     monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: (backend, timeout))
