@@ -61,7 +61,7 @@ def take_signals() -> None:
 def leave_at_once(status: int) -> None:
     """From now on those signals end the process with `status`: all is done and said, and Python alone has still to end."""
     for number in ENDING:
-        if callable(found := signal.getsignal(number)) and found is not signal.default_int_handler:
+        if getattr(signal.getsignal(number), "__module__", "").startswith("dfqvit."):  # a caller's own stays
             signal.signal(number, lambda *_: os._exit(status))
             atexit.register(signal.signal, number, signal.SIG_IGN)  # Python gives handlers back before it is done
 
@@ -79,9 +79,8 @@ def _raise(number: int, _: object = None) -> None:
     global _ignored
     if not ending():
         _ignored = 0
-        if hasattr(
-            signal, "SIGCHLD"
-        ):  # torch's handler raises for each process that reads images and had the signal too
+        # torch's handler raises an error for each process that reads images and had the signal too
+        if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise interruption(Ended(number))
     _ignored += 1

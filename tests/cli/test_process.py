@@ -104,6 +104,20 @@ def test_a_second_signal_changes_nothing_of_what_python_frees():
     assert (found.returncode, found.stderr.strip()) == (130, "dfqvit: interrupted")
 
 
+def test_the_handlers_of_who_calls_the_program_stay(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.program, "main", interrupt)
+    before = {number: signal.signal(number, interrupt) for number in ENDING}
+    try:
+        assert cli.run(["info"]) == 130
+        assert [signal.getsignal(number) for number in ENDING] == [interrupt] * len(ENDING)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_fifth_signal_ends_what_hangs():
     body = [
         "try:",
