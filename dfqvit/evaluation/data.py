@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import signal
 import warnings
 import zipfile
 from collections import Counter
@@ -277,7 +278,12 @@ class Batches:
         self.workers = default_workers(self.tasks.images, self.device) if workers is None else workers
         pin = self.device.type == "cuda"
         self.loader = DataLoader(
-            self.tasks, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate, pin_memory=pin
+            self.tasks,
+            batch_size=batch_size,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=pin,
+            worker_init_fn=leave_to_parent,
         )
 
     def __len__(self) -> int:
@@ -297,6 +303,12 @@ class Batches:
             if "DataLoader worker" not in str(error):
                 raise
             raise DfqvitError(KILLED) from error
+
+
+def leave_to_parent(_: int) -> None:
+    """Of a worker: signals that end the whole group come to it too, and its parent ends it."""
+    for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Tasks(Dataset):

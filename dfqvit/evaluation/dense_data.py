@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..calibration.given import eight_bits
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
-from .data import KILLED, UNREADABLE
+from .data import KILLED, UNREADABLE, leave_to_parent
 from .dense import Target, check_task
 from .scenes import Scenes
 
@@ -50,7 +50,9 @@ class DenseImages(abc.ABC):
             DfqvitError: a process that reads was killed, or a file cannot be read.
             UsageError: what was read does not fit.
         """
-        loader = DataLoader(_Tasks(self), batch_size=size, num_workers=workers, collate_fn=list)
+        loader = DataLoader(
+            _Tasks(self), batch_size=size, num_workers=workers, collate_fn=list, worker_init_fn=leave_to_parent
+        )
         try:
             for found in loader:
                 wrong = next((each for each in found if isinstance(each, (UsageError, DfqvitError))), None)

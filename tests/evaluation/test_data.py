@@ -258,6 +258,27 @@ class Deadly(ArrayImages):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Interrupted(ArrayImages):
+    def pixels(self, index):
+        if torch.utils.data.get_worker_info() is not None:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGHUP)
+        return super().pixels(index)
+
+
+def test_what_ends_the_whole_group_is_left_to_the_parent(tmp_path, capfd):
+    """Found here: a second signal was a traceback of a process that reads images, beside the command's one line."""
+    images = Interrupted(write_npz(tmp_path / "a.npz"), PREPROCESSING)
+    usual = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        found = [y for _, y in batches(images, 2, 1)]
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    assert torch.equal(torch.cat(found), torch.cat([y for _, y in batches(images, 2)]))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_killed_worker_is_one_error(tmp_path):
     images = Deadly(write_npz(tmp_path / "a.npz"), PREPROCESSING)
     with pytest.raises(DfqvitError, match="a process that reads images was killed"):
