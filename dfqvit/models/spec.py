@@ -248,25 +248,26 @@ def dotted(place: str, name: str) -> str:
 
 def expect_own_methods(model: nn.Module) -> None:
     """UsageError where a method was replaced on a class of timm or torch.nn: what is computed here is what they define."""
-    if said := method_replaced(model.named_modules()):
+    if said := method_replaced((name, type(module)) for name, module in model.named_modules()):
         raise UsageError(f"model holds {said}; undo that before quantizing, or put it into a class of your own")
 
 
-def method_replaced(named: Iterable[tuple[str, nn.Module]]) -> str:
-    """Which of a model's modules is of a class of timm or torch.nn on which a method was replaced, for a message; or ""."""
+def method_replaced(named: Iterable[tuple[str, type]]) -> str:
+    """Which of a model's modules, given as (name, class), is of a class of timm or torch.nn on which a method was replaced, for a
+    message; or ""."""
     seen: set[type] = set()
-    for name, module in named:
-        for kind in type(module).__mro__:
+    for name, its_class in named:
+        for kind in its_class.__mro__:
             said = "" if kind in seen else _replaced_method(kind)
             seen.add(kind)
             if said:
-                return f"'{name or type(module).__name__}', of {kind.__module__}.{kind.__name__}, on which class {said}"
+                return f"'{name or its_class.__name__}', of {kind.__module__}.{kind.__name__}, on which class {said}"
     return ""
 
 
-def methods_of(modules: Iterable[nn.Module]) -> list[tuple[type, str]]:
-    """(class, name) of every method that computes on the classes of timm and torch.nn of which the modules are."""
-    kinds = dict.fromkeys(kind for module in modules for kind in type(module).__mro__ if _is_known(kind))
+def methods_of(classes: Iterable[type]) -> list[tuple[type, str]]:
+    """(class, name) of every method that computes on the classes of timm and torch.nn of which modules of these classes are."""
+    kinds = dict.fromkeys(kind for each in classes for kind in each.__mro__ if _is_known(kind))
     return [
         (kind, name)
         for kind in kinds

@@ -217,12 +217,22 @@ class QuantLinear(Prepares, KeepsPrecision):
         return x if divisor is None else x / divisor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features]."""
+        """[..., in_features] to [..., out_features].
+
+        Raises:
+            UsageError: x holds integers, or has not as many channels as the layer takes.
+        """
+        expect_floats(x)
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """As `forward`, of floats, or of bytes that are on the grid of the layer's input."""
         prepare = not _ASKED and not torch.compiler.is_compiling()
         watching, call = self.__dict__.get("_prepared", _UNPREPARED) if prepare else _UNPREPARED
         if watching is not None and watching(x):
             check_tokens(self.acm, x)
             return call(x)
+        self.expect_channels(x)
         given, x = x, self.divided(x)
         if self.weight is not None:
             y = F.linear(self.input(x), self.weight, self.bias)
@@ -246,6 +256,11 @@ class QuantLinear(Prepares, KeepsPrecision):
         if prepare and may_prepare(self, given) and (watching is None or not watching.current()):
             self._prepare_call(given, (weight, self.bias, acm), w_sums)
         return y
+
+    def expect_channels(self, x: torch.Tensor) -> None:
+        """UsageError for another width than the layer's: that of a blocked weight may have room for it."""
+        if not torch.jit.is_tracing() and x.shape[-1] != self.in_features:
+            raise UsageError(f"x had shape {list(x.shape)}; the layer takes [..., {self.in_features}]")
 
     def _prepare_call(self, x: torch.Tensor, operands: tuple[Any, ...], w_sums: torch.Tensor | None) -> None:
         """Keeps this layer's call of the CPU's operator, for x like this one, with a watch over what it is made from."""
@@ -319,14 +334,14 @@ class QuantPatchProjection(QuantLinear):
         factor = self.factor
         return self._pixels_first(factor) if factor is not None and self.by_pixels else factor
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] to [B, embed_dim, H / patch, W / patch], in channels-last memory."""
         (height, width), batch = self.kernel_size, x.shape[0]
         if height == width == 1 and self.acm is None:
             pixels = x.permute(0, 2, 3, 1)  # a pixel is a patch: no copy, in channels-last memory
-            return super().forward(pixels if pixels.is_contiguous() else extension.gathered(pixels)).permute(0, 3, 1, 2)
+            return super().product(pixels if pixels.is_contiguous() else extension.gathered(pixels)).permute(0, 3, 1, 2)
         rows, columns = x.shape[2] // height, x.shape[3] // width
-        tokens = super().forward(self._patches(x, rows, columns))
+        tokens = super().product(self._patches(x, rows, columns))
         return tokens.transpose(1, 2).reshape(batch, self.out_features, rows, columns)
 
     def _patches(self, x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -341,6 +356,12 @@ class QuantPatchProjection(QuantLinear):
 def _writes(packed: torch.Tensor | None) -> int:
     """How often torch saw it written to; what is made in inference mode is not counted."""
     return 0 if packed is None or packed.is_inference() else packed._version
+
+
+def expect_floats(x: torch.Tensor) -> None:
+    """UsageError for integers: operators take bytes for values that are quantized already."""
+    if not x.is_floating_point():
+        raise UsageError(f"x had dtype {x.dtype}; it must hold floats, which are quantized here")
 
 
 def check_tokens(acm: torch.Tensor | None, x: torch.Tensor) -> None:

@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 
 from ..errors import UsageError
 from .precision import KeepsPrecision
+from .quantizers import TellsBits
+
+BITS = "dfqvit_bits"  # beside a model's tensors in its state_dict, and in no file
 
 
 class QuantizedForward(KeepsPrecision):
@@ -30,11 +33,13 @@ class QuantizedForward(KeepsPrecision):
         Raises:
             UsageError: the images have an integer dtype, or not the channels that the model takes.
         """
-        return _like(self._entered(super().forward, x, *args, **kwargs), x)
+        like = _like(x)
+        return like(self._entered(super().forward, x, *args, **kwargs))
 
     def forward_features(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As timm's."""
-        return _like(self._entered(super().forward_features, x, *args, **kwargs), x)  # type: ignore[misc]
+        like = _like(x)
+        return like(self._entered(super().forward_features, x, *args, **kwargs))  # type: ignore[misc]
 
     def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As timm's; float32."""
@@ -70,7 +75,25 @@ class QuantizedForward(KeepsPrecision):
         channels = getattr(self, "in_chans", None)
         if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
             raise UsageError(f"images had shape {list(x.shape)}; they must be [B, {channels}, H, W]")
-        return _floats(x)
+        return _floats(x, self._of_one_size())
+
+    def _of_one_size(self) -> bool:
+        """Whether a trace of it is for images of the size that it was traced with: positions, corrections are constants in it."""
+        sized = getattr(getattr(self, "patch_embed", None), "img_size", None)
+        return sized is not None or bool(getattr(getattr(self, "dfqvit_record", None), "acm_blocks", None))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With the bits that scales and zero points are for, of which a file of tensors alone knows nothing else."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        bits = [each.told for _, each in _telling(self)]
+        destination[prefix + BITS] = torch.tensor(bits, dtype=torch.uint8, device="cpu")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        told = state_dict.pop(prefix + BITS, None)
+        for (name, module), bits in zip(_telling(self), [] if told is None else told.tolist(), strict=False):
+            if bits != module.told:
+                args[-1].append(module.said_of(f"{prefix}{name}", bits))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script asks first."""
@@ -134,22 +157,39 @@ def _expect_dense(images: torch.Tensor) -> None:
         )
 
 
-def _floats(images: torch.Tensor) -> torch.Tensor:
+def _floats(images: torch.Tensor, of_one_size: bool = False) -> torch.Tensor:
     """In float32. A trace keeps no check of Python's, so one of TorchScript goes into it: pixels are refused there too."""
-    return (_traced_check()(images) if torch.jit.is_tracing() else images).float()
+    if torch.jit.is_tracing():
+        height, width = _constant_size(images) if of_one_size else (0, 0)
+        images = _traced(_refuse_others)(images, height, width)
+    return images.float()
+
+
+def _constant_size(images: torch.Tensor) -> tuple[int, int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that these are constants, which is what is wanted
+        return int(images.shape[-2]), int(images.shape[-1])
 
 
 @functools.cache
-def _traced_check() -> Callable[[torch.Tensor], torch.Tensor]:
+def _traced(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which who traces has read already
-        return torch.jit.script(_refuse_integers)
+        return torch.jit.script(function)
 
 
-def _refuse_integers(images: torch.Tensor) -> torch.Tensor:
+def _refuse_others(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if not images.is_floating_point():
         raise ValueError("images had an integer dtype; they must be floats, normalised as the model expects")
+    if height > 0 and (images.size(-2) != height or images.size(-1) != width):
+        raise ValueError(
+            f"images were {images.size(-2)} x {images.size(-1)}; the model was traced for {height} x {width}: trace it for these"
+        )
     return images
+
+
+def _in_dtype_of(tensor: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    return tensor.to(images) if tensor.is_floating_point() else tensor  # of a dtype the trace would make a constant
 
 
 def _without_autocast(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -171,6 +211,10 @@ def _refuse_tangents(images: torch.Tensor) -> None:
         raise UsageError(
             "images had a tangent (torch.func.jvp, forward-mode derivatives), which rounding has not; differentiate backward"
         )
+
+
+def _telling(model: nn.Module) -> list[tuple[str, TellsBits]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, TellsBits)]
 
 
 def quantized(model: nn.Module, *mixins: type) -> nn.Module:
@@ -195,11 +239,21 @@ def _empty(kind: type, mixins: tuple[type, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _like(found: Any, images: torch.Tensor) -> Any:
-    """`found` in the images' dtype, as far as it holds tensors of floats."""
-    if not isinstance(images, torch.Tensor) or images.dtype == torch.float32:
-        return found
-    return _each_tensor(found, lambda tensor: tensor.to(images.dtype) if tensor.is_floating_point() else tensor)
+def _like(images: Any) -> Callable[[Any], Any]:
+    """Brings what is found, as far as it holds tensors of floats, to the dtype of the images, in a trace of those that come.
+
+    To be called first: a trace knows images that were brought to float32 in place of those that came.
+    """
+    if not isinstance(images, torch.Tensor):
+        return lambda found: found
+    if torch.jit.is_tracing():
+        came = images[:0]
+        return lambda found: _each_tensor(found, lambda tensor: _traced(_in_dtype_of)(tensor, came))
+    if images.dtype == torch.float32:
+        return lambda found: found
+    return lambda found: _each_tensor(
+        found, lambda tensor: tensor.to(images.dtype) if tensor.is_floating_point() else tensor
+    )
 
 
 def _each_tensor(found: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -21,6 +21,8 @@ from ..kernels.dispatch import Operator
 Call = Callable[..., torch.Tensor]
 SOURCES = ("weight_packed", "acm")  # buffers of a frozen layer from which it makes others for its kernels
 PREPARED = ("weight_blocked", "weight_sums", "acm_float")  # these
+METHODS = "_methods"  # the attribute in which a module keeps what its classes' methods were
+_KEPT = ("_prepared", METHODS)  # of no copy
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 # plain attributes that a block computes by
@@ -47,7 +49,8 @@ class Prepares(nn.Module):
     torch is about to move or load its tensors, which nothing else may hold then (torch.utils.swap_tensors)."""
 
     def _forget(self) -> None:
-        self.__dict__.pop("_prepared", None)
+        for name in _KEPT:
+            self.__dict__.pop(name, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._forget()
@@ -59,7 +62,7 @@ class Prepares(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the prepared calls."""
-        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+        return {name: value for name, value in self.__dict__.items() if name not in _KEPT}
 
 
 class Bind(Protocol):

@@ -75,24 +75,34 @@ def check_rule(quantizer: str) -> None:
 class TellsBits(nn.Module):
     """A module whose state_dict tells, beside its tensors, the setting `_BITS` that these are for; of another one it is not loaded.
 
-    A state_dict's metadata, which torch keeps and saves: a file of tensors alone has none, and is not asked.
+    In a state_dict's metadata, which torch keeps and saves. A file of tensors alone has none: a whole model's state tells it in a
+    tensor too (`model.BITS`).
     """
 
     _BITS: str
 
+    @property
+    def told(self) -> int:
+        """The setting."""
+        return int(getattr(self, self._BITS))
+
+    def said_of(self, name: str, other: int) -> str:
+        """What is said where the state of the module `name` is for another setting."""
+        return f"'{name}' was quantized with {self._BITS} {other}; here it has {self.told}."
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][self._BITS] = getattr(self, self._BITS)
+            destination._metadata[prefix[:-1]][self._BITS] = self.told
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: Any
     ) -> None:
-        here = getattr(self, self._BITS)
-        told = local_metadata.get(self._BITS, here)
-        if told != here:
+        told = local_metadata.get(self._BITS, self.told)
+        if told != self.told:
             errors: list[str] = lists[-1]
-            errors.append(f"'{prefix[:-1]}' was quantized with {self._BITS} {told}; here it has {here}.")
+            if self.said_of(prefix[:-1], told) not in errors:  # the model may have said it
+                errors.append(self.said_of(prefix[:-1], told))
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 

@@ -16,9 +16,10 @@ from torch import nn
 from ..kernels import extension
 from ..kernels.dispatch import Operator, asked_table
 from ..kernels.quant_block.op import forward as quant_block
-from ..quantization.layers import check_tokens
+from ..quantization.layers import check_tokens, expect_floats
 from ..quantization.prepared import Prepares, may_prepare, watch
 from .company import lift
+from .own import expect_alone
 from .parts import parts_of, watched_or_differentiated
 
 _ASKED = asked_table()
@@ -65,12 +66,14 @@ class IntegerBlock(Prepares):
 
         `rope`: one, or none, of this call; the last of the operator's arguments.
         """
+        expect_alone(self)
         prepare = not _ASKED and not torch.compiler.is_compiling()
         if prepare:
             prepared = self.__dict__.get("_prepared")
             found = None if prepared is None else prepared(x, *rope)
             if found is not None:
                 return found
+        expect_floats(x)
         parts = "it is watched" if watched_or_differentiated(self, x) else self.parts(self)
         if isinstance(parts, str):
             lift()

@@ -14,7 +14,7 @@ from torch import nn
 from ..kernels.layer_norm_quantize.op import forward as layer_norm_quantize
 from ..kernels.quant_conv_block.op import forward as operator
 from ..models.adapters.scalings import NORMS
-from ..quantization.layers import QuantLinear, QuantPatchProjection
+from ..quantization.layers import QuantLinear, QuantPatchProjection, expect_floats
 from .block import IntegerBlock
 from .parts import activation_of, folded, hidden_scale, replaced_forward, watched_or_differentiated
 
@@ -141,6 +141,7 @@ class IntegerDownsample(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] to float32 [B, C', H / patch, W / patch]."""
+        expect_floats(x)
         if watched_or_differentiated(self, x) or self.why_not(self):
             return super().forward(x)
         norm: Any = self[0]
@@ -148,4 +149,4 @@ class IntegerDownsample(nn.Sequential):
         site = projection.input
         last = x.permute(0, 2, 3, 1).float()
         q = layer_norm_quantize(last, norm.weight, norm.bias, norm.eps, site.scale, site.zero_point, site.bits)
-        return projection(q.permute(0, 3, 1, 2))
+        return projection.product(q.permute(0, 3, 1, 2))

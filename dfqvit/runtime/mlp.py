@@ -8,7 +8,7 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from ..quantization.layers import QuantLinear
+from ..quantization.layers import QuantLinear, expect_floats
 from ..quantization.prepared import Bind, Call, through_torch
 from .linear import product
 from .parts import activation_of, replaced_forward, watched_or_differentiated
@@ -40,6 +40,8 @@ class IntegerMlp(Mlp):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., C] to float32 [..., C']."""
+        expect_floats(x)
+        self.fc1.expect_channels(x)
         if watched_or_differentiated(self, x) or self.why_not(self):
             return super().forward(x)
         return product(self.fc2)(hidden_bytes(self)(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any
@@ -12,9 +13,10 @@ from torch import nn
 from ..errors import UsageError
 from ..models import ModelSpec, Preprocessing
 from ..models.network import NetworkSpec, network_spec
-from ..models.spec import method_replaced, methods_of
+from ..quantization.prepared import METHODS
 from ..quantization.recipe import Recipe
 from .convert import integer_report
+from .own import ENTERED, expect_itself
 
 
 @dataclass(frozen=True)
@@ -97,41 +99,34 @@ class QuantizedModel(nn.Module):
                 attention computes what timm's class defined, and would not see it. Or tensors were left on meta, or corrections
                 are for other places.
         """
-        if not torch.compiler.is_dynamo_compiling():
-            self._expect_itself()
-            record = self.dfqvit_record
-            if record.acm_blocks and isinstance(x, torch.Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
-                record.expect_grid(*x.shape[-2:])
-        return super()._entered(method, x, *args, **kwargs)  # type: ignore[misc]
+        expect_itself(self)
+        record = self.dfqvit_record
+        if record.acm_blocks and isinstance(x, torch.Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
+            record.expect_grid(*x.shape[-2:])
+        return self._within(super()._entered, method, x, *args, **kwargs)  # type: ignore[misc]
+
+    def forward_head(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As every quantized model's; see `_entered`."""
+        expect_itself(self)
+        return self._within(super().forward_head, x, *args, **kwargs)  # type: ignore[misc]
+
+    def _within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the function gives, where blocks need not ask what was asked here."""
+        if torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)
+        before, ENTERED.now = ENTERED.now, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            ENTERED.now = before
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.__dict__.pop("_methods", None)
+        self.__dict__.pop(METHODS, None)
         return super()._apply(fn, recurse)
-
-    def _expect_itself(self) -> None:
-        known = self.__dict__.get("_methods")
-        if known is not None and list(map(getattr, *known[:2])) == known[2]:
-            return
-        within = _stood_in_for(self)
-        if said := method_replaced(within):
-            raise UsageError(
-                f"the quantized model holds {said}; undo that, or give the module alone a forward of its own"
-            )
-        tensors = [*self.named_parameters(), *self.named_buffers()]
-        without = [name for name, tensor in tensors if tensor.is_meta]
-        if without and len(without) < len(tensors):  # torch reads what happens to lie in memory
-            raise UsageError(
-                f"the quantized model holds '{without[0]}' on meta, without values, beside tensors that have some: "
-                "load the whole model, by dfqvit.load"
-            )
-        places = methods_of(module for _, module in within)
-        kinds, names = [kind for kind, _ in places], [name for _, name in places]
-        if not without and not torch.compiler.is_compiling():
-            self.__dict__["_methods"] = kinds, names, list(map(getattr, kinds, names))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a first call keeps."""
-        return {name: value for name, value in self.__dict__.items() if name != "_methods"}
+        return {name: value for name, value in self.__dict__.items() if name != METHODS}
 
     def __repr__(self) -> str:
         title, *rows = _described(self)
@@ -141,16 +136,6 @@ class QuantizedModel(nn.Module):
         (name, how), *rows = _described(self)
         lines = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
         return f"<table><caption>{escape(name)}, {escape(how)}</caption>{lines}</table>"
-
-
-def _stood_in_for(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules, by name, that are of a class of dfqvit, and all within them: others are called, and so are their methods."""
-    ours = __name__.partition(".")[0] + "."
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if name and name not in found and type(module).__module__.startswith(ours):
-            found |= dict(module.named_modules(prefix=name))
-    return list(found.items())
 
 
 def _described(model: Any) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from ..kernels import extension
 from ..kernels.dispatch import asked_table
 from ..kernels.gate_quantize.op import forward as gate_quantize
 from ..models.adapters.attentions import QUANTIZED, Parts
+from ..quantization.layers import expect_floats
 from ..quantization.prepared import (
     Bind,
     Call,
@@ -37,6 +38,7 @@ from .attention import IntegerOperands
 from .company import lift
 from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
+from .own import expect_alone
 from .parts import (
     activation_of,
     alike,
@@ -86,6 +88,7 @@ class IntegerResidual(Prepares):
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, N, C] to float32 [B, N, C]; further arguments as timm's block takes them, for the attention."""
+        expect_alone(self)
         prepare = not _ASKED and not torch.compiler.is_compiling()
         if prepare:
             watching, steps, whole = self.__dict__.get("_prepared", _UNPREPARED)
@@ -96,6 +99,7 @@ class IntegerResidual(Prepares):
                     return found
             if watching is not None and watching(x, *tensors_of(args, kwargs)):
                 return steps(x, *args, **kwargs)
+        expect_floats(x)
         if watched_or_differentiated(self, x, *tensors_of(args, kwargs)) or self.why_not(self):
             lift()
             return super().forward(x, *args, **kwargs)

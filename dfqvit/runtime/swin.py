@@ -11,6 +11,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
 
 from ..kernels import extension
+from ..quantization.layers import expect_floats
 from .block import IntegerBlock
 from .linear import normed, product, quantized
 from .parts import parts_of, replaced_forward, watched_or_differentiated
@@ -122,12 +123,14 @@ class _Merging(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, W, C] to float32 [B, H / 2, W / 2, C']."""
+        expect_floats(x)
         batch, height, width, channels = x.shape
         odd, known = height % 2 or width % 2, quantized(self.reduction) and not replaced_forward(self)
         if odd or not known or watched_or_differentiated(self, x):
             return super().forward(x)
         pairs = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
         x = extension.gathered(pairs.permute(0, 1, 3, 4, 2, 5)).flatten(3)
+        self.reduction.expect_channels(x)
         reduce = product(self.reduction)
         return reduce(normed(self.norm, self.reduction)(x)) if self.norm_first else self.norm(reduce(x))
 

@@ -144,7 +144,7 @@ class _QdqLinear(QuantLinear):
     factors: torch.Tensor | None  # float32 [in_features]
     opset: int
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         check_tokens(self.acm, x)
         if self.factors is not None:
             x = x / self.factors

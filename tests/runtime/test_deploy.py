@@ -17,6 +17,7 @@ import torch
 from torch.export import Dim
 
 from dfqvit.kernels import extension, use_backend
+from dfqvit.quantization.model import BITS
 from dfqvit.runtime import accelerate
 from dfqvit.runtime.block import IntegerBlock
 
@@ -208,7 +209,7 @@ def test_what_a_program_loads_counts(seed, family, form):
     qmodel, images, program = copy.deepcopy(exported(family, form))
     module = program.module()
     state = {key: value.clone() for key, value in qmodel.state_dict().items()}
-    fixed = {key for key in state if key.endswith((".weight_packed", ".acm"))}
+    fixed = {key for key in state if key.endswith((".weight_packed", ".acm", BITS))}
     assert module.state_dict().keys() == state.keys() - fixed
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*weight_packed"):
         module.load_state_dict(state)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import dfqvit
+from dfqvit.models.adapters import find_adapter
 from dfqvit.runtime import accelerate
 
 from .. import networks
 from ..conftest import MODELS
 from . import test_blocks, test_families
+from .test_residual import small
 
 FORMS = ["integer", "simulated"]
 FEATURES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -22,7 +24,9 @@ FEATURES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_h
 
 def quantized(name, form, **sizes):
     """(a quantized model, images)."""
-    if name in MODELS:
+    if name == "beit":
+        qmodel, images = test_blocks.quantized(small("beit_base_patch16_224", depth=1, init_values=0.3).eval())
+    elif name in MODELS:
         qmodel, images = test_blocks.quantized(MODELS[name](**sizes))
     else:
         _, qmodel, images = test_families.quantized(name)
@@ -70,6 +74,38 @@ def test_no_images_of_another_shape_are_refused(seed):
     qmodel, images = quantized("vit", "integer")
     with pytest.raises(dfqvit.UsageError, match=r"images had shape \[0, 1, 32, 32\]; they must be \[B, 3, H, W\]"):
         qmodel(images[:0, :1])
+
+
+# ------------------------------------------------------------------ parts called alone
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [*MODELS, "dinov3", "convnext", "beit"])
+def test_a_part_called_alone_refuses_what_it_cannot_take(seed, name, form):
+    """Integers were taken for floats by a block, and bytes by a layer for codes; a blocked weight had room for other widths."""
+    qmodel, images = quantized(name, form)
+    block = next(iter(find_adapter(qmodel).blocks()))
+    seen = {}
+    parts = [block, *(part for part in (getattr(block, "attn", None), block.mlp, block.mlp.fc1) if part is not None)]
+    handles = [part.register_forward_pre_hook(lambda part, given: seen.setdefault(part, given[0])) for part in parts]
+    with torch.no_grad():
+        qmodel(images)  # by hooks within: as simulated
+        for handle in handles:
+            handle.remove()
+        for part, x in seen.items():
+            part(x)
+            for dtype in (torch.uint8, torch.int64, torch.bool):
+                # LayerNorm and convolutions of torch refuse them where a block is simulated
+                with pytest.raises((ValueError, TypeError, RuntimeError), match=r"dtype|same"):
+                    part((x * 10).to(dtype))
+            channels = 1 if name == "convnext" and part is block else -1
+            with pytest.raises((ValueError, RuntimeError), match=r"shape|channels|must be float32"):
+                part(x.narrow(channels, 0, x.shape[channels] - 8))
+        for dtype in (torch.uint8, torch.int64):
+            with pytest.raises(
+                dfqvit.UsageError, match=f"x had dtype {dtype}; it must hold floats, which are quantized here"
+            ):
+                block.mlp.fc1(seen[block.mlp.fc1].to(dtype))
 
 
 # ------------------------------------------------------------------ autocast
@@ -147,7 +183,12 @@ def test_a_traced_model_refuses_pixels(seed, form, of):
                     torch.jit.Error, match="images had an integer dtype; they must be floats, normalised"
                 ):
                     program(torch.ones_like(images).to(dtype))
-            assert program(images.half()).dtype == torch.float32
+            for shape in ((64, 16), (16, 64)):  # of as many patches: positions of other places were added
+                with pytest.raises(
+                    torch.jit.Error, match=f"images were {shape[0]} x {shape[1]}; the model was traced for 32 x 32"
+                ):
+                    program(torch.randn(2, 3, *shape))
+            assert torch.equal(program(images.half()), Part(qmodel, of)(images.half()))
 
 
 def test_a_traced_network_refuses_pixels(seed):

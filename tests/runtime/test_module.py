@@ -19,6 +19,7 @@ from dfqvit.calibration import calibrate, convert
 from dfqvit.calibration.correction import add_corrections
 from dfqvit.errors import UsageError
 from dfqvit.models.adapters import find_adapter
+from dfqvit.quantization.model import BITS
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 from dfqvit.runtime.block import IntegerBlock
@@ -106,7 +107,7 @@ def test_a_spawned_process_gets_the_models(seed):
 def test_every_tensor_that_is_loaded_after_a_call_counts(integer):
     """One key at a time: the logits are those of a model that was loaded before its first call."""
     qmodel, images = integer[0], integer[1][:1]
-    before = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    before = {key: value.clone() for key, value in qmodel.state_dict().items() if key != BITS}
     changed = 0
     for key, value in before.items():
         if "weight_packed" in key:
@@ -136,8 +137,17 @@ def test_a_state_of_other_bits_is_refused(seed, other, said):
     file.seek(0)
     with pytest.raises(RuntimeError, match=rf"'blocks\.0\.attn\.operands.*' was quantized with {said}"):
         copy.deepcopy(qmodel).load_state_dict(torch.load(file, weights_only=True))
+    tensors = dict(
+        torch.nn.Sequential(dfqvit.quantize(model, 8, **options, **other)).state_dict()
+    )  # as a file of tensors alone
+    with pytest.raises(RuntimeError, match=rf"'0\.blocks\.0\.attn\.operands.*' was quantized with {said}"):
+        torch.nn.Sequential(copy.deepcopy(qmodel)).load_state_dict(tensors)
     again = dfqvit.quantize(model, 8, **options)
-    again.load_state_dict(qmodel.state_dict())
+    again.load_state_dict(dict(qmodel.state_dict()))
+    assert torch.equal(again(calib), expected)
+    again.load_state_dict(
+        {key: value for key, value in qmodel.state_dict().items() if key != BITS}
+    )  # of an earlier dfqvit
     assert torch.equal(again(calib), expected)
 
 

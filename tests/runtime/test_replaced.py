@@ -164,14 +164,56 @@ def test_a_method_replaced_on_a_class_is_refused_until_it_is_undone(monkeypatch,
     images = torch.randn(4, 3, 32, 32)
     qmodel = dfqvit.quantize(model, 8, calib=images, rounding="nearest", progress=False)
     expected = copy.deepcopy(qmodel)(images)
+    within, features = (
+        torch.randn(1, *((*first_block(qmodel).input_resolution, 24) if "layers" in name else (17, 48))),
+        copy.deepcopy(qmodel).forward_features(images),
+    )
     if called:
         qmodel(images)
+        first_block(qmodel)(within)
     with monkeypatch.context() as patch:
         patch.setattr(kind, method, lambda self, x, *args: 0 * x)
         with pytest.raises(dfqvit.UsageError, match=f"holds '{name}', of .*, on which class {method} was replaced"):
             qmodel(images)
+        for run, given in ((first_block(qmodel), within), (qmodel.forward_head, features)):
+            with pytest.raises(dfqvit.UsageError, match=f"on which class {method} was replaced"):
+                run(given)
     assert torch.equal(qmodel(images), expected)
     assert torch.equal(pickle.loads(pickle.dumps(qmodel))(images), expected)
+
+
+@pytest.mark.parametrize("of", ["model", "block"])
+def test_a_compiled_model_refuses_a_method_replaced_on_a_class(monkeypatch, seed, of):
+    """Nothing of timm's is in such a program, so torch guarded nothing: it answered as before."""
+    torch._dynamo.reset()
+    calib = torch.rand(2, 3, 32, 32) * 2 - 1
+    qmodel = dfqvit.quantize(small_vit(depth=1), 8, calib=calib, rounding="nearest", progress=False)
+    run, x = (qmodel, calib) if of == "model" else (qmodel.blocks[0], torch.randn(2, 17, 48))
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = run(x)
+        assert torch.equal(compiled(x), expected)
+        for kind in (Mlp, Attention, nn.LayerNorm, Block):
+            with monkeypatch.context() as patch:
+                patch.setattr(kind, "forward", lambda self, x, *args: 0 * x)
+                with pytest.raises(Exception, match=r"holds '\w.*', of .*, on which class forward was replaced"):
+                    compiled(x)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(compiled(x), expected)
+
+
+def test_a_compiled_simulated_model_follows_a_method_replaced_on_a_class(monkeypatch, seed):
+    torch._dynamo.reset()
+    calib = torch.rand(2, 3, 32, 32) * 2 - 1
+    options = {"calib": calib, "rounding": "nearest", "runtime": "simulated", "progress": False}
+    qmodel = dfqvit.quantize(small_vit(depth=1), 8, **options)
+    compiled = torch.compile(qmodel, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = qmodel(calib)
+        assert torch.equal(compiled(calib), expected)
+        monkeypatch.setattr(Mlp, "forward", lambda self, x: 0 * x)
+        assert torch.equal(compiled(calib), qmodel(calib))
+        assert not torch.equal(compiled(calib), expected)
 
 
 def test_a_method_replaced_on_a_class_is_followed_where_nothing_stands_for_it(monkeypatch, seed):

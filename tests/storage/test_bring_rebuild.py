@@ -422,6 +422,10 @@ def test_a_correction_is_of_places(seed, tmp_path, name):
             dfqvit.save(qmodel, tmp_path / "q.safetensors")
     with pytest.raises(UsageError, match=r"images were 16 x 64; the corrections \(acm\) are for the places of 32 x 32"):
         qmodel(other)
+    torch._dynamo.reset()
+    compiled = torch.compile(qmodel, fullgraph=True, backend="eager")
+    with torch.no_grad(), pytest.raises(Exception, match="images were 16 x 64; the corrections"):
+        compiled(other)
     assert plain(other).shape == (2, 7)
 
 

@@ -1,0 +1,115 @@
+"""Whether classes of timm and torch are as they were: what stands in for a block or an attention computes what they defined.
+
+It is asked at a model's entry, and by a block that is called alone. Under torch.compile the same is asked where the program is
+traced, and the methods become guards of it: who replaces one has it traced anew, and refused then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from ..models.spec import method_replaced, methods_of
+from ..quantization.model import QuantizedForward
+from ..quantization.prepared import METHODS
+
+_OURS = __name__.partition(".")[0] + "."
+
+
+class Entered(threading.local):
+    """Whether this thread is within a model's entry, which has asked for all its blocks."""
+
+    now = False
+
+
+ENTERED = Entered()
+
+
+class _Known:
+    """Classes whose methods compiled programs guard, each an attribute: programs and blocks share what they look at."""
+
+
+_NAMES: dict[type, str] = {}  # of these attributes
+
+
+def expect_itself(module: Any) -> None:
+    """UsageError where a method was replaced on a class that something within is of, or some tensors lie on meta."""
+    if torch.compiler.is_dynamo_compiling():
+        _expect_traced(module)
+        return
+    known = module.__dict__.get(METHODS)
+    if known is None or list(map(getattr, *known[:2])) != known[2]:
+        _look(module)
+
+
+def expect_alone(block: Any) -> None:
+    """As `expect_itself`, of a block: where no model has asked for it. A program asks for each; they guard the same."""
+    if torch.compiler.is_dynamo_compiling() or not ENTERED.now:
+        expect_itself(block)
+
+
+@torch.compiler.disable  # not a part of a program either where that one was given up
+def _look(module: Any) -> None:
+    within = _stood_in_for([(name, type(each)) for name, each in module.named_modules()])
+    _refuse(method_replaced(within))
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    without = [name for name, tensor in tensors if tensor.is_meta]
+    if without and len(without) < len(tensors):  # torch reads what happens to lie in memory
+        raise UsageError(
+            f"the quantized model holds '{without[0]}' on meta, without values, beside tensors that have some: "
+            "load the whole model, by dfqvit.load"
+        )
+    places = methods_of(kind for _, kind in within)
+    kinds, names = [kind for kind, _ in places], [name for _, name in places]
+    if not without and not torch.compiler.is_compiling():
+        module.__dict__[METHODS] = kinds, names, list(map(getattr, kinds, names))
+
+
+def _refuse(said: str) -> None:
+    if said:
+        raise UsageError(f"the quantized model holds {said}; undo that, or give the module alone a forward of its own")
+
+
+def _expect_traced(module: nn.Module) -> None:
+    named = list(module.named_modules())
+    said, places = _asked(*[name for name, _ in named], *[type(each) for _, each in named])
+    _refuse(said)
+    for holder, name in places:
+        assert getattr(getattr(_Known, holder), name) is not None  # what is read is guarded
+
+
+@torch.compiler.assume_constant_result
+def _asked(*given: Any) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Of the names of a module's parts and then their classes: which method was replaced where something stands in for it, or "";
+    (attribute of _Known, method) of these classes, and of the others each `forward...`, at which torch never looks again."""
+    half = len(given) // 2
+    named = list(zip(given[:half], given[half:], strict=True))
+    within = _stood_in_for(named)
+    places = methods_of(kind for _, kind in named)
+    wanted = {*methods_of(kind for _, kind in within), *(place for place in places if place[1].startswith("forward"))}
+    found = []
+    for kind, method in places:
+        if (kind, method) in wanted:
+            name = _NAMES.setdefault(kind, f"class_{len(_NAMES)}")
+            setattr(_Known, name, kind)
+            found.append((name, method))
+    return method_replaced(within), tuple(found)
+
+
+def _stood_in_for(named: Iterable[tuple[str, type]]) -> list[tuple[str, type]]:
+    """Of a module's parts, given as (name, class), those of a class of dfqvit and all within them: others are called, and so are
+    their methods. So is a model itself."""
+    found: list[tuple[str, type]] = []
+    outer: str | None = None
+    for name, kind in named:
+        within = outer is not None and name.startswith(outer)
+        if not within and kind.__module__.startswith(_OURS) and not issubclass(kind, QuantizedForward):
+            within, outer = True, f"{name}." if name else ""
+        if within:
+            found.append((name, kind))
+    return found
