@@ -123,9 +123,8 @@ def run_all(
             results[run.name] = future.result()
             write_tables([(each, results[each.name]) for each in runs if each.name in results], out)
             report(run, results[run.name])
-    except (
-        KeyboardInterrupt
-    ):  # a terminal's Ctrl-C comes to the processes too, but not to one that has just been started
+    except KeyboardInterrupt:
+        # A terminal's Ctrl-C comes to the processes too, but not to one that has just been started.
         pool.shutdown(wait=False, cancel_futures=True)
         told: set[subprocess.Popen[str]] = set()
         while not all(future.done() for future in waiting):
