@@ -48,11 +48,16 @@ def result_divergence(wanted: list[Any], found: list[Any]) -> float | None:
     """How far results are from those wanted, as a share of what tells one image's from another's; 1 is no better than their mean.
 
     The mean squared distance over the variance between images, of logits or features [n, ...], batch by batch. None where a
-    result is no tensor, or all images have the same. A block's divergence does not show it: where a few channels hold most of
+    result is no such tensor, or all images have the same. A block's divergence does not show it: where a few channels hold most of
     the energy, all the rest may be lost.
     """
-    if not all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in (*wanted, *found)):
+    every = [*wanted, *found]
+    if not all(isinstance(each, torch.Tensor) and each.is_floating_point() and each.dim() > 1 for each in every):
         return None
+    if len({each.shape[1:] for each in every}) > 1 or any(
+        w.shape != f.shape for w, f in zip(wanted, found, strict=True)
+    ):
+        return None  # of shapes that depend on values
     right, other = (torch.cat(list(parts)).double().flatten(1) for parts in (wanted, found))
     spread = (right - right.mean(dim=0)).square().mean()
     if not spread > 1e-12 * right.square().mean():

@@ -146,6 +146,9 @@ def test_results_that_cannot_be_compared_are_left_out():
     assert result_divergence([{"logits": wanted[0]}], [{"logits": wanted[0]}]) is None
     assert result_divergence([wanted[1]], [wanted[1] + 1]) is None  # one image: nothing tells it from another
     assert result_divergence([torch.ones(2, 3)], [torch.zeros(2, 3)]) is None
+    for other in (torch.randn(3, 3), torch.randn(2, 4), torch.randn(6), torch.tensor(1.0)):  # what values decide
+        assert result_divergence([wanted[0]], [other]) is None
+        assert result_divergence([other, wanted[0]], [other, wanted[0]]) == (0 if other.shape == (3, 3) else None)
 
 
 def test_measurements_are_what_they_say(float_model, images):
