@@ -41,7 +41,7 @@ from .options import (
     synthesis_options,
 )
 from .report import CURRICULUM, REPORT, SAMPLES, make_report
-from .synthesize import run_synthesis
+from .synthesize import SNAPSHOT, run_synthesis
 
 FILE = "model.safetensors"
 MADE = ("synthetic", "procedural", "noise")  # images that need no data
@@ -200,6 +200,8 @@ def command(**options: Any) -> None:
         settings = {**quantization.settings, "companions": companions}
         qmodel.dfqvit_record = quantization.made_from(quantization.calibration, settings)
     path = save(qmodel, out / FILE)
+    if calib == "synthetic":
+        (out / SNAPSHOT).unlink(missing_ok=True)
     source = calib if calib in MADE else "given images"
     page = make_report(
         out,
@@ -242,7 +244,7 @@ def _calibration(
 ) -> tuple[torch.Tensor, list[str]]:
     """The images of --calib, and the names of the pictures of them that were written."""
     if calib == "synthetic":
-        return run_synthesis(model, preprocessing, config, out, resume), [SAMPLES, CURRICULUM]
+        return run_synthesis(model, preprocessing, config, out, resume, keep=True), [SAMPLES, CURRICULUM]
     if calib in MADE:
         made, _ = calibration_images(
             model, calib, samples=config.samples, iters=0, seed=config.seed, preprocessing=preprocessing

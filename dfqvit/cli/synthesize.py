@@ -18,6 +18,7 @@ from ..synthesis.writing import write_tensors
 from .options import SynthesisBar, common, emit, model_options, open_model, synthesis_config, synthesis_options
 
 SAMPLES = "samples.safetensors"
+SNAPSHOT = "synthesis.snapshot.safetensors"
 
 
 @click.command("synthesize")
@@ -44,11 +45,19 @@ def command(**options: Any) -> None:
 
 
 def run_synthesis(
-    model: torch.nn.Module, preprocessing: Preprocessing, config: SynthesisConfig, out: Path, resume: bool
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    config: SynthesisConfig,
+    out: Path,
+    resume: bool,
+    keep: bool = False,
 ) -> torch.Tensor:
-    """Synthesises with a progress bar and a snapshot in `out`, which goes when the run is complete; writes the pictures."""
+    """Synthesises with a progress bar and a snapshot in `out`, which goes when the run is complete; writes the pictures.
+
+    `keep`: the last step stays as SNAPSHOT, for a command that may be interrupted afterwards and removes it itself.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    snapshot = out / "synthesis.snapshot.safetensors"
+    snapshot = out / SNAPSHOT
     run = Synthesis(model, config, preprocessing, snapshot)
     if resume and not run.resume():
         warnings.warn(f"--resume found no snapshot in '{out}'; the synthesis starts at its first step", stacklevel=2)
@@ -64,5 +73,8 @@ def run_synthesis(
         return images
     save_grid(images, out / "samples.png", preprocessing)
     save_curriculum(run.frames, out / "curriculum.png", preprocessing)
-    snapshot.unlink(missing_ok=True)
+    if keep:
+        run.save_snapshot()
+    else:
+        snapshot.unlink(missing_ok=True)
     return images

@@ -394,6 +394,31 @@ def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(run, tmp_path):
     assert sorted(os.listdir(tmp_path / "a")) == ["curriculum.png", "model.safetensors", "report.html", "samples.png"]
 
 
+def test_ctrl_c_after_the_synthesis_keeps_it(run, tmp_path, monkeypatch):
+    """Found here: the line named --resume, and the images were gone with the calibration that was interrupted."""
+    arguments = ["quantize", "demo", "--samples", "2", "--iters", "3", "--rounding", "nearest", "--out"]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def taken(_):
+        raise AssertionError("a step was taken again")
+
+    monkeypatch.setattr("dfqvit.cli.quantize.quantize", interrupted)
+    status, _, err = run(*arguments, tmp_path / "a")
+    assert (status, said(err)[-1]) == (
+        130,
+        "dfqvit: interrupted; the same command with --resume goes on where a synthesis stopped",
+    )
+    monkeypatch.undo()
+    assert run(*arguments, tmp_path / "b")[0] == 0
+    monkeypatch.setattr("dfqvit.synthesis.step.Step.__call__", taken)
+    assert run(*arguments, tmp_path / "a", "--resume")[0] == 0
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert one == two
+    assert not (tmp_path / "a" / "synthesis.snapshot.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "given", "wanted"),
     [
