@@ -226,6 +226,8 @@ def quantize(
     settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
     settings |= {"companions": companions} if companions else {}
     settings |= {"reconstruct": reconstruct} if reconstruct else {}
+    measured = measure(model, qmodel, images, preprocessing, corrected)
+    warn_of_results(measured)
     qmodel.dfqvit_record = QuantizationRecord(  # type: ignore[assignment]
         spec=spec,
         preprocessing=preprocessing,
@@ -235,9 +237,8 @@ def quantize(
         acm=acm,
         acm_blocks=sorted(corrected),
         settings=settings,
-        measured=(measured := measure(model, qmodel, images, preprocessing, corrected)),
+        measured=measured,
     )
-    warn_of_results(measured)
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
     if isinstance(spec, ModelSpec):
         preprocessing.write_to(qmodel)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import weakref
 from typing import TypeVar
 
 Error = TypeVar("Error", bound=BaseException)
+# The signals that end a program, as far as the system has them.
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class UsageError(ValueError):

@@ -26,7 +26,7 @@ from ..models.adapters.scalings import scalings
 from ..models.copying import copied
 from ..progress import tracked
 from ..quantization.layers import QuantLinear
-from ..quantization.model import BITS
+from ..quantization.model import state_of
 from ..quantization.recipe import Recipe
 from .observation import BATCH, convert, freeze, observe
 
@@ -156,9 +156,7 @@ def _fixed_bytes(qmodel: nn.Module) -> int:
     """Of a file, beside the packed weights; `qmodel` is of `_widest`."""
     frozen, layers = copied(qmodel), _layers(qmodel)
     freeze(frozen, allocate_only=True)
-    whole = len(
-        safetensors.torch.save({key: value.contiguous() for key, value in frozen.state_dict().items() if key != BITS})
-    )
+    whole = len(safetensors.torch.save({key: value.contiguous() for key, value in state_of(frozen).items()}))
     record = _RECORD_BYTES + len(json.dumps(dict.fromkeys(layers, WIDTHS[0])))
     return whole + record - sum(_sizes(layer)[WIDTHS[0]] for layer in layers.values())
 

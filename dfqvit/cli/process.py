@@ -11,9 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ending, interruption
+from ..errors import ENDING, ending, interruption
 
-ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _PATIENCE = 5
 _ignored = 0  # signals since the one that is cleaned up after
 

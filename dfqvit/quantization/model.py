@@ -213,6 +213,11 @@ def _refuse_tangents(images: torch.Tensor) -> None:
         )
 
 
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of its state_dict as a file holds them: without the bits, which stand in the record."""
+    return {key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] != BITS}
+
+
 def _telling(model: nn.Module) -> list[tuple[str, TellsBits]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, TellsBits)]
 

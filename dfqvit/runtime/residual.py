@@ -147,7 +147,7 @@ class _Steps:
         self.parts = Parts(attention.operands.bound(bind), **found, position_bias=_once(attention.position_bias, bind))
         self.proj = product(attention.proj, gain=first, bind=bind)
         apart = isinstance(mlp, SwiGLU)
-        self.norm2 = (_normed_for_both if apart else normed)(block.norm2, mlp if apart else mlp.fc1, bind)
+        self.norm2 = _normed_for_both(block.norm2, mlp, bind) if apart else normed(block.norm2, mlp.fc1, bind)
         self.hidden = _hidden(mlp, bind)
         self.fc2 = product(mlp.fc2, gain=second, bind=bind)
 

@@ -36,7 +36,7 @@ from ..models.network import Build, NetworkSpec, trusted
 from ..models.preprocessing import image_size
 from ..models.spec import ABSENT_IN_EVAL, dotted, said, settings
 from ..quantization.layers import QuantLinear
-from ..quantization.model import BITS, quantized
+from ..quantization.model import BITS, quantized, state_of
 from ..quantization.prepared import Prepares
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
@@ -107,14 +107,9 @@ def held(qmodel: nn.Module, taker: str) -> tuple[QuantizationRecord, dict[str, t
             "qmodel is a network that was quantized without build; give dfqvit.quantize build='module:function'"
         )
     aliases = _aliases(qmodel)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in _state(qmodel).items() if k not in aliases}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state_of(qmodel).items() if k not in aliases}
     record, twin = as_it_is(qmodel, record, tensors)
     return record, tensors | changed_tables(qmodel, twin)
-
-
-def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of its state_dict; the bits stand in the record."""
-    return {key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] != BITS}
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -305,7 +300,7 @@ def _resized(
 
 def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn.Module) -> str:
     aliases = _aliases(twin)
-    wanted = {key: value for key, value in _state(twin).items() if key not in aliases}
+    wanted = {key: value for key, value in state_of(twin).items() if key not in aliases}
     for key in sorted((wanted.keys() | tensors.keys()) - {BITS}):
         have, need = (
             None if each is None else (tuple(each.shape), each.dtype) for each in (tensors.get(key), wanted.get(key))
@@ -406,7 +401,7 @@ def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
 def sizes(qmodel: nn.Module) -> dict[str, int]:
     """Bytes of the saved tensors by what they are."""
     kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
-    for key, tensor in _state(qmodel).items():
+    for key, tensor in state_of(qmodel).items():
         kind = (
             "packed weights" if key.endswith("weight_packed") else "ACM" if key.endswith(".acm") else "everything else"
         )

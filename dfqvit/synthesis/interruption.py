@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+from ..errors import ENDING
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def uninterrupted() -> Iterator[None]:
         held.append(number)
 
     # Not the system's own handler, which ends the process, nor one that says to ignore the signal.
-    handlers = {number: found for number in _SIGNALS if callable(found := signal.getsignal(number))}
+    handlers = {number: found for number in ENDING if callable(found := signal.getsignal(number))}
     try:
         for number in handlers:
             signal.signal(number, hold)

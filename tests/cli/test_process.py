@@ -29,6 +29,16 @@ def program(body, **options):
     return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
 
 
+def ended(body):
+    """(status, stdout, stderr) of `program` with the usual signals."""
+    found = program(body, capture_output=True, preexec_fn=usual)
+    return found.returncode, found.stdout, found.stderr.strip()
+
+
+def half_written(folder):
+    return [f"path = {str(folder / 'half')!r}", "open(path, 'w').write('half')"]
+
+
 def usual():
     """The signals of a process that is started, whatever the tests' own surroundings ignore."""
     for number in ENDING:
@@ -39,16 +49,14 @@ def usual():
 def test_signals_that_end_it_let_it_clean_up(name, status, tmp_path):
     """Found here: SIGTERM and SIGHUP left half of a file, and the steps of a synthesis since its last snapshot were lost."""
     body = [
-        f"path = {str(tmp_path / 'half')!r}",
-        "open(path, 'w').write('half')",
+        *half_written(tmp_path),
         "try:",
         f"    os.kill(os.getpid(), signal.{name})",
         "    time.sleep(60)",
         "finally:",
         "    os.unlink(path)",
     ]
-    found = program(body, capture_output=True, preexec_fn=usual)
-    assert (found.returncode, found.stdout, found.stderr.strip()) == (status, "", "dfqvit: interrupted")
+    assert ended(body) == (status, "", "dfqvit: interrupted")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,8 +81,7 @@ def test_a_second_signal_changes_nothing(first, second, status, tmp_path):
         "atexit.register(again)",
         "say = cli._fail",
         "cli._fail = lambda *told: (again(), say(*told), again())[1]",
-        f"path = {str(tmp_path / 'half')!r}",
-        "open(path, 'w').write('half')",
+        *half_written(tmp_path),
         "try:",
         "    try:",
         f"        signal.raise_signal(signal.{first})",
@@ -85,8 +92,7 @@ def test_a_second_signal_changes_nothing(first, second, status, tmp_path):
         "    again()",
         "    os.unlink(path)",
     ]
-    found = program(body, capture_output=True, preexec_fn=usual)
-    assert (found.returncode, found.stdout, found.stderr.strip()) == (status, "", "dfqvit: interrupted; go on")
+    assert ended(body) == (status, "", "dfqvit: interrupted; go on")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,8 +151,7 @@ def test_the_end_of_processes_that_read_images_changes_nothing():
         "    signal.raise_signal(signal.SIGCHLD)",
         "    click.echo('cleaned')",
     ]
-    found = program(body, capture_output=True, preexec_fn=usual)
-    assert (found.returncode, found.stdout, found.stderr.strip()) == (143, "cleaned\n", "dfqvit: interrupted")
+    assert ended(body) == (143, "cleaned\n", "dfqvit: interrupted")
 
 
 def test_a_signal_after_a_signal_that_a_library_swallowed_ends_it():

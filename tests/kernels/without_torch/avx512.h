@@ -76,6 +76,12 @@ Vector each(uint64_t mask, Function f) {
   for (int i = 0; i < static_cast<int>(sizeof(Vector) / sizeof(T)); ++i) result.v[i] = mask >> i & 1 ? f(i) : T(0);
   return vector<Vector>(result);
 }
+// The same of each pair of numbers.
+template <class T, class Vector, class Function>
+Vector pairwise(uint64_t mask, Vector a, Vector b, Function f) {
+  const auto x = lanes<T>(a), y = lanes<T>(b);
+  return each<Vector, T>(mask, [&](int i) { return f(x.v[i], y.v[i]); });
+}
 constexpr uint64_t kAll = ~uint64_t{0};
 template <class T>
 T saturated(int32_t value) {
@@ -116,12 +122,10 @@ inline void stream(float* p, __m512 a) {
   store(p, a);
 }
 inline __m512 min(uint64_t mask, __m512 a, __m512 b) {  // the second where one is no number
-  const auto x = lanes<float>(a), y = lanes<float>(b);
-  return each<__m512, float>(mask, [&](int i) { return x.v[i] < y.v[i] ? x.v[i] : y.v[i]; });
+  return pairwise<float>(mask, a, b, [](float x, float y) { return x < y ? x : y; });
 }
 inline __m512 max(uint64_t mask, __m512 a, __m512 b) {
-  const auto x = lanes<float>(a), y = lanes<float>(b);
-  return each<__m512, float>(mask, [&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
+  return pairwise<float>(mask, a, b, [](float x, float y) { return x > y ? x : y; });
 }
 inline __mmask16 compare(__m512 a, __m512 b, int predicate) {
   const auto x = lanes<float>(a), y = lanes<float>(b);
@@ -158,8 +162,7 @@ inline __m512 mov(uint64_t mask, __m512 a) {
 }
 inline __m512 range(uint64_t mask, __m512 a, __m512 b, int what) {
   if (what != 11) std::abort();  // the greater absolute value, without a sign; the number where one is none
-  const auto x = lanes<float>(a), y = lanes<float>(b);
-  return each<__m512, float>(mask, [&](int i) { return std::fmax(std::fabs(x.v[i]), std::fabs(y.v[i])); });
+  return pairwise<float>(mask, a, b, [](float x, float y) { return std::fmax(std::fabs(x), std::fabs(y)); });
 }
 // What is left of a number when its whole part is taken, rounded to even or down.
 inline __m512 reduce(uint64_t mask, __m512 a, int rounding) {
@@ -171,10 +174,8 @@ inline __m512 reduce(uint64_t mask, __m512 a, int rounding) {
   });
 }
 inline __m512 scalef(uint64_t mask, __m512 a, __m512 b) {  // a 2^floor(b)
-  const auto x = lanes<float>(a), y = lanes<float>(b);
-  return each<__m512, float>(mask, [&](int i) {
-    if (std::isnan(y.v[i])) return y.v[i];
-    return std::ldexp(x.v[i], static_cast<int>(std::floor(std::clamp(y.v[i], -1000.0f, 1000.0f))));
+  return pairwise<float>(mask, a, b, [](float x, float y) {
+    return std::isnan(y) ? y : std::ldexp(x, static_cast<int>(std::floor(std::clamp(y, -1000.0f, 1000.0f))));
   });
 }
 // Within 2^-14 of it: here as far from it as that allows, up or down, so that nothing can rest on more.
@@ -233,24 +234,19 @@ __m512i set_each(Values... values) {
   return vector<__m512i>(Lanes<int32_t, sizeof...(values)>{{values...}});
 }
 inline __m512i add_integers(uint64_t mask, __m512i a, __m512i b) {
-  const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
-  return each<__m512i, uint32_t>(mask, [&](int i) { return x.v[i] + y.v[i]; });
+  return pairwise<uint32_t>(mask, a, b, [](uint32_t x, uint32_t y) { return x + y; });
 }
 inline __m512i add_saturating(__m512i a, __m512i b) {
-  const auto x = lanes<int16_t>(a), y = lanes<int16_t>(b);
-  return each<__m512i, int16_t>(kAll, [&](int i) { return saturated<int16_t>(x.v[i] + y.v[i]); });
+  return pairwise<int16_t>(kAll, a, b, [](int16_t x, int16_t y) { return saturated<int16_t>(x + y); });
 }
 inline __m512i min_integers(uint64_t mask, __m512i a, __m512i b) {
-  const auto x = lanes<int32_t>(a), y = lanes<int32_t>(b);
-  return each<__m512i, int32_t>(mask, [&](int i) { return std::min(x.v[i], y.v[i]); });
+  return pairwise<int32_t>(mask, a, b, [](int32_t x, int32_t y) { return std::min(x, y); });
 }
 inline __m512i max_integers(uint64_t mask, __m512i a, __m512i b) {
-  const auto x = lanes<int32_t>(a), y = lanes<int32_t>(b);
-  return each<__m512i, int32_t>(mask, [&](int i) { return std::max(x.v[i], y.v[i]); });
+  return pairwise<int32_t>(mask, a, b, [](int32_t x, int32_t y) { return std::max(x, y); });
 }
 inline __m512i min_bytes(__m512i a, __m512i b) {
-  const auto x = lanes<uint8_t>(a), y = lanes<uint8_t>(b);
-  return each<__m512i, uint8_t>(kAll, [&](int i) { return std::min(x.v[i], y.v[i]); });
+  return pairwise<uint8_t>(kAll, a, b, [](uint8_t x, uint8_t y) { return std::min(x, y); });
 }
 inline __m512i choose(__m512i otherwise, uint64_t mask, __m512i a) {
   const auto x = lanes<int32_t>(a), y = lanes<int32_t>(otherwise);
