@@ -59,6 +59,7 @@ def test_auto_takes_the_chain_on_a_gpu(name):
     assert set(dfqvit.integer_report(quantized).values()) == {""}
 
 
+@pytest.mark.skipif(INTERPRETED, reason="it runs no Triton")
 @pytest.mark.parametrize("serving", [True, False])
 def test_auto_asks_all_operators_for_kernels_on_the_device(model, monkeypatch, serving):
     """On a machine without a GPU: buffers on another device stand for it."""
