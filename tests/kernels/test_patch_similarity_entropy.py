@@ -344,7 +344,9 @@ def test_explicit_range(backend: Live) -> None:
 
 @pytest.mark.parametrize("part", [2] if INTERPRETED else [1, 5, 17])
 def test_micro_batches_with_the_range_of_the_whole(backend: Live, part: int) -> None:
-    features = (torch.randn((2, 3, 9, 12) if INTERPRETED else (2, 36, 26, 12)) + 0.8).to(backend.device).requires_grad_()
+    features = (
+        (torch.randn((2, 3, 9, 12) if INTERPRETED else (2, 36, 26, 12)) + 0.8).to(backend.device).requires_grad_()
+    )
     whole = kernels.patch_similarity_entropy(features)
     whole.sum().backward()
     parts = features.detach().split(part, dim=1)
