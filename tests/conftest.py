@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import hashlib
+import io
 import os
 import pickle
 import platform
@@ -217,23 +218,38 @@ def shallow_demo(name: str) -> nn.Module:
     return model
 
 
-def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+class _ByValue(pickle.Pickler):
+    """Equal tensors give equal bytes: torch's own pickles say where in memory each lies."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+            return NotImplemented
+        content = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        how = type(value), value.dtype, value.shape, value.stride(), value.requires_grad, vars(value)
+        return tuple, ((*how, content),)
+
+
+def made_once(make: Callable[..., Any], most: int = 100) -> Callable[..., Any]:
     """`make`, for which equal arguments and an equal state of torch's random numbers make the same: then a copy of it.
 
-    For what tests only begin with, such as a quantized model; on every CPU path anew.
+    For what tests only begin with, such as a quantized model; on every CPU path anew. The latest `most` are kept.
     """
     kept: dict[bytes, tuple[Any, torch.Tensor]] = {}
 
     @functools.wraps(make)
     def call(*args: Any, **kwargs: Any) -> Any:
+        module, _ = extension.load()
+        path = None if module is None else module.active_isa()
+        file = io.BytesIO()
         try:
-            module, _ = extension.load()
-            path = None if module is None else module.active_isa()
-            key = hashlib.sha256(pickle.dumps((args, kwargs, path, torch.get_rng_state()))).digest()
+            _ByValue(file).dump((args, kwargs, path, torch.get_rng_state()))
         except (AttributeError, pickle.PicklingError, TypeError):  # a class within a test
             return make(*args, **kwargs)
+        key = hashlib.sha256(file.getbuffer()).digest()
         if key not in kept:
             kept[key] = make(*args, **kwargs), torch.get_rng_state()
+            if len(kept) > most:
+                del kept[next(iter(kept))]
         made, state = kept[key]
         torch.set_rng_state(state)
         return copy.deepcopy(made)
