@@ -50,9 +50,13 @@ def integer(model):
     return qmodel, images
 
 
-@functools.cache
 def exported(family, form, strict=False, batch="dynamic"):
     """(a quantized model, images, its program for any number of them); what changes one of the two takes a copy."""
+    return _exported(family, form, strict, batch)  # so that defaults that are given find what was made without
+
+
+@functools.cache
+def _exported(family, form, strict, batch):
     qmodel, images = quantized(few_blocks(family), 4, acm="sequential")
     if form == "integer":
         accelerate(qmodel)
