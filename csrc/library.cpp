@@ -71,7 +71,7 @@ const Definition kDefinitions[] = {
     {"roll_resize_backward(Tensor grad, Tensor rows, Tensor columns, Tensor shift, int height, int width) -> Tensor",
      true, false},
     {"round_second_order(Tensor weight, Tensor scale, Tensor inputs, Tensor? outputs, Tensor input_carry, "
-     "Tensor? output_carry, int bits, int sweeps) -> Tensor",
+     "Tensor? output_carry, Tensor levels, int sweeps) -> Tensor",
      true, false},
     {"total_variation(Tensor images) -> Tensor", true, false},
     {"total_variation_backward(Tensor weights, Tensor images) -> Tensor", true, false},

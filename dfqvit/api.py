@@ -64,6 +64,7 @@ def quantize(
     scaling: str | None = None,
     quantizer: str = "mse",
     rounding: str | None = None,
+    levels: str | None = None,
     edge_bits: int | None = None,
     softmax_bits: int = 8,
     layer_bits: dict[str, int] | None = None,
@@ -108,6 +109,9 @@ def quantize(
             baseline of the literature.
         rounding: "nearest" or "second-order", which picks the integers that keep the layers' outputs on the calibration
             images; default second-order with "gemm" and "mse", else nearest.
+        levels: the integers that weights of 2 to 4 bits may be: "uniform", or "nonuniform", closer together where most weights
+            are, which is more accurate and multiplied as 7 bits (see `quantization.levels`); default nonuniform with "gemm" and
+            "mse", else uniform.
         edge_bits: bits of the first and last layers' weights; default 8 with "gemm", w_bits with "psaq". Their inputs have
             a_bits or edge_bits, whichever is more, with "gemm", and a_bits with "psaq".
         softmax_bits: bits of attention's probabilities, 2 to 8; fewer than 8 are simulated, not run in integers.
@@ -156,6 +160,7 @@ def quantize(
         layer_bits,
         scaling=scaling,
         softmax_bits=softmax_bits,
+        levels=levels,
     )
     if size_budget is not None and layer_bits is not None:
         raise UsageError("size_budget and layer_bits were both given; give one of them")

@@ -1,8 +1,8 @@
-// dfqvit_cpu::round_second_order: the integers Q of a weight W that make trace(O E I E^T) least, E = W - scale Q. They
-// are begun by rounding one weight after another, columns outside and rows inside, what is left over carried to those
-// that come; then coordinate descent in the same order. Half the derivative by E is O E I. Columns go in blocks, so
-// that nearly all of the work is matrix products; within one, what an integer's move does to the rest of its column is
-// one row of O, added to `effect` = O times the changes of the column so far.
+// dfqvit_cpu::round_second_order: the integers Q, each of `levels`, of a weight W that make trace(O E I E^T) least,
+// E = W - scale Q. They are begun by rounding one weight after another, columns outside and rows inside, what is left
+// over carried to those that come; then coordinate descent in the same order. Half the derivative by E is O E I.
+// Columns go in blocks, so that nearly all of the work is matrix products; within one, what an integer's move does to
+// the rest of its column is one row of O, added to `effect` = O times the changes of the column so far.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -53,13 +54,36 @@ struct Block {
   int64_t columns, rows, stride;
 };
 
-struct Limits {
-  float least, greatest;
-};
+// The integers that may be taken, ascending. Where they follow one another, rounding half to even finds the nearest; of
+// others a table does, by steps of a half: within one the nearest is the same, and of two as near it is the greater.
+class Levels {
+ public:
+  explicit Levels(const at::Tensor& levels) {
+    const at::Tensor held = levels.contiguous();
+    const int8_t* values = held.const_data_ptr<int8_t>();
+    const int64_t count = held.numel();
+    least_ = values[0];
+    greatest_ = values[count - 1];
+    follow_ = values[count - 1] - values[0] == count - 1;
+    int64_t at = 0;
+    for (int64_t half = 0; half < kHalves; ++half) {
+      while (at + 1 < count && values[at] + values[at + 1] <= half - kHalves / 2) ++at;
+      nearest_[half] = values[at];
+    }
+  }
 
-inline float clamped(float integer, Limits limits) {
-  return std::min(std::max(std::nearbyint(integer), limits.least), limits.greatest);
-}
+  float nearest(float x) const {
+    if (follow_) return std::min(std::max(std::nearbyint(x), least_), greatest_);
+    const float half = std::floor(2 * x) + kHalves / 2;
+    return nearest_[half >= 0 ? half < kHalves ? static_cast<int>(half) : kHalves - 1 : 0];
+  }
+
+ private:
+  static constexpr int kHalves = 512;  // from -128 on
+  float least_, greatest_;
+  bool follow_;
+  std::array<int8_t, kHalves> nearest_;
+};
 
 // What the weights that are rounded leave to those after them: upper triangular with a diagonal of 1.
 struct Carries {
@@ -76,8 +100,8 @@ struct Begun {
 };
 
 // Rounds rows [begin, end) of a block: all of them, unless they are independent.
-void begin_block(const Begun& block, const float* scale, Limits limits, Carries carries, int64_t begin, int64_t end,
-                 AddScaled add) {
+void begin_block(const Begun& block, const float* scale, const Levels& levels, Carries carries, int64_t begin,
+                 int64_t end, AddScaled add) {
   std::vector<float> aims(end - begin);  // `wanted` with what the rows before in this column left over
   for (int64_t k = 0; k < block.columns; ++k) {
     float *rounded = block.rounded + k * block.rows, *rests = block.rests + k * block.rows;
@@ -85,7 +109,7 @@ void begin_block(const Begun& block, const float* scale, Limits limits, Carries 
     std::copy(wanted + begin, wanted + end, aims.begin());
     for (int64_t i = begin; i < end; ++i) {
       const float aim = aims[i - begin];
-      rounded[i] = clamped(aim / scale[i], limits);
+      rounded[i] = levels.nearest(aim / scale[i]);
       rests[i] = wanted[i] - rounded[i] * scale[i];
       if (carries.outputs == nullptr) continue;
       const float* later = carries.outputs + i * block.rows + i + 1;
@@ -98,17 +122,18 @@ void begin_block(const Begun& block, const float* scale, Limits limits, Carries 
   }
 }
 
-inline float best(float old, float slope, float curvature, Limits limits) {
-  return clamped(old + slope / curvature, limits);
+inline float best(float old, float slope, float curvature, const Levels& levels) {
+  return levels.nearest(old + slope / curvature);
 }
 
 // Moves the integers of rows [begin, end), where rows are independent.
-void move_apart(const Block& block, const float* scale, Limits limits, int64_t begin, int64_t end, AddScaled add) {
+void move_apart(const Block& block, const float* scale, const Levels& levels, int64_t begin, int64_t end,
+                AddScaled add) {
   for (int64_t k = 0; k < block.columns; ++k) {
     float *rounded = block.rounded + k * block.rows, *changes = block.changes + k * block.rows;
     const float *slope = block.slope + k * block.rows, *inputs = block.inputs + k * block.stride;
     for (int64_t i = begin; i < end; ++i) {
-      const float moved = best(rounded[i], slope[i], inputs[k] * scale[i], limits);
+      const float moved = best(rounded[i], slope[i], inputs[k] * scale[i], levels);
       changes[i] = (moved - rounded[i]) * scale[i];
       rounded[i] = moved;
     }
@@ -119,7 +144,7 @@ void move_apart(const Block& block, const float* scale, Limits limits, int64_t b
 }
 
 // Moves them row after row, each hearing at once of those before it.
-void move_in_turn(const Block& block, const float* scale, Limits limits, const float* outputs, AddScaled add) {
+void move_in_turn(const Block& block, const float* scale, const Levels& levels, const float* outputs, AddScaled add) {
   std::vector<float> effect(block.rows);
   for (int64_t k = 0; k < block.columns; ++k) {
     float *rounded = block.rounded + k * block.rows, *changes = block.changes + k * block.rows;
@@ -128,7 +153,7 @@ void move_in_turn(const Block& block, const float* scale, Limits limits, const f
     bool any = false;
     for (int64_t i = 0; i < block.rows; ++i) {
       const float* row = outputs + i * block.rows;
-      const float moved = best(rounded[i], slope[i] - inputs[k] * effect[i], row[i] * inputs[k] * scale[i], limits);
+      const float moved = best(rounded[i], slope[i] - inputs[k] * effect[i], row[i] * inputs[k] * scale[i], levels);
       changes[i] = (moved - rounded[i]) * scale[i];
       if (moved == rounded[i]) continue;
       any = true;
@@ -143,7 +168,7 @@ void move_in_turn(const Block& block, const float* scale, Limits limits, const f
 
 // The integers to begin with, [columns, rows], of a transposed weight.
 at::Tensor begun(const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& input_carry,
-                 const std::optional<at::Tensor>& output_carry, Limits limits) {
+                 const std::optional<at::Tensor>& output_carry, const Levels& levels) {
   const at::Tensor inner = input_carry.contiguous();
   const at::Tensor outer = output_carry ? output_carry->contiguous() : at::Tensor();
   const int64_t columns = weight.size(0), rows = weight.size(1);
@@ -161,10 +186,10 @@ at::Tensor begun(const at::Tensor& weight, const at::Tensor& scale, const at::Te
     const Carries carries{inner.const_data_ptr<float>() + start * columns + start,
                           output_carry ? outer.const_data_ptr<float>() : nullptr};
     if (output_carry) {
-      begin_block(block, scale.const_data_ptr<float>(), limits, carries, 0, rows, add);
+      begin_block(block, scale.const_data_ptr<float>(), levels, carries, 0, rows, add);
     } else {
       parallel_ranges(rows, kGrain, [&](int64_t from, int64_t to) {
-        begin_block(block, scale.const_data_ptr<float>(), limits, carries, from, to, add);
+        begin_block(block, scale.const_data_ptr<float>(), levels, carries, from, to, add);
       });
     }
     if (end < columns) {
@@ -177,15 +202,15 @@ at::Tensor begun(const at::Tensor& weight, const at::Tensor& scale, const at::Te
 
 at::Tensor round_second_order(const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& inputs,
                               const std::optional<at::Tensor>& outputs, const at::Tensor& input_carry,
-                              const std::optional<at::Tensor>& output_carry, int64_t bits, int64_t sweeps) {
+                              const std::optional<at::Tensor>& output_carry, const at::Tensor& levels_of,
+                              int64_t sweeps) {
   const c10::impl::ExcludeDispatchKeyGuard as_they_are(c10::autocast_dispatch_keyset);  // the matrix products
   const at::Tensor w = weight.t().contiguous(), moment = inputs.contiguous(), step = scale.contiguous();
   const at::Tensor outer = outputs ? outputs->contiguous() : at::Tensor();
   const int64_t columns = w.size(0), rows = w.size(1);
-  const float half = static_cast<float>(int64_t{1} << (bits - 1));
-  const Limits limits{-half, half - 1};
+  const Levels levels(levels_of);
   const AddScaled add = add_scaled();
-  at::Tensor rounded = begun(w, step, input_carry, output_carry, limits);
+  at::Tensor rounded = begun(w, step, input_carry, output_carry, levels);
   at::Tensor changes = at::empty_like(w);
   for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
     bool moved = false;
@@ -202,10 +227,10 @@ at::Tensor round_second_order(const at::Tensor& weight, const at::Tensor& scale,
                         rows,
                         columns};
       if (outputs) {
-        move_in_turn(block, step.const_data_ptr<float>(), limits, outer.const_data_ptr<float>(), add);
+        move_in_turn(block, step.const_data_ptr<float>(), levels, outer.const_data_ptr<float>(), add);
       } else {
         parallel_ranges(rows, kGrain, [&](int64_t from, int64_t to) {
-          move_apart(block, step.const_data_ptr<float>(), limits, from, to, add);
+          move_apart(block, step.const_data_ptr<float>(), levels, from, to, add);
         });
       }
       if (!mine.any().item<bool>()) continue;

@@ -20,6 +20,7 @@ from torch import nn
 from ..models.adapters import find_adapter
 from ..progress import tracked
 from ..quantization.layers import QuantLinear
+from ..quantization.levels import levels_of
 from ..quantization.quantizers import ActivationQuantizer
 from .observation import crops
 
@@ -118,13 +119,14 @@ def _tune(
 
 
 class _Learnt:
-    """The weight of one layer, [N, K]: u in steps of the quantizer, and the scale of each row."""
+    """The weight of one layer, [N, K]: u its place among the levels, in steps, and the scale of each row."""
 
     def __init__(self, layer: QuantLinear, weight: torch.Tensor) -> None:
         integers, scale = layer.round_weight(layer.w_bits)
-        self.limits = -(1 << (layer.w_bits - 1)), (1 << (layer.w_bits - 1)) - 1
-        residual = (weight / scale[:, None] - integers).clamp(-_MARGIN, _MARGIN)
-        self.u = (integers + residual).clone().requires_grad_(True)
+        self.levels = levels_of(layer.levels, layer.w_bits).to(weight)
+        places = torch.searchsorted(self.levels, integers.to(weight).contiguous())
+        wanted = self._place(weight / scale[:, None])
+        self.u = (places + (wanted - places).clamp(-_MARGIN, _MARGIN)).requires_grad_(True)
         self.sign = scale.sign()
         self.log_scale = scale.abs().log().requires_grad_(True)
 
@@ -132,11 +134,20 @@ class _Learnt:
         return self.log_scale.exp().detach() * self.sign
 
     def integers(self) -> torch.Tensor:
-        return self.u.detach().round().clamp(*self.limits)
+        return self.levels[self.u.detach().round().clamp(0, len(self.levels) - 1).long()]
 
     def weight(self) -> torch.Tensor:
-        clamped = self.u.clamp(*self.limits)
-        return (clamped + (clamped.round() - clamped).detach()) * (self.log_scale.exp() * self.sign)[:, None]
+        clamped = self.u.clamp(0, len(self.levels) - 1)
+        lower = clamped.detach().floor().clamp_max(len(self.levels) - 2).long()
+        here, next_ = self.levels[lower], self.levels[lower + 1]
+        between = here + (clamped - lower) * (next_ - here)
+        return (between + (self.integers() - between).detach()) * (self.log_scale.exp() * self.sign)[:, None]
+
+    def _place(self, values: torch.Tensor) -> torch.Tensor:
+        """Where the values lie among the levels, in steps from the first; beyond the ends by the steps there."""
+        lower = torch.searchsorted(self.levels, values.contiguous(), right=True).sub(1).clamp(0, len(self.levels) - 2)
+        here, next_ = self.levels[lower], self.levels[lower + 1]
+        return lower + (values - here) / (next_ - here)
 
 
 @torch.no_grad()

@@ -93,7 +93,8 @@ def _as_text(described: dict[str, Any]) -> str:
         ("settings", _settings(described["settings"])),
         (
             "rounding",
-            f"{recipe.rounding}; scales {recipe.quantizer}, placement {recipe.placement}, scaling {recipe.scaling}",
+            f"{recipe.rounding}; scales {recipe.quantizer}, levels {recipe.levels}, placement {recipe.placement}, "
+            f"scaling {recipe.scaling}",
         ),
         ("correction", corrected),
         ("stays float", _float_text(described["float"])),

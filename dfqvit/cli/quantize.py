@@ -22,7 +22,7 @@ from ..evaluation.data import open_images, spread_images
 from ..evaluation.energy import Energy
 from ..models import Preprocessing
 from ..models.adapters import find_adapter
-from ..quantization.recipe import SCALINGS, Recipe
+from ..quantization.recipe import LEVELS, SCALINGS, Recipe
 from ..report.pictures import save_grid
 from ..runtime.record import QuantizationRecord
 from ..storage import save
@@ -70,6 +70,11 @@ FAST_SAMPLES = 32
     "--rounding",
     type=click.Choice(["nearest", "second-order"]),
     help="How weights become integers; default second-order (with gemm and mse), else nearest.",
+)
+@click.option(
+    "--levels",
+    type=click.Choice(LEVELS),
+    help="What weights of 2 to 4 bits may be: evenly spaced, or closer near 0; default nonuniform (with gemm and mse).",
 )
 @click.option("--edge-bits", type=int, help="Bits of the first and last layer; default 8 (gemm) or as --w-bits (psaq).")
 @click.option(
@@ -135,7 +140,7 @@ def command(**options: Any) -> None:
     out, as_json, force = options.pop("out"), options.pop("as_json"), options.pop("force")
     refuse_existing(out / FILE, force)
     refuse_existing(out / REPORT, force)
-    names = ("w_bits", "a_bits", "placement", "quantizer", "rounding", "edge_bits", "softmax_bits", "scaling")
+    names = ("w_bits", "a_bits", "placement", "quantizer", "rounding", "levels", "edge_bits", "softmax_bits", "scaling")
     bits = {key: options.pop(key) for key in names}
     recipe, budget = Recipe(**bits), options.pop("size_budget")
     if budget is not None and given("w_bits"):

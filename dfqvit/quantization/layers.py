@@ -16,9 +16,11 @@ from ..kernels import block_weight, checks, extension, quant_linear, weight_sums
 from ..kernels.dispatch import asked_table
 from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest, unpack_weight
 from ..kernels.quant_linear.op import forward as linear_operator
+from ..kernels.round_second_order.reference import nearest
+from .levels import levels_of, packed_bits, spaced_unevenly
 from .precision import KeepsPrecision
 from .prepared import PREPARED, SOURCES, Call, Prepares, compiled, may_prepare, small_tensors, watch
-from .quantizers import WEIGHT_RULES, ActivationQuantizer
+from .quantizers import WEIGHT_RULES, ActivationQuantizer, search_weight_scale
 from .rounding import SecondMoments, round_together
 
 _ASKED = asked_table()
@@ -33,6 +35,7 @@ class QuantLinear(Prepares, KeepsPrecision):
     `pack_weight`) and `weight_scale` ([out_features]) in place of `weight`. `acm`, where set, is [tokens, out_features] and
     is added in the epilogue. `exponents`, where set, is int8 [in_features]: the layer takes `x / 2^exponents`, and its weight's
     columns were multiplied by as much (see `calibration.equalize`).
+    `packed_bits` is what the integers are packed in: `w_bits`, or more where its `levels` are no even ones (see `levels`).
 
     What the kernels of its device want beside these it prepares as buffers that are in no state_dict: `weight_blocked` on
     CPUs, `weight_sums` and `acm_float` elsewhere. They are made anew when the layer is moved, loaded into, unpickled, or
@@ -53,12 +56,19 @@ class QuantLinear(Prepares, KeepsPrecision):
     exponents: torch.Tensor | None
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, w_bits: int, a_bits: int, quantizer: str
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        w_bits: int,
+        a_bits: int,
+        quantizer: str,
+        levels: str = "uniform",
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.w_bits = w_bits
-        self.quantizer = quantizer
+        self.quantizer, self.levels = quantizer, levels
+        self.packed_bits = packed_bits(levels, w_bits)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         # a copy: calibration writes into it, and another layer may share the one that is given
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -71,9 +81,11 @@ class QuantLinear(Prepares, KeepsPrecision):
         self._prepared_from: tuple[torch.Tensor | None, torch.Tensor | None, int] = None, None, 0
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str) -> QuantLinear:
+    def from_float(
+        cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str, levels: str = "uniform"
+    ) -> QuantLinear:
         """The stand-in for an `nn.Linear`."""
-        return cls(linear.weight, linear.bias, w_bits, a_bits, quantizer)
+        return cls(linear.weight, linear.bias, w_bits, a_bits, quantizer, levels)
 
     @property
     def frozen(self) -> bool:
@@ -92,7 +104,7 @@ class QuantLinear(Prepares, KeepsPrecision):
         weight = self.weight
         assert weight is not None
         self.weight = None
-        row_bytes = packed_row_bytes(self.in_features, self.w_bits)
+        row_bytes = packed_row_bytes(self.in_features, self.packed_bits)
         empty = torch.zeros(self.out_features, row_bytes, dtype=torch.uint8, device=weight.device)
         self.register_buffer("weight_packed", empty, persistent=False)
         self.register_buffer("weight_scale", torch.zeros(self.out_features, device=weight.device))
@@ -116,7 +128,11 @@ class QuantLinear(Prepares, KeepsPrecision):
         if self._decided is not None and bits == self.w_bits:
             return self._decided
         if self._moments is not None:
-            return round_together(weight, *self._moments.damped(), bits)
+            return round_together(weight, *self._moments.damped(), levels_of(self.levels, bits))
+        if spaced_unevenly(self.levels, bits):
+            levels = levels_of(self.levels, bits)
+            scale = search_weight_scale(weight.float(), levels)
+            return nearest(weight / scale[:, None], levels).to(torch.int8), scale
         scale = WEIGHT_RULES[self.quantizer](weight, bits)
         return round_nearest(weight, scale, bits), scale
 
@@ -126,7 +142,7 @@ class QuantLinear(Prepares, KeepsPrecision):
         self._moments = self._decided = None
         self.allocate()
         self.weight_scale.copy_(scale)
-        self.weight_packed.copy_(pack_integers(integers, self.w_bits))
+        self.weight_packed.copy_(pack_integers(integers, self.packed_bits))
         self.input.freeze()
         self.prepare()
 
@@ -134,9 +150,9 @@ class QuantLinear(Prepares, KeepsPrecision):
         """Makes the buffers that the kernels of this device want from the weight and the ACM as they are now."""
         packed, acm, made = self._buffers.get("weight_packed"), self._buffers["acm"], dict.fromkeys(PREPARED)
         if packed is not None and packed.device.type == "cpu" and extension.supports_cpu()[0]:
-            made["weight_blocked"] = block_weight(self.arranged(packed), self.in_features, self.w_bits)
+            made["weight_blocked"] = block_weight(self.arranged(packed), self.in_features, self.packed_bits)
         elif packed is not None and packed.device.type == "cuda":
-            made["weight_sums"] = weight_sums(packed, self.in_features, self.w_bits)
+            made["weight_sums"] = weight_sums(packed, self.in_features, self.packed_bits)
             made["acm_float"] = None if acm is None else acm.float()
         self._buffers.update(made)
         self._prepared_from = packed, acm, _writes(packed)
@@ -250,7 +266,7 @@ class QuantLinear(Prepares, KeepsPrecision):
             x_zero=self.input.zero_point,
             w_scale=self.weight_scale,
             a_bits=self.input.bits,
-            w_bits=self.w_bits,
+            w_bits=self.packed_bits,
             w_sums=w_sums,
         )
         if prepare and may_prepare(self, given) and (watching is None or not watching.current()):
@@ -265,7 +281,7 @@ class QuantLinear(Prepares, KeepsPrecision):
     def _prepare_call(self, x: torch.Tensor, operands: tuple[Any, ...], w_sums: torch.Tensor | None) -> None:
         """Keeps this layer's call of the CPU's operator, for x like this one, with a watch over what it is made from."""
         grid = (self.input.scale.reshape(()), self.input.zero_point.reshape(()), self.weight_scale)
-        bits = (self.input.bits, self.w_bits)
+        bits = (self.input.bits, self.packed_bits)
         arguments = (None, *operands, *grid, *bits, "none", None, None, None, 8, "float32", w_sums)
         if x.dtype != torch.float32 or linear_operator.resolve(x, *arguments[1:]).name != "cpu":
             return
@@ -303,9 +319,11 @@ class QuantPatchProjection(QuantLinear):
         return [name for name in super().__dir__() if name != "in_channels"]
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, w_bits: int, a_bits: int, quantizer: str) -> QuantPatchProjection:
+    def from_conv(
+        cls, conv: nn.Conv2d, w_bits: int, a_bits: int, quantizer: str, levels: str = "uniform"
+    ) -> QuantPatchProjection:
         """The stand-in for an `nn.Conv2d` whose patches do not overlap."""
-        return cls(conv.weight, conv.bias, w_bits, a_bits, quantizer)
+        return cls(conv.weight, conv.bias, w_bits, a_bits, quantizer, levels)
 
     @property
     def by_pixels(self) -> bool:
@@ -325,8 +343,8 @@ class QuantPatchProjection(QuantLinear):
         """As QuantLinear's."""
         if not self._many():
             return packed
-        integers = unpack_weight(packed, self.w_bits, self.in_features)
-        return pack_integers(self._pixels_first(integers), self.w_bits)
+        integers = unpack_weight(packed, self.packed_bits, self.in_features)
+        return pack_integers(self._pixels_first(integers), self.packed_bits)
 
     @property
     def divisor(self) -> torch.Tensor | None:

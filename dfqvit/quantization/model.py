@@ -33,6 +33,7 @@ class QuantizedForward(KeepsPrecision):
         Raises:
             UsageError: the images have an integer dtype, or not the channels that the model takes.
         """
+        expect_values(self, x)
         like = _like(x)
         return like(self._entered(super().forward, x, *args, **kwargs))
 
@@ -79,8 +80,9 @@ class QuantizedForward(KeepsPrecision):
 
     def _of_one_size(self) -> bool:
         """Whether a trace of it is for images of the size that it was traced with: positions, corrections are constants in it."""
-        sized = getattr(getattr(self, "patch_embed", None), "img_size", None)
-        return sized is not None or bool(getattr(getattr(self, "dfqvit_record", None), "acm_blocks", None))
+        names = [name.rpartition(".")[2] for name, _ in [*self.named_parameters(), *self.named_buffers()]]
+        sized = any(getattr(module, "img_size", None) is not None for module in self.modules())
+        return sized or any(name == "acm" or "pos" in name for name in names)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """With the bits that scales and zero points are for, of which a file of tensors alone knows nothing else."""
@@ -142,7 +144,17 @@ class QuantizedNetwork(nn.Module):
                 "(network.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
             )
         _refuse_tangents(x)
-        return _floats(x)
+        return _floats(x, x.dim() == 4 and self._of_one_size())  # type: ignore[operator]
+
+
+def expect_values(model: nn.Module, images: Any) -> None:
+    """UsageError for what torch.fx gives in place of images: it would follow none of the checks that a call begins with."""
+    if isinstance(images, torch.fx.Proxy):
+        left = "; it is in train mode now, as torchvision left it: call eval()" if model.training else ""
+        raise UsageError(
+            "a quantized model cannot be traced by torch.fx, as create_feature_extractor does; forward_intermediates and timm's "
+            f"FeatureGetterNet give its features, torch.export and torch.jit.trace a program{left}"
+        )
 
 
 def kind_of(tensor: torch.Tensor) -> str:

@@ -27,7 +27,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 # plain attributes that a block computes by
 _SETTINGS = (
-    "eps", "num_heads", "head_dim", "scale", "approximate", "training", "bits", "w_bits", "frozen", "steps", "rotate_half",
+    "eps", "num_heads", "head_dim", "scale", "approximate", "training", "bits", "packed_bits", "frozen", "steps", "rotate_half",
     "gate_last", "dilation", "padding", "padding_mode", "stride", "kernel_size", "groups", "shift_size", "window_size",
     "input_resolution", "dynamic_mask",
 )  # fmt: skip

@@ -14,6 +14,8 @@ from torch import nn
 
 from ..errors import UsageError
 from ..kernels import fake_quantize
+from ..kernels.round_second_order.reference import nearest
+from .levels import levels_of
 from .precision import KeepsPrecision
 from .ranges import LEAST_SCALE, MinMaxRange, MseRange
 
@@ -25,28 +27,30 @@ def minmax_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 def mse_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """[N]: the scale of the least squared rounding error of each channel; see `search_weight_scale`."""
-    return search_weight_scale(weight.detach().flatten(1).float(), bits)
+    return search_weight_scale(weight.detach().flatten(1).float(), levels_of("uniform", bits))
 
 
-def search_weight_scale(rows: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> torch.Tensor:
+def search_weight_scale(
+    rows: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor | None = None
+) -> torch.Tensor:
     """[N] for rows [N, K]: of the min-max scale times 0.30, 0.32, ..., 1.10, the one of least squared rounding error.
 
     Clipping a few large weights buys finer steps for all the others; at 3 and 4 bits that is worth more than the clipped ends.
-    A scale may be negative: the grid has one step more below 0 than above, -4 to 3 at 3 bits, and so turns to the side on
+    A scale may be negative: there is one level more below 0 than above, -4 to 3 at 3 bits, and so turns to the side on
     which the row's weights need it.
 
     Args:
         rows: float32 [N, K].
-        bits: of the weights.
+        levels: int8 [n], ascending: the integers that a weight may be.
         importance: [K], what a squared error in each column counts; default all the same.
     """
-    widest = minmax_weight_scale(rows, bits)
-    half = 1 << (bits - 1)
+    middle = (int(levels[-1]) - int(levels[0])) / 2  # how far the levels reach, to either side alike
+    widest = (rows.abs().amax(dim=1).float() / middle).clamp_min(LEAST_SCALE)
     best, least_error = widest, torch.full_like(widest, torch.inf)
     for step in range(41):
         size = (widest * (0.3 + 0.02 * step)).clamp_min(LEAST_SCALE)
         for scale in (size, -size):
-            rounded = (rows / scale[:, None]).round().clamp(-half, half - 1) * scale[:, None]
+            rounded = nearest(rows / scale[:, None], levels) * scale[:, None]
             errors = (rounded - rows).square()
             error = errors.sum(dim=1) if importance is None else errors @ importance
             best = torch.where(error < least_error, scale, best)

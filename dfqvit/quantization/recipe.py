@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from .levels import LEVELS
 from .quantizers import check_rule
 
 PLACEMENTS = ("gemm", "psaq")
@@ -35,6 +36,8 @@ class Recipe:
         scaling: "channels" makes ranges of channels alike where that is free (see `calibration.equalize`) and rotates heads (see
             `calibration.rotate`), "none" leaves them.
             By default "channels" with "gemm" and "mse", else none, which is the literature's baseline.
+        levels: the integers that weights of 2 to 4 bits may be, see `levels`: "uniform", or "nonuniform", closer together where
+            most weights are. By default nonuniform with "gemm" and "mse", else uniform, which is the literature's baseline.
         softmax_bits: bits of attention's probabilities; with "psaq", which leaves them alone, 8.
 
     Raises:
@@ -51,6 +54,7 @@ class Recipe:
     edge_a_bits: int | None = None
     scaling: str | None = None
     softmax_bits: int = 8
+    levels: str | None = None
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -74,6 +78,14 @@ class Recipe:
             raise UsageError(
                 f"scaling was 'channels', placement '{self.placement}' and quantizer '{self.quantizer}'; it is for 'gemm' "
                 "and 'mse'"
+            )
+        if self.levels is None:
+            object.__setattr__(self, "levels", LEVELS[gemm and self.quantizer == "mse"])
+        if self.levels not in LEVELS:
+            raise UsageError(f"levels was '{self.levels}'; it may be {', '.join(map(repr, LEVELS))}")
+        if self.levels == "nonuniform" and self.quantizer != "mse":
+            raise UsageError(
+                f"levels was 'nonuniform' and quantizer '{self.quantizer}'; their scales are searched, so quantizer must be 'mse'"
             )
         for name in ("w_bits", "a_bits", "edge_bits", "softmax_bits", "edge_a_bits"):
             object.__setattr__(self, name, _plain(getattr(self, name)))

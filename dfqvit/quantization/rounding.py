@@ -92,15 +92,16 @@ def feature_sensitivity(features: Sequence[torch.Tensor], generator: torch.Gener
 
 
 def round_together(
-    weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor | None, bits: int
+    weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor | None, levels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(integers int8 [N, K], scale [N]) for weight [N, K] and its damped moments [K, K] and [N, N].
+    """(integers int8 [N, K], scale [N]) for weight [N, K] and its damped moments [K, K] and [N, N]; the
+    integers are of `levels`, see there.
 
     The scale of each row is searched as `quantizer="mse"` does, each weight's error counted by its channel's share of the
     inputs. The integers follow one another, so a CPU finds them, wherever the weight is.
     """
     weight = weight.detach().float()
-    scale = search_weight_scale(weight, bits, inputs.diagonal())
+    scale = search_weight_scale(weight, levels, inputs.diagonal())
     outputs = None if outputs is None else outputs.cpu()
-    integers = round_second_order(weight.cpu(), scale.cpu(), inputs.cpu(), outputs, bits=bits)
+    integers = round_second_order(weight.cpu(), scale.cpu(), inputs.cpu(), outputs, levels=levels)
     return integers.to(weight.device), scale

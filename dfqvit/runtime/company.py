@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..kernels import extension
+from ..quantization.model import expect_values
 
 
 class SerialTorch(nn.Module):
@@ -20,6 +21,7 @@ class SerialTorch(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
+        expect_values(self, x)
         return _serial(super().forward, x, *args, **kwargs)
 
     def forward_features(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

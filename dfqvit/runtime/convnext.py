@@ -42,7 +42,7 @@ class ConvParts:
             [linear.operands()[0] for linear in self.linears],
             biases,
             scales,
-            [linear.w_bits for linear in self.linears],
+            [linear.packed_bits for linear in self.linears],
             [site.scale for site in sites],
             [site.zero_point for site in sites],
             [site.bits for site in sites],

@@ -49,7 +49,7 @@ def product(
     w_scale, factor, correction = scaled(layer.weight_scale, gain), layer.factor, layer.acm
     arguments = (
         None, weight, bias, acm, layer.input.scale, layer.input.zero_point, w_scale,
-        layer.input.bits, layer.w_bits, activation, None, *grid, sums,
+        layer.input.bits, layer.packed_bits, activation, None, *grid, sums,
     )  # fmt: skip
     run = bind(quant_linear, arguments, (_X, _RESIDUAL))
 

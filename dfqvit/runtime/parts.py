@@ -39,7 +39,7 @@ class Joined:
     @property
     def why_not(self) -> str:
         """Why they cannot be one, or ""."""
-        if self.first.w_bits != self.second.w_bits:
+        if self.first.packed_bits != self.second.packed_bits:
             return "the weights of its MLP's first layers differ in bits"
         if not alike(self.first.input, self.second.input):
             return "the inputs of its MLP's first layers are rounded differently"
@@ -50,8 +50,8 @@ class Joined:
         return self.first.input
 
     @property
-    def w_bits(self) -> int:
-        return self.first.w_bits
+    def packed_bits(self) -> int:
+        return self.first.packed_bits
 
     @property
     def weight_scale(self) -> torch.Tensor:
@@ -119,7 +119,7 @@ class Parts:
             [weight for weight, _, _ in operands],
             biases,
             scales,
-            [linear.w_bits for linear in self.linears],
+            [linear.packed_bits for linear in self.linears],
             [site.scale for site in self.sites],
             [site.zero_point for site in self.sites],
             [site.bits for site in self.sites],

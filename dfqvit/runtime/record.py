@@ -67,6 +67,7 @@ class QuantizationRecord:
         of_old = {
             "edge_a_bits": values["recipe"].get("a_bits", 8),
             "scaling": "none",
+            "levels": "uniform",
         }  # files from before these settings
         made_by = values.pop("spec")
         spec = network_spec(made_by) if "build_by" in made_by else ModelSpec(**made_by)

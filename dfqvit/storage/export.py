@@ -66,7 +66,7 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
     record, tensors = held(qmodel, "export_onnx")
     if isinstance(opset, bool) or not isinstance(opset, int) or not LEAST_OPSET <= opset <= GREATEST_OPSET:
         raise UsageError(f"opset was {opset!r}; it may be {LEAST_OPSET} to {GREATEST_OPSET}")
-    narrow = any(isinstance(module, QuantLinear) and module.w_bits <= _INT4 for module in qmodel.modules())
+    narrow = any(isinstance(module, QuantLinear) and module.packed_bits <= _INT4 for module in qmodel.modules())
     if int4 and narrow and opset < OPSET:
         raise UsageError(
             f"opset was {opset}; weights of {_INT4} bits or fewer need {OPSET} as INT4, so give int8 for them (int4=False)"
@@ -104,7 +104,7 @@ def qdq_model(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor], o
             module.opset = opset  # type: ignore[assignment]
             module.__class__ = _QdqActivation
         elif isinstance(module, QuantLinear):
-            integers = unpack_weight(module.weight_packed, module.w_bits, module.in_features)
+            integers = unpack_weight(module.weight_packed, module.packed_bits, module.in_features)
             module.register_buffer("weight_integers", integers.T.contiguous())
             module.register_buffer("factors", module.factor)
             module.opset = opset
@@ -223,7 +223,8 @@ def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: in
     proto = program.model_proto
     if int4:
         _narrow(
-            proto, {name: module.w_bits for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+            proto,
+            {name: module.packed_bits for name, module in model.named_modules() if isinstance(module, QuantLinear)},
         )
     _add_zero_points(proto)
     for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):

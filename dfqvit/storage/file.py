@@ -2,7 +2,8 @@
 
 The file's metadata has one entry, `dfqvit`: JSON with `format_version`, `record` (see `QuantizationRecord`) and `sha256`
 over all tensors and the rest of the JSON. Nothing is pickled. The tensors are the quantized model's state_dict, so their
-names are timm's, with `weight_packed` and `weight_scale` in place of the `weight` of a quantized layer. Beside them stand, under
+names are timm's, with `weight_packed` and `weight_scale` in place of the `weight` of a quantized layer; weights of uneven levels
+stand there as places among these (see `quantization.levels`). Beside them stand, under
 their names too, the tables that a structure computes and no state_dict holds, where they are not as it computes them.
 """
 
@@ -13,7 +14,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from torch import nn
 from ..calibration import freeze
 from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
+from ..kernels.pack_weight import packed_row_bytes
 from ..models import ModelSpec, Preprocessing
 from ..models.adapters import find_adapter, is_network
 from ..models.device import expect_device
@@ -36,6 +38,7 @@ from ..models.network import Build, NetworkSpec, trusted
 from ..models.preprocessing import image_size
 from ..models.spec import ABSENT_IN_EVAL, dotted, said, settings
 from ..quantization.layers import QuantLinear
+from ..quantization.levels import levels_of, narrowed, spaced_unevenly, widened
 from ..quantization.model import BITS, quantized, state_of
 from ..quantization.prepared import Prepares
 from ..runtime import check_runtime, set_runtime
@@ -49,7 +52,8 @@ _PACKAGE = __name__.split(".")[0] + "."
 _RUNTIME = _PACKAGE + "runtime."
 _UNFIT = (LookupError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError)
 _PACKED = ".weight_packed"
-FORMAT_VERSION = 2  # 1: a checksum over the tensors alone
+FORMAT_VERSION = 3
+_READ = (2, 3)  # 2: no uneven levels; 1: a checksum over the tensors alone
 
 
 def save(qmodel: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
@@ -109,7 +113,35 @@ def held(qmodel: nn.Module, taker: str) -> tuple[QuantizationRecord, dict[str, t
     aliases = _aliases(qmodel)
     tensors = {k: v.detach().cpu().contiguous() for k, v in state_of(qmodel).items() if k not in aliases}
     record, twin = as_it_is(qmodel, record, tensors)
-    return record, tensors | changed_tables(qmodel, twin)
+    return record, _narrowed(qmodel, tensors) | changed_tables(qmodel, twin)
+
+
+def _narrowed(qmodel: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model as a file holds them."""
+    found = dict(tensors)
+    for key, layer, levels in _uneven(qmodel):
+        try:
+            found[key] = narrowed(tensors[key], levels, layer.w_bits, layer.in_features)
+        except ValueError as error:
+            raise UsageError(
+                f"qmodel was changed after it was quantized ('{key}': {error}), and no file could hold it"
+            ) from error
+    return found
+
+
+def _widened(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `_narrowed`."""
+    wide = {
+        key: widened(tensors[key], levels, layer.w_bits, layer.in_features) for key, layer, levels in _uneven(model)
+    }
+    return {**tensors, **wide}
+
+
+def _uneven(model: nn.Module) -> Iterator[tuple[str, QuantLinear, torch.Tensor]]:
+    """(key, layer, levels) of each packed weight that a file holds in fewer bits."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear) and spaced_unevenly(layer.levels, layer.w_bits):
+            yield name + _PACKED, layer, levels_of(layer.levels, layer.w_bits)
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -212,6 +244,7 @@ def load(
 def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """A quantized model from its record, its state_dict and its `changed_tables`; simulated, in eval mode, on the CPU."""
     model = _structure(record, tensors)
+    tensors = _widened(model, tensors)
     tables = tensors.keys() & _tables(model).keys()
     for name in tables:
         place, _, leaf = name.rpartition(".")
@@ -369,11 +402,11 @@ def read(path: str | Path) -> tuple[QuantizationRecord, dict[str, torch.Tensor]]
         version = header["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise DfqvitError(f"'{path}' has a damaged dfqvit header") from error
-    if version != FORMAT_VERSION:
+    if version not in _READ:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         advice = "upgrade dfqvit" if newer else "quantize again"
         raise DfqvitError(
-            f"'{path}' has format version {version}; dfqvit {__version__} reads version {FORMAT_VERSION}: {advice}"
+            f"'{path}' has format version {version}; dfqvit {__version__} reads versions {_READ[0]} and {_READ[1]}: {advice}"
         )
     if header.pop("sha256", None) != checksum(header, tensors):
         raise DfqvitError(f"'{path}' was altered or damaged: it does not match its checksum")
@@ -401,11 +434,14 @@ def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
 def sizes(qmodel: nn.Module) -> dict[str, int]:
     """Bytes of the saved tensors by what they are."""
     kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
+    saved = {
+        key: layer.out_features * packed_row_bytes(layer.in_features, layer.w_bits) for key, layer, _ in _uneven(qmodel)
+    }
     for key, tensor in state_of(qmodel).items():
         kind = (
             "packed weights" if key.endswith("weight_packed") else "ACM" if key.endswith(".acm") else "everything else"
         )
-        kinds[kind] += tensor.numel() * tensor.element_size()
+        kinds[kind] += saved.get(key, tensor.numel() * tensor.element_size())
     return kinds
 
 

@@ -132,7 +132,8 @@ def _text(model: nn.Module, record: QuantizationRecord, file: Path, evaluation: 
         f"{preprocessing.interpolation}, crop {preprocessing.crop_pct} |",
         f"| arguments of timm | {record.spec.kwargs or 'none'} |",
         f"| calibration | {record.samples} images, {record.calibration}{f': {settings}' if settings else ''} |",
-        f"| weights | {recipe.quantizer} scales, {recipe.rounding} rounding, first and last layer {recipe.edge_bits} bits |",
+        f"| weights | {recipe.quantizer} scales, {recipe.levels} levels, {recipe.rounding} rounding, first and last layer "
+        f"{recipe.edge_bits} bits |",
         f"| activations | {recipe.a_bits} bits, placement {recipe.placement} |",
         f"| correction | {record.acm}, blocks {record.acm_blocks} |",
         f"| size | {os.path.getsize(file) / 1e6:.2f} MB: {kinds} |",

@@ -15,7 +15,8 @@ def round_second_order(
     inputs: torch.Tensor,
     outputs: torch.Tensor | None = None,
     *,
-    bits: int,
+    bits: int | None = None,
+    levels: torch.Tensor | None = None,
     sweeps: int = 8,
 ) -> torch.Tensor:
     """The integers Q that make the rounding error E = weight - scale * Q least as `inputs` and `outputs` count it.
@@ -33,14 +34,16 @@ def round_second_order(
         inputs: [K, K], float32, symmetric and positive definite: second moments of the layer's inputs.
         outputs: [N, N] likewise, of the gradients at the layer's outputs; None for the identity, where rows are independent.
         bits: 2 to 8; integers lie between -2^(bits-1) and 2^(bits-1) - 1.
+        levels: in place of bits, int8 [n], ascending: the integers that may be taken.
         sweeps: of the descent over the weight, at most.
 
     Returns:
         int8 [N, K].
 
     Raises:
-        TypeError: a tensor is not float32.
-        ValueError: shapes, devices, bits or sweeps do not fit; a scale is 0; a moment is not symmetric or not positive definite.
+        TypeError: a tensor is not float32, or levels not int8.
+        ValueError: shapes, devices, bits, levels or sweeps do not fit; a scale is 0; a moment is not symmetric or not positive
+            definite.
 
     Source: the beginning is Babai's nearest plane, as is GPTQ's (arXiv 2210.17323), of both moments at once; coordinate descent as
     in QuantEase, arXiv 2309.01885; the two-sided objective is K-FAC's, arXiv 1503.05671.
@@ -53,7 +56,7 @@ def round_second_order(
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} had dtype {tensor.dtype}; it must be float32")
     checks.same_device(**tensors)
-    checks.bits("bits", bits)
+    levels = _expect_levels(bits, levels)
     if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
         raise ValueError(f"sweeps was {sweeps!r}; it may be a whole number from 0")
     if weight.dim() != 2:
@@ -76,9 +79,26 @@ def round_second_order(
         by_row = _falling(outputs.diagonal() * scale.square())
         weight, scale, outputs = weight[by_row], scale[by_row], outputs[by_row][:, by_row]
     carries = _carry("inputs", inputs), None if outputs is None else _carry("outputs", outputs)
-    found = forward(weight, scale, inputs, outputs, *carries, bits, sweeps)
+    found = forward(weight, scale, inputs, outputs, *carries, levels.cpu(), sweeps)
     found = found[:, by_column.argsort()]
     return found if by_row is None else found[by_row.argsort()]
+
+
+def _expect_levels(bits: int | None, levels: torch.Tensor | None) -> torch.Tensor:
+    if (bits is None) is (levels is None):
+        raise ValueError("bits and levels were both given or both left out; give one of them")
+    if bits is not None:
+        checks.bits("bits", bits)
+        return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8)
+    assert levels is not None
+    checks.dense("levels", levels)
+    if levels.dtype != torch.int8:
+        raise TypeError(f"levels had dtype {levels.dtype}; it must be int8")
+    if levels.dim() != 1 or not levels.numel():
+        raise ValueError(f"levels had shape {tuple(levels.shape)}; it must be [n], with one level at least")
+    if checks.readable(levels) and not bool((levels[1:] > levels[:-1]).all()):
+        raise ValueError(f"levels was {levels.tolist()}; it must ascend")
+    return levels
 
 
 def _symmetric(moment: torch.Tensor) -> bool:
@@ -105,7 +125,7 @@ def _carry(name: str, moment: torch.Tensor) -> torch.Tensor:
 
 forward = Operator(
     "round_second_order(Tensor weight, Tensor scale, Tensor inputs, Tensor? outputs, Tensor input_carry, Tensor? output_carry, "
-    "int bits, int sweeps) -> Tensor",
+    "Tensor levels, int sweeps) -> Tensor",
     fake=lambda weight, *_: torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format),
     backends=[
         compiled("round_second_order", "cpu", anything),

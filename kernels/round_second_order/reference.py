@@ -14,12 +14,11 @@ def round_second_order(
     outputs: torch.Tensor | None,
     input_carry: torch.Tensor,
     output_carry: torch.Tensor | None,
-    bits: int,
+    levels: torch.Tensor,
     sweeps: int,
 ) -> torch.Tensor:
     """int8 [N, K]: see `op.py`."""
-    half = 1 << (bits - 1)
-    rounded = _begun(weight, scale, input_carry, output_carry, half)
+    rounded = _begun(weight, scale, input_carry, output_carry, levels)
     for _ in range(sweeps):
         moved = False
         slope = (weight - rounded * scale[:, None]) @ inputs
@@ -30,9 +29,9 @@ def round_second_order(
             for k in range(local.shape[0]):
                 column, slopes, steps = rounded[:, start + k], inner[:, k], local[k, k] * scale
                 if outputs is None:
-                    effect = changes[:, k] = _move_apart(column, slopes, steps, scale, half)
+                    effect = changes[:, k] = _move_apart(column, slopes, steps, scale, levels)
                 else:
-                    changes[:, k], effect = _move_in_turn(column, slopes, steps, scale, local[k, k], outputs, half)
+                    changes[:, k], effect = _move_in_turn(column, slopes, steps, scale, local[k, k], outputs, levels)
                 inner -= effect[:, None] * local[k]
             if bool(changes.any()):
                 moved = True
@@ -43,7 +42,11 @@ def round_second_order(
 
 
 def _begun(
-    weight: torch.Tensor, scale: torch.Tensor, input_carry: torch.Tensor, output_carry: torch.Tensor | None, half: int
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    input_carry: torch.Tensor,
+    output_carry: torch.Tensor | None,
+    levels: torch.Tensor,
 ) -> torch.Tensor:
     """The weights rounded one after another, float [N, K].
 
@@ -57,7 +60,7 @@ def _begun(
         i = torch.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1), device=weight.device)
         k = diagonal - i
         aim = wanted[i, k] - carried[i, k]
-        rounded[i, k] = (aim / scale[i]).round().clamp(-half, half - 1)
+        rounded[i, k] = nearest(aim / scale[i], levels)
         made = rounded[i, k] * scale[i]
         wanted[i] -= (wanted[i, k] - made)[:, None] * to_columns[k]
         if to_rows is not None:
@@ -66,10 +69,10 @@ def _begun(
 
 
 def _move_apart(
-    column: torch.Tensor, slope: torch.Tensor, steps: torch.Tensor, scale: torch.Tensor, half: int
+    column: torch.Tensor, slope: torch.Tensor, steps: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor
 ) -> torch.Tensor:
     """Moves all integers of a column, in place, rows being independent; the change of the weight [N]."""
-    new = (column + slope / steps).round_().clamp_(-half, half - 1)
+    new = nearest(column + slope / steps, levels)
     change = (new - column) * scale
     column.copy_(new)
     return change
@@ -82,7 +85,7 @@ def _move_in_turn(
     scale: torch.Tensor,
     curvature: torch.Tensor,
     outputs: torch.Tensor,
-    half: int,
+    levels: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Moves the integers of a column, in place, row after row; the change of the weight [N], and `outputs` times it.
 
@@ -92,7 +95,7 @@ def _move_in_turn(
     steps = outputs.diagonal() * steps
     row = 0
     while row < len(column):
-        new = (column + (slope - curvature * effect) / steps).round_().clamp_(-half, half - 1)
+        new = nearest(column + (slope - curvature * effect) / steps, levels)
         moving = (new[row:] != column[row:]).nonzero()
         if not len(moving):
             break
@@ -102,3 +105,12 @@ def _move_in_turn(
         effect += change[row] * outputs[row]
         row += 1
     return change, effect
+
+
+def nearest(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The nearest of the levels to each of x, in float: half to even where they follow one another, else the greater of two."""
+    least, greatest = int(levels[0]), int(levels[-1])
+    if greatest - least == len(levels) - 1:
+        return x.round().clamp(least, greatest)
+    values = levels.to(x)
+    return values[torch.bucketize(x, (values[1:] + values[:-1]) / 2, right=True)]

@@ -81,6 +81,18 @@ def test_largest_sums_and_zero_points_at_the_ends(seed, zero):
 
 
 @pytest.mark.parametrize("w_bits", range(2, 9))
+def test_the_largest_products_do_not_saturate(seed, isa, w_bits):
+    """Sums of the greatest bytes times the least and the greatest integers, next to each other in every order."""
+    ends = torch.tensor([-(1 << (w_bits - 1)), (1 << (w_bits - 1)) - 1], dtype=torch.float32)
+    weight, x = ends[torch.randint(2, (35, 150))], torch.full((9, 150), 255, dtype=torch.uint8)
+    weight[:2] = ends[:, None]
+    grid = {"x_scale": 1.0, "x_zero": 0.0, "w_scale": torch.ones(35), "a_bits": 8, "w_bits": w_bits}
+    packed = pack_weight(weight, torch.ones(35), w_bits)
+    for form in (packed, block_weight(packed, 150, w_bits)):
+        assert torch.equal(quant_linear(x, form, **grid), (255 * weight.sum(1)).expand(9, 35))
+
+
+@pytest.mark.parametrize("w_bits", range(2, 9))
 def test_packed_weights_give_the_same_bits(seed, w_bits):
     x, weight, p = sample((2, 5, 43), 11, w_bits=w_bits)
     packed = pack_weight(weight, p["w_scale"], w_bits)

@@ -11,6 +11,7 @@ from dfqvit.kernels import round_second_order, use_backend
 
 from ..conftest import threads
 
+UNEVEN = torch.tensor([-63, -39, -24, -11, 0, 14, 31, 56], dtype=torch.int8)
 SHAPES = [(5, 1), (1, 63), (17, 64), (9, 150), (130, 40)]
 
 
@@ -60,6 +61,45 @@ def test_no_single_integer_can_be_moved_for_the_better(seed, isa, backend, shape
             moved = found.clone()
             moved[i, k] = (moved[i, k] + step).clamp(-half, half - 1)
             assert cost(weight, moved, scale, inputs, outputs) >= least * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("shape", [(5, 1), (17, 70)], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_single_level_can_be_changed_for_the_better(seed, isa, backend, shape, together):
+    """By brute force over all levels, which are not evenly spaced."""
+    weight, scale, inputs, outputs = problem(shape, 3, together)
+    scale = scale / 16
+    with use_backend(backend):
+        found = round_second_order(weight, scale, inputs, outputs, levels=UNEVEN, sweeps=100)
+    assert set(found.unique().tolist()) <= set(UNEVEN.tolist())
+    least = cost(weight, found, scale, inputs, outputs)
+    for _ in range(15):
+        i, k = int(torch.randint(shape[0], ())), int(torch.randint(shape[1], ()))
+        for level in UNEVEN:
+            moved = found.clone()
+            moved[i, k] = level
+            assert cost(weight, moved, scale, inputs, outputs) >= least * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_levels_that_follow_one_another_are_those_of_bits(seed, isa, backend):
+    given = problem((9, 40), 4)
+    with use_backend(backend):
+        by_levels = round_second_order(*given, levels=torch.arange(-8, 8, dtype=torch.int8))
+        assert torch.equal(by_levels, round_second_order(*given, bits=4))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_alone_each_weight_takes_the_nearest_level(seed, isa, backend):
+    """Without correlations; halfway between two the greater one, and beyond the ends the end."""
+    halves = (UNEVEN[1:].float() + UNEVEN[:-1].float()) / 2
+    weight = torch.cat([halves, halves.nextafter(torch.tensor(-torch.inf)), torch.tensor([-1e9, -64.0, 60.0, 1e9])])[
+        None
+    ]
+    with use_backend(backend):
+        found = round_second_order(weight, torch.ones(1), torch.eye(weight.shape[1]), levels=UNEVEN)
+    assert found[0].tolist() == [*UNEVEN[1:].tolist(), *UNEVEN[:-1].tolist(), -63, -63, 56, 56]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -184,7 +224,7 @@ def test_operator_contract(seed):
     weight, scale, inputs, outputs = problem((6, 9), 3)
     of_inputs, of_outputs = torch.rand(9, 9).triu(), torch.rand(6, 6).triu()
     for outer, carry in ((outputs, of_outputs), (None, None)):
-        arguments = (weight, scale, inputs, outer, of_inputs, carry, 3, 4)
+        arguments = (weight, scale, inputs, outer, of_inputs, carry, UNEVEN, 4)
         for utility in ("test_schema", "test_faketensor"):
             torch.library.opcheck(torch.ops.dfqvit.round_second_order.default, arguments, test_utils=utility)
 
@@ -201,6 +241,14 @@ def test_bad_input():
         round_second_order(weight, scale[:3], inputs, bits=4)
     with pytest.raises(ValueError, match="bits was 9"):
         round_second_order(weight, scale, inputs, bits=9)
+    with pytest.raises(ValueError, match="bits and levels were both given or both left out; give one of them"):
+        round_second_order(weight, scale, inputs, bits=4, levels=UNEVEN)
+    with pytest.raises(TypeError, match=r"levels had dtype torch\.int64; it must be int8"):
+        round_second_order(weight, scale, inputs, levels=UNEVEN.long())
+    with pytest.raises(ValueError, match=r"levels had shape \(0,\); it must be \[n\], with one level at least"):
+        round_second_order(weight, scale, inputs, levels=UNEVEN[:0])
+    with pytest.raises(ValueError, match=r"levels was \[56, .*\]; it must ascend"):
+        round_second_order(weight, scale, inputs, levels=UNEVEN.flip(0))
     with pytest.raises(ValueError, match="sweeps was -1; it may be a whole number from 0"):
         round_second_order(weight, scale, inputs, bits=4, sweeps=-1)
     with pytest.raises(ValueError, match="scale held 0"):

@@ -5,6 +5,7 @@ import torch
 
 import dfqvit
 from dfqvit.quantization.layers import QuantLinear
+from dfqvit.quantization.levels import levels_of
 from dfqvit.quantization.quantizers import mse_weight_scale
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.quantization.rounding import (
@@ -72,14 +73,14 @@ def test_sensitivity_draws_from_the_fisher_information():
 def test_moments_of_nothing_but_zeros_still_round(together):
     found = moments_of(torch.zeros(4, 9), torch.zeros(4, 3), together)
     weight = torch.randn(3, 9)
-    rounded, scale = round_together(weight, *found.damped(), 4)
+    rounded, scale = round_together(weight, *found.damped(), levels_of("uniform", 4))
     assert torch.allclose(rounded * scale[:, None], weight, atol=0.5)
 
 
 def test_uncorrelated_inputs_give_the_nearest_integers():
     weight = torch.randn(8, 40)
     for outputs in (None, torch.eye(8)):
-        rounded, scale = round_together(weight, torch.eye(40), outputs, 4)
+        rounded, scale = round_together(weight, torch.eye(40), outputs, levels_of("uniform", 4))
         assert torch.equal(scale, mse_weight_scale(weight, 4))
         assert torch.equal(rounded.float(), (weight / scale[:, None]).round().clamp(-8, 7))
 
@@ -99,7 +100,7 @@ def test_outputs_on_other_inputs_of_the_same_kind_are_closer():
     inner, outer = found.damped()
     errors = []
     for outputs in (None, outer):
-        rounded, scale = round_together(weight, inner, outputs, 3)
+        rounded, scale = round_together(weight, inner, outputs, levels_of("uniform", 3))
         errors.append(error(rounded * scale[:, None]))
     assert errors[0] < 0.8 * error(nearest)
     assert errors[1] < 0.8 * errors[0]

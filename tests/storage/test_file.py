@@ -15,7 +15,7 @@ import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.models import ModelSpec, load_model
 from dfqvit.storage.export import export_onnx
-from dfqvit.storage.file import checksum, read
+from dfqvit.storage.file import checksum, read, sizes
 
 from ..conftest import MODELS, SMALL, made_once
 
@@ -102,7 +102,7 @@ def rewrite(path, **changes):
 
 def test_newer_and_foreign_files(saved, tmp_path):
     rewrite(saved, format_version=99)
-    with pytest.raises(DfqvitError, match=r"has format version 99; dfqvit .* reads version 2: upgrade dfqvit"):
+    with pytest.raises(DfqvitError, match=r"has format version 99; dfqvit .* reads versions 2 and 3: upgrade dfqvit"):
         dfqvit.load(saved)
     foreign = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(2)}, foreign)
@@ -113,6 +113,42 @@ def test_newer_and_foreign_files(saved, tmp_path):
         dfqvit.load(foreign)
     with pytest.raises(UsageError, match="there is no such file"):
         dfqvit.load(tmp_path / "nothing.safetensors")
+
+
+def test_files_from_before_uneven_levels(seed, tmp_path):
+    """Of version 2, whose recipe does not name them."""
+    x = torch.randn(2, 3, 32, 32)
+    qmodel = quantize(MODELS["vit"](), 4, calib=x, model_kwargs=SMALL["vit"], levels="uniform")
+    path = dfqvit.save(qmodel, tmp_path / "model.safetensors")
+    record = qmodel.dfqvit_record.to_dict()
+    del record["recipe"]["levels"]
+    rewrite(path, format_version=2, record=record)
+    loaded = dfqvit.load(path)
+    assert loaded.dfqvit_record.recipe.levels == "uniform"
+    assert torch.equal(loaded(x), qmodel(x))
+
+
+@pytest.mark.parametrize("w_bits", [2, 3, 4])
+def test_uneven_levels_take_their_own_bits_in_a_file(seed, tmp_path, w_bits):
+    x = torch.randn(2, 3, 32, 32)
+    files = {}
+    for levels in ("uniform", "nonuniform"):
+        qmodel = quantize(MODELS["vit"](), w_bits, calib=x, model_kwargs=SMALL["vit"], levels=levels)
+        files[levels] = dfqvit.save(qmodel, tmp_path / f"{levels}.safetensors")
+        kinds, (_, tensors) = sizes(qmodel), read(files[levels])
+        packed = sum(tensor.numel() for key, tensor in tensors.items() if key.endswith("weight_packed"))
+        assert kinds["packed weights"] == packed
+    assert abs(files["uniform"].stat().st_size - files["nonuniform"].stat().st_size) < 64
+
+
+def test_integers_that_no_file_could_hold_are_refused(seed, tmp_path):
+    qmodel = dfqvit.quantize(MODELS["vit"](), 4, calib=torch.randn(2, 3, 32, 32), model_kwargs=SMALL["vit"])
+    qmodel.blocks[1].mlp.fc1.weight_packed[3, 0] ^= 1
+    with pytest.raises(
+        UsageError, match=r"was changed .*'blocks.1.mlp.fc1.weight_packed': the weight held integers other"
+    ):
+        dfqvit.save(qmodel, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,33 @@ DFQVIT_TARGET_AVX2 inline void multiply_narrow(const uint8_t* const* row, const 
   }
 }
 
+// Weights of up to kPairs bits: the products of a pair fit, 255 * 64 * 2 = 32640, and are added in 32 bits.
+constexpr int kPairs = 7;
+
+DFQVIT_TARGET_AVX2 inline void multiply_pairs(const uint8_t* const* row, const uint8_t* panel, const int32_t* start,
+                                              int64_t depth, int32_t* sums) {
+  __m256i total[kRows][2];
+  for (int i = 0; i < kRows; ++i) {
+    for (int q = 0; q < 2; ++q) total[i][q] = load(start + 8 * q);
+  }
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t k = 0; k < depth; k += 4, panel += 64) {
+    const __m256i w[2] = {load(panel), load(panel + 32)};
+    for (int i = 0; i < kRows; ++i) {
+      int32_t four;
+      std::memcpy(&four, row[i] + k, sizeof(four));
+      const __m256i x = _mm256_set1_epi32(four);
+      for (int q = 0; q < 2; ++q) {
+        total[i][q] = _mm256_add_epi32(total[i][q], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w[q]), ones));
+        keep(total[i][q]);
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int q = 0; q < 2; ++q) store(sums + 16 * i + 8 * q, total[i][q]);
+  }
+}
+
 // Others are widened to 16 bits, where vpmaddubsw would saturate: of four values and of four weights the first and the
 // third stand in one vector, the second and the fourth in another. Values for kPiece of K at a time.
 constexpr int64_t kPiece = 512;
@@ -156,8 +183,9 @@ DFQVIT_TARGET_AVX2 inline void multiply(const uint8_t* a, int64_t stride, int64_
                                         int64_t depth, int bits, int32_t* sums) {
   const uint8_t* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
-  if (bits <= kNarrow) {
-    for (int j = 0; j < blocks; ++j) multiply_narrow(row, panels[j], starts[j], depth, sums + 16 * kRows * j);
+  if (bits <= kPairs) {
+    const auto multiply = bits <= kNarrow ? multiply_narrow : multiply_pairs;
+    for (int j = 0; j < blocks; ++j) multiply(row, panels[j], starts[j], depth, sums + 16 * kRows * j);
     return;
   }
   for (int j = 0; j < blocks; ++j) {

@@ -112,13 +112,14 @@ class Adapter(abc.ABC):
         self.prepare()
         layers = self.layers() if names is None else {name: self.model.get_submodule(name) for name in names}
         heads = self.heads()
+        assert recipe.levels is not None
         for name, module in layers.items():
             edge = any(module is head for head in heads) or _takes_images(name, module)
             bits = recipe.bits_of(name, edge), recipe.input_bits(edge)
             if isinstance(module, nn.Conv2d):
-                made: QuantLinear = QuantPatchProjection.from_conv(module, *bits, recipe.quantizer)
+                made: QuantLinear = QuantPatchProjection.from_conv(module, *bits, recipe.quantizer, recipe.levels)
             else:
-                made = QuantLinear.from_float(module, *bits, recipe.quantizer)  # type: ignore[arg-type]
+                made = QuantLinear.from_float(module, *bits, recipe.quantizer, recipe.levels)  # type: ignore[arg-type]
             self._replace(name, made)
         for name in recipe.layer_bits or {}:
             if not isinstance(dict(self.model.named_modules()).get(name), QuantLinear):
