@@ -34,6 +34,7 @@ from dfqvit.synthesis import SynthesisConfig
 CIFAR = ("0.4914,0.4822,0.4465", "0.2470,0.2435,0.2616")  # mean and std
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
+    "uniform": {"levels": "uniform"},
     "unscaled": {"scaling": "none"},
     "paper": {"placement": "psaq", "quantizer": "minmax", "acm": "none"},
     "reconstructed": {"reconstruct": 100},

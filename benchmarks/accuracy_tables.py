@@ -27,6 +27,7 @@ NAMES = {
 }
 SUFFIXES = {
     "default": "",
+    "uniform": ", `--levels uniform`",
     "unscaled": ", `--scaling none`",
     "paper": ", the paper's quantizer",
     "reconstructed": ", `--reconstruct 100`",

@@ -177,10 +177,14 @@ LinearLayer::LinearLayer(const at::Tensor& weight_in, const OptionalTensor& bias
 
   const bool given = weight_in.scalar_type() == at::kInt;
   blocks = given ? weight_in.contiguous().detach() : blocked(weight_in, scales.data, in_features, w_bits);
-  weight = {blocks.const_data_ptr<int32_t>(), blocks.size(1), in_features, chunks_of(in_features),
+  weight = {blocks.const_data_ptr<int32_t>(),
+            blocks.size(1),
+            in_features,
+            chunks_of(in_features),
             !given || w_bits > 4 ? 8
             : w_bits == 4        ? 4
-                                 : 3};
+                                 : 3,
+            static_cast<int>(w_bits)};
 
   TORCH_CHECK_VALUE(!bias || bias->numel() == out_features, "bias had ", bias ? bias->numel() : 0,
                     " values; it must have ", out_features);

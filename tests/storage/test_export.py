@@ -22,16 +22,17 @@ from ..conftest import shallow_demo
 from .runtimes import onnx_session
 
 
-def quantized(name, w_bits=4, shallow=False, **settings):
+def quantized(name, w_bits=4, shallow=False, levels="uniform", **settings):
+    """By default of levels that ONNX's INT4 holds."""
     model = shallow_demo(name) if shallow else load_model(name)
     real = spread_images(open_images(demo.TRAIN_SAMPLE, Preprocessing.of(model)), 16)
-    return dfqvit.quantize(model, w_bits, calib=real, **settings)
+    return dfqvit.quantize(model, w_bits, calib=real, levels=levels, **settings)
 
 
 @functools.cache
 def of_noise():
     """A quantized model that is not looked into."""
-    return dfqvit.quantize(shallow_demo("demo"), calib="noise", samples=2, rounding="nearest")
+    return dfqvit.quantize(shallow_demo("demo"), calib="noise", samples=2, rounding="nearest", levels="uniform")
 
 
 def images(model, count):
@@ -78,7 +79,10 @@ def test_int8_weights_have_zero_points_of_their_own(tmp_path, int4):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("demo-swin", {"w_bits": 3, "acm": "sequential"}), ("demo", {"placement": "psaq", "a_bits": 6})],
+    [
+        ("demo-swin", {"w_bits": 3, "acm": "sequential", "levels": "nonuniform"}),
+        ("demo", {"placement": "psaq", "a_bits": 6}),
+    ],
 )
 def test_onnx_runtime_agrees(tmp_path, name, settings):
     qmodel = quantized(name, rounding="nearest", **settings)
@@ -87,7 +91,8 @@ def test_onnx_runtime_agrees(tmp_path, name, settings):
     with torch.no_grad():
         ours = qmodel(x)
     theirs = runtime(tmp_path / "m.onnx")(x)
-    assert written["weights"]["INT4"] >= 16
+    integers = "INT8" if "levels" in settings else "INT4"
+    assert written["weights"][integers] >= 16
     assert written["bytes"] < 600_000
     assert abs(float((ours.argmax(1) == labels).float().mean() - (theirs.argmax(1) == labels).float().mean())) <= 0.004
     assert float((ours - theirs).abs().mean() / ours.abs().mean()) < 0.01

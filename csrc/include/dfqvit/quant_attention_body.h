@@ -181,7 +181,7 @@ DFQVIT_TARGET inline void products(const uint8_t* a, int64_t stride, int64_t r, 
     const int count = static_cast<int>(std::min<int64_t>(2, blocks - block));
     const uint8_t* panels[2] = {weight.values(block), weight.values(block + count - 1)};
     const int32_t* begin[2] = {starts + block * kOutputs, starts + (block + count - 1) * kOutputs};
-    multiply(a, stride, r, rows, panels, begin, count, weight.depth, weight.bits, sums + block * kHop);
+    multiply(a, stride, r, rows, panels, begin, count, weight.depth, weight.fits, sums + block * kHop);
   }
 }
 

@@ -37,6 +37,7 @@ struct Weight {
   int64_t depth;   // K
   int64_t chunks;  // of K
   int bits;        // 8, 4 or 3, as stored
+  int fits = 8;    // bits that each weight fits, as a signed integer
 
   const int32_t* sums(int64_t block) const { return rows + block * stride; }
   const uint8_t* values(int64_t block) const { return reinterpret_cast<const uint8_t*>(sums(block) + kOutputs); }

@@ -342,7 +342,7 @@ DFQVIT_TARGET void gemm(const uint8_t* a, int64_t stride, int64_t rows, const We
         int32_t* sums = buffers[last.sums == buffers[0] + kHeadroom] + kHeadroom;
         const int64_t r = order[t], count = std::min<int64_t>(kRows, rows - r);
         last.announce_to(finish);
-        multiply(a, stride, r, rows, panels, starts, blocks, weight.depth, weight.bits, sums);
+        multiply(a, stride, r, rows, panels, starts, blocks, weight.depth, weight.fits, sums);
         last.hand_to(finish);
         last = {sums, r, count, block, blocks};
       }
