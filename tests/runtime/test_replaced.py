@@ -18,7 +18,7 @@ from dfqvit.calibration import calibrate, convert
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 
-from ..conftest import small_swin, small_vit
+from ..conftest import made_once, small_swin, small_vit
 from .test_blocks import close
 from .test_families import CONVNEXT, ROTARY, SWIN_V2
 
@@ -50,6 +50,7 @@ def lively(architecture, sizes):
     return model
 
 
+@made_once
 def pair(kind, scaling="channels", **options):
     """(integer, simulated, images): the same quantized model twice."""
     architecture, sizes = KINDS[kind]
