@@ -112,7 +112,7 @@ def test_wrong_use_and_the_command(run, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             dfqvit.quantize(model, calib="noise", **settings)
-    out = ["quantize", "demo", "--samples", 4, "--iters", 2, "--w-bits", 3, "--reconstruct", 2]
+    out = ["quantize", "demo", "--samples", 4, "--iters", 2, "--w-bits", 3, "--reconstruct", 2, "--rounding", "nearest"]
     status, stdout, err = run(*out, "--out", tmp_path, "--json")
     assert status == 0, err
     assert json.loads(stdout)["record"]["settings"]["reconstruct"] == 2

@@ -367,10 +367,10 @@ def test_demo_of_all_models(run, tmp_path, monkeypatch, short_demo):
 
 def test_ctrl_c_ends_in_one_line_and_resume_gives_the_same_model(run, tmp_path):
     """A real process and a real signal."""
-    arguments = ["quantize", "demo", "--samples", "2", "--iters", "20", "--rounding", "nearest"]
+    arguments = ["quantize", "demo", "--samples", "2", "--iters", "8", "--rounding", "nearest"]
     code = (
         "import os, signal, sys\nfrom dfqvit import cli\nfrom dfqvit.synthesis.step import Step\n"
-        "step = Step.__call__\ndef stepping(self):\n    if self.taken == 9: os.kill(os.getpid(), signal.SIGINT)\n"
+        "step = Step.__call__\ndef stepping(self):\n    if self.taken == 4: os.kill(os.getpid(), signal.SIGINT)\n"
         "    step(self)\nStep.__call__ = stepping\ncli.main(sys.argv[1:])\n"
     )
     found = subprocess.run(
