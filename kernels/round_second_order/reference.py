@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 BLOCK = 64  # columns whose effect on one another is followed at once; the others hear of them together
+_FEW = 4096  # values from which on `nearest` makes a table
 
 
 def round_second_order(
@@ -113,4 +114,10 @@ def nearest(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     if greatest - least == len(levels) - 1:
         return x.round().clamp(least, greatest)
     values = levels.to(x)
-    return values[torch.bucketize(x, (values[1:] + values[:-1]) / 2, right=True)]
+    between = (values[1:] + values[:-1]) / 2
+    if x.numel() < _FEW:
+        return values[torch.bucketize(x, between, right=True)]
+    # All that decides are halves: a look into a table of these takes a fifth of a search for each of x.
+    halves = torch.arange(2 * least, 2 * greatest + 1, device=x.device)
+    table = values[torch.bucketize(halves.to(x) / 2, between, right=True)]
+    return table[(2 * x).floor_().clamp_(2 * least, 2 * greatest).sub_(2 * least).int()]

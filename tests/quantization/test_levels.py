@@ -43,12 +43,16 @@ def test_uniform_levels_are_all_integers_of_their_bits(bits):
     assert packed_bits("nonuniform", bits) == (PACKED if bits <= 4 else bits)
 
 
+@pytest.mark.parametrize("count", [500, 5000])  # one by one, and by a table
 @pytest.mark.parametrize("kind", ["uniform", "nonuniform"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_nearest_by_brute_force(seed, bits, kind):
+def test_nearest_by_brute_force(seed, bits, kind, count):
     levels = levels_of(kind, bits)
-    x = torch.cat([torch.randn(500) * 40, levels.float(), (levels[1:].float() + levels[:-1].float()) / 2])
+    ties = (levels[1:].float() + levels[:-1].float()) / 2
+    beside = [ties.nextafter(torch.tensor(end)) for end in (-1e9, 1e9)]
+    x = torch.cat([torch.randn(count) * 40, levels.float(), *beside, torch.tensor([-1e30, 1e30]), ties])
     found = nearest(x, levels)
+    assert kind == "uniform" or torch.equal(found[-len(ties) :], levels[1:].float())
     distance = (x[:, None] - levels.float()).abs()
     assert torch.equal((x - found).abs(), distance.amin(1))
     assert set(found.tolist()) <= set(levels.tolist())
