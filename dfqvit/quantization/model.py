@@ -76,13 +76,7 @@ class QuantizedForward(KeepsPrecision):
         channels = getattr(self, "in_chans", None)
         if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
             raise UsageError(f"images had shape {list(x.shape)}; they must be [B, {channels}, H, W]")
-        return _floats(x, self._of_one_size())
-
-    def _of_one_size(self) -> bool:
-        """Whether a trace of it is for images of the size that it was traced with: positions, corrections are constants in it."""
-        names = [name.rpartition(".")[2] for name, _ in [*self.named_parameters(), *self.named_buffers()]]
-        sized = any(getattr(module, "img_size", None) is not None for module in self.modules())
-        return sized or any(name == "acm" or "pos" in name for name in names)
+        return _floats(x, self)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """With the bits that scales and zero points are for, of which a file of tensors alone knows nothing else."""
@@ -144,7 +138,7 @@ class QuantizedNetwork(nn.Module):
                 "(network.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
             )
         _refuse_tangents(x)
-        return _floats(x, x.dim() == 4 and self._of_one_size())  # type: ignore[operator]
+        return _floats(x, self)
 
 
 def expect_values(model: nn.Module, images: Any) -> None:
@@ -169,12 +163,19 @@ def _expect_dense(images: torch.Tensor) -> None:
         )
 
 
-def _floats(images: torch.Tensor, of_one_size: bool = False) -> torch.Tensor:
+def _floats(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """In float32. A trace keeps no check of Python's, so one of TorchScript goes into it: pixels are refused there too."""
     if torch.jit.is_tracing():
-        height, width = _constant_size(images) if of_one_size else (0, 0)
+        height, width = _constant_size(images) if images.dim() == 4 and _of_one_size(model) else (0, 0)
         images = _traced(_refuse_others)(images, height, width)
     return images.float()
+
+
+def _of_one_size(model: nn.Module) -> bool:
+    """Whether a trace of it is for images of the size that it was traced with: positions, corrections are constants in it."""
+    names = [name.rpartition(".")[2] for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    sized = any(getattr(module, "img_size", None) is not None for module in model.modules())
+    return sized or any(name == "acm" or "pos" in name for name in names)
 
 
 def _constant_size(images: torch.Tensor) -> tuple[int, int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import dfqvit
-from dfqvit.models.adapters import find_adapter
+from dfqvit.calibration import calibrate, convert
+from dfqvit.models.adapters import find_adapter, flattened
+from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 
 from .. import networks
@@ -199,6 +203,46 @@ def test_a_traced_network_refuses_pixels(seed):
         assert torch.equal(traced(images)[0], qmodel(images)[0])
         with pytest.raises(torch.jit.Error, match="images had an integer dtype"):
             traced(torch.ones(2, 3, 32, 32, dtype=torch.uint8))
+
+
+POSITIONS = {
+    "naflex": lambda: timm.create_model("naflexvit_base_patch16_gap", **NAFLEX),
+    "naflex by rows and columns": lambda: timm.create_model("naflexvit_base_patch16_parfac_gap", **NAFLEX),
+    "a network": networks.shallow_segmenter,
+}
+NAFLEX = {**FEATURES, "depth": 1, "num_classes": 7, "pos_embed_grid_size": (4, 4)}
+NAFLEX.pop("img_size")
+
+
+@pytest.mark.parametrize("name", list(POSITIONS))
+def test_a_trace_whose_positions_are_constants_takes_one_size(seed, name):
+    """Of as many patches, or fewer, it added the positions of others: the model takes none but this, or positions of its own."""
+    model = POSITIONS[name]().eval()
+    qmodel, images = convert(model, Recipe(8)), torch.randn(2, 3, 32, 32)
+    calibrate(qmodel, images, Recipe(8))
+    accelerate(qmodel)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(qmodel, images, strict=False)
+        for found, expected in zip(flattened(traced(images)), flattened(qmodel(images)), strict=True):
+            assert torch.equal(found, expected)
+        for height, width in ((16, 64), (16, 16)):
+            with pytest.raises(
+                torch.jit.Error, match=f"images were {height} x {width}; the model was traced for 32 x 32"
+            ):
+                traced(torch.randn(2, 3, height, width))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_fx_is_refused(seed, form):
+    """Its tracer ended in "Proxy object cannot be iterated", and torchvision's extractor left dropout on behind it."""
+    qmodel, _ = quantized("swin", form)
+    said = "a quantized model cannot be traced by torch.fx, .*FeatureGetterNet give its features"
+    for trace in (torch.fx.symbolic_trace, lambda model: torch.fx.symbolic_trace(nn.Sequential(model))):
+        with pytest.raises(dfqvit.UsageError, match=f"{said}.* a program$"):
+            trace(qmodel)
+    with pytest.raises(dfqvit.UsageError, match=rf"{said}.*; it is in train mode now, .* call eval\(\)"):
+        create_feature_extractor(qmodel, ["norm"])
 
 
 class Part(nn.Module):
