@@ -308,7 +308,9 @@ class QuantPatchProjection(QuantLinear):
 
     @property
     def in_channels(self) -> int:
-        """What timm asks of the convolution before it makes patches of another size; UsageError: that takes its weights."""
+        """The convolution's; UsageError for patches of many pixels: timm asks for it before it makes such of another size."""
+        if self.kernel_size == (1, 1):
+            return self.in_features
         raise UsageError(
             f"patch_size was another one; a quantized model keeps its {self.kernel_size}: set it on the float model, and quantize "
             "that"

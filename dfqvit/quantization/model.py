@@ -172,9 +172,14 @@ def _floats(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
 
 
 def _of_one_size(model: nn.Module) -> bool:
-    """Whether a trace of it is for images of the size that it was traced with: positions, corrections are constants in it."""
+    """Whether a trace of it is for images of the size that it was traced with: positions, corrections are constants in it.
+
+    So is the number of patches along each side in a MobileViT, which has a `patch_area`.
+    """
     names = [name.rpartition(".")[2] for name, _ in [*model.named_parameters(), *model.named_buffers()]]
-    sized = any(getattr(module, "img_size", None) is not None for module in model.modules())
+    sized = any(
+        getattr(each, name, None) is not None for each in model.modules() for name in ("img_size", "patch_area")
+    )
     return sized or any(name == "acm" or "pos" in name for name in names)
 
 

@@ -208,6 +208,7 @@ def test_a_traced_network_refuses_pixels(seed):
 POSITIONS = {
     "naflex": lambda: timm.create_model("naflexvit_base_patch16_gap", **NAFLEX),
     "naflex by rows and columns": lambda: timm.create_model("naflexvit_base_patch16_parfac_gap", **NAFLEX),
+    "mobilevit": lambda: timm.create_model("mobilevitv2_050", num_classes=7),
     "a network": networks.shallow_segmenter,
 }
 NAFLEX = {**FEATURES, "depth": 1, "num_classes": 7, "pos_embed_grid_size": (4, 4)}
