@@ -26,10 +26,10 @@ NONUNIFORM = {
 
 
 def levels_of(kind: str, bits: int) -> torch.Tensor:
-    """int8 [2^bits], ascending: the integers of a weight of `bits` bits, by an entry of `LEVELS`; beyond 4 bits all are uniform."""
+    """int8 [2^bits], ascending, on the CPU: what a weight of `bits` bits may be, by an entry of `LEVELS`; beyond 4 bits uniform."""
     if spaced_unevenly(kind, bits):
-        return torch.tensor(NONUNIFORM[bits], dtype=torch.int8)
-    return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8)
+        return torch.tensor(NONUNIFORM[bits], dtype=torch.int8, device="cpu")
+    return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8, device="cpu")
 
 
 def spaced_unevenly(kind: str, bits: int) -> bool:

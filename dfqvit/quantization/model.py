@@ -14,6 +14,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..errors import UsageError
+from ..kernels.pack_weight import packed_row_bytes
+from .layers import QuantLinear
 from .precision import KeepsPrecision
 from .quantizers import TellsBits
 
@@ -234,6 +236,16 @@ def _refuse_tangents(images: torch.Tensor) -> None:
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of its state_dict as a file holds them: without the bits, which stand in the record."""
     return {key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] != BITS}
+
+
+def file_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of each of these tensors in a file, where every packed weight takes its own bits (see `levels`)."""
+    packed = {
+        f"{name}.weight_packed": layer.out_features * packed_row_bytes(layer.in_features, layer.w_bits)
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, QuantLinear)
+    }
+    return {key: packed.get(key, tensor.numel() * tensor.element_size()) for key, tensor in state_of(model).items()}
 
 
 def _telling(model: nn.Module) -> list[tuple[str, TellsBits]]:

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import UsageError
 from ..models import ModelSpec, Preprocessing
 from ..models.network import NetworkSpec, network_spec
+from ..quantization.model import file_bytes
 from ..quantization.prepared import METHODS
 from ..quantization.recipe import Recipe
 from .convert import integer_report
@@ -143,13 +144,13 @@ def _described(model: Any) -> list[tuple[str, str]]:
     """A title in two parts, and what one wants to know first about a quantized model."""
     record: QuantizationRecord = model.dfqvit_record
     recipe, why_not = record.recipe, integer_report(model)
-    packed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    size = sum(file_bytes(model).values())
     integer = sum(not reason for reason in why_not.values())
     edges = "" if recipe.layer_bits is not None else f", first and last layer W{recipe.edge_bits}"
     return [
         (f"{type(model).__name__} '{record.spec.architecture}'", "quantized by dfqvit"),
         ("bits", f"{recipe.label}{edges}"),
-        ("size", f"{packed / 1e6:.2f} MB"),
+        ("size", f"{size / 1e6:.2f} MB"),
         ("calibration", _calibrated_on(record)),
         (
             "correction",

@@ -28,7 +28,6 @@ from torch import nn
 from ..calibration import freeze
 from ..calibration.correction import STORED
 from ..errors import DfqvitError, UsageError
-from ..kernels.pack_weight import packed_row_bytes
 from ..models import ModelSpec, Preprocessing
 from ..models.adapters import find_adapter, is_network
 from ..models.device import expect_device
@@ -39,7 +38,7 @@ from ..models.preprocessing import image_size
 from ..models.spec import ABSENT_IN_EVAL, dotted, said, settings
 from ..quantization.layers import QuantLinear
 from ..quantization.levels import levels_of, narrowed, spaced_unevenly, widened
-from ..quantization.model import BITS, quantized, state_of
+from ..quantization.model import BITS, file_bytes, quantized, state_of
 from ..quantization.prepared import Prepares
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
@@ -434,14 +433,11 @@ def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
 def sizes(qmodel: nn.Module) -> dict[str, int]:
     """Bytes of the saved tensors by what they are."""
     kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
-    saved = {
-        key: layer.out_features * packed_row_bytes(layer.in_features, layer.w_bits) for key, layer, _ in _uneven(qmodel)
-    }
-    for key, tensor in state_of(qmodel).items():
+    for key, size in file_bytes(qmodel).items():
         kind = (
             "packed weights" if key.endswith("weight_packed") else "ACM" if key.endswith(".acm") else "everything else"
         )
-        kinds[kind] += saved.get(key, tensor.numel() * tensor.element_size())
+        kinds[kind] += size
     return kinds
 
 

@@ -89,7 +89,7 @@ def _expect_levels(bits: int | None, levels: torch.Tensor | None) -> torch.Tenso
         raise ValueError("bits and levels were both given or both left out; give one of them")
     if bits is not None:
         checks.bits("bits", bits)
-        return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8)
+        return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8, device="cpu")
     assert levels is not None
     checks.dense("levels", levels)
     if levels.dtype != torch.int8:
