@@ -29,7 +29,7 @@ CONTENDERS = {
     "openvino": "OpenVINO bfloat16",
     "openvino-int8": "OpenVINO int8 (NNCF)",
     "dfqvit-w8a8": "dfqvit W8/A8",
-    "dfqvit-w4a8": "dfqvit W4/A8",
+    "dfqvit-w4a8": "dfqvit W4/A8, even levels",
 }
 ACCURACY_MODELS = ("DeiT-T", "ViT-Ti")
 ACCURACY_DATA = "imagenet500"
