@@ -94,8 +94,9 @@ def feature_sensitivity(features: Sequence[torch.Tensor], generator: torch.Gener
 def round_together(
     weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor | None, levels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(integers int8 [N, K], scale [N]) for weight [N, K] and its damped moments [K, K] and [N, N]; the
-    integers are of `levels`, see there.
+    """(integers int8 [N, K], scale [N]) for weight [N, K] and its damped moments [K, K] and [N, N].
+
+    The integers are among `levels`, int8, ascending.
 
     The scale of each row is searched as `quantizer="mse"` does, each weight's error counted by its channel's share of the
     inputs. The integers follow one another, so a CPU finds them, wherever the weight is.
