@@ -22,7 +22,12 @@ from .ranges import LEAST_SCALE, MinMaxRange, MseRange
 
 def minmax_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """[N] for weight [N, ...]: `max|w| / ((2^b - 1) / 2)` of each output channel."""
-    return (weight.detach().flatten(1).abs().amax(dim=1).float() / (((1 << bits) - 1) / 2)).clamp_min(LEAST_SCALE)
+    return _reaching(weight.detach().flatten(1), ((1 << bits) - 1) / 2)
+
+
+def _reaching(rows: torch.Tensor, steps: float) -> torch.Tensor:
+    """[N] for rows [N, K]: the scale of which each row's farthest value is `steps` away from 0."""
+    return (rows.abs().amax(dim=1).float() / steps).clamp_min(LEAST_SCALE)
 
 
 def mse_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -44,8 +49,7 @@ def search_weight_scale(
         levels: int8 [n], ascending: the integers that a weight may be.
         importance: [K], what a squared error in each column counts; default all the same.
     """
-    middle = (int(levels[-1]) - int(levels[0])) / 2  # how far the levels reach, to either side alike
-    widest = (rows.abs().amax(dim=1).float() / middle).clamp_min(LEAST_SCALE)
+    widest = _reaching(rows, (int(levels[-1]) - int(levels[0])) / 2)  # as if they reached as far to either side
     best, least_error = widest, torch.full_like(widest, torch.inf)
     for step in range(41):
         size = (widest * (0.3 + 0.02 * step)).clamp_min(LEAST_SCALE)

@@ -61,28 +61,21 @@ class Recipe:
             raise UsageError(f"placement was '{self.placement}'; it may be {', '.join(map(repr, PLACEMENTS))}")
         check_rule(self.quantizer)
         gemm = self.placement == "gemm"
-        if self.rounding is None:
-            object.__setattr__(self, "rounding", ROUNDINGS[gemm and self.quantizer == "mse"])
-        if self.rounding not in ROUNDINGS:
-            raise UsageError(f"rounding was '{self.rounding}'; it may be {', '.join(map(repr, ROUNDINGS))}")
+        for name, (plain, better) in {"rounding": ROUNDINGS, "scaling": SCALINGS, "levels": LEVELS}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, better if gemm and self.quantizer == "mse" else plain)
+            if getattr(self, name) not in (plain, better):
+                raise UsageError(f"{name} was '{getattr(self, name)}'; it may be '{plain}', '{better}'")
         if self.rounding == "second-order" and self.quantizer != "mse":
             raise UsageError(
                 f"rounding was 'second-order' and quantizer '{self.quantizer}'; second-order rounding searches its own "
                 "scales, so quantizer must be 'mse'"
             )
-        if self.scaling is None:
-            object.__setattr__(self, "scaling", SCALINGS[gemm and self.quantizer == "mse"])
-        if self.scaling not in SCALINGS:
-            raise UsageError(f"scaling was '{self.scaling}'; it may be {', '.join(map(repr, SCALINGS))}")
         if self.scaling == "channels" and not (gemm and self.quantizer == "mse"):
             raise UsageError(
                 f"scaling was 'channels', placement '{self.placement}' and quantizer '{self.quantizer}'; it is for 'gemm' "
                 "and 'mse'"
             )
-        if self.levels is None:
-            object.__setattr__(self, "levels", LEVELS[gemm and self.quantizer == "mse"])
-        if self.levels not in LEVELS:
-            raise UsageError(f"levels was '{self.levels}'; it may be {', '.join(map(repr, LEVELS))}")
         if self.levels == "nonuniform" and self.quantizer != "mse":
             raise UsageError(
                 f"levels was 'nonuniform' and quantizer '{self.quantizer}'; their scales are searched, so quantizer must be 'mse'"
