@@ -173,6 +173,6 @@ class _Rounded(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """[N, K] to the same, rounded."""
-        scale = WEIGHT_RULES["minmax"](weight.detach(), self.bits)
+        scale = WEIGHT_RULES["minmax"](weight, self.bits, "uniform")
         top = 1 << (self.bits - 1)
         return fake_quantize(weight, scale, quant_min=-top, quant_max=top - 1, axis=0)

@@ -71,7 +71,7 @@ class LiveQuantLinear(nn.Linear):
         """Quantizes the weight once and for all, until it is seen to change."""
         with torch.inference_mode(False):
             weight = self.weight.detach().clone() if self.weight.is_inference() else self.weight.detach()
-            self.weight_scale = WEIGHT_RULES[self.live.quantizer](weight, self.live.w_bits)
+            self.weight_scale = self._scale_of(weight)
             self.weight_packed = pack_weight(weight, self.weight_scale, self.live.w_bits)
         self.packed_from = (weakref.ref(self.weight), _version(self.weight))
 
@@ -104,12 +104,15 @@ class LiveQuantLinear(nn.Linear):
 
     def _quantized_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.live.trainable:
-            return self.weight, WEIGHT_RULES[self.live.quantizer](self.weight, self.live.w_bits)
+            return self.weight, self._scale_of(self.weight)
         if not torch.compiler.is_compiling() and not self._packed():
             self.pack()  # load_state_dict or an optimiser wrote to the weight, or another took its place
         assert self.weight_packed is not None
         assert self.weight_scale is not None
         return self.weight_packed, self.weight_scale
+
+    def _scale_of(self, weight: torch.Tensor) -> torch.Tensor:
+        return WEIGHT_RULES[self.live.quantizer](weight, self.live.w_bits, "uniform")
 
     def _range_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.input_scale is not None and self.input_zero is not None:

@@ -14,13 +14,13 @@ from torch import nn
 from ..errors import UsageError
 from ..kernels import block_weight, checks, extension, quant_linear, weight_sums
 from ..kernels.dispatch import asked_table
-from ..kernels.pack_weight import pack_integers, packed_row_bytes, round_nearest, unpack_weight
+from ..kernels.pack_weight import pack_integers, packed_row_bytes, unpack_weight
 from ..kernels.quant_linear.op import forward as linear_operator
 from ..kernels.round_second_order.reference import nearest
-from .levels import levels_of, packed_bits, spaced_unevenly
+from .levels import levels_of, packed_bits
 from .precision import KeepsPrecision
 from .prepared import PREPARED, SOURCES, Call, Prepares, compiled, may_prepare, small_tensors, watch
-from .quantizers import WEIGHT_RULES, ActivationQuantizer, search_weight_scale
+from .quantizers import WEIGHT_RULES, ActivationQuantizer
 from .rounding import SecondMoments, round_together
 
 _ASKED = asked_table()
@@ -127,14 +127,11 @@ class QuantLinear(Prepares, KeepsPrecision):
         assert weight is not None
         if self._decided is not None and bits == self.w_bits:
             return self._decided
+        levels = levels_of(self.levels, bits)
         if self._moments is not None:
-            return round_together(weight, *self._moments.damped(), levels_of(self.levels, bits))
-        if spaced_unevenly(self.levels, bits):
-            levels = levels_of(self.levels, bits)
-            scale = search_weight_scale(weight.float(), levels)
-            return nearest(weight / scale[:, None], levels).to(torch.int8), scale
-        scale = WEIGHT_RULES[self.quantizer](weight, bits)
-        return round_nearest(weight, scale, bits), scale
+            return round_together(weight, *self._moments.damped(), levels)
+        scale = WEIGHT_RULES[self.quantizer](weight, bits, self.levels)
+        return nearest(weight.float() / scale[:, None], levels).to(torch.int8), scale
 
     def freeze(self) -> None:
         """Quantizes and packs the weights and freezes the input quantizer."""

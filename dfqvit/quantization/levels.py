@@ -12,9 +12,11 @@ Sources: S. Lloyd, Least squares quantization in PCM, 1982; QLoRA's NF4 (arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ..kernels.pack_weight import pack_integers, unpack_weight
+from ..kernels.pack_weight import integers_of, pack_integers, unpack_weight
 
 LEVELS = ("uniform", "nonuniform")
 PACKED = 7
@@ -27,9 +29,17 @@ NONUNIFORM = {
 
 def levels_of(kind: str, bits: int) -> torch.Tensor:
     """int8 [2^bits], ascending, on the CPU: what a weight of `bits` bits may be, by an entry of `LEVELS`; beyond 4 bits uniform."""
-    if spaced_unevenly(kind, bits):
-        return torch.tensor(NONUNIFORM[bits], dtype=torch.int8, device="cpu")
-    return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8, device="cpu")
+    return torch.tensor(_levels(kind, bits), dtype=torch.int8, device="cpu")
+
+
+def reach_of(kind: str, bits: int) -> float:
+    """How far the levels reach from the middle between the least and the greatest of them."""
+    levels = _levels(kind, bits)
+    return (levels[-1] - levels[0]) / 2
+
+
+def _levels(kind: str, bits: int) -> Sequence[int]:
+    return NONUNIFORM[bits] if spaced_unevenly(kind, bits) else integers_of(bits)
 
 
 def spaced_unevenly(kind: str, bits: int) -> bool:

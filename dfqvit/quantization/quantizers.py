@@ -15,14 +15,14 @@ from torch import nn
 from ..errors import UsageError
 from ..kernels import fake_quantize
 from ..kernels.round_second_order.reference import nearest
-from .levels import levels_of
+from .levels import levels_of, reach_of
 from .precision import KeepsPrecision
 from .ranges import LEAST_SCALE, MinMaxRange, MseRange
 
 
-def minmax_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """[N] for weight [N, ...]: `max|w| / ((2^b - 1) / 2)` of each output channel."""
-    return _reaching(weight.detach().flatten(1), ((1 << bits) - 1) / 2)
+def minmax_weight_scale(weight: torch.Tensor, bits: int, levels: str = "uniform") -> torch.Tensor:
+    """[N] for weight [N, ...]: `max|w|` of each output channel by the levels' reach, `(2^b - 1) / 2` where they are uniform."""
+    return _reaching(weight.detach().flatten(1), reach_of(levels, bits))
 
 
 def _reaching(rows: torch.Tensor, steps: float) -> torch.Tensor:
@@ -30,9 +30,9 @@ def _reaching(rows: torch.Tensor, steps: float) -> torch.Tensor:
     return (rows.abs().amax(dim=1).float() / steps).clamp_min(LEAST_SCALE)
 
 
-def mse_weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+def mse_weight_scale(weight: torch.Tensor, bits: int, levels: str = "uniform") -> torch.Tensor:
     """[N]: the scale of the least squared rounding error of each channel; see `search_weight_scale`."""
-    return search_weight_scale(weight.detach().flatten(1).float(), levels_of("uniform", bits))
+    return search_weight_scale(weight.detach().flatten(1).float(), levels_of(levels, bits))
 
 
 def search_weight_scale(
@@ -67,7 +67,8 @@ def mse_range(bits: int) -> MinMaxRange:
     return MseRange(bits) if bits <= 5 else MinMaxRange(bits)
 
 
-WEIGHT_RULES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+# Of a weight, its bits and an entry of `LEVELS`: a scale for each output channel.
+WEIGHT_RULES: dict[str, Callable[[torch.Tensor, int, str], torch.Tensor]] = {
     "minmax": minmax_weight_scale,
     "mse": mse_weight_scale,
 }

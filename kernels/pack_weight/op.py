@@ -15,6 +15,11 @@ from .. import checks
 _GROUP = 8
 
 
+def integers_of(bits: int) -> range:
+    """What a weight of `bits` bits may be, ascending: all of two's complement."""
+    return range(-(1 << (bits - 1)), 1 << (bits - 1))
+
+
 def packed_row_bytes(in_features: int, bits: int) -> int:
     """Bytes that one row of `in_features` weights takes."""
     return -(-in_features // _GROUP) * bits
@@ -49,7 +54,8 @@ def pack_weight(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
 
 def round_nearest(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 [rows, columns]: the integers of `pack_weight`, unpacked."""
-    q = (w.to(scale.dtype) / scale.reshape(-1, 1)).round().clamp(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    integers = integers_of(bits)
+    q = (w.to(scale.dtype) / scale.reshape(-1, 1)).round().clamp(integers[0], integers[-1])
     return q.to(torch.int8)
 
 

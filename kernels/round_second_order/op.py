@@ -6,6 +6,7 @@ import torch
 
 from .. import checks
 from ..dispatch import Backend, Operator, anything, compiled
+from ..pack_weight import integers_of
 from . import reference
 
 
@@ -89,7 +90,7 @@ def _expect_levels(bits: int | None, levels: torch.Tensor | None) -> torch.Tenso
         raise ValueError("bits and levels were both given or both left out; give one of them")
     if bits is not None:
         checks.bits("bits", bits)
-        return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8, device="cpu")
+        return torch.tensor(integers_of(bits), dtype=torch.int8, device="cpu")
     assert levels is not None
     checks.dense("levels", levels)
     if levels.dtype != torch.int8:
