@@ -1,4 +1,4 @@
-"""Every command and every program in the documentation runs, at a small size; every link leads somewhere."""
+"""Every command and every program in the documentation runs, at a small size; every link leads somewhere, every file is there."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ LEFT_OUT = {
     "make": "sets up an environment; CI does this itself",
     "pip": "installs; tests/test_package.py and tests/test_wheel.py install from the tree and from a wheel",
     ". .venv/bin/activate": "the tests run in their own environment",
-    "dfqvit sweep": "many runs in processes of their own; tests/test_sweep.py reads this file and makes smaller ones",
+    "dfqvit sweep": "many runs in processes of their own; tests/cli/test_sweep.py reads this file and makes smaller ones",
     "dfqvit benchmark model.safetensors --neighbours 2": "tests/evaluation/test_energy.py runs it, with processes beside it",
-    "torchrun": "tests/test_distributed.py runs these with gloo",
+    "torchrun": "tests/synthesis/test_distributed.py runs these with gloo",
     "python benchmarks/accuracy.py": "needs real weights and images; tests/test_accuracy.py runs it where they are",
     "python benchmarks/accuracy_tables.py": "writes a page of docs; tests/test_benchmarks.py checks that it would change nothing",
 }
@@ -161,6 +161,15 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", goal.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings], target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_code_that_are_named_are_there(page):
+    """By their path, or the end of one; not where it has a placeholder, as <operator>/op.py."""
+    named = set(re.findall(r"(?<![\w*>/.-])[\w./-]+\.(?:py|cpp|cuh|cu|h)\b", page.read_text()))
+    folders = ("dfqvit", "kernels", "csrc", "scripts", "tests", "benchmarks", "examples")
+    there = ["/setup.py", *(str(path) for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    assert [name for name in sorted(named) if not any(path.endswith(f"/{name}") for path in there)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
