@@ -59,6 +59,23 @@ def few_on_gpu(cases: Iterable[Any], every: int) -> list[Any]:
     return found if INTERPRETED else found[::every]
 
 
+def compiles_for_gpus(test: Any) -> Any:
+    """Marks a test that compiles kernels for GPUs of each `capability`, which need not be there."""
+    for mark in (
+        pytest.mark.parametrize("capability", [80, 90]),
+        pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+        pytest.mark.slow,
+    ):
+        test = mark(test)
+    return test
+
+
+def kernels_of(operator: str) -> Any:
+    """The module of an operator's Triton kernels; skips where Triton is not installed."""
+    pytest.importorskip("triton")
+    return importlib.import_module(f"dfqvit.kernels.{operator}.triton")
+
+
 def compile_for(kernel: Any, capability: int, kinds: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
     """The kernel compiled for a GPU of `capability`, which need not be there: its `asm` and `metadata`.
 

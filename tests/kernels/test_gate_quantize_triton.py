@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from itertools import product
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from dfqvit.kernels import gate_quantize, use_backend
 from dfqvit.kernels.gate_quantize.op import forward
 
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
+from .interpreter import INTERPRETED, compile_for, compiles_for_gpus, few_on_gpu, kernels_of, live_triton, resources
 from .test_gate_quantize import ALL, CASES, check, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -44,12 +43,9 @@ def test_triton_declines_float64():
     assert verdict == (False, "float64 runs on the reference")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
+@compiles_for_gpus
 def test_compiles_for_gpus(capability) -> None:
-    pytest.importorskip("triton")
-    module = importlib.import_module("dfqvit.kernels.gate_quantize.triton")
+    module = kernels_of("gate_quantize")
     kinds = {**dict.fromkeys(["channels", "gate_row", "value_row", "scale_step"], "i32"), "out": "*u8"}
     constants = {"greatest": 255.0, "ACTIVATION": "silu", "CELLS": module.CELLS}
     made = compile_for(module._gate_kernel, capability, kinds, constants, num_warps=4, enable_fp_fusion=False)

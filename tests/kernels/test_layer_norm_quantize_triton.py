@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from itertools import product
 
 import numpy as np
@@ -13,7 +12,7 @@ from dfqvit.kernels import layer_norm_quantize, use_backend
 from dfqvit.kernels.layer_norm_quantize.op import forward
 
 from ..conftest import DTYPES
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
+from .interpreter import INTERPRETED, compile_for, compiles_for_gpus, few_on_gpu, kernels_of, live_triton, resources
 from .test_layer_norm_quantize import oracle, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -76,12 +75,9 @@ def test_triton_declines_what_it_cannot_do():
         assert forward.backends["triton"].supports(x, x[0], x[0], 1e-6, scalar, scalar, 8) == (False, reason)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
+@compiles_for_gpus
 def test_compiles_for_gpus(capability) -> None:
-    pytest.importorskip("triton")
-    module = importlib.import_module("dfqvit.kernels.layer_norm_quantize.triton")
+    module = kernels_of("layer_norm_quantize")
     kinds = {"out": "*u8", "eps": "fp32", "rows": "i32", "channels": "i32:16"}
     for channels in (192, 768, 4096):
         launch = module.launch_of(channels)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
-import pytest
-
-from .interpreter import INTERPRETED, shared_memory
+from .interpreter import compiles_for_gpus, kernels_of, shared_memory
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
+@compiles_for_gpus
 def test_triton_compiles_for_gpus(capability: int) -> None:
     """No GPU is needed to compile; that the kernels fit in its shared memory is checked too."""
-    pytest.importorskip("triton")
-    module = importlib.import_module("dfqvit.kernels.patch_similarity_entropy.triton")
+    module = kernels_of("patch_similarity_entropy")
     kinds = {"n": "i32", "batch": "i32", "windows": "i32", "scale": "fp32", "cutoff": "fp32", "parts": "*fp64"}
     kinds |= {"depth": "i32:16", "points": "i32"}
     constants = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from itertools import cycle, product
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from dfqvit.kernels import quant_attention, use_backend
 from dfqvit.kernels.quant_attention.op import forward
 
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
+from .interpreter import INTERPRETED, compile_for, compiles_for_gpus, few_on_gpu, kernels_of, live_triton, resources
 from .test_quant_attention import oracle, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -89,13 +88,10 @@ def test_triton_declines_what_it_cannot_do():
         assert supports(qkv, 1, scales, scales, 1.0, None, None, None, None, None, 8) == (False, reason)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
-def test_compiles_for_gpus(capability, instruction) -> None:
+@compiles_for_gpus
+def test_compiles_for_gpus(capability) -> None:
     """Both products run on the tensor cores; one block of keys is multiplied once, not twice."""
-    pytest.importorskip("triton")
-    module = importlib.import_module("dfqvit.kernels.quant_attention.triton")
+    module = kernels_of("quant_attention")
     kinds = {"qkv": "*u8", "out": "*u8", "index": "*i32", "scale": "fp32", "windows": "i32"}
     for heads, tokens, depth, left_out in (
         (3, 197, 64, ("index", "bias", "mask")),
@@ -117,7 +113,7 @@ def test_compiles_for_gpus(capability, instruction) -> None:
             enable_fp_fusion=False,
         )
         assert made.metadata.shared <= 48 * 1024
-        assert instruction in made.asm["ptx"]
+        assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in made.asm["ptx"]
         dots = made.asm["ttgir"].count(" = tt.dot ") + made.asm["ttgir"].count(" = ttng.warp_group_dot ")
         assert resources(made, capability)[1] == 0
         assert dots == (2 if tokens <= tile.keys else 3)

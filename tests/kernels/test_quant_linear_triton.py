@@ -17,7 +17,7 @@ from dfqvit.kernels import pack_weight, quant_linear, use_backend
 from dfqvit.kernels.quant_linear.op import forward
 
 from ..conftest import ACTIVATIONS, mirrored
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
+from .interpreter import INTERPRETED, compile_for, compiles_for_gpus, few_on_gpu, kernels_of, live_triton, resources
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -139,14 +139,11 @@ def test_triton_declines_what_it_cannot_do():
     assert "blocked" in reason
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
+@compiles_for_gpus
 @pytest.mark.parametrize("bits", [3, 8])
 def test_compiles_for_gpus(capability, bits) -> None:
     """For GPUs that need not be there: integer tensor cores (Hopper's own from 64 rows on), nothing spilled at 8 bits."""
-    pytest.importorskip("triton")
-    module = importlib.import_module("dfqvit.kernels.quant_linear.triton")
+    module = kernels_of("quant_linear")
     kinds = {"x": "*u8", "weight": "*u8", "sums": "*i32", "out": "*u8", "rows": "i32", "count": "i32:16"}
     kinds |= {"row_bytes": "i32:16", "acm": "*fp16", "tokens": "i32"}
     for tile in module.TILES.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from itertools import product
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from dfqvit.kernels import quantize_heads, use_backend
 from dfqvit.kernels.quantize_heads.op import forward
 
-from .interpreter import INTERPRETED, compile_for, few_on_gpu, live_triton, resources
+from .interpreter import INTERPRETED, compile_for, compiles_for_gpus, few_on_gpu, kernels_of, live_triton, resources
 from .test_quantize_heads import CASES, check, sample
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -62,12 +61,9 @@ def test_triton_declines_float64():
     assert verdict == (False, "float64 runs on the reference")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
+@compiles_for_gpus
 def test_compiles_for_gpus(capability) -> None:
-    pytest.importorskip("triton")
-    module = importlib.import_module("dfqvit.kernels.quantize_heads.triton")
+    module = kernels_of("quantize_heads")
     whole = ["heads", "depth", "tokens", "turned", "rope_head"]
     whole += [f"{part}_{along}" for part in "qkv" for along in ("batch", "head", "token", "channel")]
     kinds = {**dict.fromkeys(whole, "i32"), "out": "*u8"}
