@@ -107,9 +107,8 @@ def cuda_archs(asked: str, known: set[str], release: tuple[int, int]) -> tuple[l
     """
     for name, archs in NAMED_ARCHS.items():
         asked = re.sub(rf"\b{name}\b", archs, asked, flags=re.IGNORECASE)
-    found: dict[
-        tuple[int, int], tuple[str, bool]
-    ] = {}  # architecture -> its variant ("", "a", "f"), and whether with PTX
+    # architecture -> its variant ("", "a", "f"), and whether with PTX
+    found: dict[tuple[int, int], tuple[str, bool]] = {}
     said, lost_ptx = [], False
     for word in filter(None, re.split(r"[;,\s]+", asked)):
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROUNDER = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: adding it leaves no room for a fraction, so the sum is rounded half to even
+# 1.5 * 2^23: adding it leaves no room for a fraction, so the sum is rounded half to even.
+ROUNDER = tl.constexpr(12582912.0)
 LIMIT = tl.constexpr(4096.0)  # beyond every grid, and far within what ROUNDER can round
 
 

@@ -24,10 +24,8 @@ from budget.machine import H200
 PARTS = ("linear", "attention", "entropy", "model")
 HEADS = 256 * 12  # of DeiT-B at batch 256
 TOKENS, DEPTH = 197, 64
-ATTENTION_WARPS, ATTENTION_BLOCKS = (
-    3,
-    5,
-)  # of a block and of a multiprocessor (`warps_for`, asserted by the tests of the kernel)
+# Of a block and of a multiprocessor (`warps_for`, asserted by the tests of the kernel).
+ATTENTION_WARPS, ATTENTION_BLOCKS = 3, 5
 
 
 def vit_attention() -> Prediction:

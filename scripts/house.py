@@ -19,13 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dfqvit"
 IMAGES = ROOT / "docs" / "images"
-APART = {
-    "errors",
-    "version",
-    "progress",
-    "distributed",
-    "__main__",
-}  # which every room may use, or which only starts one
+# Which every room may use, or which only starts one.
+APART = {"errors", "version", "progress", "distributed", "__main__"}
 THEMES = {  # text, text of less weight, lines, rooms, edges of rooms, the operators, the compiled code
     "light": ("#1c2128", "#57606a", "#8c959f", "#f6f8fa", "#d0d7de", "#ddf4ff", "#fff1e5"),
     "dark": ("#e6edf3", "#9aa5b1", "#6e7681", "#161b22", "#30363d", "#0c2d4a", "#3b2300"),

@@ -11,11 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BUDGET = {"step": 120, "bytes": 16.0, "gelu_bytes": 19.5, "floats": 16.5}  # instructions of a warp, weights of 8 bits
-ATTENTION, ENTROPY, DEIT_B = (
-    90.0,
-    150.0,
-    8.8,
-)  # microseconds of a layer and of the forward pass, milliseconds of 256 images
+# Microseconds of a layer and of the forward pass, milliseconds of 256 images.
+ATTENTION, ENTROPY, DEIT_B = 90.0, 150.0, 8.8
 
 
 @pytest.fixture(scope="module")

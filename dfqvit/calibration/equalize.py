@@ -53,7 +53,7 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
     """Scales the channels of a converted model that still computes in float, in place; its quantizers have seen nothing after.
 
     Args:
-        qmodel: from `observe.convert`.
+        qmodel: from `calibration.convert`.
         images: [n, C, H, W], normalised.
 
     Returns:
@@ -73,9 +73,8 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
         if name in found:
             changed[norm] = _scale_norm(qmodel.get_submodule(norm), found[name], norm not in places.padded)
         stage.step()
-    quantized = {
-        name for name, module in qmodel.named_modules() if hasattr(module, "operands")
-    }  # attentions' own products
+    # attentions whose own products are quantized
+    quantized = {name for name, module in qmodel.named_modules() if hasattr(module, "operands")}
     for qkv, proj in places.values:
         if qkv in found and proj in found and qkv.rpartition(".")[0] in quantized:
             changed[f"{qkv} values"] = _scale_values(

@@ -27,7 +27,7 @@ def rotate_heads(qmodel: nn.Module) -> list[str]:
     """Turns the heads of a converted model that still computes in float, in place, wherever that is free.
 
     Args:
-        qmodel: from `observe.convert`; what its quantizers have seen must not be of queries, keys or values.
+        qmodel: from `calibration.convert`; what its quantizers have seen must not be of queries, keys or values.
 
     Returns:
         The names of what was turned: "... scores" and "... values".

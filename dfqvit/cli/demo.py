@@ -29,10 +29,8 @@ from .report import CURRICULUM, SAMPLES, make_report
 from .synthesize import run_synthesis
 
 _BITS = (8, 4, 3)
-_PAPERS = {
-    "placement": "psaq",
-    "quantizer": "minmax",
-}  # the literature's quantizer, which feels what it is calibrated on
+# The literature's quantizer, which feels what it is calibrated on.
+_PAPERS = {"placement": "psaq", "quantizer": "minmax"}
 _ROWS: dict[str, tuple[int, dict[str, Any]]] = {f"W{bits}/A8": (bits, {}) for bits in _BITS}
 _ROWS["W3/A8, PSAQ-ViT's"] = (3, _PAPERS)
 _PAPERS_TOLD = "PSAQ-ViT's: the literature's quantizer, simulated; what it is calibrated on matters more to it\n"

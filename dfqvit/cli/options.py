@@ -269,9 +269,8 @@ class SynthesisBar:
 
     def __call__(self, progress: Progress) -> None:
         self.bar.set_postfix(postfix(progress), refresh=False)
-        self.bar.update(
-            progress.step - (self.last if progress.step > self.last else 0)
-        )  # a GPU reports every tenth step
+        # a GPU reports every tenth step
+        self.bar.update(progress.step - (self.last if progress.step > self.last else 0))
         self.last = progress.step
 
     def __enter__(self) -> SynthesisBar:

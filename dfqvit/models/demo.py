@@ -26,9 +26,8 @@ ALIASES = {
     "demo-deit3": "dfqvit_demo_deit3",
     "demo-convnext": "dfqvit_demo_convnext",
 }
-TEST_IMAGES = (
-    ASSETS / "fashion_mnist_test.npz"
-)  # images uint8 [10000, 1, 28, 28], labels int64 [10000]: the whole test split
+# The whole test split: images uint8 [10000, 1, 28, 28], labels int64 [10000].
+TEST_IMAGES = ASSETS / "fashion_mnist_test.npz"
 TRAIN_SAMPLE = ASSETS / "fashion_mnist_train64.npz"  # 64 training images, for the comparison with real-data calibration
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 

@@ -22,9 +22,8 @@ from .demo import ASSETS
 SIDE = 56  # pixels of a scene
 MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST, as the embedded classifiers take it
 CLASSES = ("Top", "Trousers", "Dress", "Sandal", "Sneaker", "Bag", "Ankle boot")
-OF_ITEM = torch.tensor(
-    [0, 1, 0, 2, 0, 3, 0, 4, 5, 6]
-)  # Fashion-MNIST's ten classes: T-shirt, pullover, coat, shirt are tops
+# Of Fashion-MNIST's ten classes: T-shirt, pullover, coat and shirt are tops.
+OF_ITEM = torch.tensor([0, 1, 0, 2, 0, 3, 0, 4, 5, 6])
 WEIGHTS = {
     "demo-detector": ASSETS / "demo_detector.safetensors",
     "demo-segmenter": ASSETS / "demo_segmenter.safetensors",

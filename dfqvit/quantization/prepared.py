@@ -25,22 +25,14 @@ METHODS = "_methods"  # the attribute in which a module keeps what its classes' 
 _KEPT = ("_prepared", METHODS)  # of no copy
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
-# plain attributes that a block computes by
+# Plain attributes that a block computes by.
 _SETTINGS = (
     "eps", "num_heads", "head_dim", "scale", "approximate", "training", "bits", "packed_bits", "frozen", "steps", "rotate_half",
     "gate_last", "dilation", "padding", "padding_mode", "stride", "kernel_size", "groups", "shift_size", "window_size",
     "input_resolution", "dynamic_mask",
 )  # fmt: skip
-_ADDED = (
-    "gate",
-    "norm",
-    "q_norm",
-    "k_norm",
-    "ls1",
-    "ls2",
-    "gamma_1",
-    "gamma_2",
-)  # parts that a block may lack, and be given
+# Parts that a block may lack, and be given.
+_ADDED = ("gate", "norm", "q_norm", "k_norm", "ls1", "ls2", "gamma_1", "gamma_2")
 _PACKED = ("weight_packed", *PREPARED)  # the layer that owns these remakes them when they change
 
 

@@ -14,10 +14,8 @@ from ..errors import UsageError
 from ..kernels.dispatch import choices
 from ..quantization.model import quantized
 
-WARM_UPS = (
-    2  # the first call compiles, chooses backends and makes the chains; the second shows that nothing is left to do
-)
-
+# The first call compiles, chooses backends and makes the chains; the second shows that nothing is left to do.
+WARM_UPS = 2
 _CAPTURING = threading.Lock()  # torch's allocator serves one capture at a time
 
 

@@ -65,11 +65,8 @@ class QuantizationRecord:
     def from_dict(cls, values: dict[str, Any]) -> QuantizationRecord:
         """The inverse of `to_dict`, also after a trip through JSON."""
         values = dict(values)
-        of_old = {
-            "edge_a_bits": values["recipe"].get("a_bits", 8),
-            "scaling": "none",
-            "levels": "uniform",
-        }  # files from before these settings
+        # files from before these settings
+        of_old = {"edge_a_bits": values["recipe"].get("a_bits", 8), "scaling": "none", "levels": "uniform"}
         made_by = values.pop("spec")
         spec = network_spec(made_by) if "build_by" in made_by else ModelSpec(**made_by)
         recipe = Recipe(**{**of_old, **values.pop("recipe")})

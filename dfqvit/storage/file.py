@@ -46,9 +46,9 @@ from ..runtime.record import QuantizationRecord, QuantizedModel
 from ..synthesis.writing import write_tensors
 from ..version import __version__
 
-# What values that make no sense raise, here and in timm.
 _PACKAGE = __name__.split(".")[0] + "."
 _RUNTIME = _PACKAGE + "runtime."
+# What values that make no sense raise, here and in timm.
 _UNFIT = (LookupError, RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError)
 _PACKED = ".weight_packed"
 FORMAT_VERSION = 3

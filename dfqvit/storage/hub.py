@@ -24,12 +24,8 @@ from .file import sizes
 WEIGHTS, CARD = "model.safetensors", "README.md"
 _CLIENTS = ("httpx", "httpcore", "requests", "urllib")
 _PAPER = "https://arxiv.org/abs/2507.14481"
-_SIZES = {
-    "embed_dim",
-    "depth",
-    "dims",
-    "depths",
-}  # a model that was given these has other weights than timm's of its name
+# A model that was given one of these has other weights than timm's of its name.
+_SIZES = {"embed_dim", "depth", "dims", "depths"}
 
 
 def write_card(model: nn.Module, file: Path, folder: Path, evaluation: dict[str, Any] | None = None) -> Path:

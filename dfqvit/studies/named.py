@@ -77,9 +77,8 @@ STUDIES: dict[str, list[Setting]] = {
         Setting("last block, checked", quantization={"acm": "checked"}),
         Setting("most divergent block", quantization={"acm": "sequential", "acm_top": 1}),
     ],
-    "bits": [
-        Setting(f"A{bits}", quantization={"a_bits": bits, "acm": "none"}) for bits in (8, 6, 4)
-    ],  # beside every width of weights asked for
+    # beside every width of weights asked for
+    "bits": [Setting(f"A{bits}", quantization={"a_bits": bits, "acm": "none"}) for bits in (8, 6, 4)],
 }
 
 

@@ -49,9 +49,7 @@ class SynthesisConfig:
     points: int = 10
     bandwidth: float = 0.01
     batch_size: int = 32  # images in one pass; more samples go in parts, which share the whole batch's range
-    precision: str = (
-        "auto"  # of the model's forward and backward: "float32", "bfloat16" (autocast) or, by the machine, "auto"
-    )
+    precision: str = "auto"  # of the model's passes: "float32", "bfloat16" (autocast) or, by the machine, "auto"
     spectrum: str = "natural"  # of the finished images: "natural" (see `spectrum`) or "free", as they were optimised
     compat: str = ""  # "psaq": drop the first patch of every Swin window, as PSAQ-ViT's code does
 

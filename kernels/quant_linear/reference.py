@@ -105,9 +105,8 @@ def quant_linear_backward(
         if need_x:
             results[0] = torch.where(x_inside, grad_x, 0.0).to(x.dtype)
         if need_x_scale:
-            kept = (
-                ratio if x.dtype != torch.uint8 else torch.zeros_like(ratio)
-            )  # of integers nothing depends on the scale
+            # of integers nothing depends on the scale
+            kept = ratio if x.dtype != torch.uint8 else torch.zeros_like(ratio)
             results[4] = (grad_x * (qx - x_zero - torch.where(x_inside, kept, 0.0))).sum()
     if need_weight or need_w_scale:
         grad_weight = rows.t() @ ((qx - x_zero) * x_scale).reshape(-1, x.shape[-1])

@@ -49,12 +49,8 @@ def predictions(gpu: Gpu, names: Collection[str] = tuple(LOOPS)) -> dict[str, Pr
             continue
         code = next(code for key, code in codes.items() if f"{name}_kernelI" in key)
         one = found(name, code, WORK, LOOPS[name])
-        one.cached = (
-            "LDG.E.128",
-            "LDG.E.128.CONSTANT",
-            "LDG.E",
-            "LDG.E.CONSTANT",
-        )  # of 4 panels or more that read them
+        # of 4 panels or more that read them
+        one.cached = ("LDG.E.128", "LDG.E.128.CONSTANT", "LDG.E", "LDG.E.CONSTANT")
         multiply = next(loop for loop, kind in one.loops.items() if kind == "multiply")
         chunk = next(loop for loop, kind in one.loops.items() if kind == "chunks")
         each, before = (

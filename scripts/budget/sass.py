@@ -73,9 +73,8 @@ def parsed(text: str) -> dict[str, Code]:
         code = []
         for _, line, high in rows:
             line, control = line.strip(), int(high, 16) >> 41 & 0x1FFFFF
-            branch = re.search(
-                r"^(?:@\S+ )?BRA(?!\.U\.ANY).*?(0x[0-9a-f]+)$", line
-            )  # that one is for more lanes than one
+            # BRA.U.ANY is for more lanes than one
+            branch = re.search(r"^(?:@\S+ )?BRA(?!\.U\.ANY).*?(0x[0-9a-f]+)$", line)
             code.append(
                 Instruction(
                     line,

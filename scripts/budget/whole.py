@@ -41,9 +41,8 @@ def model(name: str, counts: linear.Counts, attention: float, norm: float) -> Wh
     squares = 2 * BATCH * heads * TOKENS**2 * 64 / FLASH
     # Both norms read and write, both residual sums read twice and write, GELU reads and writes four times the width.
     others = bf16_bytes * (4 + 6 + 8) / H200.bytes_a_second
-    embedding = linear.layers(counts, width, BATCH * PATCHES)[
-        1
-    ]  # 768 to the width: as DeiT-B's proj, in rows of patches
+    # 768 to the width: as DeiT-B's proj, in rows of patches
+    embedding = linear.layers(counts, width, BATCH * PATCHES)[1]
     embedding_time = embedding.time * 768 / width
     return Whole(
         name,

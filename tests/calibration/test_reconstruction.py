@@ -37,9 +37,8 @@ def test_lowers_the_error_on_other_images(models):
     with torch.no_grad():
         wanted = model(others)
         before, after = ((q(others) - wanted).square().mean() for q in (plain, tuned))
-    assert (
-        after < (0.95 if hasattr(model, "pos_embed") else 1.1) * before
-    )  # the small Swin gains nothing from so few images
+    # the small Swin gains nothing from so few images
+    assert after < (0.95 if hasattr(model, "pos_embed") else 1.1) * before
     changed = [name for name, packed in integers_of(plain).items() if not torch.equal(packed, integers_of(tuned)[name])]
     assert changed
     assert all(".blocks." in f".{name}" for name in changed)
@@ -61,9 +60,8 @@ def test_is_saved_like_any_other_and_computes_what_was_tuned(models, tmp_path):
     with torch.no_grad():
         before = qmodel(images)
         freeze(qmodel)
-        assert (
-            float((qmodel(images) - before).norm() / before.norm()) < 1e-2
-        )  # up to activations that round the other way
+        # up to activations that round the other way
+        assert float((qmodel(images) - before).norm() / before.norm()) < 1e-2
     again = dfqvit.quantize(model, 3, calib=images, reconstruct=2)
     dfqvit.save(again, tmp_path / "m.safetensors")
     assert torch.equal(dfqvit.load(tmp_path / "m.safetensors")(images), again(images))

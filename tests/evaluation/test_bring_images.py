@@ -151,9 +151,8 @@ def test_pil_images_are_prepared_as_timm_does(seed):
         (np.array([object()]), "calib was a ndarray"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.long), "calib had dtype int64"),
     ],
-    ids=lambda value: (
-        value if isinstance(value, str) else type(value).__name__
-    ),  # no address: every process has its own
+    # no address: every process has its own
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_are_no_images(calib, message):
     with pytest.raises(UsageError, match=message):

@@ -72,9 +72,8 @@ def test_precision_of_ranked_detections(seed):
     points = torch.linspace(0, 1, 101, dtype=torch.float64)
     wanted = sum(float(precision[recall >= r - 1e-9].max()) if bool((recall >= r - 1e-9).any()) else 0 for r in points)
     result = evaluate_dense(Fixed(found), [(torch.zeros(40, 1, 8, 8), targets)], "detection")
-    assert result.figures["mAP@50"] == pytest.approx(
-        100 * wanted / 101, abs=1.1
-    )  # one point of recall may lie on an edge
+    # one point of recall may lie on an edge
+    assert result.figures["mAP@50"] == pytest.approx(100 * wanted / 101, abs=1.1)
 
 
 def test_intersection_over_union_of_random_masks(seed):

@@ -34,6 +34,7 @@ HEADERS = (
     "c10/core/impl/LocalDispatchKeySet.h",
     "torch/library.h",
 )
+# In the order of ScalarType in without_torch/tensor.h.
 TYPES = [
     torch.float32,
     torch.bfloat16,
@@ -43,7 +44,7 @@ TYPES = [
     torch.int32,
     torch.int64,
     torch.float64,
-]  # in the order of ScalarType in without_torch/tensor.h
+]
 # What setup.py gives the compiler, but for the level.
 FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-fopenmp-simd"]
 

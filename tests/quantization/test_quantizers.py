@@ -37,9 +37,8 @@ def test_mse_scale_is_the_best_of_its_grid_for_every_channel(seed, bits):
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_mse_scale_turns_the_grid_to_the_longer_side(bits):
-    below = (
-        torch.arange(-(1 << (bits - 1)), 1 << (bits - 1)).float().repeat(7)[None]
-    )  # every step of the grid, one more below
+    # every step of the grid, one more below
+    below = torch.arange(-(1 << (bits - 1)), 1 << (bits - 1)).float().repeat(7)[None]
     for weight in (below, -below):
         scale = mse_weight_scale(weight, bits)
         assert torch.allclose((weight / scale).round(), weight / scale, atol=0.1)

@@ -105,9 +105,8 @@ def test_a_spawned_process_gets_the_models(seed):
     found = queue.get(timeout=900)
     process.join()
     for (qmodel, images), theirs in zip(models, found, strict=True):
-        assert torch.allclose(
-            torch.tensor(theirs), qmodel(images), atol=0.05
-        )  # threads, and so nothing else, may differ
+        # threads, and so nothing else, may differ
+        assert torch.allclose(torch.tensor(theirs), qmodel(images), atol=0.05)
 
 
 # ------------------------------------------------------------------ changes after a call
@@ -146,17 +145,15 @@ def test_a_state_of_other_bits_is_refused(seed, other, said):
     file.seek(0)
     with pytest.raises(RuntimeError, match=rf"'blocks\.0\.attn\.operands.*' was quantized with {said}"):
         copy.deepcopy(qmodel).load_state_dict(torch.load(file, weights_only=True))
-    tensors = dict(
-        torch.nn.Sequential(dfqvit.quantize(model, 8, **options, **other)).state_dict()
-    )  # as a file of tensors alone
+    # as a file of tensors alone
+    tensors = dict(torch.nn.Sequential(dfqvit.quantize(model, 8, **options, **other)).state_dict())
     with pytest.raises(RuntimeError, match=rf"'0\.blocks\.0\.attn\.operands.*' was quantized with {said}"):
         torch.nn.Sequential(copy.deepcopy(qmodel)).load_state_dict(tensors)
     again = dfqvit.quantize(model, 8, **options)
     again.load_state_dict(dict(qmodel.state_dict()))
     assert torch.equal(again(calib), expected)
-    again.load_state_dict(
-        {key: value for key, value in qmodel.state_dict().items() if key != BITS}
-    )  # of an earlier dfqvit
+    # of an earlier dfqvit
+    again.load_state_dict({key: value for key, value in qmodel.state_dict().items() if key != BITS})
     assert torch.equal(again(calib), expected)
 
 

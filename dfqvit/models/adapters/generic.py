@@ -59,9 +59,8 @@ class GenericAdapter(Adapter):
 
     def candidates(self) -> dict[str, nn.Module]:
         """The layers that could be quantized, by name; one that stands at two places is none."""
-        names: dict[
-            nn.Module, list[str]
-        ] = {}  # by places: a module that holds it and is itself held twice is one place
+        # by places: a module that holds it and is itself held twice is one place
+        names: dict[nn.Module, list[str]] = {}
         for prefix, parent in self.model.named_modules():
             for child, module in parent._modules.items():
                 if (type(module) is nn.Linear or is_patch_convolution(module)) and not _is_small(module):
