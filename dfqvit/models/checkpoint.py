@@ -22,6 +22,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COMPUTED = {
     "attention_bias_idxs",
     "attn_mask",
+    "bias_mask",
     "mask_token",
     "num_batches_tracked",
     "rel_coords_log",

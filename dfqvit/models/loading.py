@@ -78,9 +78,10 @@ def load_model(
     spec = ModelSpec(architecture, plain(kwargs))
     if checkpoint is None:
         checkpoint = demo.WEIGHTS.get(architecture)
+    config: Any = None
     if architecture.startswith(_ELSEWHERE):
         model = _from_elsewhere(name, architecture, kwargs, pretrained and checkpoint is None)
-        found = ModelSpec.of(model)
+        found, config = ModelSpec.of(model), model.pretrained_cfg
         spec = found if checkpoint is None else ModelSpec(found.architecture, found.kwargs)
     if not architecture.startswith(_ELSEWHERE):
         _check_supported(name, spec)
@@ -90,6 +91,8 @@ def load_model(
         except Exception as error:  # as below
             raise DfqvitError(f"MODEL '{name}': timm could not build it ({first_line(error)})") from error
         load_weights(model, Path(checkpoint), name, filter_fn, kwargs)
+        if config is not None:  # how that source prepares images
+            model.pretrained_cfg = model.default_cfg = config
     elif not architecture.startswith(_ELSEWHERE):
         try:
             model = timm.create_model(architecture, pretrained=pretrained, **spec.keywords())

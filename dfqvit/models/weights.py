@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
+import re
 import sys
 import threading
 import warnings
@@ -22,6 +26,7 @@ from .preprocessing import config_of, image_shape
 
 Filter = Callable[..., dict[str, Any]]
 
+_POSITIONS = re.compile(r"pos_embed|positional_embedding|embed_positions")  # in the layouts that timm converts
 _BUILDING = threading.RLock()
 
 
@@ -65,19 +70,26 @@ def load_weights(
         if "img_size" not in asked and hasattr(model, "pos_embed"):
             _tell_resizes(model, shapes, model.state_dict(), path)
         return
-    wanted, found = model.state_dict(), read_checkpoint(path)
-    before = {key: value.shape for key, value in tensors_of(found)}
+    wanted, given = model.state_dict(), read_checkpoint(path)
+    before, found = {key: value.shape for key, value in tensors_of(given)}, dict(given)
     if filter_fn is not None:
         try:
-            found = dict(filter_fn(found, model))
+            found = _mapped(filter_fn, found, model)
+            left = _left_out(filter_fn, model, given, found)
         except Exception as error:  # a filter meets keys and shapes that it was not written for
             if not all(isinstance(value, torch.Tensor) for value in found.values()):
                 raise no_state_dict(path, found) from error
             raise UsageError(
                 f"checkpoint '{path}' is not of MODEL '{name}': timm's conversion failed ({first_line(error)})"
             ) from error
+        if left:
+            raise UsageError(
+                f"checkpoint '{path}' is not of MODEL '{name}': the model has no place for {some(left)}, which timm's "
+                "conversion leaves out, and without which the weights beside them give other results"
+            )
     if not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise no_state_dict(path, found)
+    before = _by_timms_names(before, found) | before
     for key in found.keys() - wanted.keys():
         if is_computed(key):
             del found[key]  # buffers that older versions saved, and that the model computes itself
@@ -87,6 +99,48 @@ def load_weights(
     if "img_size" not in asked:
         _tell_resizes(model, before, found, path)
     model.load_state_dict(found)
+
+
+def _mapped(filter_fn: Filter, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What timm's conversion makes of a checkpoint; what some of them print is no result of ours."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return dict(filter_fn(state, model))
+
+
+def _left_out(filter_fn: Filter, model: nn.Module, given: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Weights of the file that timm's conversion leaves out, though not the classifier after them or the rest of their layer."""
+    layers = {key.rpartition(".")[0] for key in given.keys() & found.keys()} - {""}
+    heads = _heads(found)
+    halves = [
+        key
+        for key, value in given.items()
+        if isinstance(value, torch.Tensor) and key not in found and not is_computed(key)
+        if key.rpartition(".")[0] in layers or (heads and "pre_logits" in key.split("."))
+        if value.is_floating_point() and bool(value.any())
+    ]
+    if not halves:
+        return []
+    # What is left out changes nothing; clones, since some of the conversions write into what they get.
+    changed = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+    changed |= {key: changed[key] + 1 for key in halves}
+    again = _mapped(filter_fn, changed, model)
+    return halves if all(torch.equal(value, again[key]) for key, value in found.items()) else []
+
+
+def _by_timms_names(before: Mapping[str, torch.Size], found: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Shapes of the patch projection and the positions in a file of another layout, which has them under other names."""
+    named: dict[str, torch.Size] = {}
+    weight, positions = found.get("patch_embed.proj.weight"), found.get("pos_embed")
+    if weight is not None and weight.dim() == 4:
+        alike = [shape for shape in before.values() if len(shape) == 4 and shape[0] == weight.shape[0]]
+        fitting = [shape for shape in alike if shape[2:] == weight.shape[2:]]
+        named |= {"patch_embed.proj.weight": shape for shape in (fitting or alike)[:1]}  # noqa: B035
+    if positions is not None and positions.dim() == 3:
+        width, side = positions.shape[-1], _grid(positions.shape)
+        tables = [shape for name, shape in before.items() if _POSITIONS.search(name) and shape[-1:] == (width,)]
+        same = [shape for shape in tables if _grid(shape) == side]
+        named |= {"pos_embed": shape for shape in (same or tables)[:1]}  # noqa: B035
+    return named
 
 
 def _check_patches(model: nn.Module, shapes: Mapping[str, torch.Size], path: Path, asked: Mapping[str, Any]) -> None:
@@ -201,17 +255,26 @@ def _prefixed(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 def _tell_resizes(
     model: nn.Module, before: Mapping[str, torch.Size], found: Mapping[str, torch.Tensor], path: Path
 ) -> None:
-    for key in before.keys() & found.keys():
-        positional = key == "pos_embed" or key.endswith("relative_position_bias_table")
-        if positional and before[key].numel() != found[key].numel():
-            hint = ""
-            if key == "pos_embed" and before[key][1] > 4:
-                prefix = 0 if getattr(model, "no_embed_class", False) else int(getattr(model, "num_prefix_tokens", 0))
-                side = round((before[key][1] - prefix) ** 0.5) * int(model.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
-                hint = f"; --img-size {side} keeps it"
-            warnings.warn(
-                f"checkpoint '{path}' was trained with another input size: '{key}' {tuple(before[key])} was resized to "
-                f"{tuple(found[key].shape)}, as timm does{hint}",
-                stacklevel=4,
-            )
-            return
+    """Warns of positions, or of tables of them, that timm's conversion made of another size."""
+    for key in sorted(before.keys() & found.keys()):
+        old, new = before[key], found[key].shape
+        if old.numel() == new.numel() or key.endswith("weight"):
+            continue
+        if key == "pos_embed" and _grid(old) == _grid(new):  # those of class and register tokens went to the tokens
+            continue
+        hint, rows = "", old.numel() // old[-1]
+        size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+        if key == "pos_embed" and rows > 4 and size is not None:
+            prefix = 0 if getattr(model, "no_embed_class", False) else int(getattr(model, "num_prefix_tokens", 0))
+            hint = f"; --img-size {round((rows - prefix) ** 0.5) * int(size[0])} keeps it"
+        warnings.warn(
+            f"checkpoint '{path}' was trained with another input size: '{key}' {tuple(old)} was resized to "
+            f"{tuple(new)}, as timm does{hint}",
+            stacklevel=4,
+        )
+        return
+
+
+def _grid(positions: torch.Size) -> int:
+    """Side of the square of patches that positions [..., N, C] are of, with a few of other tokens among them."""
+    return math.isqrt(positions.numel() // positions[-1])

@@ -21,7 +21,7 @@ from torch import nn
 
 import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
-from dfqvit.models import ModelSpec, load_model
+from dfqvit.models import ModelSpec, Preprocessing, load_model
 
 from .. import conftest
 
@@ -218,6 +218,115 @@ def test_patches_of_another_size_are_another_model(tmp_path, seed):
     torch.save(created("vit_small_patch32_224", num_classes=3).state_dict(), tmp_path / "c.pth")
     with pytest.raises(UsageError, match="has patches of 32 x 32 pixels and the model 16 x 16: it is of another MODEL"):
         load_model("vit_small_patch16_224", tmp_path / "c.pth", num_classes=3)
+
+
+def as_openai_clip(model, prefix="visual."):
+    """The state of a CLIP tower of timm by OpenAI's names, with a text tower beside it."""
+    names = (
+        ("patch_embed.proj", "conv1"),
+        ("norm_pre", "ln_pre"),
+        ("qkv.", "in_proj_"),
+        ("attn.proj", "attn.out_proj"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("blocks.", "transformer.resblocks."),
+    )
+    found = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in names:
+            key = key.replace(ours, theirs)
+        found[re.sub(r"\bnorm(\d)", r"ln_\1", key).replace("norm.", "ln_post.")] = value
+    found["class_embedding"] = found.pop("cls_token")[0, 0]
+    found["positional_embedding"] = found.pop("pos_embed")[0]
+    found["proj"] = found.pop("head.weight").T.contiguous()
+    del found["head.bias"]
+    text = {"positional_embedding": torch.randn(77, 20), "transformer.resblocks.0.ln_1.weight": torch.randn(20)}
+    return {**{f"{prefix}{key}": value for key, value in found.items()}, **text}
+
+
+@pytest.mark.parametrize("prefix", ["visual.", "module.visual."])
+def test_a_tower_of_openais_names_is_asked_the_same(tmp_path, seed, prefix):
+    """Patches of another size are another model, and a resize is told, whatever the file calls them."""
+    name, small = "vit_base_patch16_clip_224.openai", {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    model = created(name, **small, num_classes=5)
+    model.head.bias.data.zero_()
+    torch.save(as_openai_clip(model, prefix), tmp_path / "c.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(loaded(tmp_path / "c.pth", name, small, num_classes=5), model)
+    with pytest.warns(UserWarning, match=r"'pos_embed' \(197, 24\) was resized to \(1, 577, 24\).*--img-size 224"):
+        loaded(tmp_path / "c.pth", "vit_base_patch16_clip_384", small, num_classes=5)
+    with pytest.raises(UsageError, match="has patches of 16 x 16 pixels and the model 32 x 32: it is of another MODEL"):
+        loaded(tmp_path / "c.pth", "vit_base_patch32_clip_224.openai", small, num_classes=5)
+
+
+def test_tables_of_positions_of_any_name_that_are_resized_are_told(tmp_path, seed):
+    name, small = "tnt_s_legacy_patch16_224", {"depth": 1, "embed_dim": 24, "inner_dim": 8, "num_classes": 3}
+    small |= {"num_heads_inner": 2, "num_heads_outer": 2}
+    torch.save(created(name, **small, img_size=64).state_dict(), tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match=r"'patch_pos' \(1, 17, 24\) was resized to \(1, 197, 24\), as timm does"):
+        load_model(name, tmp_path / "c.pth", model_kwargs=small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(name, tmp_path / "c.pth", img_size=64, model_kwargs=small)
+
+
+def test_positions_of_tokens_that_became_the_tokens_are_no_resize(tmp_path, seed):
+    """DINOv2 with registers: timm adds the class token's position to the token."""
+    name, small = "vit_small_patch14_reg4_dinov2", {**SMALL, "num_classes": 0, "img_size": 28, "patch_size": 14}
+    model = created(name, **small)
+    state = model.state_dict()
+    position = torch.randn(1, 1, 48)
+    state["register_tokens"] = state.pop("reg_token")
+    state["pos_embed"] = torch.cat([position, state["pos_embed"]], 1)
+    state["cls_token"] = state["cls_token"] - position
+    torch.save({**state, "mask_token": torch.zeros(1, 48)}, tmp_path / "c.pth")
+    kwargs = {key: value for key, value in small.items() if key != "img_size"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = load_model(name, tmp_path / "c.pth", img_size=28, model_kwargs=kwargs)
+    assert torch.allclose(ours.cls_token, model.cls_token, atol=1e-6)
+
+
+@pytest.mark.parametrize("container", [None, "model"])
+def test_a_layer_before_the_classifier_that_timm_leaves_out(tmp_path, seed, container):
+    """Older ViTs had one; without it the classifier's logits are others."""
+    state = created(VIT, **SMALL).state_dict()
+    more = {"pre_logits.fc.weight": torch.randn(48, 48), "pre_logits.fc.bias": torch.zeros(48)}
+    torch.save({container: {**state, **more}} if container else {**state, **more}, tmp_path / "c.pth")
+    with pytest.raises(UsageError, match=r"no place for pre_logits.fc.weight, which timm's conversion leaves out"):
+        loaded(tmp_path / "c.pth")
+    backbone = {key: value for key, value in {**state, **more}.items() if not key.startswith("head.")}
+    torch.save(backbone, tmp_path / "b.pth")
+    assert loaded(tmp_path / "b.pth", kwargs={**SMALL, "num_classes": 0}).num_classes == 0
+
+
+def as_original_dinov3(model, bias):
+    found = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma").replace("reg_token", "storage_tokens")
+        if key.endswith("q_bias"):
+            found[key.replace("q_bias", "qkv.bias")] = bias
+        elif not key.endswith("v_bias"):
+            found[key] = value
+    mask = torch.ones(len(bias))
+    return found | {"blocks.0.attn.qkv.bias_mask": mask, "rope_embed.periods": torch.ones(4), "mask_token": mask[None]}
+
+
+def test_a_bias_that_timm_leaves_out_counts_unless_it_is_zero(tmp_path, seed, capsys):
+    """DINOv3: models without the bias of queries and values are given files that have it."""
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    model, bias = created("vit_small_patch16_dinov3_qkvb", **small), torch.randn(96)
+    torch.save(as_original_dinov3(model, bias), tmp_path / "c.pth")
+    with pytest.raises(UsageError, match=r"no place for blocks.0.attn.qkv.bias, which timm's conversion leaves out"):
+        loaded(tmp_path / "c.pth", "vit_small_patch16_dinov3", small)
+    ours = loaded(tmp_path / "c.pth", "vit_small_patch16_dinov3_qkvb", small)
+    assert torch.equal(ours.blocks[0].attn.q_bias, bias[:32])
+    assert torch.equal(ours.blocks[0].attn.v_bias, bias[64:])
+    torch.save(as_original_dinov3(model, torch.zeros(96)), tmp_path / "z.pth")
+    without = loaded(tmp_path / "z.pth", "vit_small_patch16_dinov3", small)
+    assert torch.equal(without.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    assert capsys.readouterr().out == ""  # timm's conversion prints; a command's stdout is its result
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
@@ -645,6 +754,9 @@ def test_a_folder_as_the_hub_has_it(tmp_path, seed):
     assert again.dfqvit_record.preprocessing.mean == (0.1,) * 3
     assert again.dfqvit_record.spec.architecture == VIT
     assert isinstance(again.dfqvit_record.spec, ModelSpec)
+    other = load_model(f"local-dir:{folder}", folder / "model.safetensors")  # other weights, the same images
+    assert same(other, model)
+    assert Preprocessing.of(other) == Preprocessing.of(ours)
 
 
 def test_names_that_are_none(tmp_path, monkeypatch):
