@@ -13,6 +13,7 @@ import runner
 import torch
 
 from dfqvit import kernels
+from dfqvit.quantization.rounding import INPUT_DAMPING, OUTPUT_DAMPING, damped
 
 LAYERS = {"DeiT-T qkv": (576, 192), "DeiT-T fc1": (768, 192), "DeiT-T fc2": (192, 768), "DeiT-B fc1": (3072, 768)}
 MOST_PLAIN = 1 << 18  # weights of a layer that the plain form is timed on
@@ -20,10 +21,9 @@ BITS, SWEEPS = 4, 8
 
 
 def moment(size: int, damping: float) -> torch.Tensor:
-    """Of correlated vectors, scaled to a mean diagonal of 1 and damped, as `quantization.rounding` gives them."""
+    """Of correlated vectors, damped."""
     x = torch.randn(2 * size, size // 3) @ torch.randn(size // 3, size) + 0.1 * torch.randn(2 * size, size)
-    total = x.T @ x
-    return total / total.diagonal().mean() + damping * torch.eye(size)
+    return damped(x.T @ x, damping)
 
 
 def cost(weight: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, *moments: torch.Tensor) -> float:
@@ -42,7 +42,7 @@ def main() -> None:
     for name, (rows, columns) in LAYERS.items():
         weight = torch.randn(rows, columns)
         scale = weight.abs().amax(dim=1) / (1 << (BITS - 1))
-        moments = moment(columns, 0.3), moment(rows, 2.0)
+        moments = moment(columns, INPUT_DAMPING), moment(rows, OUTPUT_DAMPING)
         arguments = weight, scale, *moments
         found = kernels.round_second_order(*arguments, bits=BITS, sweeps=SWEEPS)
         half = 1 << (BITS - 1)

@@ -57,12 +57,13 @@ class SecondMoments:
         y.register_hook(lambda grad: self.observe(x, grad))
 
     def damped(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Both sums, scaled to a mean diagonal of 1, plus their damping times the identity."""
-        outputs = None if self.outputs is None else _damped(self.outputs, OUTPUT_DAMPING)
-        return _damped(self.inputs, INPUT_DAMPING), outputs
+        """Both sums, each damped by its own share."""
+        outputs = None if self.outputs is None else damped(self.outputs, OUTPUT_DAMPING)
+        return damped(self.inputs, INPUT_DAMPING), outputs
 
 
-def _damped(moment: torch.Tensor, share: float) -> torch.Tensor:
+def damped(moment: torch.Tensor, share: float) -> torch.Tensor:
+    """A moment [n, n] scaled to a mean diagonal of 1, plus `share` times the identity."""
     mean = moment.diagonal().mean().clamp_min(_TINY)
     return moment / mean + share * torch.eye(len(moment), device=moment.device)
 
