@@ -84,3 +84,26 @@ def test_the_reader_of_imports_sees_every_form():
     )
     found = imported(ROOT / "synthesis" / "step.py", source)
     assert found == {"cli", "api", "storage", "distributed", "synthesis"}
+
+
+def bound(source: str) -> tuple[set[str], set[str]]:
+    """(the names in __all__, the names that imports, definitions and assignments of a file bind)."""
+    listed, names = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            names.add(node.targets[0].id)
+            if node.targets[0].id == "__all__":
+                listed |= set(ast.literal_eval(node.value))
+    return listed, names
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT.parent / "kernels"], ids=lambda folder: folder.name)
+def test_what_a_room_offers_is_there(folder):
+    """Found here: the room of the report offered `sizes`, which is storage's, so that `import *` of it failed."""
+    for path in folder.rglob("*.py"):
+        listed, names = bound(path.read_text())
+        assert listed <= names, f"{path}: {listed - names}"

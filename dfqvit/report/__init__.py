@@ -3,13 +3,4 @@
 from .measure import Divergence, activation_ranges, divergence, similarity_density
 from .page import Dense, Report, write_report
 
-__all__ = [
-    "Dense",
-    "Divergence",
-    "Report",
-    "activation_ranges",
-    "divergence",
-    "similarity_density",
-    "sizes",
-    "write_report",
-]
+__all__ = ["Dense", "Divergence", "Report", "activation_ranges", "divergence", "similarity_density", "write_report"]
