@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..calibration.given import eight_bits, evaluation_transform
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
+from ..synthesis.interruption import uninterrupted
 from .labels import class_folders, order_of, read_classes, read_labels
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _UNREAD = (".gif", ".jp2", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".jpe", ".dng")  # images, and left out
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises of a file
 
-KILLED = "data: a process that reads images was killed; fewer --workers need less memory"
+_KILLED = "data: a process that reads images was killed; fewer --workers need less memory"
 
 Item = tuple[torch.Tensor, int]
 
@@ -290,19 +291,29 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        try:
-            for pixels, labels, errors in self.loader:
-                for error in errors:
-                    if self.tasks.images.unreadable == "refuse":
-                        raise DfqvitError(error)
-                    warnings.warn(f"{error}, skipped", stacklevel=2)
-                if len(labels):
-                    pixels = pixels.to(self.device, non_blocking=True)
-                    yield self.preprocessing.normalise(pixels), labels.to(self.device, non_blocking=True)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DfqvitError(KILLED) from error
+        for pixels, labels, errors in read_by(self.loader):
+            for error in errors:
+                if self.tasks.images.unreadable == "refuse":
+                    raise DfqvitError(error)
+                warnings.warn(f"{error}, skipped", stacklevel=2)
+            if len(labels):
+                pixels = pixels.to(self.device, non_blocking=True)
+                yield self.preprocessing.normalise(pixels), labels.to(self.device, non_blocking=True)
+
+
+def read_by(loader: DataLoader) -> Iterator[Any]:
+    """What the loader reads; DfqvitError where one of its processes was killed.
+
+    A signal waits until these are made: of what a handler raises while one is half made, Python prints a part, "ignored".
+    """
+    try:
+        with uninterrupted():
+            found = iter(loader)
+        yield from found
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DfqvitError(_KILLED) from error
 
 
 def leave_to_parent(_: int) -> None:

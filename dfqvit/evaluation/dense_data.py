@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..calibration.given import eight_bits
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
-from .data import KILLED, UNREADABLE, leave_to_parent
+from .data import UNREADABLE, leave_to_parent, read_by
 from .dense import Target, check_task
 from .scenes import Scenes
 
@@ -53,16 +53,11 @@ class DenseImages(abc.ABC):
         loader = DataLoader(
             _Tasks(self), batch_size=size, num_workers=workers, collate_fn=list, worker_init_fn=leave_to_parent
         )
-        try:
-            for found in loader:
-                wrong = next((each for each in found if isinstance(each, (UsageError, DfqvitError))), None)
-                if wrong is not None:
-                    raise wrong
-                yield torch.stack([image for image, _ in found]), [target for _, target in found]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DfqvitError(KILLED) from error
+        for found in read_by(loader):
+            wrong = next((each for each in found if isinstance(each, (UsageError, DfqvitError))), None)
+            if wrong is not None:
+                raise wrong
+            yield torch.stack([image for image, _ in found]), [target for _, target in found]
 
     def _open(self, path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
         """(the image, its height and width in the file)."""

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.evaluation import evaluate
-from dfqvit.evaluation.data import ArrayImages, batches, open_images, spread_images
+from dfqvit.evaluation.data import ArrayImages, batches, open_images, read_by, spread_images
 from dfqvit.models import Preprocessing
 
 from ..conftest import small_vit
@@ -237,6 +237,29 @@ def test_worker_processes_give_the_same_batches(folder, tmp_path, workers):
             for (x, y), (u, v) in zip(alone, shared, strict=True):
                 assert torch.equal(x, u)
                 assert torch.equal(y, v)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_processes_that_read_are_made(number):
+    """Found here: beside the line of an interrupted command stood "Exception ignored in", by multiprocessing."""
+    made = []
+
+    class Loader:
+        def __iter__(self):
+            signal.raise_signal(number)
+            made.append("all")
+            return iter([1])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(read_by(Loader()))
+    finally:
+        signal.signal(number, before)
+    assert made == ["all"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
