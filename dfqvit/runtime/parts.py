@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,16 +282,21 @@ def alike(first: ActivationQuantizer, second: ActivationQuantizer) -> bool:
 def watched_or_differentiated(module: nn.Module, *given: torch.Tensor) -> bool:
     """Whether a module must compute as simulated: something of it in training, as dropout may be alone, with a gradient wanted, or
     with a hook on a module inside. `given`: what it is called with."""
-    if any(child.training for child in module.modules()):
-        return True
-    if torch.is_grad_enabled():
-        held = (*given, *module.parameters(), *module.buffers())
-        if any(tensor.requires_grad for tensor in held):
-            return True
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
-    inside = (child for child in module.modules() if child is not module)
-    return any(child._forward_hooks or child._forward_pre_hooks for child in inside)
+    differentiates = torch.is_grad_enabled()
+    if differentiates and any(tensor.requires_grad for tensor in given):
+        return True
+    for child in module.modules():
+        if child.training or (child is not module and (child._forward_hooks or child._forward_pre_hooks)):
+            return True
+        if differentiates and (_requires_gradient(child._parameters) or _requires_gradient(child._buffers)):
+            return True
+    return False
+
+
+def _requires_gradient(table: Mapping[str, torch.Tensor | None]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in table.values())
 
 
 def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
