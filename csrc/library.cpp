@@ -62,7 +62,8 @@ const Definition kDefinitions[] = {
     {"quant_conv_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, float "
      "eps, "
      "Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] "
-     "a_bits, Tensor? hidden_scale, str activation) -> Tensor",
+     "a_bits, Tensor? hidden_scale, str activation, Tensor? grn_weight=None, Tensor? grn_bias=None, float "
+     "grn_eps=1e-06) -> Tensor",
      true, false},
     {"quantize_heads(Tensor q, Tensor k, Tensor v, Tensor in_scale, Tensor in_zero, int bits, Tensor? rope, bool half) "
      "-> Tensor",

@@ -58,12 +58,12 @@ Block block_of(const py::tuple& a) {
 }
 
 ConvBlock conv_block_of(const py::tuple& a) {
-  return ConvBlock({a[0].cast<at::Tensor>(), a[1].cast<OptionalTensor>(), a[2].cast<at::Tensor>(),
-                    a[3].cast<at::Tensor>(), a[4].cast<double>(), a[5].cast<std::vector<at::Tensor>>(),
-                    a[6].cast<std::vector<at::Tensor>>(), a[7].cast<std::vector<at::Tensor>>(),
-                    a[8].cast<std::vector<int64_t>>(), a[9].cast<std::vector<at::Tensor>>(),
-                    a[10].cast<std::vector<at::Tensor>>(), a[11].cast<std::vector<int64_t>>(),
-                    a[12].cast<OptionalTensor>(), a[13].cast<std::string>()});
+  return ConvBlock(
+      {a[0].cast<at::Tensor>(), a[1].cast<OptionalTensor>(), a[2].cast<at::Tensor>(), a[3].cast<at::Tensor>(),
+       a[4].cast<double>(), a[5].cast<std::vector<at::Tensor>>(), a[6].cast<std::vector<at::Tensor>>(),
+       a[7].cast<std::vector<at::Tensor>>(), a[8].cast<std::vector<int64_t>>(), a[9].cast<std::vector<at::Tensor>>(),
+       a[10].cast<std::vector<at::Tensor>>(), a[11].cast<std::vector<int64_t>>(), a[12].cast<OptionalTensor>(),
+       a[13].cast<std::string>(), a[14].cast<OptionalTensor>(), a[15].cast<OptionalTensor>(), a[16].cast<double>()});
 }
 
 // Whether anything would see the call if it went through torch's dispatcher: a trace, a mode, a transform, a profiler.

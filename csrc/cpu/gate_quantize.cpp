@@ -28,11 +28,13 @@ GateLayer::GateLayer(const at::Tensor& scale, const at::Tensor& zero_point, int6
   const float* from = given.const_data_ptr<float>();
   ordinary = true;
   for (int64_t i = 0; i < padded; ++i) {
-    to[i] = i < channels ? from[given.numel() == 1 ? 0 : i] : 1.0f;
+    to[i] = i < channels ? scale_value("scale", from[given.numel() == 1 ? 0 : i]) : 1.0f;
     inverse[i] = 1.0f / to[i];
     ordinary = ordinary && ordinary_divisor(to[i]);
   }
-  gate = {channels, {}, 0.0f, to, inverse, scalar_of("zero_point", zero_point), static_cast<float>((1 << bits) - 1)};
+  const int64_t greatest = (1 << bits) - 1;
+  const float zero = whole_value("zero_point", scalar_of("zero_point", zero_point), greatest);
+  gate = {channels, {}, 0.0f, to, inverse, zero, static_cast<float>(greatest), nullptr};
   set_activation(activation, gate.activation, gate.slope);
 }
 

@@ -15,19 +15,6 @@ namespace dfqvit {
 namespace quant {
 namespace {
 
-float scale_value(const char* name, float value) {
-  TORCH_CHECK_VALUE(std::isfinite(value), name, " held NaN or Inf; every value must be finite");
-  TORCH_CHECK_VALUE(value > 0, name, " held ", value, "; every scale must be greater than 0");
-  return value;
-}
-
-float whole_value(const char* name, float value, int64_t greatest) {
-  TORCH_CHECK_VALUE(value >= 0 && value <= greatest && value == std::nearbyint(value), name, " held ",
-                    std::setprecision(17), static_cast<double>(value), "; it must be a whole number from 0 to ",
-                    greatest);
-  return value;
-}
-
 // One row of a canonical packed weight (kernels/pack_weight), as bytes.
 void unpack_row(const uint8_t* packed, int64_t columns, int64_t bits, int8_t* out) {
   const int sign = 1 << (bits - 1), mask = (1 << bits) - 1;
@@ -122,6 +109,19 @@ void check_weight(const at::Tensor& weight, int64_t outputs, int64_t columns, in
 }
 
 }  // namespace
+
+float scale_value(const char* name, float value) {
+  TORCH_CHECK_VALUE(std::isfinite(value), name, " held NaN or Inf; every value must be finite");
+  TORCH_CHECK_VALUE(value > 0, name, " held ", value, "; every scale must be greater than 0");
+  return value;
+}
+
+float whole_value(const char* name, float value, int64_t greatest) {
+  TORCH_CHECK_VALUE(value >= 0 && value <= greatest && value == std::nearbyint(value), name, " held ",
+                    std::setprecision(17), static_cast<double>(value), "; it must be a whole number from 0 to ",
+                    greatest);
+  return value;
+}
 
 // A plain loop: the compiler makes vectors of it.
 void check_finite(const char* name, const float* values, int64_t count) {

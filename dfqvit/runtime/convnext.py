@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import LayerNorm2d, Mlp
+from timm.layers import GlobalResponseNormMlp, LayerNorm2d, Mlp
+from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import nn
 
@@ -28,11 +29,13 @@ class ConvParts:
     linears: tuple[QuantLinear, QuantLinear]  # fc1, fc2; of 1x1 convolutions too
     activation: str
     gain: torch.Tensor | None  # of the result of fc2
+    response: GlobalResponseNorm | None  # of V2, before fc2
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments of the operator `quant_conv_block` after x, as its schema orders them."""
         (norm,), sites = self.norms, [linear.input for linear in self.linears]
         biases, scales = folded(self.linears, (None, self.gain))
+        grn = self.response
         return (
             self.conv.weight,
             self.conv.bias,
@@ -48,12 +51,14 @@ class ConvParts:
             [site.bits for site in sites],
             hidden_scale(self.linears[1]),
             self.activation,
+            *((None, None, 0.0) if grn is None else (grn.weight, grn.bias, grn.eps)),
         )
 
     def values(self) -> Iterator[torch.Tensor]:
         """The tensors among the arguments, but for the packed weights."""
         (norm,) = self.norms
         found = [self.conv.weight, self.conv.bias, norm.weight, norm.bias, self.gain]
+        found += [] if self.response is None else [self.response.weight, self.response.bias]
         for linear in self.linears:
             found += [linear.bias, linear.weight_scale, linear.exponents, linear.input.scale, linear.input.zero_point]
         yield from (tensor for tensor in found if tensor is not None)
@@ -62,8 +67,9 @@ class ConvParts:
 def parts_of(block: Any) -> ConvParts | str:
     """The parts of a ConvNeXt block, asked by exact class, or why it cannot run in integers."""
     conv, norm, mlp = block.conv_dw, block.norm, block.mlp
-    if type(mlp) is not Mlp:
+    if type(mlp) not in (Mlp, GlobalResponseNormMlp):
         return f"its MLP is a {type(mlp).__name__}"
+    response = mlp.grn if type(mlp) is GlobalResponseNormMlp else None
     fc1, fc2 = linears = (mlp.fc1, mlp.fc2)
     if not all(type(layer) in (QuantLinear, QuantPatchProjection) and layer.frozen for layer in linears):
         return "its linear layers are not all quantized"
@@ -79,15 +85,20 @@ def parts_of(block: Any) -> ConvParts | str:
         return "its convolution moves, dilates or pads in a way that the operator does not"
     if type(norm) not in (*NORMS, LayerNorm2d) or norm.weight is None or norm.bias is None:
         return f"its norm is a {type(norm).__name__}, not a LayerNorm with weight and bias"
-    floats = (conv.weight, norm.weight, norm.bias, *([] if conv.bias is None else [conv.bias]))
-    if any(tensor.dtype != torch.float32 for tensor in (*floats, *([] if block.gamma is None else [block.gamma]))):
-        return "its convolution, norm or gamma is not float32"
-    if type(mlp.norm) is not nn.Identity or type(block.shortcut) is not nn.Identity:
-        return "its MLP has a norm" if type(block.shortcut) is nn.Identity else "its shortcut is a layer"
+    if response is not None and type(response) is not GlobalResponseNorm:
+        return f"its MLP has a {type(response).__name__} where its response norm was"
+    floats = [conv.weight, conv.bias, norm.weight, norm.bias, block.gamma]
+    floats += [] if response is None else [response.weight, response.bias]
+    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in floats):
+        return "its convolution, norms or gamma are not float32"
+    if response is None and type(mlp.norm) is not nn.Identity:
+        return "its MLP has a norm"
+    if type(block.shortcut) is not nn.Identity:
+        return "its shortcut is a layer"
     activation = activation_of(mlp.act)
     if activation is None:
         return f"its activation is {type(mlp.act).__name__}"
-    return replaced_forward(block) or ConvParts(conv, (norm,), linears, activation, block.gamma)
+    return replaced_forward(block) or ConvParts(conv, (norm,), linears, activation, block.gamma, response)
 
 
 class IntegerConvNeXtBlock(IntegerBlock, ConvNeXtBlock):

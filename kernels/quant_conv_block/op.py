@@ -33,14 +33,21 @@ def quant_conv_block(
     a_bits: Sequence[int],
     hidden_scale: torch.Tensor | None = None,
     activation: str | None = "gelu",
+    grn_weight: torch.Tensor | None = None,
+    grn_bias: torch.Tensor | None = None,
+    grn_eps: float = 1e-6,
 ) -> torch.Tensor:
     """A ConvNeXt block: a depthwise convolution in float32, then an MLP on 8-bit integers; no gradient.
 
-        result = x + fc2(activation(fc1(layer_norm(depthwise(x)))))
+        result = x + fc2(grn(activation(fc1(layer_norm(depthwise(x))))))
 
-    The arithmetic after the convolution is that of `layer_norm_quantize` and `quant_linear`. One compiled call on CPUs, torch's
-    convolution and these operators elsewhere. ConvNeXt's factors for the channels of the result (`gamma`) belong into the
-    scales and the bias of fc2.
+    With `grn_weight` there is a global response norm as in ConvNeXt V2, of values h [H, W, channels] of an image:
+
+        grn(h) = h * (1 + grn_weight * n / (mean(n) + grn_eps)) + grn_bias,    n = sqrt(sum of h^2 over H and W)
+
+    computed in float32 and then rounded. The other arithmetic after the convolution is that of `layer_norm_quantize` and
+    `quant_linear`. One compiled call on CPUs, torch's convolution and these operators elsewhere. ConvNeXt's factors for the
+    channels of the result (`gamma`) belong into the scales and the bias of fc2.
 
     Args:
         x: float32 [B, H, W, C].
@@ -59,6 +66,9 @@ def quant_conv_block(
         hidden_scale: [H], float32, or None: the scales that fc1's result is rounded by, where its channels have scales of their
             own; by default that of fc2's input for all.
         activation: None, "gelu", "gelu_tanh", "quick_gelu" or "silu".
+        grn_weight: of the response norm, [H], float32; None for no norm.
+        grn_bias: of it, [H], float32; given if grn_weight is.
+        grn_eps: of it.
 
     Returns:
         float32 [B, H, W, C].
@@ -67,7 +77,7 @@ def quant_conv_block(
         TypeError: x is not float32.
         ValueError: lengths, shapes, devices or values do not fit; or a gradient is wanted.
 
-    Source: ConvNeXt, arXiv 2201.03545; integer arithmetic of arXiv 1712.05877.
+    Source: ConvNeXt, arXiv 2201.03545, and V2, 2301.00808; integer arithmetic of arXiv 1712.05877.
     """
     blocks.check_input(x)
     lists: dict[str, Sequence[Any]] = {
@@ -100,20 +110,27 @@ def quant_conv_block(
         blocks.check_linear(*layer)
     blocks.check_grids(x, GRIDS, scales, zeros, a_bits)
     checks.same_device(x=x, hidden_scale=hidden_scale)
-    blocks.check_hidden(hidden_scale, weight_scales[0].numel())
+    blocks.check_hidden(hidden_scale, hidden)
+    if (grn_weight is None) != (grn_bias is None):
+        raise ValueError(f"grn_{'weight' if grn_weight is None else 'bias'} was None; it must be given if the other is")
+    checks.same_device(x=x, grn_weight=grn_weight, grn_bias=grn_bias)
+    for name, tensor in (("grn_weight", grn_weight), ("grn_bias", grn_bias)):
+        blocks.check_channels(name, tensor, hidden)
     check_activation(activation)
     blocks.check_no_gradient("quant_conv_block", (x, conv_weight, conv_bias, norm_weight, norm_bias, *weights, *biases,
-                                                  *weight_scales, *scales, *zeros, hidden_scale))  # fmt: skip
+                                                  *weight_scales, *scales, *zeros, hidden_scale, grn_weight,
+                                                  grn_bias))  # fmt: skip
     return forward(
         x, conv_weight, conv_bias, norm_weight, norm_bias, eps, list(weights), blocks.given(x, biases),
         list(weight_scales), list(w_bits), list(scales), list(zeros), list(a_bits), hidden_scale, activation or "none",
+        grn_weight, grn_bias, grn_eps,
     )  # fmt: skip
 
 
 forward = Operator(
     "quant_conv_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, float eps, "
     "Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, "
-    "Tensor? hidden_scale, str activation) -> Tensor",
+    "Tensor? hidden_scale, str activation, Tensor? grn_weight=None, Tensor? grn_bias=None, float grn_eps=1e-06) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     backends=blocks.backends("quant_conv_block", reference.quant_conv_block),
 )

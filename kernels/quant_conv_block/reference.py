@@ -1,4 +1,4 @@
-"""`quant_conv_block` as torch's convolution and three calls of its operators, each on the backend that serves it."""
+"""`quant_conv_block` as torch's convolution and calls of its operators, each on the backend that serves it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..gate_quantize.op import forward as gate_quantize
 from ..layer_norm_quantize.op import forward as layer_norm_quantize
 from ..quant_linear.op import forward as quant_linear
 
@@ -27,6 +28,9 @@ def quant_conv_block(
     a_bits: Sequence[int],
     hidden_scale: torch.Tensor | None,
     activation: str,
+    grn_weight: torch.Tensor | None = None,
+    grn_bias: torch.Tensor | None = None,
+    grn_eps: float = 1e-6,
 ) -> torch.Tensor:
     """The formula of `op.quant_conv_block`; a bias of no values is none."""
     channels = x.shape[-1]
@@ -37,10 +41,14 @@ def quant_conv_block(
     size = weight_scales[0].shape
     hidden = (scales[1] if hidden_scale is None else hidden_scale).expand(size).contiguous()
     first, second = (bias if bias.numel() else None for bias in biases)
-    h = quant_linear.resolved(
-        h, weights[0], first, None, scales[0], zeros[0], weight_scales[0], a_bits[0], w_bits[0], activation, None,
-        hidden, zeros[1].expand(size).contiguous(), a_bits[1], "uint8",
-    )  # fmt: skip
+    layer = (h, weights[0], first, None, scales[0], zeros[0], weight_scales[0], a_bits[0], w_bits[0], activation, None)
+    if grn_weight is None or grn_bias is None:
+        h = quant_linear.resolved(*layer, hidden, zeros[1].expand(size).contiguous(), a_bits[1], "uint8")
+    else:
+        h = quant_linear.resolved(*layer, None, None, 8, "float32")
+        norms = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
+        h = h * (1 + grn_weight * (norms / (norms.mean(-1, keepdim=True) + grn_eps))) + grn_bias
+        h = gate_quantize.resolved(torch.ones_like(h), h, hidden, zeros[1], a_bits[1], "none")
     return quant_linear.resolved(
         h, weights[1], second, None, scales[1], zeros[1], weight_scales[1], a_bits[1], w_bits[1], "none", x.contiguous(),
         None, None, 8, "float32",

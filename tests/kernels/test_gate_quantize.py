@@ -155,3 +155,20 @@ def test_bad_input(change, error, message):
     arguments = {"gate": torch.zeros(2, 8), "value": torch.zeros(2, 8), "scale": 0.1, "zero_point": 3.0, **change}
     with pytest.raises(error, match=message):
         gate_quantize(arguments.pop("gate"), arguments.pop("value"), **arguments)
+
+
+@pytest.mark.skipif(extension.load()[0] is None, reason="dfqvit._C is not built")
+@pytest.mark.parametrize(
+    ("scale", "zero", "message"),
+    [
+        ([0.1, 0.0, 0.1], 0.0, "scale held 0; every scale must be greater than 0"),
+        ([float("nan")], 0.0, "scale held NaN or Inf"),
+        ([0.1], 0.5, "zero_point held 0.5; it must be a whole number from 0 to 15"),
+        ([0.1], 16.0, "zero_point held 16; it must be a whole number from 0 to 15"),
+    ],
+)
+def test_the_operator_itself_checks_its_grid(scale, zero, message):
+    """As a C++ program calls it, without the checks in Python."""
+    part = torch.randn(2, 3)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.dfqvit_cpu.gate_quantize(part, part, torch.tensor(scale), torch.tensor(zero), 4, "none")

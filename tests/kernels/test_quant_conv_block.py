@@ -7,8 +7,17 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 
-from dfqvit.kernels import block_weight, extension, pack_weight, quant_conv_block, use_backend
+from dfqvit.kernels import (
+    block_weight,
+    extension,
+    layer_norm_quantize,
+    pack_weight,
+    quant_conv_block,
+    quant_linear,
+    use_backend,
+)
 from dfqvit.kernels.quant_conv_block.op import forward
 
 from ..conftest import ACTIVATIONS, arguments_of, threads
@@ -16,8 +25,9 @@ from ..conftest import ACTIVATIONS, arguments_of, threads
 compiled = pytest.mark.skipif(extension.load()[0] is None, reason="dfqvit._C is not built")
 
 
-def sample(rng, shape, hidden, *, size=7, w_bits=4, a_bits=8, blocked=True):
-    """Random x [B, H, W, C] of a shape, and the other arguments of `quant_conv_block` by name."""
+def sample(rng, shape, hidden, *, size=7, w_bits=4, a_bits=8, blocked=True, grn=None):
+    """Random x [B, H, W, C] of a shape, and the other arguments of `quant_conv_block` by name; `grn`: whether with such a norm."""
+    grn = rng.random() < 0.5 if grn is None else grn
     channels = shape[-1]
     weights, scales = [], []
     for outputs, inputs in ((hidden, channels), (channels, hidden)):
@@ -41,6 +51,9 @@ def sample(rng, shape, hidden, *, size=7, w_bits=4, a_bits=8, blocked=True):
         "a_bits": [a_bits] * 2,
         "hidden_scale": 0.02 + torch.rand(hidden) * 0.05 if rng.random() < 0.5 else None,
         "activation": rng.choice([None, *ACTIVATIONS]),
+        "grn_weight": torch.randn(hidden) * 0.5 if grn else None,
+        "grn_bias": torch.randn(hidden) * 0.2 if grn else None,
+        "grn_eps": rng.choice([1e-6, 0.1]),
     }
     return torch.randn(*shape), named
 
@@ -91,13 +104,44 @@ def test_close_to_the_operators_one_by_one(seed, isa, w_bits):
 def test_the_convolution_is_that_of_float64(seed, isa):
     rng = random.Random(seed)
     for _ in range(3):
-        x, named = sample(rng, (1, rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 20)), 8, w_bits=8)
+        x, named = sample(rng, (1, rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 20)), 8, w_bits=8, grn=False)
         off = (quant_conv_block(x, **named) - expected_of(x, named)).abs()
         assert float((off > 1e-4).float().mean()) < 0.02
 
 
 @compiled
-def test_bits_depend_on_nothing_but_the_pixels_around(seed, isa):
+def test_the_response_norm_is_timms_in_float64(seed, isa):
+    """Of what fc1 gives in floats; a value within float rounding of the middle between two integers may go to the other one."""
+    rng = random.Random(seed)
+    for _ in range(3):
+        x, named = sample(rng, shape_of(rng), rng.randint(1, 150), size=1, w_bits=8, grn=True)
+        hidden = named["grn_weight"].numel()
+        named["conv_bias"] = None  # of one tap, exact whether fused or not
+        convolved = x * named["conv_weight"].flatten()
+        grid = {"scale": named["scales"][0], "zero_point": named["zeros"][0]}
+        q = layer_norm_quantize(convolved, named["norm_weight"], named["norm_bias"], eps=named["eps"], **grid)
+        linear = {"x_scale": named["scales"][0], "x_zero": named["zeros"][0], "a_bits": 8, "w_bits": 8}
+        h = quant_linear(
+            q, named["weights"][0], named["biases"][0], w_scale=named["weight_scales"][0], activation=named["activation"],
+            **linear,
+        )  # fmt: skip
+        norm = GlobalResponseNorm(hidden, eps=named["grn_eps"]).double()
+        norm.load_state_dict({"weight": named["grn_weight"], "bias": named["grn_bias"]})
+        scale = named["scales"][1] if named["hidden_scale"] is None else named["hidden_scale"]
+        codes = norm(h.double()).detach() / scale.double() + named["zeros"][1].double()
+        linear = {"x_scale": named["scales"][1], "x_zero": named["zeros"][1], "a_bits": 8, "w_bits": 8}
+        expected = x + quant_linear(
+            codes.round().clamp(0, 255).to(torch.uint8), named["weights"][1], named["biases"][1],
+            w_scale=named["weight_scales"][1], **linear,
+        )  # fmt: skip
+        off = ((quant_conv_block(x, **named) - expected).abs() > 1e-4).any(dim=-1)
+        near = ((codes - codes.floor() - 0.5).abs() < 1e-3).any(dim=-1)
+        assert not (off & ~near).any()
+        assert int(off.sum()) <= 1 + 0.05 * off.numel()
+
+
+@compiled
+def test_bits_depend_on_nothing_but_the_image(seed, isa):
     """Neither on the number of threads, nor on what else is in the batch."""
     rng = random.Random(seed)
     x, named = sample(rng, (5, 12, 13, 24), 40)
@@ -142,21 +186,27 @@ def test_opcheck(seed):
         ({"biases": [torch.zeros(7), None]}, r"bias of fc1 had shape \(7,\); it must be \[12\]"),
         ({"scales": [torch.ones(2)] * 2}, "scales of fc1 input was"),
         ({"hidden_scale": torch.ones(3)}, r"hidden_scale had shape \(3,\); it must be \[12\]"),
+        ({"grn_weight": torch.ones(12)}, "grn_bias was None; it must be given if the other is"),
+        ({"grn_bias": torch.ones(12)}, "grn_weight was None; it must be given if the other is"),
+        ({"grn_weight": torch.ones(3), "grn_bias": torch.ones(12)}, r"grn_weight held torch.float32 \(3,\)"),
+        ({"grn_weight": torch.ones(12), "grn_bias": torch.full((12,), torch.inf)}, "grn_bias held NaN or Inf"),
         ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'"),
         ({"x": torch.zeros(2, 4, 4, 8, requires_grad=True)}, "a gradient is wanted of quant_conv_block"),
     ],
 )
 def test_bad_input(change, message):
-    x, named = sample(random.Random(0), (2, 4, 4, 8), 12)
+    x, named = sample(random.Random(0), (2, 4, 4, 8), 12, grn=False)
     with pytest.raises((TypeError, ValueError), match=message):
         quant_conv_block(**{"x": x, **named, **change})
 
 
 @compiled
-@pytest.mark.parametrize("name", ["conv_weight", "conv_bias", "weights", "weight_scales", "norm_weight", "zeros"])
+@pytest.mark.parametrize(
+    "name", ["conv_weight", "conv_bias", "weights", "weight_scales", "norm_weight", "zeros", "grn_weight", "grn_bias"]
+)
 def test_the_operator_itself_checks_what_it_reads(seed, name):
     """As a C++ program calls it, without the checks in Python: too little memory is refused, not read beyond."""
-    x, named = sample(random.Random(seed), (2, 4, 4, 8), 20)
+    x, named = sample(random.Random(seed), (2, 4, 4, 8), 20, grn=name.startswith("grn") or None)
     named["biases"] = [torch.zeros(len(scale)) for scale in named["weight_scales"]]
     named["conv_bias"], named["activation"] = torch.zeros(8), "none"
     value = named[name]
@@ -177,3 +227,16 @@ def test_the_operator_itself_counts_its_lists(seed, name):
     names = [argument.name for argument in torch.ops.dfqvit.quant_conv_block.default._schema.arguments[1:]]
     with pytest.raises(ValueError, match=f"{name} had 0 entries; a block has 2"):
         torch.ops.dfqvit_cpu.quant_conv_block(x, *({**named, name: []}[key] for key in names))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_response_norm_of_nothing_by_nothing_is_refused(seed, backend):
+    if backend == "cpu" and extension.load()[0] is None:
+        pytest.skip("dfqvit._C is not built")
+    x, named = sample(random.Random(seed), (2, 3, 4, 8), 20, grn=True)
+    named |= {"biases": [None, None], "activation": None}
+    named["weights"][0] = torch.zeros(20, 8)
+    with use_backend(backend, "quant_conv_block"):
+        assert quant_conv_block(x, **{**named, "grn_eps": 1e-6}).isfinite().all()
+        with pytest.raises(ValueError, match=r"(held|gave) NaN or Inf"):
+            quant_conv_block(x, **{**named, "grn_eps": 0.0})

@@ -40,6 +40,8 @@ MAKE = {
     "swinv2": ("swinv2_tiny_window8_256", SWIN_V2),
     "convnext": ("convnext_tiny", CONVNEXT),
     "convnext of 1x1 convolutions": ("convnext_atto", CONVNEXT),
+    "convnextv2": ("convnextv2_tiny", CONVNEXT),
+    "convnextv2 of 1x1 convolutions": ("convnextv2_atto", CONVNEXT),
 }
 
 
@@ -128,6 +130,7 @@ CHANGES = {
     "dinov3": ["gamma_1", "attn.qkv.weight_scale", "norm2.weight"],
     "eva02": ["mlp.fc1.bias", "mlp.fc2.input.scale", "mlp.fc1.weight_scale"],
     "convnext": ["conv_dw.weight", "conv_dw.bias", "norm.weight", "gamma", "mlp.fc2.weight_scale"],
+    "convnextv2": ["mlp.grn.weight", "mlp.grn.bias"],
 }
 
 

@@ -7,7 +7,7 @@
 namespace dfqvit {
 namespace quant {
 
-// What a gated MLP's hidden values are made and rounded by.
+// What a gated MLP's hidden values are made and rounded by, and those of a response norm, whose factors are the gate.
 struct Gate {
   int64_t channels;
   Activation activation;
@@ -15,6 +15,7 @@ struct Gate {
   const float* scale;       // of each channel, and ones up to a multiple of kGateStep
   const float* reciprocal;  // 1 / scale, as float32 division gives it
   float zero, greatest;
+  const float* offset;  // added to the products, as many as scales; or null
 };
 
 constexpr int64_t kGateStep = 64;

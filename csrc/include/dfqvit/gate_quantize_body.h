@@ -39,6 +39,7 @@ DFQVIT_TARGET bool gate_rows(const float* gate, int64_t gate_stride, const float
         const vec other = simd::load(values + i * simd::kLanes);
         strange = simd::add(strange, simd::sub(other, other));
         y[i] = simd::mul(y[i], other);
+        if (g.offset) y[i] = simd::add(y[i], simd::load(g.offset + first + i * simd::kLanes));
         scale[i] = simd::load(g.scale + first + i * simd::kLanes);
         reciprocal[i] = simd::load(g.reciprocal + first + i * simd::kLanes);
       }

@@ -28,6 +28,12 @@ inline float scalar_of(const char* name, const at::Tensor& value) {
   return *value.const_data_ptr<float>();
 }
 
+// The value; ValueError unless it is finite and greater than 0.
+float scale_value(const char* name, float value);
+
+// The value; ValueError unless it is a whole number from 0 to `greatest`.
+float whole_value(const char* name, float value, int64_t greatest);
+
 // ValueError where a value is NaN or Inf; nothing for a tensor that is not there.
 void check_finite(const char* name, const float* values, int64_t count);
 void check_finite(const char* name, const OptionalTensor& tensor);

@@ -2,9 +2,11 @@
 //
 //     x -> depthwise convolution -> LayerNorm + quantize -> fc1 -> fc2 + x
 //
-// The convolution is in float32 and reads x alone, so pieces of the pixels go through all stages without a wait.
+// The convolution is in float32 and reads x alone, so pieces of the pixels go through all stages without a wait. Only
+// ConvNeXt V2's global response norm, which comes between fc1 and fc2, waits for all pixels of an image.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,6 +30,8 @@ struct ConvBlockArguments {
   std::vector<int64_t> a_bits;
   OptionalTensor hidden_scale;  // of each channel of what fc2 takes, as fc1 rounds it; scales[1] for all without it
   std::string activation;
+  OptionalTensor grn_weight, grn_bias;  // of a global response norm before fc2, or none
+  double grn_eps;
 };
 
 class ConvBlock {
@@ -39,10 +43,15 @@ class ConvBlock {
   at::Tensor run(const at::Tensor& x) const;
 
  private:
+  struct Call;
+
   NormLayer norm_;
   LinearLayer fc1_, fc2_;
-  at::Tensor taps_, bias_;  // what conv_ points to
-  Depthwise conv_;          // but for the image's size
+  at::Tensor taps_, bias_;             // what conv_ points to
+  Depthwise conv_;                     // but for the image's size
+  std::optional<GateLayer> response_;  // how a response norm's result is rounded, where there is one
+  at::Tensor grn_weight_, grn_bias_;   // of it; the bias with zeros up to a multiple of kGateStep
+  double grn_eps_ = 0;
 };
 
 }  // namespace quant

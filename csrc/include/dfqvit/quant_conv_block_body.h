@@ -1,9 +1,9 @@
-// The body of the depthwise convolution of quant_conv_block, compiled once for each CPU path: the includer sets
-// DFQVIT_PATH, DFQVIT_SIMD and DFQVIT_TARGET (each_path.h). So no include guard.
+// The body of quant_conv_block's own kernels, compiled once for each CPU path: the includer sets DFQVIT_PATH,
+// DFQVIT_SIMD and DFQVIT_TARGET (each_path.h). So no include guard.
 //
-// Channels lie side by side, so a vector holds one pixel of some channels. A tile is up to 8 pixels of a row: for every
-// row of taps its weights stay in registers, and each pixel that is read serves all the outputs that it reaches. A
-// pixel's sum has the order of the taps, whatever tile it is in; taps beyond the border are left out.
+// The convolution. Channels lie side by side, so a vector holds one pixel of some channels. A tile is up to 8 pixels of
+// a row: for every row of taps its weights stay in registers, and each pixel that is read serves all the outputs that
+// it reaches. A pixel's sum has the order of the taps, whatever tile it is in; taps beyond the border are left out.
 
 namespace dfqvit {
 namespace quant {
@@ -17,6 +17,13 @@ DFQVIT_INLINE vec load_some(const float* from, int64_t some) {
   float lanes[simd::kLanes] = {};
   std::memcpy(lanes, from, some * sizeof(float));
   return simd::load(lanes);
+}
+
+DFQVIT_INLINE void store_some(float* to, vec values, int64_t some) {
+  if (some >= simd::kLanes) return simd::store(to, values);
+  float lanes[simd::kLanes];
+  simd::store(lanes, values);
+  std::memcpy(to, lanes, some * sizeof(float));
 }
 
 // `pixels` outputs from (y, x) on, of the channels from c on, `some` at least one. `taps`: the kernel's size where it
@@ -59,13 +66,7 @@ DFQVIT_TARGET void tile(const float* image, const Depthwise& conv, int64_t y, in
   }
 #pragma GCC unroll 8
   for (int p = 0; p < pixels; ++p) {
-    if (some >= simd::kLanes) {
-      simd::store(out + p * channels + c, sums[p]);
-    } else {
-      float lanes[simd::kLanes];
-      simd::store(lanes, sums[p]);
-      std::memcpy(out + p * channels + c, lanes, some * sizeof(float));
-    }
+    store_some(out + p * channels + c, sums[p], some);
   }
 }
 
@@ -82,7 +83,7 @@ DFQVIT_TARGET void tile_of_all_channels(const float* image, const Depthwise& con
   }
 }
 
-// Pixels begin to end of one image [height, width, channels], to [end - begin, channels].
+// As ConvKernels says.
 DFQVIT_TARGET inline void depthwise(const float* image, const Depthwise& conv, int64_t begin, int64_t end, float* out) {
   while (begin < end) {
     const int64_t y = begin / conv.width, x = begin % conv.width, run = std::min(conv.width - x, end - begin);
@@ -114,6 +115,19 @@ DFQVIT_TARGET inline void depthwise(const float* image, const Depthwise& conv, i
     }
     begin += pixels;
     out += pixels * conv.channels;
+  }
+}
+
+// As ConvKernels says.
+DFQVIT_TARGET inline void sum_squares(const float* rows, int64_t count, int64_t channels, float* sums) {
+  for (int64_t c = 0; c < channels; c += simd::kLanes) {
+    const int64_t some = std::min<int64_t>(channels - c, simd::kLanes);
+    vec sum = simd::broadcast(0.0f);
+    for (int64_t r = 0; r < count; ++r) {
+      const vec value = load_some(rows + r * channels + c, some);
+      sum = simd::add(sum, simd::mul(value, value));
+    }
+    store_some(sums + c, sum, some);
   }
 }
 

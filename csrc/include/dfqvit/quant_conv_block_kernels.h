@@ -1,4 +1,5 @@
-// The depthwise convolution of quant_conv_block for every CPU path. No torch headers.
+// What is quant_conv_block's own for every CPU path: the depthwise convolution, and the sums of a response norm. No
+// torch headers.
 #pragma once
 
 #include "dfqvit/quant_linear.h"
@@ -23,10 +24,15 @@ struct Depthwise {
 namespace dfqvit {
 namespace quant {
 
-using DepthwiseKernel = void (*)(const float* image, const Depthwise&, int64_t begin, int64_t end, float* out);
+struct ConvKernels {
+  // Pixels begin to end of one image [height, width, channels], to [end - begin, channels].
+  void (*depthwise)(const float* image, const Depthwise&, int64_t begin, int64_t end, float* out);
+  // The sum over rows of each channel's squares, in the rows' order, of float [count, channels]; to float [channels].
+  void (*sum_squares)(const float* rows, int64_t count, int64_t channels, float* sums);
+};
 
 // Defined in csrc/cpu/quant_conv_block_kernels.cpp, so that the paths are compiled there alone.
-DepthwiseKernel depthwise_kernel_for(Isa isa);
+ConvKernels conv_kernels_for(Isa isa);
 
 }  // namespace quant
 }  // namespace dfqvit
