@@ -203,8 +203,8 @@ def weight_loss(weight: torch.Tensor, fisher: torch.Tensor, factor: torch.Tensor
     errors = []
     for share in (1.0,) if bits > 5 else (1.0, 0.85, 0.7, 0.6):
         scale = widest * share
-        rounded = (weight / scale).round().clamp(-half, half - 1) * scale
-        errors.append(((rounded - weight).square() * fisher).sum(dim=1))
+        error = (weight / scale).round_().clamp_(-half, half - 1).mul_(scale).sub_(weight)
+        errors.append(error.square_().mul_(fisher).sum(dim=1))
     return float(torch.stack(errors).amin(dim=0).sum()) * (ROUNDING_SHARE if bits < 8 else 1.0)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..kernels import fake_quantize
-from ..kernels.round_second_order.reference import nearest
+from ..kernels.round_second_order.reference import rounder
 from .levels import levels_of, reach_of
 from .precision import KeepsPrecision
 from .ranges import LEAST_SCALE, MinMaxRange, MseRange
@@ -51,11 +51,11 @@ def search_weight_scale(
     """
     widest = _reaching(rows, (int(levels[-1]) - int(levels[0])) / 2)  # as if they reached as far to either side
     best, least_error = widest, torch.full_like(widest, torch.inf)
+    nearest = rounder(levels, rows)
     for step in range(41):
         size = (widest * (0.3 + 0.02 * step)).clamp_min(LEAST_SCALE)
         for scale in (size, -size):
-            rounded = nearest(rows / scale[:, None], levels) * scale[:, None]
-            errors = (rounded - rows).square()
+            errors = nearest(rows / scale[:, None]).mul_(scale[:, None]).sub_(rows).square_()
             error = errors.sum(dim=1) if importance is None else errors @ importance
             best = torch.where(error < least_error, scale, best)
             least_error = torch.minimum(error, least_error)
