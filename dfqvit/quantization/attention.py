@@ -51,15 +51,23 @@ class AttentionOperands(TellsBits):
         """
         if rope is not None:
             q, k = rotate(q, rope, half), rotate(k, rope, half)
-        q, k, v = self.q(q), self.k(k), self.v(v)
-        scores = scored(q @ k.mT, scale, bias, mask)
+        q, k, v = self.q(q), self.quantized_keys(k), self.v(v)
+        scores = scored(q @ k, scale, bias, mask)
         if not self.q.frozen:
             return scores.softmax(dim=-1) @ v
-        shares = self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        steps = self.rounded(self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp())
+        return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+
+    def quantized_keys(self, k: torch.Tensor) -> torch.Tensor:
+        """[B, heads, M, D] to [B, heads, D, M], quantized."""
+        return self.k(k).mT
+
+    def rounded(self, shares: torch.Tensor) -> torch.Tensor:
+        """Shares from 0 to `steps` to whole ones."""
         steps = shares.round()
         if shares.requires_grad:  # straight through, for `reconstruction`
             steps = shares + (steps - shares).detach()
-        return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+        return steps
 
 
 def scored(

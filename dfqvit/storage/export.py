@@ -20,10 +20,9 @@ from torch import nn
 
 from ..errors import DfqvitError, UsageError
 from ..kernels.pack_weight import unpack_weight
-from ..kernels.quantize_heads.reference import rotate
 from ..models.adapters import flattened
 from ..models.network import NetworkSpec
-from ..quantization.attention import AttentionOperands, scored
+from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear, QuantPatchProjection, check_tokens
 from ..quantization.quantizers import ActivationQuantizer
 from ..runtime.record import QuantizationRecord
@@ -173,29 +172,11 @@ class _QdqAttentionOperands(AttentionOperands):
     none: torch.Tensor
     opset: int
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | torch.Tensor,
-        bias: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        rope: torch.Tensor | None = None,
-        half: bool = False,
-    ) -> torch.Tensor:
-        if rope is not None:
-            q, k = rotate(q, rope, half), rotate(k, rope, half)
-        q, k, v = (
-            self.q(q),
-            self.k(k.mT),
-            self.v(v),
-        )  # runtimes fuse a product whose operands come from QDQ nodes directly
-        scores = scored(q @ k, scale, bias, mask)
-        steps = _quantize_dequantize(
-            self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp(), self.one, self.none, self.opset
-        )
-        return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+    def quantized_keys(self, k: torch.Tensor) -> torch.Tensor:
+        return self.k(k.mT)  # runtimes fuse a product whose operands come from QDQ nodes directly
+
+    def rounded(self, shares: torch.Tensor) -> torch.Tensor:
+        return _quantize_dequantize(shares, self.one, self.none, self.opset)
 
 
 def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: int) -> Any:
