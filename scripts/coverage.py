@@ -41,7 +41,7 @@ from dfqvit.quantization.model import quantized
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 from dfqvit.runtime.record import QuantizationRecord
-from dfqvit.storage.file import as_it_is
+from dfqvit.storage.rebuild import as_it_is
 
 _FILES = """
 beit cait coat convit crossvit csatv2 davit deepseek_vit deit edgenext efficientformer efficientformer_v2

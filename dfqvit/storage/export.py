@@ -28,7 +28,8 @@ from ..quantization.quantizers import ActivationQuantizer
 from ..runtime.record import QuantizationRecord
 from ..version import __version__
 from .atomic import atomic
-from .file import as_path, held, rebuild
+from .file import as_path
+from .rebuild import held, rebuild
 
 OPSET = 21  # the default, and the first that has INT4
 LEAST_OPSET, GREATEST_OPSET = 18, 23  # of what was tried; torch's exporter writes 18 and converts from there

@@ -19,7 +19,8 @@ import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.models import ModelSpec, Preprocessing, load_model
 from dfqvit.storage.export import OPSET, qdq_model
-from dfqvit.storage.file import held, read
+from dfqvit.storage.file import read
+from dfqvit.storage.rebuild import held
 
 from .. import networks
 from ..conftest import small_swin, small_vit, threads

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import dfqvit
 from dfqvit import cli
 from dfqvit.errors import DfqvitError, UsageError
-from dfqvit.storage.file import checksum, held
+from dfqvit.storage.file import checksum
+from dfqvit.storage.rebuild import held
 
 from ..conftest import small_vit
 
