@@ -21,7 +21,7 @@ from torch import nn
 from ..kernels import extension
 from ..kernels.dispatch import asked_table
 from ..kernels.gate_quantize.op import forward as gate_quantize
-from ..models.adapters.attentions import QUANTIZED, Parts
+from ..models.adapters.attentions import QUANTIZED, AttentionParts
 from ..quantization.layers import expect_floats
 from ..quantization.prepared import (
     Bind,
@@ -144,7 +144,9 @@ class _Steps:
         self.norm1 = normed(block.norm1, getattr(attention, "qkv", None) if alone else None, bind)
         projections = {name: getattr(attention, name, None) for name in _PROJECTIONS}
         found = {name: None if layer is None else linear(layer, bind) for name, layer in projections.items()}
-        self.parts = Parts(attention.operands.bound(bind), **found, position_bias=_once(attention.position_bias, bind))
+        self.parts = AttentionParts(
+            attention.operands.bound(bind), **found, position_bias=_once(attention.position_bias, bind)
+        )
         self.proj = product(attention.proj, gain=first, bind=bind)
         apart = isinstance(mlp, SwiGLU)
         self.norm2 = _normed_for_both(block.norm2, mlp, bind) if apart else normed(block.norm2, mlp.fc1, bind)

@@ -1,8 +1,9 @@
-"""What dfqvit knows about timm's model families. Nothing outside this folder depends on timm's internals.
+"""What dfqvit knows about timm's model families. Beside this folder only `patching` and `runtime`, which put classes of their
+own in the place of timm's, depend on timm's internals.
 
 An adapter answers, for one model: which are its blocks, what are the features of an attention layer, where does a placement
-put quantizers. `find_adapter(model)` picks it. To know another family
-better than `generic` does, add a file and name its class here.
+put quantizers. `find_adapter(model)` picks it. To know another family better than `generic` does, add a file and name its class
+here.
 """
 
 from __future__ import annotations

@@ -40,18 +40,18 @@ def quantize_products(model: nn.Module, bits: int, quantizer: str) -> None:
             module.__class__ = kind
 
 
-def _apart(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+def apart(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
     """[B, N, 3 * heads * D] to q, k and v [B, heads, N, D]."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _together(y: torch.Tensor) -> torch.Tensor:
+def together(y: torch.Tensor) -> torch.Tensor:
     """[B, heads, N, D] to [B, N, heads * D]."""
     return y.transpose(1, 2).flatten(2)
 
 
 @dataclass
-class Parts:
+class AttentionParts:
     """What projects and multiplies in an attention: its own layers, or functions that stand for them."""
 
     operands: Callable[..., torch.Tensor]
@@ -80,7 +80,7 @@ class _Projecting:
 
     def normed(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """[B, heads, N, D] to [B, N, C], with what timm's attentions do before they project: a norm, a gate by the input x."""
-        y = self.norm(_together(y)) if hasattr(self, "norm") else _together(y)
+        y = self.norm(together(y)) if hasattr(self, "norm") else together(y)
         return y if getattr(self, "gate", None) is None else y * self.gate(x).sigmoid()
 
 
@@ -92,11 +92,11 @@ class QuantAttention(_Projecting, Attention):
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        parts: Parts | None = None,
+        parts: AttentionParts | None = None,
     ) -> torch.Tensor:
         """[B, N, C] to [B, N, C]; attn_mask is boolean or added to the scores."""
         use: Any = parts or self
-        q, k, v = _apart(use.qkv(x), self.num_heads)
+        q, k, v = apart(use.qkv(x), self.num_heads)
         bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
         return self.normed(x, use.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
 
@@ -110,12 +110,12 @@ class _RotaryAttention(_Projecting):
         rope: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        parts: Parts | None = None,
+        parts: AttentionParts | None = None,
     ) -> torch.Tensor:
         """[B, N, C] to [B, N, C]; rope [..., N - prefix, 2 * D] holds sines, then cosines."""
         use: Any = parts or self
         if self.qkv is not None:
-            q, k, v = _apart(use.qkv(x), self.num_heads)
+            q, k, v = apart(use.qkv(x), self.num_heads)
         else:
             q, k, v = (
                 layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -142,11 +142,11 @@ class QuantBeitAttention(_Projecting, BeitAttention):
     """Of BEiT: a table of relative positions."""
 
     def mixed(
-        self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None, parts: Parts | None = None
+        self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None, parts: AttentionParts | None = None
     ) -> torch.Tensor:
         """[B, N, C] to [B, N, C]."""
         use: Any = parts or self
-        q, k, v = _apart(use.qkv(x), self.num_heads)
+        q, k, v = apart(use.qkv(x), self.num_heads)
         bias = use.position_bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
@@ -161,11 +161,11 @@ class QuantRelPosAttention(_Projecting, RelPosAttention):
     """Of the ViTs with relative positions: a table, or a network that makes one."""
 
     def mixed(
-        self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None, parts: Parts | None = None
+        self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None, parts: AttentionParts | None = None
     ) -> torch.Tensor:
         """[B, N, C] to [B, N, C]."""
         use: Any = parts or self
-        q, k, v = _apart(use.qkv(x), self.num_heads)
+        q, k, v = apart(use.qkv(x), self.num_heads)
         bias = use.position_bias()
         bias = shared_rel_pos if bias is None else bias
         return self.normed(x, use.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
@@ -183,7 +183,7 @@ class QuantSamAttention(SamAttention):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, W, C] to the same."""
         size = (x.shape[1], x.shape[2])
-        q, k, v = _apart(self.qkv(x.flatten(1, 2)), self.num_heads)
+        q, k, v = apart(self.qkv(x.flatten(1, 2)), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         bias = rope = None
         if self.use_rel_pos:
@@ -192,7 +192,7 @@ class QuantSamAttention(SamAttention):
         elif self.rope is not None:
             rope = self.rope.get_embed()
         y = self.operands(q, k, v, self.scale, bias, rope=rope)
-        return self.proj_drop(self.proj(_together(y))).view(*x.shape[:3], -1)
+        return self.proj_drop(self.proj(together(y))).view(*x.shape[:3], -1)
 
 
 class QuantWindowAttention(_Projecting, WindowAttention):
@@ -200,7 +200,7 @@ class QuantWindowAttention(_Projecting, WindowAttention):
 
     def mixed(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
-        q, k, v = _apart(self.qkv(x), self.num_heads)
+        q, k, v = apart(self.qkv(x), self.num_heads)
         return self.normed(x, self.operands(q, k, v, self.scale, self.position_bias(), mask))
 
     def position_bias(self) -> torch.Tensor:
@@ -213,7 +213,7 @@ class QuantWindowAttentionV2(_Projecting, WindowAttentionV2):
 
     def mixed(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
-        q, k, v = _apart(self.qkv(x), self.num_heads)
+        q, k, v = apart(self.qkv(x), self.num_heads)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         return self.normed(x, self.operands(q, k, v, self.scales_of_heads(), self.position_bias(), mask))
 
@@ -239,7 +239,7 @@ class QuantParallelScalingBlock(ParallelScalingBlock):
         hidden, *qkv = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)
         bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
-        y = _together(self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+        y = together(self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
         hidden = self.mlp_drop(self.mlp_act(hidden if self.mlp_bias is None else hidden + self.mlp_bias))
         if self.out_proj is not None:
             joined = self.out_proj(torch.cat((y, hidden), dim=-1))

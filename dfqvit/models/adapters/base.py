@@ -224,6 +224,14 @@ class _HeadsMean(torch.autograd.Function):
         return result, None, None
 
 
+def expect_psaq(index: int, block: Any, kind: type, attention: type) -> None:
+    """UsageError unless a block and its attention are of exactly these classes of timm, as "psaq" knows them."""
+    found = type(block), type(block.attn)
+    if found != (kind, attention):
+        names = " with ".join(each.__name__ for each in found)
+        raise UsageError(f"placement was 'psaq'; block {index} is a {names}, which only 'gemm' supports")
+
+
 def add_block_sites(block: Any, bits: int, quantizer: str) -> None:
     """The psaq sites that every family's block has: outputs of qkv, proj and fc2, and the block's own output."""
     for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2):

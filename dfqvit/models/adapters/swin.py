@@ -14,10 +14,10 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from ...errors import UsageError
 from ...quantization.layers import quantize_output
 from ...quantization.quantizers import ActivationQuantizer
-from .base import Adapter, add_block_sites, heads_mean, last_of_mlp
+from .attentions import apart, together
+from .base import Adapter, add_block_sites, expect_psaq, heads_mean, last_of_mlp
 from .constants import quantize_constant_
 
 
@@ -52,9 +52,7 @@ class SwinAdapter(Adapter):
         """Patch tokens, every block, patch merging, the last norm, the pooled features, logits."""
         model = self.model
         for index, block in enumerate(self.blocks()):
-            if type(block) is not SwinTransformerBlock or type(block.attn) is not WindowAttention:
-                kinds = f"{type(block).__name__} with {type(block.attn).__name__}"
-                raise UsageError(f"placement was 'psaq'; block {index} is a {kinds}, which only 'gemm' supports")
+            expect_psaq(index, block, SwinTransformerBlock, WindowAttention)
             block.residual_quantizer = ActivationQuantizer(bits, quantizer)
             block.__class__ = PsaqSwinBlock
             block.attn.scores_quantizer = ActivationQuantizer(bits, quantizer)
@@ -93,14 +91,12 @@ class PsaqWindowAttention(WindowAttention):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        q, k, v = apart(self.qkv(x), self.num_heads)
         scores = self.scores_quantizer((q * self.scale) @ k.mT)
         scores = self.biased_scores_quantizer(scores + self._get_rel_pos_bias())
         if mask is not None:
             scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
-        y = (self.attn_drop(self.softmax(scores)) @ v).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(self.proj(together(self.attn_drop(self.softmax(scores)) @ v)))
 
 
 class PsaqSwinBlock(SwinTransformerBlock):

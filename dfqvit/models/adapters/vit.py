@@ -12,7 +12,8 @@ from torch import nn
 from ...errors import UsageError
 from ...quantization.layers import quantize_output
 from ...quantization.quantizers import ActivationQuantizer
-from .base import Adapter, add_block_sites, heads_mean, last_of_mlp
+from .attentions import apart, together
+from .base import Adapter, add_block_sites, expect_psaq, heads_mean, last_of_mlp
 from .constants import quantize_constant_
 
 
@@ -44,9 +45,7 @@ class VitAdapter(Adapter):
         """Patch tokens, tokens before and after the position embedding, every block, logits."""
         model = self.model
         for index, block in enumerate(model.blocks):
-            if type(block) is not Block or type(block.attn) is not Attention:
-                kinds = f"{type(block).__name__} with {type(block.attn).__name__}"
-                raise UsageError(f"placement was 'psaq'; block {index} is a {kinds}, which only 'gemm' supports")
+            expect_psaq(index, block, Block, Attention)
             block.residual_quantizer = ActivationQuantizer(bits, quantizer)
             block.__class__ = PsaqBlock
             block.attn.scores_quantizer = ActivationQuantizer(bits, quantizer)
@@ -85,11 +84,10 @@ class PsaqAttention(Attention):
         if attn_mask is not None or is_causal:
             raise UsageError("attn_mask was given; placement 'psaq' has no masked attention, use 'gemm'")
         gate = getattr(self, "gate", None)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        q, k, v = apart(self.qkv(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         scores = self.scores_quantizer((q @ k.mT) * self.scale)
-        y = (self.attn_drop(scores.softmax(dim=-1)) @ v).transpose(1, 2).flatten(2)
+        y = together(self.attn_drop(scores.softmax(dim=-1)) @ v)
         y = getattr(self, "norm", nn.Identity())(y)
         if gate is not None:
             y = y * gate(x).sigmoid()
