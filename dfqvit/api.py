@@ -23,7 +23,7 @@ from .calibration.correction import (
 )
 from .calibration.given import given_images
 from .calibration.health import measure, warn_of_results
-from .calibration.images import calibration_images, companion_count, with_companions
+from .calibration.images import calibration_images, check_calib, companion_count, with_companions
 from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
@@ -45,7 +45,6 @@ from .synthesis.losses import Objective
 from .synthesis.procedural import procedural_images
 
 LAST_BLOCK = (-1,)
-MADE = ("synthetic", "procedural", "noise")  # images that need no data
 
 
 @on_float_reference
@@ -87,8 +86,8 @@ def quantize(
     """Quantizes a timm vision transformer without data and without fine-tuning.
 
     Args:
-        model: a float timm ViT, DeiT or Swin, or a network that holds such backbones (docs/dense.md); left as it was. It is read
-            in eval mode and float32, also where it is in train mode, half or double, and under no_grad, inference_mode or
+        model: a float timm model of those in docs/models.md, or a network around some (docs/dense.md); left as it was. It is
+            read in eval mode and float32, also where it is in train mode, half or double, and under no_grad, inference_mode or
             autocast.
         w_bits: bits of the weights, 2 to 8.
         a_bits: bits of the activations, 2 to 8.
@@ -377,11 +376,8 @@ def _check_images(calib: Any, samples: Any, iters: Any, seed: Any, synthesis: Ma
     if isinstance(calib, str) and calib == "synthetic":
         SynthesisConfig(samples=samples, iters=iters, seed=seed, **synthesis)
         return
-    if isinstance(calib, str) and calib not in MADE:
-        raise UsageError(
-            f"calib was '{calib}'; it may be 'synthetic', 'procedural', 'noise' or images (a tensor, an array or a list)"
-        )
     if isinstance(calib, str):
+        check_calib(calib)
         check_count("samples", samples)
     for name, value in sorted(synthesis.items()):
         told = f"'{calib}'" if isinstance(calib, str) else "given images"

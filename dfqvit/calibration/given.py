@@ -39,8 +39,8 @@ def given_images(calib: Any, preprocessing: Preprocessing) -> torch.Tensor:
         calib = _plain(calib, wanted)
     else:
         raise UsageError(
-            f"calib was a {type(calib).__name__}; it may be 'synthetic', 'noise', or images {wanted} as a tensor, an array or a "
-            "list (of a data loader, its first batch without the labels)"
+            f"calib was a {type(calib).__name__}; it may be 'synthetic', 'procedural', 'noise', or images {wanted} as a "
+            "tensor, an array or a list (of a data loader, its first batch without the labels)"
         )
     if calib.dim() != 4 or tuple(calib.shape[1:]) != preprocessing.input_size or not len(calib):
         last = calib.dim() == 4 and calib.shape[-1] == preprocessing.input_size[0]

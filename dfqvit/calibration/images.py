@@ -16,7 +16,15 @@ from ..synthesis import synthesize
 from ..synthesis.losses import Objective
 from ..synthesis.procedural import procedural_images
 
+MADE = ("synthetic", "procedural", "noise")  # images that need no data
 COMPANIONS = 48  # procedural images beside the synthetic ones, where weights are rounded to second order
+
+
+def check_calib(calib: str) -> None:
+    """UsageError unless `calib` names images that can be made."""
+    if calib not in MADE:
+        names = ", ".join(map(repr, MADE))
+        raise UsageError(f"calib was '{calib}'; it may be {names} or images (a tensor, an array or a list)")
 
 
 def companion_count(companions: int | None, calib: str | torch.Tensor, recipe: Recipe) -> int:
@@ -61,10 +69,6 @@ def calibration_images(
         return torch.randn(samples, *preprocessing.input_size, generator=generator).to(device), "noise"
     if calib == "procedural":
         return procedural_images(samples, seed, preprocessing).to(device), "procedural"
-    if calib == "synthetic":
-        synthesis |= {"preprocessing": preprocessing, "report": report, "objective": objective}
-        made = synthesize(model, samples, iters, seed, **synthesis)
-        return made, "synthetic"
-    raise UsageError(
-        f"calib was '{calib}'; it may be 'synthetic', 'procedural', 'noise' or images (a tensor, an array or a list)"
-    )
+    check_calib(calib)
+    synthesis |= {"preprocessing": preprocessing, "report": report, "objective": objective}
+    return synthesize(model, samples, iters, seed, **synthesis), "synthetic"

@@ -24,6 +24,7 @@ from ..progress import Progress, postfix
 from ..runtime.record import QuantizationRecord
 from ..synthesis import SynthesisConfig
 from ..synthesis.config import PRECISIONS
+from ..synthesis.curriculum import SCHEDULES
 from ..synthesis.spectrum import SPECTRA
 
 SYNTHESIS = ("samples", "iters", "seed", "schedule", "spectrum", "crop_lower", "crop_upper", "batch_size", "precision")
@@ -93,7 +94,7 @@ def synthesis_options(command: Command) -> Command:
         ),
         click.option(
             "--schedule",
-            type=click.Choice(["e2h", "fixed", "hard-to-easy"]),
+            type=click.Choice(SCHEDULES),
             default="e2h",
             show_default=True,
             help="How the crops change: e2h (easy to hard) shrinks them, fixed is PSAQ-ViT's.",

@@ -13,16 +13,17 @@ import torch
 
 from ..api import LAST_BLOCK, quantize, settle
 from ..calibration.allocation import check_budget
-from ..calibration.correction import SHAPES, check_correction, choose_blocks
+from ..calibration.correction import MODES, SHAPES, check_correction, choose_blocks
 from ..calibration.given import given_images
-from ..calibration.images import calibration_images, companion_count, with_companions
+from ..calibration.images import MADE, calibration_images, companion_count, with_companions
 from ..distributed import rank
 from ..errors import DfqvitError, UsageError
 from ..evaluation.data import open_images, spread_images
 from ..evaluation.energy import Energy
 from ..models import Preprocessing
 from ..models.adapters import find_adapter
-from ..quantization.recipe import LEVELS, SCALINGS, Recipe
+from ..quantization.levels import LEVELS
+from ..quantization.recipe import PLACEMENTS, ROUNDINGS, SCALINGS, Recipe
 from ..report.pictures import save_grid
 from ..runtime.record import QuantizationRecord
 from ..storage import save
@@ -44,7 +45,6 @@ from .report import CURRICULUM, REPORT, SAMPLES, make_report
 from .synthesize import SNAPSHOT, run_synthesis
 
 FILE = "model.safetensors"
-MADE = ("synthetic", "procedural", "noise")  # images that need no data
 FAST_SAMPLES = 32
 
 
@@ -54,7 +54,7 @@ FAST_SAMPLES = 32
 @click.option("--a-bits", type=int, default=8, show_default=True, help="Bits of the activations, 2 to 8.")
 @click.option(
     "--placement",
-    type=click.Choice(["gemm", "psaq"]),
+    type=click.Choice(PLACEMENTS),
     default="gemm",
     show_default=True,
     help="What is rounded: the operands of products, as the kernels need; or exactly what PSAQ-ViT rounds.",
@@ -68,7 +68,7 @@ FAST_SAMPLES = 32
 )
 @click.option(
     "--rounding",
-    type=click.Choice(["nearest", "second-order"]),
+    type=click.Choice(ROUNDINGS),
     help="How weights become integers; default second-order (with gemm and mse), else nearest.",
 )
 @click.option(
@@ -116,7 +116,7 @@ FAST_SAMPLES = 32
 )
 @click.option(
     "--acm",
-    type=click.Choice(["auto", "sequential", "checked", "independent", "none"]),
+    type=click.Choice(["auto", *MODES]),
     default="auto",
     show_default=True,
     help="Correction of the blocks' outputs (ACM); auto turns it on where it was measured to help.",

@@ -147,7 +147,7 @@ def test_pil_images_are_prepared_as_timm_does(seed):
         (torch.full((1, 3, 32, 32), float("nan")), "calib held NaN or Inf"),
         (torch.utils.data.DataLoader([1]), "calib was a DataLoader; .* its first batch without the labels"),
         ({"images": 1}, "calib was a dict"),
-        (None, "calib was a NoneType"),
+        (None, "calib was a NoneType; it may be 'synthetic', 'procedural', 'noise', or images"),
         (np.array([object()]), "calib was a ndarray"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.long), "calib had dtype int64"),
     ],
