@@ -1,6 +1,6 @@
 """`dfqvit.patch`: fused quantized layers in place of a timm model's, and back, exactly.
 
-The layers of this one model change their class (`live.py`, `adapters/fusable.py`); objects stay, timm and torch are not touched.
+The layers of this one model change their class (`live.py`, `fusable.py`); objects stay, timm and torch are not touched.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..calibration.given import judge
 from ..errors import UsageError
 from ..models import Preprocessing
 from ..models.adapters import find_adapter
+from ..models.frame import evaluating
 from ..quantization.recipe import Recipe
 from .fusable import MLP_LAYERS, FusedMlp, can_fuse, is_patched, linear_layers
 from .live import LiveQuantLinear, LiveSettings, new_range
@@ -146,18 +147,15 @@ class PatchHandle:
         hooks = [
             layer.register_forward_pre_hook(lambda layer, args: ranges[layer].observe(args[0])) for layer in ranges
         ]
-        modes = [(module, module.training) for module in self._model.modules()]
         self._settings.observing = True
         try:
-            self._model.eval()
-            for batch in images.to(next(self._model.parameters())).split(BATCH):
-                self._model(batch)
+            with evaluating(self._model):
+                for batch in images.to(next(self._model.parameters())).split(BATCH):
+                    self._model(batch)
         finally:
             self._settings.observing = False
             for hook in hooks:
                 hook.remove()
-            for module, training in modes:
-                module.training = training
         parameters = [inputs.parameters() for inputs in ranges.values()]  # all, before any layer changes
         for layer, (scale, zero_point) in zip(ranges, parameters, strict=True):
             layer.fix_range(scale, zero_point)
