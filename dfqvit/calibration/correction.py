@@ -173,7 +173,8 @@ def block_outputs(
 ) -> list[torch.Tensor]:
     """The outputs of the blocks, each [n, tokens, channels] on the images' device, up to block `stop_after`.
 
-    `results` takes what the model itself gives, of one batch after the other.
+    Of a network that gives its blocks images of several sizes, those of the first. `results` takes what the model itself gives,
+    of one batch after the other.
     """
     blocks = adapter.blocks()
     blocks = blocks if stop_after is None else blocks[: stop_after + 1]
@@ -197,7 +198,7 @@ def block_outputs(
     finally:
         for handle in handles:
             handle.remove()
-    return [torch.cat(parts) for parts in outputs]
+    return [torch.cat([part for part in parts if part.shape[1:] == parts[0].shape[1:]]) for parts in outputs]
 
 
 def _matrix(shift: torch.Tensor, index: int, shape: str, shrink: bool) -> torch.Tensor:

@@ -102,6 +102,12 @@ def _wrapped(model: nn.Module) -> str:
     if said := _wrapper(model):
         what, place, then = said
         return f"{what}; give model.{place}{then}"
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+            return (
+                f"a {kind} whose '{name}' is compiled by torch.compile; put model.{name}._orig_mod in its place, and compile the "
+                "result"
+            )
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return "compiled in place by compile(); give copy.deepcopy(model), which is not, and compile the result"
     if home.startswith("torch.jit") or kind in ("ScriptModule", "RecursiveScriptModule", "TopLevelTracedModule"):

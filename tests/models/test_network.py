@@ -269,3 +269,58 @@ def test_a_network_that_rescales_images_in_a_way_of_its_own_is_told(seed):
         warnings.simplefilter("error")
         dfqvit.quantize(network, 8, preprocessing=Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3), **QUICK)
         dfqvit.quantize(networks.siamese(), 8, **QUICK)
+
+
+class Around(nn.Module):
+    """A backbone of small_vit and a function of it, the images and further modules."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, images):
+        return self.function(self, images)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_torchs_transformer_layers_behind_a_backbone(seed, kind):
+    """Without gradients nn.TransformerEncoderLayer reads the weights of its linear layers and calls none of them."""
+    backbone = small_vit(num_classes=0)
+    width = backbone.embed_dim
+    if kind == "encoder":
+        top = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 40, batch_first=True), 1)
+        network = Around(lambda self, x: self.top(self.backbone.forward_features(x)), backbone=backbone, top=top).eval()
+    else:
+        top = nn.TransformerDecoderLayer(width, 2, 40, batch_first=True)
+        network = Around(lambda self, x: self.top(*[self.backbone.forward_features(x)] * 2), backbone=backbone, top=top)
+        network = network.eval()
+    images = 2 * images_for(network, 4) - 1
+    qmodel = dfqvit.quantize(network, w_bits=8, runtime="simulated", calib=images, progress=False)
+    with torch.no_grad():
+        found = qmodel(images)
+        assert distance(found, network(images)) < 0.06
+    assert distance(qmodel(images).detach(), found) < 1e-4
+    assert (
+        type(qmodel.get_submodule("top.layers.0.linear1" if kind == "encoder" else "top.linear1")) is nn.Linear
+    ) == (kind == "encoder")
+
+
+def test_a_backbone_that_sees_images_of_two_sizes(seed):
+    small = Around(
+        lambda self, x: self.backbone(x) + self.backbone(nn.functional.avg_pool2d(x, 2)),
+        backbone=small_vit(dynamic_img_size=True),
+    ).eval()
+    images = 2 * images_for(small, 4) - 1
+    qmodel = dfqvit.quantize(small, w_bits=8, runtime="simulated", calib=images, progress=False)
+    with torch.no_grad():
+        assert distance(qmodel(images), small(images)) < 0.1
+
+
+def test_a_part_that_is_compiled_is_named(seed):
+    network = Around(lambda self, x: self.backbone(x), backbone=torch.compile(small_vit(), backend="eager")).eval()
+    with pytest.raises(
+        UsageError, match=r"whose 'backbone' is compiled by torch.compile; put model.backbone._orig_mod in"
+    ):
+        quantize(network, "segmenter")

@@ -83,6 +83,7 @@ class GenericAdapter(Adapter):
         probes = {name: Probe(layer) for name, layer in self.candidates().items()}
         with self._replaced(probes):
             self._pass()
+            self._pass(graph=False)
         found = {name: probe.layer for name, probe in probes.items() if probe.depends and not probe.read}
         if not found:
             raise UsageError(f"model was a {type(self.model).__name__}, which calls no layer that could be quantized")
@@ -112,13 +113,16 @@ class GenericAdapter(Adapter):
                 module.qkv.bias = nn.Parameter(bias.detach(), requires_grad=module.q_bias.requires_grad)
                 module.q_bias = module.k_bias = module.v_bias = None
 
-    def _pass(self) -> None:
-        """One image through the model, so that what depends on it requires a gradient, and nothing else does."""
+    def _pass(self, *, graph: bool = True) -> None:
+        """One image through the model, so that what depends on it requires a gradient, and nothing else does.
+
+        Without the graph, some modules of torch (`nn.TransformerEncoderLayer`) read the weights of their layers and call none.
+        """
         parameter = next(self.model.parameters())
         image = torch.zeros(1, *image_shape(self.model), device=parameter.device, dtype=parameter.dtype)
         trained = [each for each in self.model.parameters() if each.requires_grad]
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 self.model.requires_grad_(False)
                 self.model(image.clone().requires_grad_() * 1)
         except Exception as error:  # whatever the model raises

@@ -141,12 +141,13 @@ class NetworkAdapter(GenericAdapter):
             for module in names
             if not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         ]
-        try:
-            with self._replaced(probes):
+        with self._replaced(probes):
+            try:
                 self._pass()
-        finally:
-            for handle in handles:
-                handle.remove()
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._pass(graph=False)  # without hooks, with which torch's modules call their layers
         usable = {name: probe for name, probe in probes.items() if probe.depends and not probe.read}
         outside = [name for name in usable if not any(name.startswith(f"{prefix}.") for prefix in self.backbones)]
         inner = _followed(usable)
