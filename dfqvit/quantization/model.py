@@ -168,8 +168,8 @@ def _expect_dense(images: torch.Tensor) -> None:
 def _floats(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """In float32. A trace keeps no check of Python's, so one of TorchScript goes into it: pixels are refused there too."""
     if torch.jit.is_tracing():
-        height, width = _constant_size(images) if images.dim() == 4 and _of_one_size(model) else (0, 0)
-        images = _traced(_refuse_others)(images, height, width)
+        channels, height, width = _constant_size(images, model) if images.dim() == 4 else (0, 0, 0)
+        images = _traced(_refuse_others)(images, images.dim(), channels, height, width)
     return images.float()
 
 
@@ -185,10 +185,13 @@ def _of_one_size(model: nn.Module) -> bool:
     return sized or any(name == "acm" or "pos" in name for name in names)
 
 
-def _constant_size(images: torch.Tensor) -> tuple[int, int]:
+def _constant_size(images: torch.Tensor, model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of all images that a trace of it takes, each 0 where they may differ."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that these are constants, which is what is wanted
-        return int(images.shape[-2]), int(images.shape[-1])
+        channels, height, width = (int(size) for size in images.shape[1:])
+    channels = 0 if isinstance(model, QuantizedNetwork) else channels
+    return (channels, height, width) if _of_one_size(model) else (channels, 0, 0)
 
 
 @functools.cache
@@ -198,9 +201,13 @@ def _traced(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         return torch.jit.script(function)
 
 
-def _refuse_others(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _refuse_others(images: torch.Tensor, dims: int, channels: int, height: int, width: int) -> torch.Tensor:
     if not images.is_floating_point():
         raise ValueError("images had an integer dtype; they must be floats, normalised as the model expects")
+    if images.dim() != dims:
+        raise ValueError(f"images had shape {images.size()}; the model was traced for tensors of {dims} dimensions")
+    if channels > 0 and images.size(1) != channels:
+        raise ValueError(f"images had shape {images.size()}; they must be [B, {channels}, H, W]")
     if height > 0 and (images.size(-2) != height or images.size(-1) != width):
         raise ValueError(
             f"images were {images.size(-2)} x {images.size(-1)}; the model was traced for {height} x {width}: trace it for these"

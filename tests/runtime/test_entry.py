@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import pytest
@@ -193,6 +194,25 @@ def test_a_traced_model_refuses_pixels(seed, form, of):
                 ):
                     program(torch.randn(2, 3, *shape))
             assert torch.equal(program(images.half()), Part(qmodel, of)(images.half()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_traced_model_takes_images_of_four_dimensions(seed, form):
+    """Crops [images, crops, C, H, W], as FiveCrop gives them, had one answer for all crops."""
+    qmodel, images = quantized("vit", form, depth=1)
+    height, width = images.shape[-2:]
+    with torch.no_grad():
+        traced = torch.jit.trace(qmodel, images)
+        assert torch.equal(traced(images), qmodel(images))
+        for shape in ((1, 5, 3, height, width), (2, 1, 3, height, width), (3, height, width)):
+            said = re.escape(f"images had shape {list(shape)}; the model was traced for tensors of 4 dimensions")
+            with pytest.raises(torch.jit.Error, match=said):
+                traced(torch.randn(shape))
+        for channels in (1, 4):
+            shape = (2, channels, height, width)
+            said = re.escape(f"images had shape {list(shape)}; they must be [B, 3, H, W]")
+            with pytest.raises(torch.jit.Error, match=said):
+                traced(torch.randn(shape))
 
 
 def test_a_traced_network_refuses_pixels(seed):
