@@ -111,6 +111,21 @@ def parameter(name: str, value: torch.Tensor | float, like: torch.Tensor) -> tor
     return value.to(dtype).contiguous()
 
 
+def grids_of_heads(
+    in_scale: torch.Tensor, in_zero: torch.Tensor, like: torch.Tensor, greatest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`in_scale` and `in_zero`, [3] each, of q, k and v, as `parameter` gives them; zero points are from 0 to `greatest`."""
+    found = []
+    for name, value in (("in_scale", in_scale), ("in_zero", in_zero)):
+        value = parameter(name, value, like)
+        if value.shape != (3,):
+            raise ValueError(f"{name} had shape {tuple(value.shape)}; it must be [3], for q, k and v")
+        found.append(value)
+    positive("in_scale", found[0])
+    whole("in_zero", found[1], greatest)
+    return found[0], found[1]
+
+
 def no_gradient(operator: str, **tensors: torch.Tensor | None) -> None:
     """ValueError where a gradient is wanted of a tensor for which the operator has none: it would be cut unseen."""
     if torch.is_grad_enabled():

@@ -73,14 +73,7 @@ def quant_attention(
     if heads < 1 or qkv.dim() != 3 or qkv.shape[2] % (3 * max(heads, 1)) or qkv.shape[2] == 0:
         raise ValueError(f"qkv had shape {tuple(qkv.shape)}; with {heads} heads it must be [B, T, 3 * {heads} * D]")
     check_windows("bias", heads, qkv.shape[1], bias, mask, index)
-    parameters = []
-    for name, value in (("in_scale", in_scale), ("in_zero", in_zero)):
-        value = checks.parameter(name, value, qkv)
-        if value.shape != (3,):
-            raise ValueError(f"{name} had shape {tuple(value.shape)}; it must be [3], for q, k and v")
-        parameters.append(value)
-    checks.positive("in_scale", parameters[0])
-    checks.whole("in_zero", parameters[1], 255)
+    grids = checks.grids_of_heads(in_scale, in_zero, qkv, 255)
     if (out_scale is None) != (out_zero is None):
         raise ValueError(f"out_zero was {out_zero!r}; it must be given if out_scale is, and only then")
     outs: list[torch.Tensor | None] = [None, None]
@@ -100,7 +93,7 @@ def quant_attention(
             raise ValueError(f"head_scale had shape {tuple(head_scale.shape)}; it must be [{heads}]")
         head_scale = checks.parameter("head_scale", head_scale.detach(), qkv)
         checks.positive("head_scale", head_scale)
-    return forward(qkv, heads, *parameters, float(scale), *floats, index, *outs, out_bits, head_scale)
+    return forward(qkv, heads, *grids, float(scale), *floats, index, *outs, out_bits, head_scale)
 
 
 def check_windows(

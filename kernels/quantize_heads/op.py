@@ -60,18 +60,11 @@ def quantize_heads(
             raise ValueError(f"{name} had shape {tuple(value.shape)}; it must be that of q, {list(q.shape)}")
         if value.dtype != q.dtype:
             raise TypeError(f"{name} had dtype {value.dtype}; it must be that of q, {q.dtype}")
-    parameters = []
-    for name, value in (("in_scale", in_scale), ("in_zero", in_zero)):
-        value = checks.parameter(name, value, q)
-        if value.shape != (3,):
-            raise ValueError(f"{name} had shape {tuple(value.shape)}; it must be [3], for q, k and v")
-        parameters.append(value)
-    checks.positive("in_scale", parameters[0])
-    checks.whole("in_zero", parameters[1], (1 << bits) - 1)
+    grids = checks.grids_of_heads(in_scale, in_zero, q, (1 << bits) - 1)
     if rope is not None:
         check_rope(rope, *q.shape[1:])
-        rope = rope.detach().to(parameters[0].dtype)
-    return forward(q.detach(), k.detach(), v.detach(), *parameters, bits, rope, half)
+        rope = rope.detach().to(grids[0].dtype)
+    return forward(q.detach(), k.detach(), v.detach(), *grids, bits, rope, half)
 
 
 def check_rope(rope: torch.Tensor, heads: int, tokens: int, depth: int) -> None:

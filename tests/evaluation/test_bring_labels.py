@@ -17,6 +17,8 @@ from dfqvit.evaluation.data import open_images
 from dfqvit.evaluation.labels import Confusion, read_labels
 from dfqvit.models import Preprocessing
 
+from .test_data import Table
+
 PREPROCESSING = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
 
 
@@ -176,17 +178,6 @@ def test_channels_last_is_said(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
     with pytest.raises(UsageError, match=r"has 8 channels; .*transpose\(0, 3, 1, 2\)"):
         open_images(tmp_path / "a.npz", PREPROCESSING)
-
-
-class Table(nn.Module):
-    """Gives prepared logits: row i for an image filled with i."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, x):
-        return self.logits[x[:, 0, 0, 0].long()]
 
 
 def measured(guesses, labels, classes):
