@@ -28,7 +28,7 @@ from .calibration.reconstruction import reconstruct_blocks
 from .errors import UsageError
 from .models import ModelSpec, Preprocessing
 from .models.adapters import find_adapter, is_network, rescaled_by
-from .models.adapters.attentions import QUANTIZED
+from .models.adapters.products import KNOWN
 from .models.foreign import tell_hooks
 from .models.frame import on_float_reference
 from .models.network import Build, NetworkSpec, check_build
@@ -312,7 +312,7 @@ def settle(
     UsageError for all that the model or the other settings do not allow; it needs no images.
     """
     adapter, asked = find_adapter(model), acm
-    if recipe.softmax_bits != 8 and not any(type(module) in QUANTIZED for module in model.modules()):
+    if recipe.softmax_bits != 8 and not any(type(module) in KNOWN for module in model.modules()):
         raise UsageError(
             f"softmax_bits was {recipe.softmax_bits}; this {type(model).__name__} has no attention whose probabilities are "
             "quantized, so it may be 8"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels.quant_attention.op import forward as quant_attention
 from ..kernels.quantize_heads.op import forward as quantize_heads
@@ -18,8 +19,8 @@ _STEPS = 255  # of the probabilities, as `quant_attention` has them
 class IntegerOperands(AttentionOperands):
     """AttentionOperands that computes by `quantize_heads` and `quant_attention`; takes the class of an instance.
 
-    As simulated where a gradient is wanted, where queries and keys differ in number, and where every image has a bias of
-    its own, since the operator has none of these.
+    As simulated where a gradient is wanted, where queries are more than keys or fewer and biased, and where every image has a
+    bias of its own, since the operator has none of these.
     """
 
     @classmethod
@@ -64,11 +65,16 @@ class IntegerOperands(AttentionOperands):
             rope: torch.Tensor | None = None,
             half: bool = False,
         ) -> torch.Tensor:
-            heads, tokens = q.shape[1], q.shape[2]
+            heads, tokens, asked = q.shape[1], k.shape[2], q.shape[2]
+            if asked < tokens and bias is None and mask is None and rope is None:
+                q = F.pad(
+                    q, (0, 0, 0, tokens - asked)
+                )  # they were pooled: as many as keys, and the results of these go
             common = bias is None or (bias.dim() == 3 or (bias.dim() == 4 and bias.shape[0] == 1))
             turned = rope is None or rope.dim() in (2, 3)
-            if not common or not turned or k.shape != q.shape or _differentiated(q, k, v, scale, bias, mask, rope):
-                return AttentionOperands.forward(self, q, k, v, scale, bias, mask, rope, half)
+            served = common and turned and q.shape == k.shape == v.shape
+            if not served or _differentiated(q, k, v, scale, bias, mask, rope):
+                return AttentionOperands.forward(self, q[:, :, :asked], k, v, scale, bias, mask, rope, half)
             qkv = quantize(q, k, v, None if rope is None else rope.float(), half)
             index = None
             if mask is not None:  # the windows of an image are its tokens, one window after the other
@@ -81,7 +87,7 @@ class IntegerOperands(AttentionOperands):
             each = scale.float() if isinstance(scale, torch.Tensor) else None
             once = 1.0 if isinstance(scale, torch.Tensor) else float(scale)
             y = attend(qkv, heads, once, bias, mask, index, each)
-            return y.view(-1, tokens, heads, q.shape[3]).transpose(1, 2)
+            return y.view(-1, tokens, heads, q.shape[3])[:, :asked].transpose(1, 2)
 
         return call
 

@@ -9,15 +9,22 @@ import torch
 from timm.layers import Attention, AttentionRope, LayerNorm, RelPosBias, RmsNorm
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
+from timm.models.fastvit import Attention as FastVitAttention
+from timm.models.gcvit import WindowAttentionGlobal
+from timm.models.hiera import MaskUnitAttention
+from timm.models.hieradet_sam2 import MultiScaleAttention
+from timm.models.maxxvit import Attention2d, AttentionCl
+from timm.models.metaformer import Attention as MetaFormerAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.vision_transformer import ParallelScalingBlock
 from timm.models.vision_transformer_relpos import RelPosAttention
 from timm.models.vision_transformer_sam import Attention as SamAttention
 from torch import nn
 
-from dfqvit.models.adapters.attentions import QUANTIZED, quantize_products
 from dfqvit.models.adapters.generic import GenericAdapter
+from dfqvit.models.adapters.products import KNOWN, quantize_products
 from dfqvit.quantization.attention import AttentionOperands
 from dfqvit.runtime.attention import IntegerOperands
 
@@ -39,6 +46,9 @@ def attentions():
     windows = torch.randn(8, 12, CHANNELS)
     small = {"dim": CHANNELS, "num_heads": 3}
     relative = {"rel_pos_cls": lambda num_heads, **_: RelPosBias((3, 4), num_heads=num_heads)}
+    grid, wide = windows.view(8, 3, 4, CHANNELS), windows.view(8, 3, 4, CHANNELS).permute(0, 3, 1, 2)
+    sixteen = {"dim": CHANNELS, "dim_head": 16}
+    hiera = {"dim": CHANNELS, "dim_out": CHANNELS, "heads": 3}
     return {
         "plain": (Attention(**small, qkv_bias=True), tokens, {}),
         "norms": (Attention(**small, qk_norm=True, scale_norm=True, norm_layer=LayerNorm), tokens, {}),
@@ -69,15 +79,54 @@ def attentions():
         "swin, whole": (WindowAttention(**small, window_size=(3, 4)), windows, {}),
         "swin v2": (WindowAttentionV2(**small, window_size=(3, 4)), windows, {"mask": window_mask(4, 12)}),
         "swin v2, whole": (WindowAttentionV2(**small, window_size=(3, 4)), windows, {}),
+        "channels last": (AttentionCl(**sixteen, **relative), grid, {}),
+        "channels last, kinds first": (AttentionCl(**sixteen, dim_out=96, head_first=False), grid, {}),
+        "channels first": (Attention2d(**sixteen, **relative), wide, {}),
+        "channels first, kinds first": (
+            Attention2d(**sixteen, head_first=False),
+            wide,
+            {"shared_rel_pos": torch.randn(1, 3, 12, 12)},
+        ),
+        "caformer": (MetaFormerAttention(CHANNELS, head_dim=16), tokens, {}),
+        "fastvit": (FastVitAttention(CHANNELS, head_dim=16), wide, {}),
+        "hiera": (MaskUnitAttention(**hiera), windows, {}),
+        "hiera, pooled": (MaskUnitAttention(**hiera, q_stride=4), windows, {}),
+        "hiera, units": (MaskUnitAttention(**hiera, window_size=3, use_mask_unit_attn=True), windows, {}),
+        "hiera, pooled units": (
+            MaskUnitAttention(**hiera, q_stride=2, window_size=2, use_mask_unit_attn=True),
+            windows,
+            {},
+        ),
+        "sam 2": (MultiScaleAttention(CHANNELS, CHANNELS, 3), grid, {}),
+        "sam 2, pooled": (
+            MultiScaleAttention(CHANNELS, 96, 6, q_pool=nn.MaxPool2d(2, 2)),
+            torch.randn(2, 6, 4, CHANNELS),
+            {},
+        ),
+        "tiny vit": (TinyVitAttention(CHANNELS, 16, num_heads=3, attn_ratio=1, resolution=(3, 4)), windows, {}),
+        "tiny vit, wide values": (
+            TinyVitAttention(CHANNELS, 16, num_heads=3, attn_ratio=2, resolution=(3, 4)),
+            windows,
+            {},
+        ),
+        "gc vit": (WindowAttentionGlobal(**small, window_size=(3, 4), use_global=False), windows, {}),
+        "gc vit, global": (
+            WindowAttentionGlobal(**small, window_size=(3, 4)),
+            windows,
+            {"q_global": torch.randn(2, 12, CHANNELS)},
+        ),
     }
 
 
 NAMES = [
+    "channels last", "channels last, kinds first", "channels first", "channels first, kinds first", "caformer", "fastvit",
+    "hiera", "hiera, pooled", "hiera, units", "hiera, pooled units", "sam 2", "sam 2, pooled", "tiny vit",
+    "tiny vit, wide values", "gc vit", "gc vit, global",
     "parallel", "parallel, apart", "rope, of each head",
     "plain", "norms", "gated, masked", "a mask for each image", "rope", "rope, halves", "rope, grouped", "eva",
     "eva, apart", "eva, none", "beit", "beit, shared", "relative", "sam", "swin", "swin, whole", "swin v2", "swin v2, whole",
 ]  # fmt: skip
-OWN_BIAS = ("sam", "a mask for each image")  # which no integer operator has
+SIMULATED = ("sam", "a mask for each image", "tiny vit, wide values")  # which no integer operator has
 
 
 @pytest.fixture(params=NAMES)
@@ -92,13 +141,15 @@ def case(request, seed):
     model = nn.Sequential(copy.deepcopy(attention))
     GenericAdapter(model).prepare()
     quantize_products(model, 8, "minmax")
-    return request.param, attention.eval(), model.eval()[0], x, options
+    for each in (attention, model):
+        each.eval()  # gives None of TinyViT's
+    return request.param, attention, model[0], x, options
 
 
 @torch.no_grad()
 def test_in_float_they_are_timms_own(case):
     _, attention, twin, x, options = case
-    assert type(twin) is QUANTIZED[type(attention)]
+    assert type(twin) is KNOWN[type(attention)]
     torch.testing.assert_close(twin(x, **options), attention(x, **options), rtol=1e-4, atol=1e-5)
 
 
@@ -115,7 +166,7 @@ def test_quantized_near_float_and_in_integers_as_simulated(case, isa):
     IntegerOperands.take(twin.operands)
     found = twin(x, **options)
     assert found.dtype == torch.float32
-    assert float((found - simulated).norm() / simulated.norm()) < (1e-12 if name in OWN_BIAS else 5e-3)
+    assert float((found - simulated).norm() / simulated.norm()) < (1e-12 if name in SIMULATED else 5e-3)
 
 
 def test_a_gradient_comes_by_the_simulated_way(case):
@@ -133,7 +184,7 @@ def test_a_gradient_comes_by_the_simulated_way(case):
 
 
 def test_every_class_is_tried(seed):
-    assert {type(attention) for attention, _, _ in attentions().values()} == set(QUANTIZED)
+    assert {type(attention) for attention, _, _ in attentions().values()} == set(KNOWN)
 
 
 def test_what_does_not_run_in_integers_says_why(seed):

@@ -1,7 +1,6 @@
-"""timm's attentions with both of their products quantized: each takes the class of a timm instance and keeps its state.
+"""The attentions of ViTs and Swins with both products quantized: each takes the class of a timm instance and keeps its state.
 
-Every class computes as timm's own, with `self.operands` where that multiplies queries, keys and values. To teach dfqvit
-another attention, add its class here and to `QUANTIZED`; what is not named there keeps its products in float.
+Every class computes as timm's own, with `self.operands` where that multiplies queries, keys and values.
 """
 
 from __future__ import annotations
@@ -23,21 +22,11 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from timm.models.vision_transformer_relpos import RelPosAttention
 from timm.models.vision_transformer_sam import Attention as SamAttention
 from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
-from torch import nn
 
 from ...quantization.attention import AttentionOperands
 
 CONSTANT = ("cpb_mlp", "rel_pos")  # networks that make a table of positions: they see no image
 _MOST_SCALE = math.log(100.0)  # Swin v2's bound of the logarithm of its learnt scales
-
-
-def quantize_products(model: nn.Module, bits: int, quantizer: str) -> None:
-    """Quantizes, in place, the products of every attention that is known here and has no forward of its own."""
-    for module in model.modules():
-        kind = QUANTIZED.get(type(module))
-        if kind is not None and "forward" not in vars(module):
-            module.operands = AttentionOperands(bits, quantizer).train(module.training)
-            module.__class__ = kind
 
 
 def apart(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:

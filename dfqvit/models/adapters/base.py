@@ -17,7 +17,7 @@ from ...quantization.attention import AttentionOperands
 from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
 from ...quantization.recipe import Recipe
 from ..spec import classifier
-from .attentions import quantize_products
+from .products import quantize_products
 
 
 @dataclass
