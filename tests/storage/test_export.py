@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models.hiera import MaskUnitAttention
 
 import dfqvit
 from dfqvit import cli, demo
@@ -234,13 +235,27 @@ class Selecting(networks.Segmenter):
         return scores[:4] if int((scores > 0).sum()) > 3 else scores
 
 
-def test_an_attention_of_five_dimensions(seed, tmp_path):
-    """Hiera's: torch has no ONNX for the function that it calls, and ended with its third step of three."""
+class OwnAttention(MaskUnitAttention):
+    """Not timm's class, so its products stay its own."""
+
+
+def hiera(own=True):
     sizes = {"img_size": 32, "embed_dim": 16, "stages": (1, 1), "q_pool": 1, "mask_unit_size": (4, 4), "num_classes": 7}
     model = timm.create_model("hiera_tiny_224", **sizes).eval()
     torch.nn.init.normal_(model.get_classifier().weight)  # timm's is of zeros
-    calib = torch.rand(4, 3, 32, 32) * 2 - 1
-    qmodel = dfqvit.quantize(model, 8, calib=calib, rounding="nearest", scaling="none", progress=False)
+    for block in model.blocks if own else ():
+        block.attn.__class__ = OwnAttention
+    return torch.nn.Sequential(model) if own else model
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_attention_of_five_dimensions(seed, tmp_path, own):
+    """Hiera's: torch has no ONNX for the function that it calls, and ended with its third step of three."""
+    model, calib = hiera(own), torch.rand(4, 3, 32, 32) * 2 - 1
+    qmodel = dfqvit.quantize(
+        model, 8, calib=calib, rounding="nearest", scaling="none", progress=False, build=hiera if own else None
+    )
+    assert any("own products" in reason for reason in dfqvit.integer_report(qmodel).values()) == own
     export_onnx(qmodel, tmp_path / "m.onnx")
     with torch.no_grad():
         expected = qmodel(calib)
