@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from .errors import LostProcess, ending, interruption
 
-# Whether a LostProcess was raised already: torchrun's SIGTERM comes after gloo's own error, and says no more.
+# Whether a LostProcess was raised already: torchrun's SIGTERM comes after gloo's own error, and says no more. For good, where
+# `ending` tells only as long as the error is there: the signal may come once it was told, and before the process has ended.
 _lost = False
 _waiting: Any = None  # the group in which the others wait while the first calibrates, which may take hours
 _PATIENCE = timedelta(days=30)

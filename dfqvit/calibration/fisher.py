@@ -196,7 +196,10 @@ class Side:
 
 
 def weight_loss(weight: torch.Tensor, fisher: torch.Tensor, factor: torch.Tensor, bits: int) -> float:
-    """Of the weight [N, K] with its columns times `factor`, rounded to nearest at the best of a few scales a row."""
+    """Of the weight [N, K] with its columns times `factor`, rounded to nearest at the best of a few scales a row.
+
+    To evenly spaced integers, whatever the recipe's levels: it is compared with itself alone, at other factors.
+    """
     weight, fisher = weight * factor, fisher / factor.square()
     half = 1 << (bits - 1)
     widest = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / (half - 0.5)

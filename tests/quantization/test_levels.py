@@ -12,7 +12,7 @@ from dfqvit.kernels.pack_weight import pack_integers, unpack_weight
 from dfqvit.kernels.round_second_order.reference import nearest
 from dfqvit.quantization.layers import QuantLinear
 from dfqvit.quantization.levels import NONUNIFORM, PACKED, levels_of, narrowed, packed_bits, widened
-from dfqvit.quantization.quantizers import mse_weight_scale, search_weight_scale
+from dfqvit.quantization.quantizers import minmax_weight_scale, mse_weight_scale, search_weight_scale
 from dfqvit.quantization.recipe import Recipe
 
 
@@ -68,6 +68,14 @@ def test_bell_shaped_weights_lose_less(seed, bits, most):
 
     assert error(levels_of("nonuniform", bits)) < most * error(levels_of("uniform", bits))
     assert torch.equal(search_weight_scale(weight, levels_of("uniform", bits)), mse_weight_scale(weight, bits))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "nonuniform"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_weight_is_as_far_from_0_as_the_levels_reach_on_average(seed, bits, kind):
+    weight, levels = torch.randn(5, 7), levels_of(kind, bits).tolist()
+    wanted = [2 * max(map(abs, row)) / (levels[-1] - levels[0]) for row in weight.tolist()]
+    assert minmax_weight_scale(weight, bits, kind).tolist() == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
