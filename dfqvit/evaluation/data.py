@@ -28,6 +28,10 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", 
 _UNREAD = (".gif", ".jp2", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".jpe", ".dng")  # images, and left out
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises of a file
 
+_ORIENTATION = 274  # in Exif; 1 is upright
+_MOST_TURNED = 0.1  # of the images
+_MOST_PLAIN = 0.1  # of the images
+_DARK = 64  # of 255
 _KILLED = "data: a process that reads images was killed; fewer --workers need less memory"
 
 Item = tuple[torch.Tensor, int]
@@ -86,6 +90,7 @@ class FolderImages(Images):
             order, self.assumed = order_of(root, folders, classes, num_classes)
         self.items: list[tuple[Path, int]] = []
         left_out: Counter[str] = Counter()
+        turned = 0
         for folder in folders if labelled else [""]:
             label = order[folder] if labelled else 0
             for path in _files(root / folder):
@@ -93,11 +98,18 @@ class FolderImages(Images):
                 left_out.update([suffix] if suffix in _UNREAD else [])
                 if suffix in _SUFFIXES and self._readable(path, unreadable):
                     self.items.append((path, label))
+                    turned += _is_turned(path)
         if left_out:
             kinds = ", ".join(sorted(left_out))
             warnings.warn(
                 f"data '{root}': {left_out.total()} files of other kinds were left out ({kinds}); images are read from "
                 f"{', '.join(_SUFFIXES)}",
+                stacklevel=3,
+            )
+        if turned > _MOST_TURNED * len(self.items):
+            warnings.warn(
+                f"data '{root}': {turned} of {len(self.items)} images are stored turned, with a note for viewers (Exif "
+                "orientation), which is not followed, as in timm: the model sees them turned; save them upright",
                 stacklevel=3,
             )
         if not self.items:
@@ -138,6 +150,15 @@ class FolderImages(Images):
         except UNREADABLE as error:  # a file whose header is good and whose body is not
             raise DfqvitError(f"data: '{path}' is not a readable image ({error})") from error
         return self.transform(image), label
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether an image says of itself that viewers shall turn or mirror it; of TIFF Pillow does so itself."""
+    try:
+        with Image.open(path) as image:
+            return image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:  # what Pillow raises of notes that are damaged, in an image that is not
+        return False
 
 
 def _files(folder: Path) -> list[Path]:
@@ -209,6 +230,11 @@ class ArrayImages(Images):
             raise UsageError(f"data '{path}' has images of {width} x {height} pixels; they must have one at least")
         if int(self.images.max()) == 1:
             raise UsageError(f"data '{path}' has images of 0 and 1 alone; their pixels must lie from 0 to 255")
+        if (greatest := int(self.images.max())) < _DARK:
+            warnings.warn(
+                f"data '{path}' has pixels up to {greatest} only; they are taken as of 255, and so for dark",
+                stacklevel=3,
+            )
         self.preprocessing = preprocessing
 
     def __len__(self) -> int:
@@ -259,7 +285,8 @@ class Batches:
     """(images [n, C, H, W], labels [n]) on `device`, in the data set's own order; every pass over it reads anew.
 
     Pixels are decoded in `workers` processes while the model computes, travel as uint8 (a quarter of the bytes), and are
-    normalised on the device: the same bits as `images[i]` gives. None picks the number of processes.
+    normalised on the device: the same bits as `images[i]` gives. None picks the number of processes. Warns after a pass in which
+    images were of one colour.
 
     Raises, when a pass comes to it:
         DfqvitError: a file cannot be decoded, by its name (left out with a warning where the images say
@@ -291,14 +318,24 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        plain = total = 0
         for pixels, labels, errors in read_by(self.loader):
             for error in errors:
                 if self.tasks.images.unreadable == "refuse":
                     raise DfqvitError(error)
                 warnings.warn(f"{error}, skipped", stacklevel=2)
             if len(labels):
+                rows = pixels.flatten(2)
+                plain += int((rows == rows[..., :1]).flatten(1).all(1).sum())
+                total += len(labels)
                 pixels = pixels.to(self.device, non_blocking=True)
                 yield self.preprocessing.normalise(pixels), labels.to(self.device, non_blocking=True)
+        if plain > _MOST_PLAIN * total:
+            warnings.warn(
+                f"data: {plain} of {total} images are of one colour, as those are whose picture is in what was left out of them "
+                "(transparency, bits): they tell nothing",
+                stacklevel=2,
+            )
 
 
 def read_by(loader: DataLoader) -> Iterator[Any]:

@@ -86,6 +86,7 @@ def _by_file(
     first = {name: (name.split() or [""])[0] for name in names}
     short = [first[name] if first[name] in present and name not in present else name for name in names]
     _check_lines(short)
+    _check_numbers(names, short)
     if num_classes is not None and len(short) != num_classes:
         raise UsageError(
             f"classes had {len(short)} lines and the model has {num_classes} classes; there must be a line for each"
@@ -95,6 +96,22 @@ def _by_file(
     if strangers:
         raise UsageError(f"data '{root}' has the folder '{strangers[0]}', which is no class of the classes file")
     return order, "the classes file says which folder is which class"
+
+
+def _check_numbers(names: Sequence[str], short: Sequence[str]) -> None:
+    """UsageError where a number stands after every name, from 0 or 1 on, and says another class than the line does."""
+    found = [name.removeprefix(first).split()[:1] for name, first in zip(names, short, strict=True)]
+    if not all(each and each[0].isdecimal() for each in found):
+        return
+    numbers = [int(each[0]) for each in found]
+    least = min(numbers)
+    wanted = list(range(least, least + len(numbers)))
+    if least in (0, 1) and sorted(numbers) == wanted and numbers != wanted:
+        line = next(index for index, (one, other) in enumerate(zip(numbers, wanted, strict=True)) if one != other)
+        raise UsageError(
+            f"classes had '{names[line]}' in line {line + 1}, where class {wanted[line]} was due; line k is class k: sort the "
+            "lines by their numbers"
+        )
 
 
 def _check_lines(names: Sequence[str]) -> None:
