@@ -203,10 +203,18 @@ def quantize(
     if assumed and isinstance(spec, NetworkSpec) and not normalises(model):
         _tell_rescaled(model, preprocessing)
     choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
-    given: dict[str, Any] = {"samples": samples, "iters": iters, "seed": seed, "preprocessing": preprocessing}
-    given["objective"] = objective
     with showing(progress, report) as told:
-        images, how = calibration_images(model, calib, **given, report=told, **synthesis)
+        images, how = calibration_images(
+            model,
+            calib,
+            samples=samples,
+            iters=iters,
+            seed=seed,
+            preprocessing=preprocessing,
+            report=told,
+            objective=objective,
+            **synthesis,
+        )
         images = with_companions(images, companions, seed, preprocessing)
         images = in_fixed_order(images)
         if size_budget is not None:
@@ -225,11 +233,17 @@ def quantize(
         )
     if isinstance(spec, NetworkSpec):
         spec = replace(spec, survey=qmodel.dfqvit_survey)  # type: ignore[arg-type]
-    settings: dict[str, Any] = {"seed": seed} if how != "images" else {}
-    settings |= {"objective": getattr(objective, "__qualname__", repr(objective))} if objective is not None else {}
-    settings |= {"iters": iters, **synthesis} if how == "synthetic" else {}
-    settings |= {"companions": companions} if companions else {}
-    settings |= {"reconstruct": reconstruct} if reconstruct else {}
+    settings: dict[str, Any] = {}
+    if how != "images":
+        settings["seed"] = seed
+    if objective is not None:
+        settings["objective"] = getattr(objective, "__qualname__", repr(objective))
+    if how == "synthetic":
+        settings |= {"iters": iters, **synthesis}
+    if companions:
+        settings["companions"] = companions
+    if reconstruct:
+        settings["reconstruct"] = reconstruct
     measured = measure(model, qmodel, images, preprocessing, corrected)
     warn_of_results(measured)
     qmodel.dfqvit_record = QuantizationRecord(  # type: ignore[assignment]
