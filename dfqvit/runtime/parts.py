@@ -279,6 +279,15 @@ def alike(first: ActivationQuantizer, second: ActivationQuantizer) -> bool:
     return same and torch.equal(first.zero_point, second.zero_point)
 
 
+def all_of(module: nn.Module) -> list[nn.Module]:
+    """`module` and what is inside it; torch.compile traces `module.modules()` in several times as many steps."""
+    found, last = [module], [module]
+    while last:
+        last = [child for each in last for child in each._modules.values() if child is not None]
+        found += last
+    return found
+
+
 def watched_or_differentiated(module: nn.Module, *given: torch.Tensor) -> bool:
     """Whether a module must compute as simulated: something of it in training, as dropout may be alone, with a gradient wanted, or
     with a hook on a module inside. `given`: what it is called with."""
@@ -287,7 +296,7 @@ def watched_or_differentiated(module: nn.Module, *given: torch.Tensor) -> bool:
     differentiates = torch.is_grad_enabled()
     if differentiates and any(tensor.requires_grad for tensor in given):
         return True
-    for child in module.modules():
+    for child in all_of(module):
         if child.training or (child is not module and (child._forward_hooks or child._forward_pre_hooks)):
             return True
         if differentiates and (_requires_gradient(child._parameters) or _requires_gradient(child._buffers)):
@@ -307,13 +316,12 @@ def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tens
 def replaced_forward(module: nn.Module) -> str:
     """Why a module is not what its class says, or "": a forward of its own was given to one inside it, or one that computes stands
     where dropout stood."""
-    for child in module.modules():
+    for child in all_of(module):
         # torch.compile guards an attribute that is read, and no look into a module's __dict__
         if child is not module and (child.forward is None or "forward" in vars(child)):
             return f"the forward of a {type(child).__name__} was replaced"
-        for name in _DROPPED:
-            found = child._modules.get(name)
-            if found is not None and type(found) not in _DROPS:
+        for name, found in child._modules.items():
+            if name in _DROPPED and found is not None and type(found) not in _DROPS:
                 return f"its {name} is a {type(found).__name__}"
     return ""
 
