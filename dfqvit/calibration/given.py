@@ -86,7 +86,7 @@ def judge(images: torch.Tensor, preprocessing: Preprocessing) -> tuple[str, str]
     if least >= 0 and greatest <= 1 and float(low.max()) < _BELOW:
         said = f"held values from {least:.2f} to {greatest:.2f}, like pixels from 0 to 1 before normalisation; {span}"
         return (said, "") if greatest - least >= 0.5 else ("", said)
-    if -1.001 <= least < -0.9 and 0.9 < greatest <= 1.001 and bottom < -1.4:
+    if -1.001 <= least < -0.9 and 0.9 < greatest <= 1.001 and not -1.4 <= bottom <= -0.9:
         return "", f"held values from -1 to 1, like images of a mean and std of 0.5; {span}"
     outside = outside_share(images, preprocessing)
     if outside > MOST_OUTSIDE:

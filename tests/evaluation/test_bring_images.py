@@ -33,6 +33,16 @@ def pictures(seed, channels=3, count=4):
     return torch.nn.functional.interpolate(coarse, 32, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
+def test_images_from_minus_one_to_one_are_doubted_where_black_lies_above(seed):
+    """Few of their values lie beyond what pixels become: black is -0.81 there."""
+    images = 2 * pictures(seed, channels=1, count=6) - 1
+    images[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
+    refusal, doubt = judge(images, DEMO)
+    assert not refusal
+    assert "held values from -1 to 1, like images of a mean and std of 0.5" in doubt
+    assert judge(DEMO.normalise(pictures(seed, channels=1)), DEMO) == ("", "")
+
+
 @pytest.mark.parametrize("name", list(ALL))
 def test_rightly_normalised_images_pass_without_a_word(seed, name):
     preprocessing = ALL[name]
