@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import math
 import re
@@ -102,9 +103,10 @@ def load_weights(
 
 
 def _mapped(filter_fn: Filter, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What timm's conversion makes of a checkpoint; what some of them print is no result of ours."""
+    """What timm's conversion makes of a checkpoint: some do not take the model, some print what is no result of ours."""
+    given = (state, model) if len(inspect.signature(filter_fn).parameters) > 1 else (state,)
     with contextlib.redirect_stdout(io.StringIO()):
-        return dict(filter_fn(state, model))
+        return dict(filter_fn(*given))
 
 
 def _left_out(filter_fn: Filter, model: nn.Module, given: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -260,6 +260,19 @@ def test_a_tower_of_openais_names_is_asked_the_same(tmp_path, seed, prefix):
         loaded(tmp_path / "c.pth", "vit_base_patch32_clip_224.openai", small, num_classes=5)
 
 
+def test_a_conversion_that_takes_no_model(tmp_path, seed):
+    small = {
+        "depth": ((1, 1, 0),),
+        "embed_dim": (24, 48),
+        "num_heads": (2, 2),
+        "mlp_ratio": (2, 2, 1),
+        "num_classes": 3,
+    }
+    model = created("crossvit_tiny_240", **small)
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "c.pth")
+    assert same(loaded(tmp_path / "c.pth", "crossvit_tiny_240", small), model)
+
+
 def test_tables_of_positions_of_any_name_that_are_resized_are_told(tmp_path, seed):
     name, small = "tnt_s_legacy_patch16_224", {"depth": 1, "embed_dim": 24, "inner_dim": 8, "num_classes": 3}
     small |= {"num_heads_inner": 2, "num_heads_outer": 2}
