@@ -1,5 +1,5 @@
 // The arithmetic of the CUDA kernels of quant_linear that needs no GPU: which thread holds what, the unpacking of
-// weights, and the epilogue. tests/kernels/quant_linear_tile.cpp runs it on the CPU. No torch headers.
+// weights, and the epilogue. tests/kernels/cuda_on_cpu/quant_linear.cpp runs it on the CPU. No torch headers.
 //
 // A block of threads sums a tile of the result, walking K in steps of 64 or 128. In shared memory a step is two arrays
 // of rows of so many bytes: u8 activations, then s8 weights (one row an output). A row is 4 or 8 chunks of 16 bytes,
