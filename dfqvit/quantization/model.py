@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from ..errors import UsageError
 from ..kernels.pack_weight import packed_row_bytes
-from .layers import QuantLinear
+from .layers import QuantLinear, QuantPatchProjection
 from .precision import KeepsPrecision
 from .quantizers import TellsBits
 
@@ -68,6 +68,7 @@ class QuantizedForward(KeepsPrecision):
     def _admitted(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
             raise UsageError(f"images were a {type(x).__name__}; they must be a float tensor [B, C, H, W], normalised")
+        _refuse_onnx(self)
         _expect_dense(x)
         if not x.is_floating_point():
             raise UsageError(
@@ -129,6 +130,7 @@ class QuantizedNetwork(nn.Module):
 
     def _admitted(self, x: Any) -> Any:
         """Tensors of floats, also in lists, in float32; the rest as it is."""
+        _refuse_onnx(self)
         if isinstance(x, (list, tuple)):
             return type(x)(self._admitted(each) for each in x)
         if not isinstance(x, torch.Tensor):
@@ -151,6 +153,21 @@ def expect_values(model: nn.Module, images: Any) -> None:
             "a quantized model cannot be traced by torch.fx, as create_feature_extractor does; forward_intermediates and timm's "
             f"FeatureGetterNet give its features, torch.export and torch.jit.trace a program{left}"
         )
+
+
+def _refuse_onnx(model: nn.Module) -> None:
+    """ONNX has no nodes for the operators; what `export_onnx` gives torch has none of these layers any more."""
+    kinds = (QuantLinear, QuantPatchProjection)
+    if _writing_onnx() and any(type(module) in kinds for module in model.modules()):
+        raise UsageError(
+            "a quantized model cannot be written by torch.onnx.export, which has no nodes for its operators; "
+            "dfqvit.storage.export.export_onnx(model, path) writes it, and `dfqvit export FILE --onnx OUT`"
+        )
+
+
+@torch.compiler.assume_constant_result  # torch.compile takes torch's own answer to be no
+def _writing_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def kind_of(tensor: torch.Tensor) -> str:

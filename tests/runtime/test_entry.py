@@ -266,6 +266,20 @@ def test_torch_fx_is_refused(seed, form):
         create_feature_extractor(qmodel, ["norm"])
 
 
+@pytest.mark.parametrize(("of", "dynamo"), [("vit", False), ("vit", True), ("a network", False)])
+def test_torch_s_own_onnx_is_refused(seed, of, dynamo):
+    """It ended in "No ONNX function found" or "unrecognized namespace"; `export_onnx` writes these models by it."""
+    if of == "vit":
+        qmodel, images = quantized("vit", "integer", depth=1)
+    else:
+        qmodel, images = convert(networks.pair(), Recipe(8)), torch.rand(2, 3, 32, 32)
+        calibrate(qmodel, images, Recipe(8))
+    kind = torch.onnx.errors.OnnxExporterError if dynamo else dfqvit.UsageError
+    with pytest.raises(kind, match=r"cannot be written by torch\.onnx\.export, .*export_onnx\(model, path\) writes it"):
+        torch.onnx.export(qmodel, (images,), io.BytesIO(), dynamo=dynamo, verbose=False)
+    assert not torch.onnx.is_in_onnx_export()
+
+
 class Part(nn.Module):
     """A model, or one of its methods as a module."""
 
