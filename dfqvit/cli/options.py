@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import safetensors
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
 from ..distributed import local_rank, world
-from ..errors import DfqvitError, UsageError
+from ..errors import UsageError
 from ..models import Preprocessing, demo, load_model
+from ..models.checkpoint import load_state
 from ..models.device import expect_device
+from ..models.loading import check_finite
 from ..models.network import NetworkSpec, built
 from ..progress import Progress, postfix
 from ..runtime.record import QuantizationRecord
@@ -220,11 +220,8 @@ def _weighted(network: torch.nn.Module, name: str, checkpoint: Path | None) -> t
     """The network with the weights of a state_dict, where there is one."""
     if checkpoint is None:
         return network
-    try:
-        network.load_state_dict(safetensors.torch.load_file(checkpoint))
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
-        raise DfqvitError(f"--checkpoint '{checkpoint}' does not fit what '{name}' makes: {said}") from error
+    load_state(network, checkpoint, name)
+    check_finite(network)
     return network
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from timm.models import clean_state_dict
+from torch import nn
 
 from ..errors import DfqvitError, UsageError
 
@@ -255,6 +256,24 @@ def _unsafe(path: Path) -> list[str]:
             return sorted(found, key=lambda name: (".models." not in name, name))  # a pickled model's class first
     except Exception:  # not a zip of torch's, damaged, or a TorchScript archive: the first error says it
         return []
+
+
+def load_state(network: nn.Module, path: Path, name: str) -> None:
+    """Loads a state_dict in a .safetensors file into a network, whose own names are in it; `name` is what makes the network.
+
+    Raises:
+        UsageError: integers or bytes under the names of float weights.
+        DfqvitError: the file is unreadable, or of another network.
+    """
+    wanted = network.state_dict()
+    try:
+        state = safetensors.torch.load_file(path)
+        network.load_state_dict(state)
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        raise DfqvitError(f"checkpoint '{path}' does not fit what '{name}' makes: {first_line(error)}") from error
+    for key, value in state.items():
+        if wanted[key].is_floating_point() and value.dtype not in FLOATS:
+            raise UsageError(f"checkpoint '{path}' holds {value.dtype} under '{key}', which is float")
 
 
 def tensors_of(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

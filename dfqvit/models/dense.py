@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from timm.models import SwinTransformer
@@ -17,6 +16,7 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from ..errors import UsageError
+from .checkpoint import load_state
 from .demo import ASSETS
 
 SIDE = 56  # pixels of a scene
@@ -151,12 +151,12 @@ def load_dense(name: str, weights: Path | None = None) -> nn.Module:
         weights: a .safetensors file in place of the weights that ship.
 
     Raises:
-        UsageError: another name.
+        UsageError: another name, or weights that are no floats.
+        DfqvitError: the file is unreadable, or of another network.
     """
     if name not in BUILDERS:
         raise UsageError(f"name was '{name}'; it may be {', '.join(map(repr, BUILDERS))}")
     model = BUILDERS[name]()
-    tensors = safetensors.torch.load_file(weights or WEIGHTS[name])
-    model.load_state_dict({key: value.float() for key, value in tensors.items()})
+    load_state(model, weights or WEIGHTS[name], name)
     model.dfqvit_build = f"{__name__}:{BUILDERS[name].__name__}"  # type: ignore[assignment]
     return model

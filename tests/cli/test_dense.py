@@ -12,6 +12,8 @@ import torch
 import dfqvit
 from dfqvit import UsageError, cli
 from dfqvit.cli.dense import conclude
+from dfqvit.cli.options import open_network
+from dfqvit.errors import DfqvitError
 from dfqvit.evaluation import scenes
 from dfqvit.evaluation.dense import evaluate_dense
 from dfqvit.evaluation.dense_data import SceneImages, open_dense, write_coco
@@ -116,6 +118,28 @@ def test_a_network_of_ones_own(folder, tmp_path, capsys, seed):
     status, _, err = output(capsys, "evaluate", path, *own, *build, *wrong)
     assert status == 1
     assert "does not fit what 'tests.networks:pair' makes" in err
+
+
+@pytest.mark.parametrize("name", ["demo-segmenter", "tests.networks:segmenter"])
+def test_weights_of_a_network_are_floats_of_that_network(tmp_path, seed, name):
+    """They were copied as they are: codes of 8 bits for weights, NaN of a network of one's own."""
+    model = load_model(name) if name.startswith("demo") else networks.segmenter()
+    state, path, cpu = model.state_dict(), tmp_path / "w.safetensors", torch.device("cpu")
+    key = next(key for key, value in state.items() if value.dim() == 2 and value.is_floating_point())
+    safetensors.torch.save_file({**state, key: state[key].half()}, path)
+    assert torch.equal(open_network(name, path, cpu).state_dict()[key], state[key].half().float())
+    for change, kind, message in (
+        ({key: (9 * state[key]).to(torch.int8)}, UsageError, f"holds torch.int8 under '{key}', which is float"),
+        ({key: state[key].to(torch.float8_e4m3fn)}, UsageError, f"holds torch.float8_e4m3fn under '{key}'"),
+        ({key: state[key] / 0}, DfqvitError, f"'{key}' holds NaN or Inf"),
+        ({key: state[key][:1]}, DfqvitError, f"does not fit what '{name}' makes: Error"),
+    ):
+        safetensors.torch.save_file({**state, **change}, path)
+        with pytest.raises(kind, match=message):
+            open_network(name, path, cpu)
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(DfqvitError, match=f"does not fit what '{name}' makes: Error"):
+        open_network(name, path, cpu)
 
 
 def test_demo_prints_every_source_and_writes_pictures(tmp_path, capsys, monkeypatch):
