@@ -211,6 +211,7 @@ def test_a_program_refuses_gradients(seed, form):
 def test_what_a_program_loads_counts(seed, family, form):
     """Key after key. Of the model's state the program lacks what it computes with in another form, and says so."""
     qmodel, images, program = copy.deepcopy(exported(family, form))
+    images = images[:8]
     module = program.module()
     state = {key: value.clone() for key, value in qmodel.state_dict().items()}
     fixed = {key for key in state if key.endswith((".weight_packed", ".acm", BITS))}
@@ -219,7 +220,8 @@ def test_what_a_program_loads_counts(seed, family, form):
         module.load_state_dict(state)
     for key in state.keys() - fixed:
         value = state[key]
-        other = (value + 3).clamp(max=255) if key.endswith("zero_point") else value * 1.25
+        # by so much that 8 images show it: of 410 such changes they show 380, where of 3 steps 16 images showed 372
+        other = (value + 12).clamp(max=255) if key.endswith("zero_point") else value * 1.25
         for each in (module, qmodel):
             each.load_state_dict({key: other}, strict=False)
         assert torch.equal(module(images), qmodel(images)), key
