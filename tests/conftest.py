@@ -34,11 +34,8 @@ os.environ.setdefault("DFQVIT_CPUS", "8")  # tests that ask for more threads tha
 # import torch in a process of its own to run it, 16 s of a processor.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 torch._inductor.config.cpp.vec_isa_ok = True
-# Of each compilation's guards torch would measure the time, after a flush of the processor's cache, and look which of their
-# expressions are repeated, by writing each out: a tenth of the compilation. What they compare stays the same.
+# Of each compilation's guards torch would measure the time, after a flush of the processor's cache, for its log.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
-torch._dynamo.guards.PyExprCSEPass.count = lambda *_: None
-torch._dynamo.guards.PyExprCSEPass.replace = lambda _, expression: ([], expression)
 # torch.compile makes many objects, which a collector that looks often looks through again and again
 gc.set_threshold(50_000, 20, 50)
 DATA = Path(os.environ.get("DFQVIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))

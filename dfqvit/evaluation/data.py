@@ -29,7 +29,8 @@ _UNREAD = (".gif", ".jp2", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".jpe", "
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises of a file
 
 _ORIENTATION = 274  # in Exif; 1 is upright
-_MOST_TURNED = 0.1  # of the images
+_MOST_TURNED = 0.1  # of the images that are looked at for it
+_LOOKED_AT = 200  # images, evenly spread: each is opened once more
 _MOST_PLAIN = 0.1  # of the images
 _DARK = 64  # of 255
 _KILLED = "data: a process that reads images was killed; fewer --workers need less memory"
@@ -90,7 +91,6 @@ class FolderImages(Images):
             order, self.assumed = order_of(root, folders, classes, num_classes)
         self.items: list[tuple[Path, int]] = []
         left_out: Counter[str] = Counter()
-        turned = 0
         for folder in folders if labelled else [""]:
             label = order[folder] if labelled else 0
             for path in _files(root / folder):
@@ -98,7 +98,6 @@ class FolderImages(Images):
                 left_out.update([suffix] if suffix in _UNREAD else [])
                 if suffix in _SUFFIXES and self._readable(path, unreadable):
                     self.items.append((path, label))
-                    turned += _is_turned(path)
         if left_out:
             kinds = ", ".join(sorted(left_out))
             warnings.warn(
@@ -106,14 +105,16 @@ class FolderImages(Images):
                 f"{', '.join(_SUFFIXES)}",
                 stacklevel=3,
             )
-        if turned > _MOST_TURNED * len(self.items):
-            warnings.warn(
-                f"data '{root}': {turned} of {len(self.items)} images are stored turned, with a note for viewers (Exif "
-                "orientation), which is not followed, as in timm: the model sees them turned; save them upright",
-                stacklevel=3,
-            )
         if not self.items:
             raise UsageError(f"data was '{root}'; it has no images ({', '.join(_SUFFIXES)})")
+        some = self.items[:: -(-len(self.items) // _LOOKED_AT)]
+        turned = sum(_is_turned(path) for path, _ in some)
+        if turned > _MOST_TURNED * len(some):
+            warnings.warn(
+                f"data '{root}': {turned} of {len(some)} images that were looked at are stored turned, with a note for viewers "
+                "(Exif orientation), which is not followed, as in timm: the model sees them turned; save them upright",
+                stacklevel=3,
+            )
         self.mode = {1: "L", 3: "RGB"}.get(preprocessing.input_size[0])
         if self.mode is None:
             raise UsageError(

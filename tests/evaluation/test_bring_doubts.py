@@ -78,7 +78,8 @@ def test_images_that_are_stored_turned_are_told(tmp_path, seed):
     assert all(np.array_equal(found.pixels(index)[0][0], image) for index, image in enumerate(images))
     saved(tmp_path / "turned", half, "jpg", exif=turned, quality=100)
     with pytest.warns(
-        UserWarning, match=r"8 of 8 images are stored turned, .*Exif orientation.* not followed, as in timm"
+        UserWarning,
+        match=r"8 of 8 images that were looked at are stored turned, .*Exif orientation.* not followed, as in timm",
     ):
         found = open_images(tmp_path / "turned", GREY, num_classes=SIDE)
     for index, image in enumerate(half):
