@@ -22,6 +22,13 @@ constexpr int64_t kPixelsTogether = 400;   // that a thread takes through all st
 constexpr int64_t kConvolvedTogether = 8;  // whose floats go from the convolution to the norm in the first cache
 constexpr int64_t kSummedTogether = 16;    // of an image, whose squares are one sum
 
+// Of so many pixels, those of a piece: about kPixelsTogether, and the same number of pieces for each thread.
+int64_t pixels_of_piece(int64_t pixels) {
+  const int64_t threads = parallel_threads();
+  const int64_t rounds = (pixels + threads * kPixelsTogether - 1) / (threads * kPixelsTogether);
+  return (pixels + rounds * threads - 1) / (rounds * threads);
+}
+
 const ConvBlockArguments& checked(const ConvBlockArguments& a) {
   const auto two = [](const char* name, size_t count) {
     TORCH_CHECK_VALUE(count == 2, name, " had ", count, " entries; a block has 2");
@@ -174,9 +181,7 @@ struct ConvBlock::Call {
 
   // Pixels go through all stages together.
   void straight() const {
-    const int64_t threads = parallel_threads();
-    const int64_t rounds = (pixels + threads * kPixelsTogether - 1) / (threads * kPixelsTogether);
-    const int64_t most = (pixels + rounds * threads - 1) / (rounds * threads);
+    const int64_t most = pixels_of_piece(pixels);
     const int64_t normed = aligned(most * b.fc1_.stride()), hidden = aligned(most * b.fc2_.stride());
     parallel_pieces((pixels + most - 1) / most, [&](int64_t piece) {
       const int64_t first = piece * most, count = std::min(most, pixels - first);
@@ -209,9 +214,8 @@ struct ConvBlock::Call {
 
   // fc1 of some images whose first pixel is `start`, and the sums of its squares.
   void hidden_values(int64_t start, int64_t images, int64_t chunks, float* values, float* sums) const {
-    const int64_t channels = b.fc1_.out_features, all = images * chunks, threads = parallel_threads();
-    const int64_t rounds = std::max<int64_t>(1, images * image() / (threads * kPixelsTogether));
-    const int64_t most = (all + rounds * threads - 1) / (rounds * threads);
+    const int64_t channels = b.fc1_.out_features, all = images * chunks;
+    const int64_t most = (pixels_of_piece(images * image()) + kSummedTogether - 1) / kSummedTogether;
     const int64_t normed = aligned(std::min(most * kSummedTogether, images * image()) * b.fc1_.stride());
     // The pixel that a chunk begins with, of those of `images`.
     const auto begin = [&](int64_t chunk) { return chunk / chunks * image() + chunk % chunks * kSummedTogether; };
@@ -245,9 +249,8 @@ struct ConvBlock::Call {
 
   // The norm, rounding and fc2 of the hidden values of some images.
   void results(int64_t start, int64_t images, const float* values, const float* factors) const {
-    const int64_t channels = b.fc1_.out_features, all = images * image(), threads = parallel_threads();
-    const int64_t rounds = (all + threads * kPixelsTogether - 1) / (threads * kPixelsTogether);
-    const int64_t most = (all + rounds * threads - 1) / (rounds * threads);
+    const int64_t channels = b.fc1_.out_features, all = images * image();
+    const int64_t most = pixels_of_piece(all);
     const int64_t hidden = aligned(most * b.fc2_.stride());
     Gate gate = b.response_->gate;
     gate.offset = b.grn_bias_.const_data_ptr<float>();

@@ -229,9 +229,10 @@ class ArrayImages(Images):
         if 0 in self.images.shape:
             height, width = self.images.shape[2:]
             raise UsageError(f"data '{path}' has images of {width} x {height} pixels; they must have one at least")
-        if int(self.images.max()) == 1:
+        greatest = int(self.images.max())
+        if greatest == 1:
             raise UsageError(f"data '{path}' has images of 0 and 1 alone; their pixels must lie from 0 to 255")
-        if (greatest := int(self.images.max())) < _DARK:
+        if greatest < _DARK:
             warnings.warn(
                 f"data '{path}' has pixels up to {greatest} only; they are taken as of 255, and so for dark",
                 stacklevel=3,

@@ -67,9 +67,8 @@ class IntegerOperands(AttentionOperands):
         ) -> torch.Tensor:
             heads, tokens, asked = q.shape[1], k.shape[2], q.shape[2]
             if asked < tokens and bias is None and mask is None and rope is None:
-                q = F.pad(
-                    q, (0, 0, 0, tokens - asked)
-                )  # they were pooled: as many as keys, and the results of these go
+                # they were pooled: as many as keys, and the results of what is added go
+                q = F.pad(q, (0, 0, 0, tokens - asked))
             common = bias is None or (bias.dim() == 3 or (bias.dim() == 4 and bias.shape[0] == 1))
             turned = rope is None or rope.dim() in (2, 3)
             served = common and turned and q.shape == k.shape == v.shape
