@@ -42,9 +42,11 @@ lint: setup
 
 # A process for each core, with one thread: threads of processes that share cores wait for each other. All have one seed, since
 # they must agree on what the tests are. Python keeps what it compiles of its modules even where the environment says not to, since
-# tests start many processes.
+# tests start many processes. Of the tests that take longest one set of parameters in TEST_SHARE is run, others each time: see
+# tests/drawn.txt. `make test TEST_SHARE=1` runs all, in about half as much time again.
 TEST_JOBS ?= $(shell nproc)
-PYTEST := DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" OMP_NUM_THREADS=1 \
+TEST_SHARE ?= 3
+PYTEST := DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" DFQVIT_TEST_SHARE=$(TEST_SHARE) OMP_NUM_THREADS=1 \
   PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)

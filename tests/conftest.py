@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import platform
+import random
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -69,10 +70,19 @@ SMALL: dict[str, dict[str, Any]] = {
 # Files, and tests by file::name, the files that take longest first.
 SLOW = tuple((Path(__file__).parent / "slow.txt").read_text().split())
 SLOW_FILES = tuple(dict.fromkeys(name.partition("::")[0] for name in SLOW))
+# Of the tests in drawn.txt one set of parameters in SHARE is run: which, SEED says. `make test` sets both; by default all run.
+DRAWN = tuple((Path(__file__).parent / "drawn.txt").read_text().split())
+SHARE = int(os.environ.get("DFQVIT_TEST_SHARE", 1))
+SEED = os.environ.get("DFQVIT_TEST_SEED", "0")
 QUICK = ["--samples", "2", "--iters", "2"]  # of a synthesis on the command line
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_report_header() -> str:
+    drawn = f"one set of parameters in {SHARE}, drawn by seed {SEED}" if SHARE > 1 else "all sets of parameters"
+    return f"of the tests in tests/drawn.txt: {drawn}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the tests that `-m gpu` selects: those of which one parameter is a GPU or a backend that runs on one; and the slow.
 
     Slow files come first: each runs in one process, and a long one that starts last leaves the other cores idle.
@@ -88,6 +98,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.nodeid.partition("[")[0]
         if (name in SLOW or name.partition("::")[0] in SLOW) and not item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.slow)
+    if SHARE > 1:
+        left_out = not_drawn(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def not_drawn(items: list[pytest.Item]) -> set[pytest.Item]:
+    """What this run leaves out. Triton's interpreter, which takes seconds where others take milliseconds, draws of everything."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        drawn = interpreted or name in DRAWN or name.partition("::")[0] in DRAWN
+        if drawn and not item.get_closest_marker("gpu"):
+            families.setdefault(name, []).append(item)
+    left_out: set[pytest.Item] = set()
+    for name, family in families.items():
+        kept = random.Random(f"{SEED} {name}").sample(family, -(-len(family) // SHARE))
+        left_out |= set(family) - set(kept)
+    return left_out
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
