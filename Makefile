@@ -46,12 +46,13 @@ lint: setup
 # tests/drawn.txt. `make test TEST_SHARE=1` runs all, in about half as much time again.
 TEST_JOBS ?= $(shell nproc)
 TEST_SHARE ?= 3
-PYTEST := DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" DFQVIT_TEST_SHARE=$(TEST_SHARE) OMP_NUM_THREADS=1 \
-  PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST = DFQVIT_TEST_SEED="$${DFQVIT_TEST_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}" DFQVIT_TEST_SHARE=$(TEST_SHARE) \
+  OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 
 # What a change is tried with between two edits: the linters, and the tests that tests/slow.txt does not name.
+check: TEST_SHARE = 10
 check: lint
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
