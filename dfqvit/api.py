@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .calibration import calibrate, convert, freeze, in_fixed_order, observe
-from .calibration.allocation import allocate_bits, check_budget
+from .calibration.allocation import allocate_bits, check_budget, table_bytes
 from .calibration.correction import (
     LEAST_CHECKED,
     add_corrections,
@@ -219,7 +219,8 @@ def quantize(
         images = in_fixed_order(images)
         if size_budget is not None:
             chosen = choose_blocks(len(find_adapter(model).blocks()), gamma, acm_blocks, acm_top)
-            beside = 0 if acm == "none" else correction_bytes(model, images[:1], chosen, acm_top)
+            beside = table_bytes(qmodel, spec)
+            beside += 0 if acm == "none" else correction_bytes(model, images[:1], chosen, acm_top)
             recipe = allocate_bits(model, images, recipe, size_budget, beside)
             qmodel = convert(model, recipe)
         if reconstruct:

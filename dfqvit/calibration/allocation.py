@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import safetensors.torch
@@ -22,12 +23,16 @@ from torch import nn
 
 from ..errors import UsageError
 from ..kernels.pack_weight import packed_row_bytes
+from ..models import ModelSpec
 from ..models.adapters.scalings import scalings
 from ..models.copying import copied
+from ..models.network import NetworkSpec
+from ..models.tables import changed_tables, tables_of
 from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.model import state_of
 from ..quantization.recipe import Recipe
+from .correction import ENTRY_BYTES
 from .observation import BATCH, convert, freeze, observe
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
@@ -56,7 +61,7 @@ def allocate_bits(
         images: [n, C, H, W], normalised, on the model's device.
         recipe: all other settings.
         size_budget: megabytes (10^6 bytes) of the file.
-        beside: bytes of its corrections (`correction.correction_bytes`).
+        beside: bytes of what else the file holds: its corrections (`correction.correction_bytes`) and tables (`table_bytes`).
 
     Raises:
         UsageError: not even the least widths fit.
@@ -67,7 +72,7 @@ def allocate_bits(
     layers = _layers(qmodel)
     divergences = measure_divergence(model, images, layers)
     costs = {name: LayerCost(_sizes(layer), divergences[name]) for name, layer in layers.items()}
-    widths = choose_widths(costs, int(size_budget * 1e6) - beside - _fixed_bytes(qmodel))
+    widths = choose_widths(costs, int(size_budget * 1e6) - beside - _fixed_bytes(qmodel, recipe))
     return replace(recipe, w_bits=statistics.mode(widths.values()), layer_bits=widths)
 
 
@@ -81,11 +86,18 @@ def check_budget(model: nn.Module, recipe: Recipe, size_budget: float, beside: i
     if not (math.isfinite(size_budget) and size_budget > 0):
         raise UsageError(f"size_budget was {size_budget:g} MB; it must be finite and above 0")
     qmodel = _widest(model, recipe)
-    least = beside + _fixed_bytes(qmodel) + sum(_sizes(layer)[WIDTHS[-1]] for layer in _layers(qmodel).values())
+    least = beside + _fixed_bytes(qmodel, recipe) + sum(_sizes(layer)[WIDTHS[-1]] for layer in _layers(qmodel).values())
     if size_budget * 1e6 < least:
         raise UsageError(
             f"size_budget was {size_budget:g} MB; this model needs {least / 1e6:.3f} MB at least (weights of {WIDTHS[-1]} bits)"
         )
+
+
+def table_bytes(qmodel: nn.Module, spec: ModelSpec | NetworkSpec) -> int:
+    """What the tables take in a file that are not as `spec` builds them (see `models.tables`)."""
+    if not tables_of(qmodel) or (isinstance(spec, NetworkSpec) and spec.function is None):  # the latter is in no file
+        return 0
+    return sum(table.nbytes + ENTRY_BYTES for table in changed_tables(qmodel, spec.build()).values())
 
 
 @torch.no_grad()
@@ -140,25 +152,35 @@ def _sizes(layer: QuantLinear) -> dict[int, int]:
 
 
 def _widest(model: nn.Module, recipe: Recipe) -> nn.Module:
-    qmodel = convert(model, replace(recipe, layer_bits=None, w_bits=WIDTHS[0], edge_bits=WIDTHS[0]))
-    if recipe.scaling == "channels":
-        for name in scalings(qmodel).hidden:
-            layer: Any = qmodel.get_submodule(name)
-            layer.exponents = torch.zeros(layer.in_features, dtype=torch.int8)
-    return qmodel
+    return convert(model, replace(recipe, layer_bits=None, w_bits=WIDTHS[0], edge_bits=WIDTHS[0]))
 
 
 def _layers(qmodel: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)}
 
 
-def _fixed_bytes(qmodel: nn.Module) -> int:
-    """Of a file, beside the packed weights; `qmodel` is of `_widest`."""
+def _fixed_bytes(qmodel: nn.Module, recipe: Recipe) -> int:
+    """Of a file, beside the packed weights, at most; `qmodel` is of `_widest`."""
     frozen, layers = copied(qmodel), _layers(qmodel)
+    if recipe.scaling == "channels":
+        _add_scaled(frozen)
     freeze(frozen, allocate_only=True)
     whole = len(safetensors.torch.save({key: value.contiguous() for key, value in state_of(frozen).items()}))
     record = _RECORD_BYTES + len(json.dumps(dict.fromkeys(layers, WIDTHS[0])))
     return whole + record - sum(_sizes(layer)[WIDTHS[0]] for layer in layers.values())
+
+
+def _add_scaled(qmodel: nn.Module) -> None:
+    """Gives the layers all that `equalize` may: powers of two, and biases that take what is shifted out of their inputs."""
+    places = scalings(qmodel)
+    for name in places.hidden:
+        layer: Any = qmodel.get_submodule(name)
+        layer.exponents = torch.zeros(layer.in_features, dtype=torch.int8)
+    readers = [reader for _, reader in places.norms]
+    for name in {*readers, *chain.from_iterable(places.values), *places.scores}:
+        layer = qmodel.get_submodule(name)
+        if isinstance(layer, QuantLinear) and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros(layer.out_features), requires_grad=False)
 
 
 def _log_probabilities(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ MODES = ("sequential", "checked", "independent", "none")
 SHAPES = ("element", "channel", "token")  # what has a value of its own: [tokens, channels], [1, channels], [tokens, 1]
 STORED = torch.float16  # of the matrices, in memory and in files
 _BATCH = 64
-_ENTRY_BYTES = 128  # of a tensor, its name and place in the header of a file
+ENTRY_BYTES = 128  # of a tensor, its name and place in the header of a file
 LEAST_CHECKED = 4  # images: each half needs a mean
 
 
@@ -154,7 +154,7 @@ def add_corrections(
 
 def correction_bytes(model: nn.Module, image: torch.Tensor, chosen: list[int] | None, top: int | None) -> int:
     """What the corrections of `chosen` blocks take in a file at most, or of the `top` largest; `image`: one, [1, C, H, W]."""
-    sizes = [output.numel() * STORED.itemsize + _ENTRY_BYTES for output in block_outputs(find_adapter(model), image)]
+    sizes = [output.numel() * STORED.itemsize + ENTRY_BYTES for output in block_outputs(find_adapter(model), image)]
     return sum(sizes[index] for index in chosen) if chosen is not None else sum(sorted(sizes)[-(top or 0) :])
 
 

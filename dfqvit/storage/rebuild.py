@@ -21,6 +21,7 @@ from ..models.frame import undisturbed
 from ..models.network import NetworkSpec
 from ..models.preprocessing import image_size
 from ..models.spec import ABSENT_IN_EVAL, dotted, said, settings
+from ..models.tables import changed_tables, tables_of
 from ..quantization.layers import QuantLinear
 from ..quantization.levels import levels_of, narrowed, spaced_unevenly, widened
 from ..quantization.model import BITS, quantized, state_of
@@ -59,7 +60,7 @@ def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> 
     """A quantized model from its record, its state_dict and its `changed_tables`; simulated, in eval mode, on the CPU."""
     model = _structure(record, tensors)
     tensors = _widened(model, tensors)
-    tables = tensors.keys() & _tables(model).keys()
+    tables = tensors.keys() & tables_of(model).keys()
     for name in tables:
         place, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(place), leaf, tensors[name])
@@ -111,32 +112,6 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _tables(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that a structure computes and no state_dict holds, such as rotary embeddings, by name; none of our layers'."""
-    return {
-        dotted(place, name): tensor
-        for place, module in model.named_modules()
-        if not isinstance(module, QuantLinear)
-        for name, tensor in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set
-    }
-
-
-def changed_tables(qmodel: nn.Module, twin: nn.Module) -> dict[str, torch.Tensor]:
-    """The tables with other values than in `twin`, as `load` builds it: a float model in half precision rounds its own. On the CPU.
-
-    One of another shape is not among them: such tables are made anew in a call.
-    """
-    ours, computed = _tables(qmodel), _tables(twin)
-    found = {}
-    for name in ours.keys() & computed.keys():
-        table = ours[name].detach().cpu().contiguous()
-        same = table.dtype == computed[name].dtype and torch.equal(table, computed[name])
-        if table.shape == computed[name].shape and not same:
-            found[name] = table
-    return found
-
-
 def _structure(
     record: QuantizationRecord, tensors: Mapping[str, torch.Tensor], device: torch.device | str | None = None
 ) -> nn.Module:
@@ -171,7 +146,7 @@ def as_it_is(
     specs: list[tuple[Any, Preprocessing]] = [(spec, preprocessing)]
     if isinstance(spec, ModelSpec):
         specs += _resized(qmodel, spec, preprocessing, size)
-    first, device = "", None if _tables(qmodel) else "meta"
+    first, device = "", None if tables_of(qmodel) else "meta"
     for found in specs:
         candidate = replace(record, spec=found[0], preprocessing=found[1])
         try:

@@ -5,14 +5,25 @@ from __future__ import annotations
 from itertools import pairwise, product
 
 import pytest
+import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
 
 import dfqvit
-from dfqvit.calibration import convert, observe
-from dfqvit.calibration.allocation import WIDTHS, LayerCost, allocate_bits, choose_widths, measure_divergence
+from dfqvit.calibration import allocation, convert, freeze, observe
+from dfqvit.calibration.allocation import (
+    WIDTHS,
+    LayerCost,
+    allocate_bits,
+    check_budget,
+    choose_widths,
+    measure_divergence,
+)
+from dfqvit.calibration.equalize import equalize
 from dfqvit.errors import UsageError
 from dfqvit.quantization.layers import QuantLinear
+from dfqvit.quantization.model import state_of
 from dfqvit.quantization.recipe import Recipe
 
 from ..conftest import MODELS, SMALL, small_vit
@@ -108,6 +119,31 @@ def test_corrections_are_within_the_budget(seed, tmp_path, chosen):
     assert 0.8 * budget < dfqvit.save(qmodel, tmp_path / "q.safetensors").stat().st_size / 1e6 <= budget
     with pytest.raises(UsageError, match=r"size_budget was 0\.\d+ MB; this model needs 0\.\d+ MB at least"):
         dfqvit.quantize(model, size_budget=budget - 0.014, **options)
+
+
+def test_tables_that_a_file_holds_are_counted(seed, tmp_path):
+    """Found by reading: rotary embeddings of a model in bfloat16 are kept as they were rounded, and came on top of the budget."""
+    kwargs = {"depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 10, "img_size": 56}
+    model = timm.create_model("eva02_tiny_patch14_224", **kwargs).bfloat16()
+    options = {"calib": 2 * torch.rand(2, 3, 56, 56) - 1, "quantizer": "minmax", "progress": False}
+    whole = dfqvit.quantize(model, 2, edge_bits=2, **options)
+    size = dfqvit.save(whole, tmp_path / "q.safetensors").stat().st_size
+    with pytest.raises(UsageError, match=r"this model needs 0\.\d+ MB at least"):
+        dfqvit.quantize(model, size_budget=(size - 1) / 1e6, **options)
+
+
+def test_biases_that_scaling_adds_are_counted(seed):
+    """Found by reading: what is shifted out of a layer's inputs gives it a bias, which no one had counted."""
+    model, recipe = small_vit(depth=1, qkv_bias=False), Recipe(2, 4, edge_bits=2, levels="uniform")
+    torch.nn.init.normal_(model.blocks[0].norm1.bias, std=3.0)  # the keys' channels then have middles other than 0
+    scaled = convert(model, recipe)
+    equalize(scaled, torch.randn(2, 3, 32, 32))
+    assert scaled.blocks[0].attn.qkv.bias is not None
+    freeze(scaled, allocate_only=True)
+    tensors = len(safetensors.torch.save(state_of(scaled)))
+    check_budget(model, recipe, (tensors + 8192) / 1e6)
+    with pytest.raises(UsageError, match=r"this model needs 0\.\d+ MB at least"):
+        check_budget(model, recipe, (tensors + allocation._RECORD_BYTES) / 1e6)
 
 
 def test_label_names_the_widths():
