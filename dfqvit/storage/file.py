@@ -9,7 +9,6 @@ structure computes and no state_dict holds, where they are not as it computes th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ from ..quantization.model import file_bytes, quantized
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
 from ..runtime.record import QuantizationRecord, QuantizedModel
-from ..synthesis.writing import write_tensors
+from ..synthesis.writing import checksum, write_tensors
 from ..version import __version__
 from .rebuild import UNFIT, held, rebuild
 
@@ -203,13 +202,3 @@ def sizes(qmodel: nn.Module) -> dict[str, int]:
         )
         kinds[kind] += size
     return kinds
-
-
-def checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256, in hexadecimal, of a file's tensors and of its JSON without `sha256`."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for key in sorted(tensors):
-        value = tensors[key]
-        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

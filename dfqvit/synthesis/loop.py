@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,12 +18,13 @@ from ..errors import DfqvitError
 from ..models import Preprocessing, check_finite
 from ..models.frame import evaluating, on_float_reference
 from ..models.preprocessing import check_preprocessing
+from ..models.spec import settings
 from ..progress import Progress
 from .config import SynthesisConfig, check_names
 from .interruption import autocast_restored, uninterrupted
 from .losses import Objective
 from .step import Step
-from .writing import write_tensors
+from .writing import checksum, write_tensors
 
 _FRAME_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # when the pictures of the curriculum are taken
 _FRAME_SAMPLES = 8
@@ -100,7 +100,7 @@ class Synthesis:
         """Writes everything that the rest of the run depends on."""
         assert self.snapshot is not None
         tensors = self.advance.state() | {f"frame.{step}": frame for step, frame in self.frames.items()}
-        metadata = {"format": "dfqvit-synthesis", "step": str(self.step), "run": self._fingerprint()}
+        metadata = {"format": "dfqvit-synthesis", "step": str(self.step), "run": self._fingerprint}
         write_tensors(self.snapshot, tensors, metadata)
 
     def resume(self) -> bool:
@@ -113,7 +113,7 @@ class Synthesis:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (safetensors.SafetensorError, OSError) as error:
             raise DfqvitError(f"snapshot '{self.snapshot}' could not be read: {error}") from error
-        if metadata.get("format") != "dfqvit-synthesis" or metadata.get("run") != self._fingerprint():
+        if metadata.get("format") != "dfqvit-synthesis" or metadata.get("run") != self._fingerprint:
             raise DfqvitError(
                 f"snapshot '{self.snapshot}' is of another model or other settings; remove it to start anew"
             )
@@ -121,12 +121,12 @@ class Synthesis:
         self.frames = {int(key[6:]): tensors[key] for key in tensors if key.startswith("frame.")}
         return True
 
+    @functools.cached_property
     def _fingerprint(self) -> str:
-        told = [self.config.to_dict(), asdict(self.preprocessing)]
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key}{tuple(tensor.shape)}{float(tensor.double().sum()):.12e}".encode())
-        return digest.hexdigest()
+        """Of all that the images depend on: settings, preprocessing, and the model's structure and tensors."""
+        modules = [(name, type(each).__qualname__, settings(each)) for name, each in self.model.named_modules()]
+        told = {"config": self.config.to_dict(), "preprocessing": asdict(self.preprocessing), "modules": modules}
+        return checksum(told, dict(self.model.named_parameters()) | dict(self.model.named_buffers()))
 
 
 def frame_steps(iters: int) -> list[int]:

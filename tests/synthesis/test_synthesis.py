@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import sys
@@ -343,6 +344,21 @@ def test_a_snapshot_of_another_run_is_refused(model, tmp_path):
     snapshot.write_bytes(snapshot.read_bytes()[:100])
     with pytest.raises(DfqvitError, match="could not be read"):
         Synthesis(model, SynthesisConfig(samples=2, iters=6), preprocessing, snapshot).resume()
+
+
+@pytest.mark.parametrize("other", ["heads", "activation", "rows"])
+def test_a_snapshot_of_another_structure_is_refused(seed, tmp_path, other):
+    """Found by reading: weights were summed and structures not looked at, so a run went on with the images of another model."""
+    model, config = small_vit(depth=1), SynthesisConfig(samples=2, iters=6)
+    snapshot, preprocessing = tmp_path / "s.safetensors", Preprocessing.of(model)
+    Synthesis(model, config, preprocessing, snapshot).save_snapshot()
+    twin = small_vit(depth=1, **{"heads": {"num_heads": 6}, "activation": {"act_layer": "relu"}}.get(other, {}))
+    twin.load_state_dict(model.state_dict())
+    assert Synthesis(copy.deepcopy(model), config, preprocessing, snapshot).resume()
+    if other == "rows":  # the same sum
+        twin.head.weight.data = twin.head.weight.data.flip(0)
+    with pytest.raises(DfqvitError, match="is of another model or other settings"):
+        Synthesis(twin, config, preprocessing, snapshot).resume()
 
 
 def test_a_full_disk_names_the_snapshot(model, tmp_path, monkeypatch):
