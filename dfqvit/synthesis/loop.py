@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -84,8 +85,7 @@ class Synthesis:
             return self.advance.finished()
         except (KeyboardInterrupt, LostProcess):
             if self.snapshot is not None and rank() == 0:
-                with uninterrupted():  # Ctrl-C reaches torchrun's processes twice, and whoever waits presses it again
-                    self.save_snapshot()
+                self._save_last()
             raise
         finally:
             for parameter, needed in zip(self.model.parameters(), needed_grad, strict=True):
@@ -102,6 +102,18 @@ class Synthesis:
         tensors = self.advance.state() | {f"frame.{step}": frame for step, frame in self.frames.items()}
         metadata = {"format": "dfqvit-synthesis", "step": str(self.step), "run": self._fingerprint}
         write_tensors(self.snapshot, tensors, metadata)
+
+    def _save_last(self) -> None:
+        """The snapshot of an interrupted run; what ended the run is said, also where the disk is full."""
+        try:
+            with uninterrupted():  # Ctrl-C reaches torchrun's processes twice, and whoever waits presses it again
+                self.save_snapshot()
+        except OSError as error:
+            warnings.warn(
+                f"snapshot '{self.snapshot}' could not be written ({error.strerror or error}): the steps since the one before, if "
+                "there is one, are lost",
+                stacklevel=2,
+            )
 
     def resume(self) -> bool:
         """Takes up the snapshot, if there is one; DfqvitError when it is unreadable or of another run."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
+import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -374,6 +376,26 @@ def test_a_full_disk_names_the_snapshot(model, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors.torch, "save_file", lambda *_: full_of_other())
     with pytest.raises(OSError, match=r"s.safetensors' could not be written: strange"):
         run.save_snapshot()
+
+
+def test_an_interruption_with_a_full_disk_is_an_interruption(model, tmp_path, monkeypatch):
+    """Found by reading: the command ended with status 1 and the disk's error, as though nobody had pressed Ctrl-C."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    snapshot = tmp_path / "s.safetensors"
+    run = Synthesis(model, SynthesisConfig(samples=2, iters=6), Preprocessing.of(model), snapshot)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pytest.warns(UserWarning, match="could not be written .No space left on device"),
+    ):
+        run.run(interrupt)
+    assert list(tmp_path.iterdir()) == []
 
 
 def full_of_other():
