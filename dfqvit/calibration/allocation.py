@@ -32,7 +32,7 @@ from ..progress import tracked
 from ..quantization.layers import QuantLinear
 from ..quantization.model import state_of
 from ..quantization.recipe import Recipe
-from .correction import ENTRY_BYTES
+from .correction import ENTRY_BYTES, kl_divergence, log_probabilities
 from .observation import BATCH, convert, freeze, observe
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
@@ -108,7 +108,7 @@ def measure_divergence(
 ) -> dict[str, dict[int, float]]:
     """{name: {bits: mean KL of the logits}} with the weights of that layer alone rounded; `layers` have observed."""
     probe = copied(model).eval()
-    wanted = _log_probabilities(probe, images)
+    wanted = log_probabilities(probe, images, BATCH)
     found: dict[str, dict[int, float]] = {}
     for name, layer in tracked(list(layers.items()), "choose bits"):
         weight: torch.Tensor = probe.get_submodule(name).weight  # type: ignore[assignment]
@@ -117,8 +117,8 @@ def measure_divergence(
         for bits in WIDTHS:
             integers, scale = layer.round_weight(bits)
             weight.copy_((integers * scale[:, None]).view_as(weight))
-            probabilities = _log_probabilities(probe, images)
-            found[name][bits] = float((wanted.exp() * (wanted - probabilities)).sum(dim=1).mean().clamp_min(0))
+            lost = kl_divergence(wanted, log_probabilities(probe, images, BATCH))
+            found[name][bits] = float(lost.mean().clamp_min(0))
         weight.copy_(kept)
     return found
 
@@ -181,7 +181,3 @@ def _add_scaled(qmodel: nn.Module) -> None:
         layer = qmodel.get_submodule(name)
         if isinstance(layer, QuantLinear) and layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros(layer.out_features), requires_grad=False)
-
-
-def _log_probabilities(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model(batch).float().log_softmax(dim=1) for batch in images.split(BATCH)])

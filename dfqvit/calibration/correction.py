@@ -128,7 +128,7 @@ def add_corrections(
     estimate = functools.partial(_matrix, shape=shape, shrink=shrink)
     if mode != "independent":
         matrices = {}
-        logits = _log_probabilities(model, images) if mode == "checked" else None
+        logits = log_probabilities(model, images) if mode == "checked" else None
         for index in tracked(chosen, "correct blocks"):  # each pass has the earlier corrections active
             shift = wanted[index] - block_outputs(theirs, images, stop_after=index)[index]
             if logits is None or _carries_over(theirs, index, shift, images, logits, estimate):
@@ -161,6 +161,16 @@ def correction_bytes(model: nn.Module, image: torch.Tensor, chosen: list[int] | 
 def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Mean squared distance as a share of the mean square of what was wanted."""
     return float((wanted - found).square().mean() / wanted.square().mean().clamp_min(1e-20))
+
+
+def log_probabilities(model: nn.Module, images: torch.Tensor, batch: int = _BATCH) -> torch.Tensor:
+    """float32 [n, classes] of the images [n, C, H, W], `batch` of them in one pass."""
+    return torch.cat([model(part).float().log_softmax(dim=1) for part in images.split(batch)])
+
+
+def kl_divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """[n], nats: the Kullback-Leibler divergence of each image's `found` from `wanted`, both log probabilities [n, classes]."""
+    return (wanted.exp() * (wanted - found)).sum(dim=1)
 
 
 class _Stop(Exception):
@@ -227,15 +237,10 @@ def _carries_over(
     """Whether block `index`, corrected by one half of the images, lowers the divergence of the other half's logits, both ways."""
     changes = []
     for held, rest in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
-        divergence = []
+        lost = []
         for matrix in (None, estimate(shift[rest], index)):
             adapter.set_acm(index, matrix)
-            found = _log_probabilities(adapter.model, images[held])
-            divergence.append((wanted[held].exp() * (wanted[held] - found)).sum(dim=1))
-        changes.append(divergence[1] - divergence[0])
+            lost.append(kl_divergence(wanted[held], log_probabilities(adapter.model, images[held])))
+        changes.append(lost[1] - lost[0])
     change = torch.cat(changes)
     return bool(change.mean() + change.std() / len(change) ** 0.5 < 0)
-
-
-def _log_probabilities(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model(batch).float().log_softmax(dim=1) for batch in images.split(_BATCH)])
