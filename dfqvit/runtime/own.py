@@ -76,7 +76,13 @@ def _refuse(said: str) -> None:
 
 
 def _expect_traced(module: nn.Module) -> None:
-    named = list(module.named_modules())
+    # level by level: torch.compile traces `module.named_modules()` in several times as many steps
+    named, last = [("", module)], [("", module)]
+    while last:
+        last = [
+            (f"{name}.{key}", child) for name, each in last for key, child in each._modules.items() if child is not None
+        ]
+        named += last
     said, places = _asked(*[name for name, _ in named], *[type(each) for _, each in named])
     _refuse(said)
     for holder, name in places:
@@ -85,10 +91,14 @@ def _expect_traced(module: nn.Module) -> None:
 
 @torch.compiler.assume_constant_result
 def _asked(*given: Any) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Of the names of a module's parts and then their classes: which method was replaced where something stands in for it, or "";
-    (attribute of _Known, method) of these classes, and of the others each `forward...`, at which torch never looks again."""
+    """Of the names of a module's parts, a dot before each, and then their classes.
+
+    Returns:
+        Which method was replaced where something stands in for it, or ""; and (attribute of _Known, method) of these classes, and
+        of the others each `forward...`, at which torch never looks again.
+    """
     half = len(given) // 2
-    named = list(zip(given[:half], given[half:], strict=True))
+    named = sorted(((name[1:], kind) for name, kind in zip(given[:half], given[half:], strict=True)), key=_place)
     within = _stood_in_for(named)
     places = methods_of(kind for _, kind in named)
     wanted = {*methods_of(kind for _, kind in within), *(place for place in places if place[1].startswith("forward"))}
@@ -101,9 +111,13 @@ def _asked(*given: Any) -> tuple[str, tuple[tuple[str, str], ...]]:
     return method_replaced(within), tuple(found)
 
 
+def _place(named: tuple[str, type]) -> list[str]:
+    return named[0].split(".")
+
+
 def _stood_in_for(named: Iterable[tuple[str, type]]) -> list[tuple[str, type]]:
-    """Of a module's parts, given as (name, class), those of a class of dfqvit and all within them: others are called, and so are
-    their methods. So is a model itself."""
+    """Of a module's parts, given as (name, class), each before what is within it, those of a class of dfqvit and all within them:
+    others are called, and so are their methods. So is a model itself."""
     found: list[tuple[str, type]] = []
     outer: str | None = None
     for name, kind in named:
