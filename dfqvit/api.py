@@ -14,12 +14,15 @@ from torch import nn
 from .calibration import calibrate, convert, freeze, in_fixed_order, observe
 from .calibration.allocation import allocate_bits, check_budget, table_bytes
 from .calibration.correction import (
+    LAST_BLOCK,
     LEAST_CHECKED,
     add_corrections,
+    check_blocks,
     check_correction,
     check_family,
     choose_blocks,
     correction_bytes,
+    refuse_correction,
 )
 from .calibration.given import given_images
 from .calibration.health import measure, warn_of_results
@@ -43,8 +46,6 @@ from .runtime.record import QuantizationRecord, QuantizedModel
 from .synthesis.config import SynthesisConfig, check_count, check_names, check_seed
 from .synthesis.losses import Objective
 from .synthesis.procedural import procedural_images
-
-LAST_BLOCK = (-1,)
 
 
 @on_float_reference
@@ -169,14 +170,10 @@ def quantize(
     check_preprocessing(preprocessing)
     if report is not None and not callable(report):
         raise UsageError(f"report was {report!r}; it may be a function of a Progress, or None")
-    _check_blocks(acm_blocks)
-    _check_choice(gamma, acm_blocks, acm_top)
+    check_blocks(gamma, acm_blocks, acm_top)
     _check_images(calib, samples, iters, seed, synthesis)
     companions = companion_count(companions, calib, recipe)
-    if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
-        raise UsageError(f"reconstruct was {reconstruct!r}; it may be a number of steps, or 0")
-    if reconstruct and placement != "gemm":
-        raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
+    _check_steps(reconstruct, placement)
     assumed = preprocessing is None
     spec, preprocessing = spec_of(model, model_kwargs, build, preprocessing)
     tell_hooks(model)
@@ -219,9 +216,8 @@ def quantize(
         images = in_fixed_order(images)
         if size_budget is not None:
             chosen = choose_blocks(len(find_adapter(model).blocks()), gamma, acm_blocks, acm_top)
-            beside = table_bytes(qmodel, spec)
-            beside += 0 if acm == "none" else correction_bytes(model, images[:1], chosen, acm_top)
-            recipe = allocate_bits(model, images, recipe, size_budget, beside)
+            beside = 0 if acm == "none" else correction_bytes(model, images[:1], chosen, acm_top)
+            recipe = allocate_bits(model, images, recipe, size_budget, beside + table_bytes(qmodel, spec))
             qmodel = convert(model, recipe)
         if reconstruct:
             observe(qmodel, images, recipe)
@@ -234,17 +230,6 @@ def quantize(
         )
     if isinstance(spec, NetworkSpec):
         spec = replace(spec, survey=qmodel.dfqvit_survey)  # type: ignore[arg-type]
-    settings: dict[str, Any] = {}
-    if how != "images":
-        settings["seed"] = seed
-    if objective is not None:
-        settings["objective"] = getattr(objective, "__qualname__", repr(objective))
-    if how == "synthetic":
-        settings |= {"iters": iters, **synthesis}
-    if companions:
-        settings["companions"] = companions
-    if reconstruct:
-        settings["reconstruct"] = reconstruct
     measured = measure(model, qmodel, images, preprocessing, corrected)
     warn_of_results(measured)
     qmodel.dfqvit_record = QuantizationRecord(  # type: ignore[assignment]
@@ -255,7 +240,7 @@ def quantize(
         samples=len(images),
         acm=acm,
         acm_blocks=sorted(corrected),
-        settings=settings,
+        settings=_settings(how, seed, {"iters": iters, **synthesis}, objective, companions, reconstruct),
         measured=measured,
     )
     qmodel.dfqvit_spec = spec  # type: ignore[assignment]
@@ -296,6 +281,24 @@ def spec_of(
     if preprocessing.input_size != own.input_size and (strict or preprocessing.input_size[0] != own.input_size[0]):
         raise UsageError(f"preprocessing had input_size {preprocessing.input_size}; the model takes {own.input_size}")
     return spec, preprocessing
+
+
+def _settings(
+    how: str, seed: int, synthesis: dict[str, Any], objective: Objective | None, companions: int, reconstruct: int
+) -> dict[str, Any]:
+    """Of the arguments of `quantize`, what its record keeps beside the recipe: what the result depends on."""
+    found: dict[str, Any] = {}
+    if how != "images":
+        found["seed"] = seed
+    if objective is not None:
+        found["objective"] = getattr(objective, "__qualname__", repr(objective))
+    if how == "synthetic":
+        found |= synthesis
+    if companions:
+        found["companions"] = companions
+    if reconstruct:
+        found["reconstruct"] = reconstruct
+    return found
 
 
 def _tell_rescaled(network: nn.Module, preprocessing: Preprocessing) -> None:
@@ -342,7 +345,7 @@ def settle(
         else:
             acm = "sequential" if chosen else "none"
     if acm == "none":
-        _refuse_correction(asked, acm_blocks, acm_top, acm_shape, acm_shrink)
+        refuse_correction(asked, acm_blocks, acm_top, acm_shape, acm_shrink)
     check_correction(acm, acm_shape, count)
     check_family(adapter, acm, acm_shape)
     if acm == "checked" and not class_count(model):
@@ -356,33 +359,11 @@ def settle(
     return acm, acm_blocks, acm_shrink
 
 
-def _check_blocks(acm_blocks: Any) -> None:
-    if acm_blocks is None:
-        return
-    listed = isinstance(acm_blocks, (Sequence, range)) and not isinstance(acm_blocks, str)
-    if not listed or not all(isinstance(index, int) and not isinstance(index, bool) for index in acm_blocks):
-        raise UsageError(f"acm_blocks was {acm_blocks!r}; it may be a list of indices of blocks, such as [-1], or None")
-
-
-def _check_choice(gamma: int, blocks: Any, top: Any) -> None:
-    """UsageError where of the settings that choose blocks for correction one would change nothing."""
-    if top is not None and blocks is not LAST_BLOCK and blocks is not None:
-        raise UsageError(f"acm_top was {top} and acm_blocks {blocks!r}; give one of them")
-    if gamma != 1 and (top is not None or blocks is not None):
-        raise UsageError(f"gamma was {gamma!r}; it counts blocks where acm_blocks is None and acm_top is not given")
-
-
-def _refuse_correction(asked: str, blocks: Any, top: Any, shape: str, shrink: bool) -> None:
-    """UsageError for a setting of the correction where there is none, as `asked`, or as "auto" has it here."""
-    told = "acm 'none'" if asked == "none" else f"acm '{asked}', which corrects nothing here"
-    for name, value, plain in (
-        ("acm_shape", shape, "element"),
-        ("acm_shrink", shrink, False),
-        ("acm_top", top, None),
-        ("acm_blocks", None if blocks is LAST_BLOCK else blocks, None),
-    ):
-        if value != plain:
-            raise UsageError(f"{name} was {value!r} and {told}; it is for acm='sequential', 'checked' or 'independent'")
+def _check_steps(reconstruct: Any, placement: str) -> None:
+    if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
+        raise UsageError(f"reconstruct was {reconstruct!r}; it may be a number of steps, or 0")
+    if reconstruct and placement != "gemm":
+        raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")
 
 
 def _check_images(calib: Any, samples: Any, iters: Any, seed: Any, synthesis: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ STORED = torch.float16  # of the matrices, in memory and in files
 _BATCH = 64
 ENTRY_BYTES = 128  # of a tensor, its name and place in the header of a file
 LEAST_CHECKED = 4  # images: each half needs a mean
+LAST_BLOCK = (-1,)  # which blocks are corrected where nobody says
 
 
 def choose_blocks(
@@ -54,6 +55,31 @@ def choose_blocks(
     if chosen and not 0 <= chosen[0] <= chosen[-1] < depth:
         raise UsageError(f"acm_blocks was {list(blocks)}; the model has blocks 0 to {depth - 1}")
     return chosen
+
+
+def check_blocks(gamma: int, blocks: Any, top: Any) -> None:
+    """UsageError unless `blocks` are indices, LAST_BLOCK or None, and none of the three is given where it would change nothing."""
+    listed = isinstance(blocks, (Sequence, range)) and not isinstance(blocks, str)
+    whole = listed and all(isinstance(index, int) and not isinstance(index, bool) for index in blocks)
+    if blocks is not None and not whole:
+        raise UsageError(f"acm_blocks was {blocks!r}; it may be a list of indices of blocks, such as [-1], or None")
+    if top is not None and blocks is not LAST_BLOCK and blocks is not None:
+        raise UsageError(f"acm_top was {top} and acm_blocks {blocks!r}; give one of them")
+    if gamma != 1 and (top is not None or blocks is not None):
+        raise UsageError(f"gamma was {gamma!r}; it counts blocks where acm_blocks is None and acm_top is not given")
+
+
+def refuse_correction(asked: str, blocks: Any, top: Any, shape: str, shrink: bool) -> None:
+    """UsageError for a setting of the correction where there is none, as `asked`, or as "auto" has it here."""
+    told = "acm 'none'" if asked == "none" else f"acm '{asked}', which corrects nothing here"
+    for name, value, plain in (
+        ("acm_shape", shape, "element"),
+        ("acm_shrink", shrink, False),
+        ("acm_top", top, None),
+        ("acm_blocks", None if blocks is LAST_BLOCK else blocks, None),
+    ):
+        if value != plain:
+            raise UsageError(f"{name} was {value!r} and {told}; it is for acm='sequential', 'checked' or 'independent'")
 
 
 def check_correction(mode: str, shape: str, images: int) -> None:

@@ -11,9 +11,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ..api import LAST_BLOCK, quantize, settle
+from ..api import quantize, settle
 from ..calibration.allocation import check_budget
-from ..calibration.correction import MODES, SHAPES, check_correction, choose_blocks
+from ..calibration.correction import LAST_BLOCK, MODES, SHAPES, check_correction, choose_blocks
 from ..calibration.given import given_images
 from ..calibration.images import MADE, calibration_images, companion_count, with_companions
 from ..distributed import rank
