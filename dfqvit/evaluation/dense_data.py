@@ -243,28 +243,6 @@ def open_dense(root: Path, preprocessing: Preprocessing, task: str, label_ids: b
     return CocoImages(root, preprocessing, label_ids) if task == "detection" else MaskImages(root, preprocessing)
 
 
-def write_coco(scenes: Scenes, root: Path, classes: tuple[str, ...]) -> None:
-    """The scenes as a folder that `open_dense` reads for both tasks."""
-    annotations: list[dict[str, Any]] = []
-    for folder in (IMAGES, MASKS):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for index in range(len(scenes)):
-        name = f"{index:06}.png"
-        Image.fromarray(scenes.images[index, 0].numpy()).save(root / IMAGES / name)
-        Image.fromarray(scenes.masks[index].numpy()).save(root / MASKS / name)
-        for box, label in zip(scenes.boxes[index].tolist(), scenes.labels[index].tolist(), strict=True):
-            left, top, right, bottom = box
-            size = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1, "iscrowd": 0, **size}
-            )
-    height, width = scenes.images.shape[2:]
-    images = [{"id": i + 1, "file_name": f"{i:06}.png", "width": width, "height": height} for i in range(len(scenes))]
-    categories = [{"id": place + 1, "name": name} for place, name in enumerate(classes)]
-    whole = {"images": images, "annotations": annotations, "categories": categories}
-    (root / ANNOTATIONS).write_text(json.dumps(whole), encoding="utf-8")
-
-
 def _whole_id(path: Path, value: Any) -> int:
     """The id of a category, which orders them and may be a label."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):

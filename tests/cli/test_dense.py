@@ -16,10 +16,11 @@ from dfqvit.cli.options import open_network
 from dfqvit.errors import DfqvitError
 from dfqvit.evaluation import scenes
 from dfqvit.evaluation.dense import evaluate_dense
-from dfqvit.evaluation.dense_data import SceneImages, open_dense, write_coco
+from dfqvit.evaluation.dense_data import SceneImages, open_dense
 from dfqvit.models import Preprocessing, dense, load_model
 
 from .. import networks
+from ..coco import write_coco
 
 TASKS = {"demo-detector": "detection", "demo-segmenter": "segmentation"}
 

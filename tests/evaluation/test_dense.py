@@ -14,8 +14,10 @@ from torch import nn
 from dfqvit import DfqvitError, UsageError
 from dfqvit.evaluation import scenes
 from dfqvit.evaluation.dense import evaluate_dense
-from dfqvit.evaluation.dense_data import SceneImages, open_dense, write_coco
+from dfqvit.evaluation.dense_data import SceneImages, open_dense
 from dfqvit.models import Preprocessing, dense
+
+from ..coco import write_coco
 
 GREY = Preprocessing((1, 56, 56), (0.5,), (0.25,), "bilinear", 1.0)
 

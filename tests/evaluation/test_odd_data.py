@@ -15,9 +15,11 @@ from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.evaluation import count_hits, evaluate, scenes
 from dfqvit.evaluation.data import FolderImages, open_images
 from dfqvit.evaluation.dense import evaluate_dense
-from dfqvit.evaluation.dense_data import open_dense, write_coco
+from dfqvit.evaluation.dense_data import open_dense
 from dfqvit.evaluation.labels import read_labels
 from dfqvit.models import Preprocessing, dense
+
+from ..coco import write_coco
 
 GREY = Preprocessing((1, 56, 56), (0.3,), (0.35,), "bilinear", 1.0)
 
