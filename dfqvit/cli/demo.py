@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from tqdm import tqdm
 from ..api import quantize
 from ..calibration.images import COMPANIONS, with_companions
 from ..errors import UsageError
-from ..evaluation import Evaluation, evaluate
+from ..evaluation import evaluate
 from ..evaluation.data import batches, open_images, spread_images
-from ..evaluation.energy import Energy
+from ..evaluation.energy import Cost, Energy
 from ..evaluation.speed import Speed, race
 from ..models import Preprocessing, load_model
 from ..models import demo as embedded
@@ -92,6 +93,15 @@ def command(**options: Any) -> None:
     emit(options["as_json"], record, text)
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """A quantized model, its file, and what it cost to quantize it."""
+
+    model: torch.nn.Module
+    path: Path
+    cost: Cost
+
+
 def _run(name: str, out: Path, options: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], str]:
     """Quantizes an embedded model in all ways, into the folder `out`; (record, what is told of it)."""
     started, energy = time.perf_counter(), Energy(device)
@@ -103,30 +113,73 @@ def _run(name: str, out: Path, options: dict[str, Any], device: torch.device) ->
     config = SynthesisConfig(samples=options["samples"], iters=options["iters"], seed=options["seed"])
     with energy.account() as cost:
         synthetic = run_synthesis(model, preprocessing, config, out, resume=False)
+    sources: dict[str, str | torch.Tensor] = {"real images": real, "noise": "noise", "data-free": synthetic}
+    rows, saved = _quantize_all(name, model, preprocessing, loaded, sources, config, out, energy)
+    _time_all(model, preprocessing, rows, saved, energy)
 
+    headers = ["top-1 %", "float", *sources, "MB", SPEED]
+    cells = [[kind, *(row[key] for key in headers[1:])] for kind, row in rows.items()]
+    table = tabulate(cells, headers=headers, floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f", ""))
+    reported = saved[f"W{_REPORTED}/A8"]
+    page = make_report(
+        out,
+        name,
+        model,
+        reported.model,
+        {"synthetic": synthetic, "real": real.to(device)},
+        cost + reported.cost,
+        energy,
+        file=reported.path,
+        seed=config.seed,
+        pictures=[SAMPLES, CURRICULUM],
+        accuracy=(
+            headers,
+            [[row[0], *("" if value is None else f"{value:.2f}" for value in row[1:-1]), row[-1]] for row in cells],
+        ),
+    )
+    floats = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
+    text = (
+        f"{table}\n\n{name}: {options['images']} test images of Fashion-MNIST; float32: {floats:.2f} MB; "
+        f"{config.samples} synthetic images, {config.iters} steps; {time.perf_counter() - started:.0f} s in all\n"
+        f"{_PAPERS_TOLD if len(rows) == len(_ROWS) else ''}"
+        f"{SPEED}: times as fast as float32 beside it, batch {_BATCH}: median of {_ROUNDS} turns, least to greatest in brackets\n"
+        f"models:   {out}/w8a8.safetensors, w4a8.safetensors, w3a8.safetensors\n"
+        f"report:   {page}\n"
+        f"pictures: {out / 'samples.png'}, {out / 'curriculum.png'}"
+    )
+    return {"model": name, "images": options["images"], "top1": rows, "out": str(out), "report": str(page)}, text
+
+
+def _quantize_all(
+    name: str,
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    loaded: list[tuple[torch.Tensor, torch.Tensor]],
+    sources: dict[str, str | torch.Tensor],
+    config: SynthesisConfig,
+    out: Path,
+    energy: Energy,
+) -> tuple[dict[str, dict[str, Any]], dict[str, _Saved]]:
+    """The rows of the table, but for the speed, and by row what was saved: the data-free models by our defaults."""
     placements = find_adapter(model).placements
     kinds = {kind: row for kind, row in _ROWS.items() if row[1].get("placement", "gemm") in placements}
-    sources: dict[str, str | torch.Tensor] = {"real images": real, "noise": "noise", "data-free": synthetic}
-    results: dict[str, dict[str, Any]] = {}
-    made: dict[str, torch.nn.Module] = {}
-    with tqdm(
-        total=len(loaded) * (1 + len(kinds) * len(sources)),
-        desc=f"quantize and evaluate {name}",
-        unit="batch",
-        dynamic_ncols=True,
-    ) as bar:
+    rows: dict[str, dict[str, Any]] = {}
+    saved: dict[str, _Saved] = {}
+    total = len(loaded) * (1 + len(kinds) * len(sources))
+    with tqdm(total=total, desc=f"quantize and evaluate {name}", unit="batch", dynamic_ncols=True) as bar:
 
-        def measure(candidate: torch.nn.Module, against: torch.nn.Module | None) -> Evaluation:
-            return evaluate(candidate, loaded, against, lambda _: bar.update())
+        def top1(candidate: torch.nn.Module) -> float:
+            return evaluate(candidate, loaded, None, lambda _: bar.update()).top1
 
-        base = measure(model, None)
+        base = top1(model)
         for kind, (bits, settings) in kinds.items():
-            row: dict[str, Any] = {"float": base.top1, "MB": None, SPEED: ""}
+            rows[kind] = {"float": base, "MB": None, SPEED: ""}
             for source, images in sources.items():
                 bar.set_postfix_str(f"{kind}, calibrated on {source}")
-                if source == "data-free" and not settings:
-                    images = with_companions(synthetic, COMPANIONS, config.seed, preprocessing)
-                with energy.account() as one:
+                ours = source == "data-free" and not settings
+                if ours and isinstance(images, torch.Tensor):
+                    images = with_companions(images, COMPANIONS, config.seed, preprocessing)
+                with energy.account() as cost:
                     qmodel = quantize(
                         model,
                         bits,
@@ -137,20 +190,25 @@ def _run(name: str, out: Path, options: dict[str, Any], device: torch.device) ->
                         progress=False,
                         **settings,
                     )
-                found = measure(qmodel, None)
-                row[source] = found.top1
-                if source == "data-free" and not settings:
-                    qmodel.dfqvit_record = qmodel.dfqvit_record.made_from(
-                        "synthetic", {**config.to_dict(), "companions": COMPANIONS}
-                    )
-                    path = save(qmodel, out / f"w{bits}a8.safetensors")
-                    row["MB"] = path.stat().st_size / 1e6
-                    made[kind] = qmodel
-                    if bits == _REPORTED:
-                        reported, file, cost = qmodel, path, cost + one
-            results[kind] = row
-    with tqdm(total=(1 + len(made)) * _ROUNDS, desc="speed", unit="turn", dynamic_ncols=True) as bar:
-        contenders = {"float32": model, **made}
+                rows[kind][source] = top1(qmodel)
+                if ours:
+                    made_by = {**config.to_dict(), "companions": COMPANIONS}
+                    qmodel.dfqvit_record = qmodel.dfqvit_record.made_from("synthetic", made_by)
+                    saved[kind] = _Saved(qmodel, save(qmodel, out / f"w{bits}a8.safetensors"), cost)
+                    rows[kind]["MB"] = saved[kind].path.stat().st_size / 1e6
+    return rows, saved
+
+
+def _time_all(
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    rows: dict[str, dict[str, Any]],
+    saved: dict[str, _Saved],
+    energy: Energy,
+) -> None:
+    """Writes the speed of what was saved, beside the float model's, into the rows."""
+    contenders = {"float32": model, **{kind: each.model for kind, each in saved.items()}}
+    with tqdm(total=len(contenders) * _ROUNDS, desc="speed", unit="turn", dynamic_ncols=True) as bar:
         speeds = race(
             contenders,
             [_BATCH],
@@ -161,41 +219,7 @@ def _run(name: str, out: Path, options: dict[str, Any], device: torch.device) ->
             report=bar.update,
         )
     for speed in speeds[1:]:
-        results[speed.model][SPEED] = _ratio(speed)
-    headers = ["top-1 %", "float", *sources, "MB", SPEED]
-    rows = [[kind, *(row[key] for key in headers[1:])] for kind, row in results.items()]
-    table = tabulate(
-        rows,
-        headers=headers,
-        floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".2f", ""),
-    )
-    page = make_report(
-        out,
-        name,
-        model,
-        reported,
-        {"synthetic": synthetic, "real": real.to(device)},
-        cost,
-        energy,
-        file=file,
-        seed=config.seed,
-        pictures=[SAMPLES, CURRICULUM],
-        accuracy=(
-            headers,
-            [[row[0], *("" if value is None else f"{value:.2f}" for value in row[1:-1]), row[-1]] for row in rows],
-        ),
-    )
-    floats = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
-    text = (
-        f"{table}\n\n{name}: {base.images} test images of Fashion-MNIST; float32: {floats:.2f} MB; "
-        f"{config.samples} synthetic images, {config.iters} steps; {time.perf_counter() - started:.0f} s in all\n"
-        f"{_PAPERS_TOLD if len(kinds) == len(_ROWS) else ''}"
-        f"{SPEED}: times as fast as float32 beside it, batch {_BATCH}: median of {_ROUNDS} turns, least to greatest in brackets\n"
-        f"models:   {out}/w8a8.safetensors, w4a8.safetensors, w3a8.safetensors\n"
-        f"report:   {page}\n"
-        f"pictures: {out / 'samples.png'}, {out / 'curriculum.png'}"
-    )
-    return {"model": name, "images": base.images, "top1": results, "out": str(out), "report": str(page)}, text
+        rows[speed.model][SPEED] = _ratio(speed)
 
 
 def _ratio(speed: Speed) -> str:
