@@ -12,7 +12,6 @@ from torch import nn
 from ..errors import UsageError
 from ..models import check_finite
 from ..models.adapters import find_adapter, flattened, is_network
-from ..models.adapters.generic import GenericAdapter
 from ..models.copying import copied
 from ..models.preprocessing import image_shape
 from ..models.spec import class_count, said
@@ -48,14 +47,14 @@ def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
     adapter = find_adapter(qmodel)
     adapter.convert(recipe)
     qmodel = quantized(qmodel, *adapter.mixins).to(next(model.parameters()).device)
-    if isinstance(adapter, GenericAdapter):
+    if not adapter.is_known():
         _expect_equal(model, qmodel)
     return qmodel
 
 
 @torch.no_grad()
 def _expect_equal(model: nn.Module, qmodel: nn.Module) -> None:
-    """UsageError unless the converted model computes what the float one does: its structure was found, not known.
+    """UsageError unless the converted model computes what the float one does, by all of its parts: it was found, not known.
 
     On an image whose values any normalised image may have, and as exactly as the float model answers to an image that is the same
     but for rounding: StarNet multiplies features, and blows up what is far from its images, its errors with it.
@@ -75,6 +74,13 @@ def _expect_equal(model: nn.Module, qmodel: nn.Module) -> None:
             f"model was a {type(model).__name__}, which computes something else once its layers are replaced; it may be a model "
             "that calls its layers as modules"
         )
+    for name, module in twin.named_modules():
+        if isinstance(module, ActivationQuantizer) and module.range.least is None:
+            part = name.rpartition(".")[0].removesuffix(".operands")
+            raise UsageError(
+                f"model was a {type(model).__name__} that never calls '{part}' for an image; take that away, or let a module of "
+                "your own hold the timm model and compute what this one does (docs/dense.md)"
+            )
 
 
 @contextlib.contextmanager
@@ -102,7 +108,7 @@ def _kept(qmodel: nn.Module) -> Iterator[None]:
 
     Asked where a network may read what is scaled at a further place, which no structure shows.
     """
-    if not isinstance(find_adapter(qmodel), GenericAdapter):
+    if find_adapter(qmodel).is_known():
         yield
         return
     image = _any_image(qmodel)

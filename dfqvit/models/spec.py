@@ -239,7 +239,9 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
         if isinstance(module, ABSENT_IN_EVAL) and (twin is None or isinstance(twin, ABSENT_IN_EVAL)):
             continue
         if twin is None or type(module) is not type(twin):
-            return f"{said(name)} is a {type(module).__name__} here and a {type(twin).__name__} there"
+            anew = type(module).__name__ == type(twin).__name__ and "<locals>" in type(module).__qualname__
+            hint = ": its class is made anew in each call of a function, define it outside of that" if anew else ""
+            return f"{said(name)} is a {type(module).__name__} here and a {type(twin).__name__} there{hint}"
         replaced = [key for key, value in vars(module).items() if callable(value) and hasattr(type(module), key)]
         for key in replaced:
             if key not in vars(twin):

@@ -16,8 +16,13 @@ from ...errors import UsageError
 from ...quantization.attention import AttentionOperands
 from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
 from ...quantization.recipe import Recipe
+from ..preprocessing import image_shape
 from ..spec import classifier
+from .calls import Probe, at_one_place
 from .products import quantize_products
+
+_FIRST = "patch_embed.proj"
+_WRITTEN = ("timm", "torch", "builtins", __name__.split(".")[0])  # packages whose classes compute what an adapter knows
 
 
 @dataclass
@@ -88,11 +93,65 @@ class Adapter(abc.ABC):
         found = classifier(self.model)
         return tuple(found) if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
 
+    def is_known(self) -> bool:
+        """Whether the model computes what its family's code says: no class of it is of the user's own."""
+        kinds = {kind for module in self.model.modules() for kind in type(module).__mro__}
+        return all(kind.__module__.split(".")[0] in _WRITTEN for kind in kinds)
+
+    def candidates(self) -> dict[str, nn.Module]:
+        """The layers that could be quantized, by name: every linear layer, and the patch projection where it is one.
+
+        One that stands at two places, or whose weight does, is none.
+        """
+        found = at_one_place(self.model, lambda module: type(module) is nn.Linear or is_patch_convolution(module))
+        first = {name: found.pop(name) for name in (_FIRST,) if name in found}
+        return {name: layer for name, layer in found.items() if type(layer) is nn.Linear} | first
+
     def layers(self) -> dict[str, nn.Module]:
-        """The layers that `convert` replaces, by name: every linear layer, and the patch projection where it is one."""
-        found: dict[str, nn.Module] = {n: m for n, m in self.model.named_modules() if type(m) is nn.Linear}
-        first = self.model.get_submodule("patch_embed.proj")
-        return {**found, "patch_embed.proj": first} if is_patch_convolution(first) else found
+        """The candidates that the model calls with what depends on the image, and of which it reads nothing itself.
+
+        Found by a pass over one image.
+        """
+        probes = {name: Probe(layer) for name, layer in self.candidates().items()}
+        with self._replaced(probes):
+            self._pass()
+            self._pass(graph=False)
+        found = {name: probe.layer for name, probe in probes.items() if probe.depends and not probe.read}
+        if not found:
+            raise UsageError(f"model was a {type(self.model).__name__}, which calls no layer that could be quantized")
+        return found
+
+    @contextlib.contextmanager
+    def _replaced(self, probes: dict[str, Probe]) -> Iterator[None]:
+        """The probes in place of their layers, during the `with` block."""
+        try:
+            for name, probe in probes.items():
+                self._replace(name, probe)
+            yield
+        finally:
+            for name, probe in probes.items():
+                self._replace(name, probe._modules["layer"])  # type: ignore[arg-type]
+
+    def _pass(self, *, graph: bool = True) -> None:
+        """One image through the model, so that what depends on it requires a gradient, and nothing else does.
+
+        Without the graph, some modules of torch (`nn.TransformerEncoderLayer`) read the weights of their layers and call none.
+        """
+        parameter = next(self.model.parameters())
+        image = torch.zeros(1, *image_shape(self.model), device=parameter.device, dtype=parameter.dtype)
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        try:
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                self.model.requires_grad_(False)
+                self.model(image.clone().requires_grad_() * 1)
+        except Exception as error:  # whatever the model raises
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"model was a {type(self.model).__name__}, which one image {list(image.shape)} cannot be run through ({said})"
+            ) from error
+        finally:
+            for each in trained:
+                each.requires_grad_(True)
 
     def prepare(self) -> None:  # noqa: B027 (most families change nothing)
         """What a family changes in the float model before its layers are looked for; the output stays."""

@@ -17,8 +17,9 @@ from torch import nn
 
 from ...errors import UsageError
 from ...quantization.layers import QuantLinear
-from ..preprocessing import config_of, image_shape
+from ..preprocessing import config_of
 from .base import Adapter, Features, heads_mean, is_patch_convolution
+from .calls import at_one_place
 
 _LEAST_PATCHES = 4  # a set of fewer vectors says nothing of an image's structure
 _MOST_PATCHES = 1024  # of a stage's output; a larger one is averaged down to it
@@ -57,48 +58,15 @@ class GenericAdapter(Adapter):
         heads = adapter.heads()
         return any(not any(layer is head for head in heads) for layer in adapter.candidates().values())
 
+    def is_known(self) -> bool:
+        """No: its structure is found."""
+        return False
+
     def candidates(self) -> dict[str, nn.Module]:
-        """The layers that could be quantized, by name; one that stands at two places is none."""
-        # by places: a module that holds it and is itself held twice is one place
-        names: dict[nn.Module, list[str]] = {}
-        for prefix, parent in self.model.named_modules():
-            for child, module in parent._modules.items():
-                if (type(module) is nn.Linear or is_patch_convolution(module)) and not _is_small(module):
-                    names.setdefault(module, []).append(f"{prefix}.{child}" if prefix else child)
-        owners: dict[int, int] = {}
-        for module in self.model.modules():
-            for parameter in module._parameters.values():
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        return {  # a weight that a hook computes, as torch.nn.utils.prune has it, is no one's
-            places[0]: module
-            for module, places in names.items()
-            if len(places) == 1 and owners.get(id(module.weight)) == 1
-        }
-
-    def layers(self) -> dict[str, nn.Module]:
-        """The candidates that the model calls with what depends on the image, and of which it reads nothing itself.
-
-        Found by a pass over one image.
-        """
-        probes = {name: Probe(layer) for name, layer in self.candidates().items()}
-        with self._replaced(probes):
-            self._pass()
-            self._pass(graph=False)
-        found = {name: probe.layer for name, probe in probes.items() if probe.depends and not probe.read}
-        if not found:
-            raise UsageError(f"model was a {type(self.model).__name__}, which calls no layer that could be quantized")
-        return found
-
-    @contextlib.contextmanager
-    def _replaced(self, probes: dict[str, Probe]) -> Iterator[None]:
-        """The probes in place of their layers, during the `with` block."""
-        try:
-            for name, probe in probes.items():
-                self._replace(name, probe)
-            yield
-        finally:
-            for name, probe in probes.items():
-                self._replace(name, probe._modules["layer"])  # type: ignore[arg-type]
+        """The linear layers, and the convolutions whose patches do not overlap, that are large enough; each at one place."""
+        return at_one_place(
+            self.model, lambda m: (type(m) is nn.Linear or is_patch_convolution(m)) and not _is_small(m)
+        )
 
     def prepare(self) -> None:
         """Gives `qkv` the biases that some of timm's attentions keep for Q and V alone, so that they call it as it is.
@@ -112,27 +80,6 @@ class GenericAdapter(Adapter):
                 bias = torch.cat((module.q_bias, torch.zeros_like(module.q_bias), module.v_bias))
                 module.qkv.bias = nn.Parameter(bias.detach(), requires_grad=module.q_bias.requires_grad)
                 module.q_bias = module.k_bias = module.v_bias = None
-
-    def _pass(self, *, graph: bool = True) -> None:
-        """One image through the model, so that what depends on it requires a gradient, and nothing else does.
-
-        Without the graph, some modules of torch (`nn.TransformerEncoderLayer`) read the weights of their layers and call none.
-        """
-        parameter = next(self.model.parameters())
-        image = torch.zeros(1, *image_shape(self.model), device=parameter.device, dtype=parameter.dtype)
-        trained = [each for each in self.model.parameters() if each.requires_grad]
-        try:
-            with torch.inference_mode(False), torch.set_grad_enabled(graph):
-                self.model.requires_grad_(False)
-                self.model(image.clone().requires_grad_() * 1)
-        except Exception as error:  # whatever the model raises
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(
-                f"model was a {type(self.model).__name__}, which one image {list(image.shape)} cannot be run through ({said})"
-            ) from error
-        finally:
-            for each in trained:
-                each.requires_grad_(True)
 
     def blocks(self) -> list[Any]:
         """The children of every list named `blocks` that take one tensor and give one; none where there are no such lists."""
@@ -254,38 +201,6 @@ class GenericAdapter(Adapter):
                 step += 1
             output = F.avg_pool2d(planes, step).flatten(2).mT.contiguous()
         return output if output.shape[1] >= _LEAST_PATCHES else None
-
-
-class Probe(nn.Module):
-    """Stands in for a layer during one pass: computes as it, and notes how it was used.
-
-    `taken` and `made` are the nodes of torch's graph that its inputs and outputs came from.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.depends = self.read = False
-        self.taken: list[Any] = []
-        self.made: list[Any] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.depends |= x.requires_grad
-        if isinstance(self.layer, nn.Conv2d) and x.dim() != 4:
-            self.read = True
-        y = self.layer(x)
-        self.taken.append(x.grad_fn)
-        self.made.append(y.grad_fn)
-        return y
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            found = getattr(self._modules["layer"], name)
-            if name not in ("in_features", "out_features"):  # a quantized layer has those
-                object.__setattr__(self, "read", True)
-            return found
 
 
 def _is_small(layer: Any) -> bool:

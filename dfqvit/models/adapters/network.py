@@ -18,7 +18,8 @@ from ...quantization.quantizers import ActivationQuantizer
 from ...quantization.recipe import Recipe
 from ..preprocessing import FEATURES, config_of
 from .base import Adapter, Features
-from .generic import GenericAdapter, Probe
+from .calls import Probe
+from .generic import GenericAdapter
 from .swin import SwinAdapter
 from .vit import VitAdapter
 
