@@ -165,17 +165,7 @@ def command(**options: Any) -> None:
         refuse_given([name for name in SYNTHESIS if name not in ("samples", "seed")], told)
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
-    # All that `quantize` would refuse is refused before the synthesis, which takes long.
-    if calib in MADE:
-        if correction["acm"] != "auto":
-            check_correction(correction["acm"], correction["acm_shape"], config.samples)
-        asked = {"acm_blocks": LAST_BLOCK, "reconstruct": steps, "size_budget": budget, **correction}
-        asked.pop("gamma", None)
-        settle(model, recipe, config.samples + companions, **asked)
-    elif budget is not None:
-        check_budget(model, recipe, budget)
-    chosen = correction.get("gamma", 1), correction.get("acm_blocks"), correction["acm_top"]
-    choose_blocks(len(find_adapter(model).blocks()), *chosen)
+    _refuse_early(model, recipe, calib, config.samples, companions, steps, budget, correction)
     energy = Energy(pick_device(options["device"]))
     with energy.account() as cost:
         images, pictures = _calibration(calib, model, preprocessing, config, out, resume)
@@ -195,15 +185,7 @@ def command(**options: Any) -> None:
             **bits,
             **correction,
         )
-    quantization: QuantizationRecord = qmodel.dfqvit_record
-    if calib in ("synthetic", "procedural"):
-        made_by = config.to_dict() if calib == "synthetic" else {"seed": config.seed}
-        made_by |= {"companions": companions} if companions else {}
-        settings = made_by | ({"reconstruct": steps} if steps else {})
-        qmodel.dfqvit_record = quantization.made_from(calib, settings)
-    elif companions:
-        settings = {**quantization.settings, "companions": companions}
-        qmodel.dfqvit_record = quantization.made_from(quantization.calibration, settings)
+    qmodel.dfqvit_record = _made_from(qmodel.dfqvit_record, calib, config, companions, steps)
     path = save(qmodel, out / FILE)
     if calib == "synthetic":
         (out / SNAPSHOT).unlink(missing_ok=True)
@@ -231,12 +213,46 @@ def command(**options: Any) -> None:
         "record": qmodel.dfqvit_record.to_dict(),
     }
     text = (
-        f"{path}: {quantization.recipe.label}, {path.stat().st_size / 1e6:.2f} MB "
+        f"{path}: {qmodel.dfqvit_record.recipe.label}, {path.stat().st_size / 1e6:.2f} MB "
         f"({path.stat().st_size / floats:.3f}x float32), {cost.seconds:.0f} s\nreport: {page}"
     )
     if pictures:
         text += f"\npictures: {', '.join(str(out / name) for name in pictures)}"
     emit(as_json, record, text)
+
+
+def _refuse_early(
+    model: torch.nn.Module,
+    recipe: Recipe,
+    calib: str,
+    samples: int,
+    companions: int,
+    reconstruct: int,
+    budget: float | None,
+    correction: dict[str, Any],
+) -> None:
+    """UsageError for all that `quantize` would refuse, before the synthesis, which takes long."""
+    if calib in MADE:
+        if correction["acm"] != "auto":
+            check_correction(correction["acm"], correction["acm_shape"], samples)
+        asked = {"acm_blocks": LAST_BLOCK, "reconstruct": reconstruct, "size_budget": budget, **correction}
+        asked.pop("gamma", None)
+        settle(model, recipe, samples + companions, **asked)
+    elif budget is not None:
+        check_budget(model, recipe, budget)
+    chosen = correction.get("gamma", 1), correction.get("acm_blocks"), correction["acm_top"]
+    choose_blocks(len(find_adapter(model).blocks()), *chosen)
+
+
+def _made_from(
+    record: QuantizationRecord, calib: str, config: SynthesisConfig, companions: int, reconstruct: int
+) -> QuantizationRecord:
+    """The record of a model that was calibrated on images made here, which `quantize` takes for given ones."""
+    beside = {"companions": companions} if companions else {}
+    if calib in ("synthetic", "procedural"):
+        made_by = config.to_dict() if calib == "synthetic" else {"seed": config.seed}
+        return record.made_from(calib, made_by | beside | ({"reconstruct": reconstruct} if reconstruct else {}))
+    return record.made_from(record.calibration, record.settings | beside)
 
 
 def _calibration(
