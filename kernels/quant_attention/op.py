@@ -192,8 +192,10 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def _fake(qkv: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    in_scale, out_scale = arguments[1], arguments[7]
+def _fake(
+    qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, in_zero: torch.Tensor, scale: float,
+    bias: torch.Tensor | None, mask: torch.Tensor | None, index: torch.Tensor | None, out_scale: torch.Tensor | None, *_: Any,
+) -> torch.Tensor:  # fmt: skip
     shape = (*qkv.shape[:2], qkv.shape[2] // 3)
     return qkv.new_empty(shape, dtype=in_scale.dtype if out_scale is None else torch.uint8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -187,26 +187,48 @@ def _result_dtype(
     return asked
 
 
-def _check_values(x: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> None:
+class _Arguments(NamedTuple):
+    """The operator's own, in its schema's order."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    acm: torch.Tensor | None
+    x_scale: torch.Tensor
+    x_zero: torch.Tensor
+    w_scale: torch.Tensor
+    a_bits: int
+    w_bits: int
+    activation: str
+    residual: torch.Tensor | None
+    out_scale: torch.Tensor | None
+    out_zero: torch.Tensor | None
+    out_bits: int
+    out_dtype: str
+    w_sums: torch.Tensor | None = None
+
+
+def _check_values(*args: Any) -> None:
     """ValueError for values that the formula is not defined for; on GPUs only if asked for, see `checks.finite`."""
-    bias, acm, x_scale, x_zero, w_scale, a_bits = arguments[:6]
-    residual, out_scale, out_zero, out_bits = arguments[8:12]
-    checks.positive("x_scale", x_scale)
-    checks.whole("x_zero", x_zero, (1 << a_bits) - 1)
-    checks.nonzero("w_scale", w_scale)
-    if out_scale is not None:
-        checks.positive("out_scale", out_scale)
-        checks.whole("out_zero", out_zero, (1 << out_bits) - 1)
-    # NaN shows in a float result; of integers it makes some that look right.
-    for name, tensor in (("bias", bias), *((("acm", acm), ("residual", residual)) if out_scale is not None else ())):
+    given = _Arguments(*args)
+    checks.positive("x_scale", given.x_scale)
+    checks.whole("x_zero", given.x_zero, (1 << given.a_bits) - 1)
+    checks.nonzero("w_scale", given.w_scale)
+    finite = {"bias": given.bias}
+    if given.out_scale is not None and given.out_zero is not None:
+        checks.positive("out_scale", given.out_scale)
+        checks.whole("out_zero", given.out_zero, (1 << given.out_bits) - 1)
+        # NaN shows in a float result; of integers it makes some that look right.
+        finite |= {"acm": given.acm, "residual": given.residual}
+    for name, tensor in finite.items():
         if tensor is not None:
             checks.finite(name, tensor)
-    if weight.is_floating_point():
-        checks.finite("weight", weight)
-    if x.is_floating_point():
-        checks.finite("x", x)
+    if given.weight.is_floating_point():
+        checks.finite("weight", given.weight)
+    if given.x.is_floating_point():
+        checks.finite("x", given.x)
     else:
-        checks.whole("x", x, (1 << a_bits) - 1)
+        checks.whole("x", given.x, (1 << given.a_bits) - 1)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -218,12 +240,10 @@ def _with_dtype(backend: Backend) -> Backend:
     """`backend` in Python, which takes the dtype itself."""
 
     def run(*args: Any) -> torch.Tensor:
-        return backend.run(*args[:_OUT_DTYPE], getattr(torch, args[_OUT_DTYPE]), *args[_OUT_DTYPE + 1 :])
+        given = _Arguments(*args)
+        return backend.run(*given._replace(out_dtype=getattr(torch, given.out_dtype)))
 
     return dataclasses.replace(backend, run=run)
-
-
-_OUT_DTYPE = 14  # its place among the arguments
 
 
 def _supports(
@@ -238,34 +258,39 @@ def _supports(
     w_bits: int,
     activation: str,
     residual: torch.Tensor | None,
-    *rest: Any,
+    out_scale: torch.Tensor | None,
+    out_zero: torch.Tensor | None,
+    out_bits: int,
+    out_dtype: str,
+    *_: Any,
 ) -> Verdict:
     for tensor in (x, weight, bias, acm, residual):
         if tensor is not None and tensor.dtype == torch.float64:
             return False, "float64 runs on the reference"
-    if rest[3] == "float64":
+    if out_dtype == "float64":
         return False, "float64 runs on the reference"
     if x.shape[-1] * ((1 << a_bits) - 1) << (w_bits - 1) >= 1 << 31:
         return False, f"sums of {x.shape[-1]} products of {a_bits} and {w_bits} bits do not fit in int32"
     return True, ""
 
 
-def _supports_cuda(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Verdict:
-    if weight.dtype == torch.int32:
+def _supports_cuda(*args: Any) -> Verdict:
+    given = _Arguments(*args)
+    if given.weight.dtype == torch.int32:
         return False, "weight was blocked for CPUs; the CUDA kernel takes it packed or float"
-    rows, outputs = x.shape[:-1].numel(), rest[4].shape[0]
+    rows, outputs = given.x.shape[:-1].numel(), given.w_scale.shape[0]
     if max(rows, outputs) > _MOST_ROWS:
         return False, f"the result was [{rows}, {outputs}]; the CUDA kernel counts rows and columns up to {_MOST_ROWS}"
-    return _supports(x, weight, *rest)
+    return _supports(*args)
 
 
 _MOST_ROWS = (1 << 31) - 256  # in int32, with room for the last tile
 
 
-def _supports_triton(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Verdict:
-    if weight.dtype == torch.int32:
+def _supports_triton(*args: Any) -> Verdict:
+    if _Arguments(*args).weight.dtype == torch.int32:
         return False, "the weight is blocked, which is the form for CPUs"
-    return _supports(x, weight, *rest)
+    return _supports(*args)
 
 
 _ARGUMENTS = (
@@ -274,9 +299,9 @@ _ARGUMENTS = (
 )
 
 
-def _fake_forward(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    w_scale, out_dtype = arguments[5], arguments[13]
-    return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=getattr(torch, out_dtype))
+def _fake_forward(*args: Any) -> torch.Tensor:
+    given = _Arguments(*args)
+    return given.x.new_empty((*given.x.shape[:-1], given.w_scale.shape[0]), dtype=getattr(torch, given.out_dtype))
 
 
 def _fake_backward(
