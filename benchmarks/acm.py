@@ -20,7 +20,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import runner
 import torch
@@ -139,14 +138,11 @@ def compare_networks(name: str, args: argparse.Namespace, writer: runner.Writer)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = runner.options(__doc__, 4.0, "comparison")
     parser.add_argument("--models", nargs="+", default=list(WIDTHS), help="timm names")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--gammas", nargs="+", type=int, default=[0, 1, 2, 3, 4, 6, 12])
     parser.add_argument("--parts", nargs="+", default=["layers", "networks"], choices=["layers", "networks"])
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each comparison")
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     args = parser.parse_args()
     writer = runner.Writer("acm", args.device, args.out)
     with torch.no_grad():

@@ -5,10 +5,8 @@ python benchmarks/fake_quantize.py [--device cpu|cuda] [--out FILE.jsonl]
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-from pathlib import Path
 
 import runner
 import torch
@@ -19,11 +17,7 @@ SHAPES = [(32 * 197, 192), (32 * 197, 768)]  # block activations of DeiT-T, its 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
-    parser.add_argument("--seconds", type=float, default=10.0)
-    args = parser.parse_args()
+    args = runner.options(__doc__, 10.0, "shape").parse_args()
     writer = runner.Writer("fake_quantize", args.device, args.out)
     for shape in SHAPES:
         x = torch.randn(shape, device=args.device)

@@ -5,9 +5,7 @@ python benchmarks/layer_norm_quantize.py [--device cpu|cuda] [--batch N] [--out 
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import runner
 import torch
@@ -24,11 +22,8 @@ def eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = runner.options(__doc__, 3.0, "shape")
     parser.add_argument("--batch", type=int, help="images; default 256 on a GPU, 8 on a CPU")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each shape, at most")
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     args = parser.parse_args()
     batch = args.batch or (256 if args.device == "cuda" else 8)
     writer = runner.Writer("layer_norm_quantize", args.device, args.out)

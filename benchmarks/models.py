@@ -13,7 +13,6 @@ import json
 import logging
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import runner
@@ -60,12 +59,10 @@ def compare(name: str, args: argparse.Namespace, writer: runner.Writer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.options(__doc__, 4.0, "comparison", device=False)
     parser.add_argument("--only", nargs="+", default=[""], help="architectures that hold one of these")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--w-bits", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each comparison")
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -16,7 +16,6 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import runner
 import torch
@@ -107,13 +106,10 @@ def measure_memory(variant: str, shape: tuple[int, ...], dtype: torch.dtype, dev
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = runner.options(__doc__, 20.0, "shape and direction")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     parser.add_argument("--quick", action="store_true", help="two small shapes")
     parser.add_argument("--shapes", type=json.loads, help="JSON list of [L, B, N, D], in place of the default ones")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time for each shape and direction")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()

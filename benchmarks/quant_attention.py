@@ -8,9 +8,7 @@ bias as its mask. What it leaves out (partition, shift, reverse, quantization) i
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import runner
 import torch
@@ -27,11 +25,8 @@ SHAPES = {  # heads, depth, windows, tokens of a window
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = runner.options(__doc__, 5.0, "shape")
     parser.add_argument("--batch", type=int, help="images; default 256 on a GPU, 8 on a CPU")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each shape, at most")
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     args = parser.parse_args()
     batch = args.batch or (256 if args.device == "cuda" else 8)
     writer = runner.Writer("quant_attention", args.device, args.out)

@@ -9,12 +9,10 @@ H200. torchao and gemlite are timed where they import.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import runner
 import torch
@@ -218,12 +216,9 @@ def geometric_mean(ratios: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = runner.options(__doc__, 10.0, "layer and kind")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated, of " + ", ".join(MODELS))
     parser.add_argument("--batch", default="1,8,32,64,256", help="comma-separated")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each layer and kind, at most")
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     args = parser.parse_args()
     writer = runner.Writer("quant_linear", args.device, args.out)
     peak, bandwidth = machine_limits(args.device)

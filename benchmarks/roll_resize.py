@@ -5,9 +5,7 @@ python benchmarks/roll_resize.py [--device cpu|cuda] [--out FILE.jsonl]
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import runner
 import torch
@@ -29,11 +27,7 @@ def grid_sampled(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, shi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
-    parser.add_argument("--seconds", type=float, default=5.0)
-    args = parser.parse_args()
+    args = runner.options(__doc__, 5.0, "crop").parse_args()
     writer = runner.Writer("roll_resize", args.device, args.out)
     for share in SHARES:
         x = torch.randn(BATCH, 3, SIDE, SIDE, device=args.device, requires_grad=True)

@@ -5,9 +5,7 @@ python benchmarks/round_second_order.py [--out FILE.jsonl]
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import runner
 import torch
@@ -33,10 +31,7 @@ def cost(weight: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, *mom
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each layer")
-    args = parser.parse_args()
+    args = runner.options(__doc__, 10.0, "layer", device=False).parse_args()
     torch.manual_seed(0)
     writer = runner.Writer("round_second_order", "cpu", args.out)
     for name, (rows, columns) in LAYERS.items():

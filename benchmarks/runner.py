@@ -5,6 +5,7 @@ A benchmark checks its results first, then calls `interleave` with its variants,
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -22,6 +23,17 @@ import torch
 from tabulate import tabulate
 
 ROOT = Path(__file__).parents[1]
+
+
+def options(description: str | None, seconds: float, each: str, device: bool = True) -> argparse.ArgumentParser:
+    """What most benchmarks take: --device, --seconds for `each` of what they time, and --out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if device:
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", default=here, choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"for each {each}, at most; default {seconds:g}")
+    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
+    return parser
 
 
 @dataclass

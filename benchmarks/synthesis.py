@@ -10,11 +10,9 @@ python benchmarks/synthesis.py [--device cpu|cuda] [--models NAME ...] [--sample
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import runner
 import timm
@@ -48,12 +46,9 @@ def whole_step(run: Step, backend: str | None) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = runner.options(__doc__, 40.0, "model")
     parser.add_argument("--models", nargs="+", default=MODELS[:1])
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=40.0, help="time for each model")
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     args = parser.parse_args()
     writer = runner.Writer("synthesis", args.device, args.out)
     for name in args.models:

@@ -5,9 +5,7 @@ python benchmarks/total_variation.py [--device cpu|cuda] [--out FILE.jsonl]
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import runner
 import torch
@@ -29,11 +27,7 @@ def sliced(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
-    parser.add_argument("--seconds", type=float, default=5.0)
-    args = parser.parse_args()
+    args = runner.options(__doc__, 5.0, "shape").parse_args()
     writer = runner.Writer("total_variation", args.device, args.out)
     for shape in SHAPES:
         x = torch.randn(shape, device=args.device, requires_grad=True)
