@@ -50,7 +50,7 @@ class QuantizedForward(KeepsPrecision):
 
     def forward_head(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As timm's."""
-        return _without_autocast(super().forward_head, x, *args, **kwargs)  # type: ignore[misc]
+        return _undisturbed(super().forward_head, x, *args, **kwargs)  # type: ignore[misc]
 
     def _entered(self, method: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What `method` gives for the images, in float32; for none, what it gives for one of zeros, without that one.
@@ -62,7 +62,7 @@ class QuantizedForward(KeepsPrecision):
         empty = of_timm and not torch.jit.is_tracing() and images.shape[:1] == (0,)
         if empty:
             images = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
-        found = _without_autocast(method, images, *args, **kwargs)
+        found = _undisturbed(method, images, *args, **kwargs)
         return _each_tensor(found, lambda tensor: tensor[:0]) if empty else found
 
     def _admitted(self, x: torch.Tensor) -> torch.Tensor:
@@ -236,15 +236,26 @@ def _in_dtype_of(tensor: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return tensor.to(images) if tensor.is_floating_point() else tensor  # of a dtype the trace would make a constant
 
 
-def _without_autocast(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _autocast_off("cpu"), _autocast_off("cuda"):
-        found = method(*args, **kwargs)
+def _undisturbed(method: Callable[..., Any], images: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `method` gives where neither autocast nor a default device of torch's changes it."""
+    with _autocast_off("cpu"), _autocast_off("cuda"), _at(images):
+        found = method(images, *args, **kwargs)
     return found  # torch.compile takes no return from within
 
 
 def _autocast_off(device: str) -> AbstractContextManager[Any]:
     """Nothing where it is off anyhow: exported programs would hold it."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _at(images: Any) -> AbstractContextManager[Any]:
+    """Where the tensors that timm makes in a call lie with the images: on meta, indices have no values and torch reads any.
+
+    Nothing where there is no default device, and in a program, which knows its own.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_function_stack():
+        return nullcontext()
+    return images.device if isinstance(images, torch.Tensor) else nullcontext()
 
 
 def _refuse_tangents(images: torch.Tensor) -> None:
