@@ -96,7 +96,8 @@ def test_embedded_models_reach_their_accuracy(name, right):
     Those counts are exact; sums in another order may turn one answer.
     """
     from dfqvit.evaluation import evaluate
-    from dfqvit.evaluation.data import batches, open_images
+    from dfqvit.evaluation.batches import batches
+    from dfqvit.evaluation.data import open_images
     from dfqvit.models import Preprocessing
 
     model = load_model(name)

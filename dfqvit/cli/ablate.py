@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from ..errors import Interrupted, UsageError
-from ..evaluation.data import batches, open_images, spread_images
+from ..evaluation.batches import batches
+from ..evaluation.data import open_images, spread_images
 from ..models import Preprocessing
 from ..models import demo as embedded
 from ..models.spec import class_count

@@ -16,7 +16,8 @@ from ..api import quantize
 from ..calibration.images import COMPANIONS, with_companions
 from ..errors import UsageError
 from ..evaluation import evaluate
-from ..evaluation.data import batches, open_images, spread_images
+from ..evaluation.batches import batches
+from ..evaluation.data import open_images, spread_images
 from ..evaluation.energy import Cost, Energy
 from ..evaluation.speed import Speed, race
 from ..models import Preprocessing, load_model

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..distributed import rank, world
 from ..errors import UsageError
 from ..evaluation import evaluate
-from ..evaluation.data import batches, open_images
+from ..evaluation.batches import batches
+from ..evaluation.data import open_images
 from ..evaluation.dense import TASKS
 from ..models import Preprocessing
 from ..models.spec import class_count

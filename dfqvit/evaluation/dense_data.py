@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..calibration.given import eight_bits
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
-from .data import UNREADABLE, leave_to_parent, read_by
+from .batches import leave_to_parent, read_by
+from .data import UNREADABLE
 from .dense import Target, check_task
 from .scenes import Scenes
 

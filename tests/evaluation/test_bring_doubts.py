@@ -12,7 +12,8 @@ from torch import nn
 
 from dfqvit.errors import UsageError
 from dfqvit.evaluation import evaluate
-from dfqvit.evaluation.data import batches, open_images
+from dfqvit.evaluation.batches import batches
+from dfqvit.evaluation.data import open_images
 from dfqvit.models import Preprocessing
 
 SIDE = 12
@@ -101,13 +102,13 @@ def test_arrays_of_few_levels_are_told(tmp_path, seed, greatest):
         open_images(tmp_path / "n.npz", GREY)
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_numbers_in_a_classes_file_that_say_another_order(tmp_path, seed, first):
+@pytest.mark.parametrize(("first", "between"), [(0, " "), (1, " "), (0, " = "), (0, " tabby cat ")])
+def test_numbers_in_a_classes_file_that_say_another_order(tmp_path, seed, first, between):
     names = [chr(97 + each) for each in np.random.default_rng(seed).permutation(SIDE)]
     for name in names:
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("L", (SIDE, SIDE)).save(tmp_path / "data" / name / "x.png")
-    lines = [f"{name} {first + index}" for index, name in enumerate(names)]
+    lines = [f"{name}{between}{first + index}" for index, name in enumerate(names)]
     (tmp_path / "c.txt").write_text("\n".join(lines))
     found = open_images(tmp_path / "data", GREY, tmp_path / "c.txt", num_classes=SIDE)
     assert all(names[label] == path.parent.name for path, label in found.items)

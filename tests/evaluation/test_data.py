@@ -16,7 +16,8 @@ from torch.utils.data import Subset
 
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.evaluation import evaluate
-from dfqvit.evaluation.data import ArrayImages, batches, open_images, read_by, spread_images
+from dfqvit.evaluation.batches import batches, read_by
+from dfqvit.evaluation.data import ArrayImages, open_images, spread_images
 from dfqvit.models import Preprocessing
 
 from ..conftest import small_vit
