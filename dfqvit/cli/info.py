@@ -56,7 +56,7 @@ def describe_file(path: Path, device: torch.device, seed: int, build: str | None
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
-        "bytes_by_kind": sizes(model),
+        "bytes_by_kind": sizes(path),
         "finite_logits": finite,
         "float": _float_parts(model, record),
         **record.to_dict(),

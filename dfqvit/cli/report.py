@@ -95,7 +95,7 @@ def make_report(
         densities=densities,
         ranges=activation_ranges(qmodel),
         divergences=divergence(model, qmodel, first),
-        sizes=sizes(qmodel),
+        sizes=sizes(file),
         accuracy=accuracy,
         settings={key: value for key, value in settings.items() if value is not None},
         versions={

@@ -26,7 +26,7 @@ from ..errors import DfqvitError, UsageError
 from ..models.device import expect_device
 from ..models.frame import undisturbed
 from ..models.network import Build, NetworkSpec, trusted
-from ..quantization.model import file_bytes, quantized
+from ..quantization.model import quantized
 from ..runtime import check_runtime, set_runtime
 from ..runtime.cuda_graph import capture_graphs, check_device
 from ..runtime.record import QuantizationRecord, QuantizedModel
@@ -193,12 +193,11 @@ def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
     return record
 
 
-def sizes(qmodel: nn.Module) -> dict[str, int]:
-    """Bytes of the saved tensors by what they are."""
+def sizes(path: str | Path) -> dict[str, int]:
+    """Bytes of the tensors in a saved file by what they are; OSError where there is none."""
     kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
-    for key, size in file_bytes(qmodel).items():
-        kind = (
-            "packed weights" if key.endswith("weight_packed") else "ACM" if key.endswith(".acm") else "everything else"
-        )
-        kinds[kind] += size
+    with safetensors.safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            kind = {"weight_packed": "packed weights", "acm": "ACM"}.get(key.rpartition(".")[2], "everything else")
+            kinds[kind] += file.get_tensor(key).nbytes
     return kinds

@@ -44,7 +44,7 @@ def write_card(model: nn.Module, file: Path, folder: Path, evaluation: dict[str,
             shutil.copyfile(file, temporary)
     classes = class_count(model)
     metadata = _metadata(record, evaluation, "image-classification" if classes else None)
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(model, record, file, evaluation)}")
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(record, file, evaluation)}")
     with atomic(folder / CARD) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
     return folder / CARD
@@ -101,14 +101,14 @@ def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None, tas
     )
 
 
-def _text(model: nn.Module, record: QuantizationRecord, file: Path, evaluation: dict[str, Any] | None) -> str:
+def _text(record: QuantizationRecord, file: Path, evaluation: dict[str, Any] | None) -> str:
     recipe, preprocessing = record.recipe, record.preprocessing
     kind, call = "A model of timm", f'dfqvit.load("{WEIGHTS}")  # an nn.Module: float images in, float logits out'
     if isinstance(record.spec, NetworkSpec):
         kind = f"The network that `{record.spec.build_by}` makes"
         call = f'dfqvit.load("{WEIGHTS}", build="{record.spec.build_by}")  # an nn.Module; that function must be importable'
     source = "on images that were given" if record.calibration == "images" else "without data"
-    kinds = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes(model).items())
+    kinds = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes(file).items())
     settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
     lines = [
         f"# {record.spec.architecture}, {recipe.label}",

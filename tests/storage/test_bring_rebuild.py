@@ -19,7 +19,7 @@ import dfqvit
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.models import ModelSpec, Preprocessing, load_model
 from dfqvit.storage.export import OPSET, qdq_model
-from dfqvit.storage.file import read
+from dfqvit.storage.file import read, sizes
 from dfqvit.storage.rebuild import held
 
 from .. import networks
@@ -326,6 +326,8 @@ def test_tables_that_no_state_dict_holds_are_saved_where_they_are_others(seed, t
     assert torch.equal(loaded(x), qmodel(x))
     again = dfqvit.load(dfqvit.save(loaded, tmp_path / "again.safetensors"))
     assert torch.equal(again(x), qmodel(x))
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert sum(sizes(path).values()) == path.stat().st_size - header  # the tables too
     beside = read(path)[1].keys() - qmodel.state_dict().keys()
     assert bool(beside) == (change != "none" and (name in ROUNDED or (change, name) == ("table", SWIN_T)))
     exported = dict(qdq_model(*held(qmodel, "export_onnx"), OPSET).named_buffers())

@@ -135,7 +135,7 @@ def test_uneven_levels_take_their_own_bits_in_a_file(seed, tmp_path, w_bits):
     for levels in ("uniform", "nonuniform"):
         qmodel = quantize(MODELS["vit"](), w_bits, calib=x, model_kwargs=SMALL["vit"], levels=levels)
         files[levels] = dfqvit.save(qmodel, tmp_path / f"{levels}.safetensors")
-        kinds, (_, tensors) = sizes(qmodel), read(files[levels])
+        kinds, (_, tensors) = sizes(files[levels]), read(files[levels])
         packed = sum(tensor.numel() for key, tensor in tensors.items() if key.endswith("weight_packed"))
         assert kinds["packed weights"] == packed
     assert abs(files["uniform"].stat().st_size - files["nonuniform"].stat().st_size) < 64
