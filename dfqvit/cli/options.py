@@ -233,11 +233,13 @@ def plain_name(name: str) -> str:
 
 def _keywords(parts: Sequence[str]) -> dict[str, Any]:
     """--model-kwargs: numbers, lists, True, False and None as Python writes them, everything else as text."""
-    found = {}
+    found: dict[str, Any] = {}
     for part in parts:
         key, equals, text = part.partition("=")
         if not equals or not key.isidentifier():
             raise UsageError(f"--model-kwargs was '{part}'; it must be KEY=VALUE")
+        if key in found:
+            raise UsageError(f"--model-kwargs was given twice for '{key}'; give one of them")
         try:
             found[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

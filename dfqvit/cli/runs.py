@@ -63,7 +63,9 @@ def read_config(path: Path) -> list[Run]:
         UsageError: the file is missing or no YAML, or a key or value of it does not fit; names it and what it may be.
     """
     try:
-        config = yaml.safe_load(path.read_bytes())
+        text = path.read_bytes()
+        _refuse_twice(yaml.compose(text, yaml.SafeLoader))
+        config = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"CONFIG was '{path}', which could not be read: {error}") from error
     except yaml.YAMLError as error:
@@ -89,6 +91,27 @@ def read_config(path: Path) -> list[Run]:
                     _check(*command)
                 runs[run.name] = run
     return list(runs.values())
+
+
+def _refuse_twice(node: Any) -> None:
+    """UsageError where a mapping has a key twice, of which YAML takes the last without a word."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:  # an alias is the node that it names
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        names = set()
+        for key, value in node.value:
+            waiting.append(value)
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise UsageError(
+                    f"CONFIG had '{key.value}' twice, again in line {key.start_mark.line + 1}; give it once"
+                )
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
 
 
 def run_all(

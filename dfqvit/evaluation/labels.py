@@ -100,10 +100,9 @@ def _by_file(
 
 def _check_numbers(names: Sequence[str], short: Sequence[str]) -> None:
     """UsageError where a number stands after every name, from 0 or 1 on, and says another class than the line does."""
-    found = [name.removeprefix(first).split()[:1] for name, first in zip(names, short, strict=True)]
-    if not all(each and each[0].isdecimal() for each in found):
+    numbers = [_number_of(name.removeprefix(first).split()) for name, first in zip(names, short, strict=True)]
+    if -1 in numbers:
         return
-    numbers = [int(each[0]) for each in found]
     least = min(numbers)
     wanted = list(range(least, least + len(numbers)))
     if least in (0, 1) and sorted(numbers) == wanted and numbers != wanted:
@@ -112,6 +111,12 @@ def _check_numbers(names: Sequence[str], short: Sequence[str]) -> None:
             f"classes had '{names[line]}' in line {line + 1}, where class {wanted[line]} was due; line k is class k: sort the "
             "lines by their numbers"
         )
+
+
+def _number_of(words: Sequence[str]) -> int:
+    """The number that they begin with, or the only one among them ("= 3", "tabby cat 281"); -1 where there is none such."""
+    numbers = [word for word in words if word.isdecimal()]
+    return int(numbers[0]) if numbers and (len(numbers) == 1 or words[0] == numbers[0]) else -1
 
 
 def _check_lines(names: Sequence[str]) -> None:

@@ -62,6 +62,10 @@ def network(tmp_path_factory):
         (["card", "FILE", "--out", "x", "--private"], "--private was given without --push"),
         (["demo", "--dense", "--model", "demo"], "--model was given with --dense"),
         (["demo", "--all", "--model", "demo"], "--model was given with --all"),
+        (
+            ["quantize", "demo", "--model-kwargs", "a=1", "--model-kwargs", "a=2", "--out", "x"],
+            "--model-kwargs was given twice for 'a'; give one of them",
+        ),
         (["info", "--build", "a:b"], "--build was given without a FILE"),
         (["quantize", "demo", "--acm", "none", "--gamma", 2, "--out", "x"], "--gamma was given and --acm none"),
         (

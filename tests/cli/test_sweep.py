@@ -167,6 +167,11 @@ def test_a_failed_run_leaves_no_older_result(tmp_path, monkeypatch):
     [
         ("models: [", "is no YAML"),
         ("- demo", r"CONFIG was \['demo'\]; it must be a mapping of models, quantize, evaluate"),
+        (
+            "models: [demo]\nquantize: {samples: 2}\nquantize: {a-bits: 4}",
+            "'quantize' twice, again in line 3; give it once",
+        ),
+        ("models: [{model: demo, w-bits: 4, w-bits: 8}]", "CONFIG had 'w-bits' twice, again in line 1"),
         ({"models": []}, r"models was \[\]; it must be a list of names"),
         ({"models": [3]}, "models held 3; it must be a name, or a mapping with `model`"),
         ({"models": ["demo"], "bits": 4}, "CONFIG had 'bits'; it may have models, quantize, evaluate"),
