@@ -240,10 +240,21 @@ def test_tensors_that_a_state_dict_left_on_meta_are_refused(seed, kind):
     qmodel = dfqvit.quantize(model, 8, calib=calib, rounding="nearest", progress=False)
     images, empty = torch.randn(2, 3, 32, 32), copy.deepcopy(qmodel).to("meta")
     assert empty(images.to("meta")).is_meta
+    emptied = copy.deepcopy(empty)
     empty.load_state_dict(qmodel.state_dict(), assign=True)
     if kind == "vit":  # all that it holds is in its state_dict
-        assert torch.equal(empty(images), qmodel(images))
+        emptied.to_empty(device="cpu").load_state_dict(qmodel.state_dict())
+        for loaded in (empty, emptied):
+            assert torch.equal(loaded(images), qmodel(images))
         return
+    for each in (
+        emptied,
+        nn.Sequential(emptied),
+    ):  # Swin's and BEiT's positions would be what lies in memory: of zeros, 12 % off
+        with pytest.raises(
+            dfqvit.UsageError, match=r"is on meta, and no state_dict holds its '[\w.]+': load the whole model, by"
+        ):
+            each.to_empty(device="cpu")
     for _ in range(2):
         with pytest.raises(
             dfqvit.UsageError, match=r"holds '[\w.]+' on meta, without values, .*: load the whole model, by"
