@@ -318,6 +318,19 @@ def test_a_backbone_that_sees_images_of_two_sizes(seed):
         assert distance(qmodel(images), small(images)) < 0.1
 
 
+class InPlace(networks.Segmenter):
+    """Normalises the very images that it is given."""
+
+    def forward(self, x):
+        return super().forward(x.sub_(0.45).div_(0.22))
+
+
+def test_a_network_that_writes_into_its_images_is_refused(seed):
+    """It ended in an error of autograd's; images that are looked at twice would be normalised twice."""
+    with pytest.raises(UsageError, match=r"a InPlace, which writes into the images that it is given, .* x = x - mean"):
+        dfqvit.quantize(InPlace(depth=1).eval(), 8, samples=2, calib="noise", rounding="nearest")
+
+
 def test_a_part_that_is_compiled_is_named(seed):
     network = Around(lambda self, x: self.backbone(x), backbone=torch.compile(small_vit(), backend="eager")).eval()
     with pytest.raises(

@@ -143,7 +143,9 @@ class Adapter(abc.ABC):
         try:
             with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 self.model.requires_grad_(False)
-                self.model(image.clone().requires_grad_() * 1)
+                given = image.clone().requires_grad_() * 1
+                version = given._version
+                self.model(given)
         except Exception as error:  # whatever the model raises
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
@@ -152,6 +154,11 @@ class Adapter(abc.ABC):
         finally:
             for each in trained:
                 each.requires_grad_(True)
+        if given._version != version:
+            raise UsageError(
+                f"model was a {type(self.model).__name__}, which writes into the images that it is given, and would see what it "
+                "wrote at its next call; let it make new ones (x = x - mean, not x -= mean)"
+            )
 
     def prepare(self) -> None:  # noqa: B027 (most families change nothing)
         """What a family changes in the float model before its layers are looked for; the output stays."""
