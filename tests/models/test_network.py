@@ -327,7 +327,7 @@ class InPlace(networks.Segmenter):
 
 def test_a_network_that_writes_into_its_images_is_refused(seed):
     """It ended in an error of autograd's; images that are looked at twice would be normalised twice."""
-    with pytest.raises(UsageError, match=r"a InPlace, which writes into the images that it is given, .* x = x - mean"):
+    with pytest.raises(UsageError, match=r"a InPlace, which writes into the images that it is given, .*x = x - mean"):
         dfqvit.quantize(InPlace(depth=1).eval(), 8, samples=2, calib="noise", rounding="nearest")
 
 
