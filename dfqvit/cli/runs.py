@@ -207,7 +207,8 @@ def _make(run: Run, folder: Path, device: str, running: set[subprocess.Popen[str
         kept, beside = folder / f"{command}.json", folder / f"{command}.files.json"
         files = _files(run, command, folder)
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(beside.read_bytes()) == files:
+            there = command != "quantize" or (folder / quantize_command.FILE).is_file()
+            if there and json.loads(beside.read_bytes()) == files:
                 result[command] = json.loads(kept.read_bytes())
                 continue
         kept.unlink(missing_ok=True)  # of other files

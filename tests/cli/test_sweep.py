@@ -149,6 +149,8 @@ def test_changed_files_are_measured_again(tmp_path, monkeypatch):
     assert ran() == (2, 7)
     (tmp_path / "run" / "evaluate.files.json").unlink()  # of a sweep before there was one
     assert ran() == (2, 8)
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert ran() == (3, 9)
 
 
 def test_a_failed_run_leaves_no_older_result(tmp_path, monkeypatch):
