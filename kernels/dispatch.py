@@ -255,6 +255,12 @@ def _define(library: torch.library.Library, schema: str) -> None:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def places_of(name: str) -> list[Any]:
+    """The operator of a name in every namespace that has it: `torch.ops.dfqvit.<name>`, and those of its compiled backends."""
+    spaces = [library.ns for library in (_LIBRARY, *_COMPILED.values())]
+    return [getattr(getattr(torch.ops, ns), name) for ns in spaces if hasattr(getattr(torch.ops, ns), name)]
+
+
 def _let_batch(library: torch.library.Library, name: str) -> None:
     """Lets torch.func.vmap call an operator: once for each of its batch, so that each is computed as without vmap."""
     operator = getattr(getattr(torch.ops, library.ns), name).default

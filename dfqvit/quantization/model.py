@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..errors import UsageError
+from ..kernels import flops  # noqa: F401 (torch's counter of operations finds ours)
 from ..kernels.pack_weight import packed_row_bytes
 from .layers import QuantLinear, QuantPatchProjection
 from .precision import KeepsPrecision
