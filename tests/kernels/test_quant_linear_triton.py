@@ -133,7 +133,7 @@ def test_triton_declines_what_it_cannot_do():
     with use_backend("triton", "quant_linear"), pytest.raises(ValueError, match="float64 runs on the reference"):
         quant_linear(**{**arguments, "x": arguments["x"].double()})
     able, reason = forward.backends["triton"].supports(
-        arguments["x"], torch.zeros(1, 8, dtype=torch.int32, device=DEVICE), *[None] * 9
+        arguments["x"], torch.zeros(1, 8, dtype=torch.int32, device=DEVICE), *[None] * 13
     )
     assert not able
     assert "blocked" in reason
