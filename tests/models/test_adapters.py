@@ -43,6 +43,23 @@ def images_for(model, count=3):
     return torch.randn(count, 3, *model.patch_embed.img_size)
 
 
+POOLED = {"class_token": False, "global_pool": "map"}
+
+
+@pytest.mark.parametrize("make", [*VARIANTS.values(), lambda: small_vit(**POOLED)], ids=[*VARIANTS, "vit-map"])
+def test_every_linear_layer_of_timms_own_models_is_quantized(seed, make):
+    """The query of attention pooling too, which no image goes through: as float32 it made SigLIP-B's W4 file 5 % larger."""
+    model = make()
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert set(find_adapter(model).layers()) == linear | {"patch_embed.proj"}
+
+
+def test_a_pooling_that_is_not_called_stays_float(seed):
+    model = small_vit(**POOLED)
+    model.pool = lambda x, *_: x.mean(dim=1)
+    assert not any(name.startswith("attn_pool") for name in find_adapter(model).layers())
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_features_are_softmax_qk_v_averaged_over_heads(variant, fused):
     """Against a computation from the qkv outputs and, for Swin, the bias and mask of timm's own module."""

@@ -16,6 +16,8 @@ from .attentions import apart, together
 from .base import Adapter, add_block_sites, expect_psaq, heads_mean, last_of_mlp
 from .constants import quantize_constant_
 
+_QUERY, _KEYS = "attn_pool.q", "attn_pool.kv"
+
 
 class VitAdapter(Adapter):
     """timm's VisionTransformer and VisionTransformerDistilled."""
@@ -28,6 +30,12 @@ class VitAdapter(Adapter):
         if not isinstance(model, VisionTransformer) or not hasattr(model.patch_embed, "proj"):
             return False
         return all(isinstance(getattr(b, "attn", None), Attention) and hasattr(b, "mlp") for b in model.blocks)
+
+    def layers(self) -> dict[str, nn.Module]:
+        """And the query of attention pooling, which a learnt vector goes through: its weight is as large as any."""
+        found = super().layers()
+        pooled = _QUERY if _KEYS in found else ""
+        return {name: layer for name, layer in self.candidates().items() if name in found or name == pooled}
 
     def blocks(self) -> list[Any]:
         """`model.blocks`."""
