@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any
@@ -13,8 +13,9 @@ from torch import nn
 from ..errors import UsageError
 from ..models import ModelSpec, Preprocessing
 from ..models.network import NetworkSpec, network_spec
+from ..models.tables import tables_of
 from ..quantization.model import file_bytes
-from ..quantization.prepared import METHODS, PREPARED, SOURCES
+from ..quantization.prepared import METHODS
 from ..quantization.recipe import Recipe
 from .convert import integer_report
 from .own import ENTERED, expect_itself
@@ -120,7 +121,7 @@ class QuantizedModel(nn.Module):
             ENTERED.now = before
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        for name, table in _tables(self):
+        for name, table in tables_of(self).items():
             if table.is_meta and not fn(table).is_meta:  # to_empty
                 raise UsageError(
                     f"the quantized model is on meta, and no state_dict holds its '{name}': load the whole model, by dfqvit.load"
@@ -140,15 +141,6 @@ class QuantizedModel(nn.Module):
         (name, how), *rows = _described(self)
         lines = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
         return f"<table><caption>{escape(name)}, {escape(how)}</caption>{lines}</table>"
-
-
-def _tables(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """By name what timm computed for the model, such as indices of windows, and no state_dict holds; layers make theirs anew."""
-    for where, module in model.named_modules():
-        for name in module._non_persistent_buffers_set.difference(SOURCES, PREPARED):
-            table = module._buffers.get(name)
-            if table is not None:
-                yield f"{where}.{name}" if where else name, table
 
 
 def _described(model: Any) -> list[tuple[str, str]]:
