@@ -257,8 +257,8 @@ def _define(library: torch.library.Library, schema: str) -> None:
 
 def places_of(name: str) -> list[Any]:
     """The operator of a name in every namespace that has it: `torch.ops.dfqvit.<name>`, and those of its compiled backends."""
-    spaces = [library.ns for library in (_LIBRARY, *_COMPILED.values())]
-    return [getattr(getattr(torch.ops, ns), name) for ns in spaces if hasattr(getattr(torch.ops, ns), name)]
+    spaces = (getattr(torch.ops, _LIBRARY.ns), *_OPS.values())
+    return [getattr(space, name) for space in spaces if hasattr(space, name)]
 
 
 def _let_batch(library: torch.library.Library, name: str) -> None:
