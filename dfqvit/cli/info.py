@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from ..kernels.tuning import table as measured_choices
 from ..models.adapters import flattened
 from ..models.arithmetic import OTHER, multiply_adds
 from ..quantization.attention import AttentionOperands
-from ..quantization.layers import QuantLinear
 from ..quantization.recipe import Recipe
-from ..runtime.record import QuantizationRecord
+from ..runtime.record import QuantizationRecord, counted, widths_of
 from ..storage import environment, load, sizes
 from .options import build_option, common, emit, pick_device
 
@@ -59,6 +57,7 @@ def describe_file(path: Path, device: torch.device, seed: int, build: str | None
         "bytes_by_kind": sizes(path),
         "finite_logits": finite,
         "float": _float_parts(model, record),
+        "weight_bits": widths_of(model),
         **record.to_dict(),
     }
 
@@ -66,7 +65,7 @@ def describe_file(path: Path, device: torch.device, seed: int, build: str | None
 def _float_parts(model: torch.nn.Module, record: QuantizationRecord) -> dict[str, float]:
     """{what computes in float: its share of the multiply-adds}, greatest first; layers by name."""
     shares = multiply_adds(record.spec)
-    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    quantized = {*widths_of(model)}
     if any(isinstance(module, AttentionOperands) for module in model.modules()):
         quantized.add(OTHER)
     found = {name: round(share, 5) for name, share in shares.items() if name not in quantized and share >= 5e-6}
@@ -87,7 +86,7 @@ def _as_text(described: dict[str, Any]) -> str:
     corrected = f"{described['acm']}, blocks {_list(described['acm_blocks'])}" if described["acm_blocks"] else "none"
     rows = [
         ("model", f"{spec.get('architecture', spec.get('build_by'))} {_settings(spec.get('kwargs', {}))}".strip()),
-        ("bits", _bits(recipe)),
+        ("bits", _bits(recipe, described["weight_bits"])),
         ("size", f"{described['bytes'] / 1e6:.3f} MB: {kinds}"),
         ("calibrated on", f"{described['samples']} images: {_source(described['calibration'])}"),
         ("settings", _settings(described["settings"])),
@@ -133,9 +132,7 @@ def _settings(values: dict[str, Any]) -> str:
     )
 
 
-def _bits(recipe: Recipe) -> str:
+def _bits(recipe: Recipe, widths: dict[str, int]) -> str:
     if recipe.layer_bits is None:
         return f"{recipe.label}: weights {recipe.w_bits}, first and last layer {recipe.edge_bits}, activations {recipe.a_bits}"
-    counts = Counter(recipe.layer_bits.values())
-    named = ", ".join(f"{counts[bits]} {'layer' if counts[bits] == 1 else 'layers'} W{bits}" for bits in sorted(counts))
-    return f"{recipe.label} ({named} by name; others W{recipe.w_bits}, first and last W{recipe.edge_bits})"
+    return f"{recipe.label} ({counted(widths)})"

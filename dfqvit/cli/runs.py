@@ -29,7 +29,9 @@ import yaml
 from tabulate import tabulate
 
 from ..errors import DfqvitError, UsageError
+from ..evaluation.data import files_in
 from ..models import demo as embedded
+from ..models.loading import LOCAL
 from ..storage.atomic import atomic
 from . import evaluate as evaluate_command
 from . import quantize as quantize_command
@@ -182,7 +184,7 @@ def markdown(results: Sequence[tuple[Run, Settings]]) -> str:
     return tabulate([[row.get(name, "") for name in shown] for row in rows], headers=shown, tablefmt="github")
 
 
-FOUND = ("top-1", "top-5", "MB", "seconds", "error")
+FOUND = ("top-1", "top-5", "MB", "seconds", "warnings", "error")
 
 
 def _rows(results: Sequence[tuple[Run, Settings]]) -> tuple[list[Settings], list[str]]:
@@ -197,7 +199,16 @@ def _row(run: Run, result: Settings) -> Settings:
         return row | {"error": result["error"]}
     made, found = result["quantize"], result.get("evaluate")
     row |= {"MB": round(made["bytes"] / 1e6, 3), "seconds": made["seconds"]}
-    return row if found is None else row | {"top-1": round(found["top1"], 2), "top-5": round(found["top5"], 2)}
+    if found is not None:
+        row |= {"top-1": round(found["top1"], 2), "top-5": round(found["top5"], 2)}
+    told = warnings_of(result)
+    return row | {"warnings": "; ".join(told)} if told else row
+
+
+def warnings_of(result: Settings) -> list[str]:
+    """What both commands of a run warned of."""
+    parts = [result.get(command) for command in COMMANDS]
+    return list(dict.fromkeys(each for part in parts if isinstance(part, dict) for each in part.get("warnings", [])))
 
 
 def _make(run: Run, folder: Path, device: str, running: set[subprocess.Popen[str]]) -> Settings:
@@ -215,13 +226,19 @@ def _make(run: Run, folder: Path, device: str, running: set[subprocess.Popen[str
         line = [sys.executable, "-m", "dfqvit", command, *arguments, "--json"]
         done = _finished(line, running)
         if done.returncode != 0:
-            lines = [line.split("dfqvit: ", 1)[1] for line in done.stderr.splitlines() if "dfqvit: " in line]
+            lines = _said(done.stderr, "dfqvit: ")
             return {"error": lines[-1] if lines else f"`dfqvit {command}` ended with status {done.returncode}"}
-        for path, text in ((beside, json.dumps(files)), (kept, done.stdout)):
+        told = _said(done.stderr, "dfqvit: warning: ")
+        result[command] = json.loads(done.stdout) | ({"warnings": told} if told else {})
+        for path, found in ((beside, files), (kept, result[command])):
             with atomic(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        result[command] = json.loads(done.stdout)
+                temporary.write_text(json.dumps(found), encoding="utf-8")
     return result
+
+
+def _said(stderr: str, mark: str) -> list[str]:
+    """The sentences after `mark`, which may stand behind a progress bar."""
+    return [line.split(mark, 1)[1] for line in stderr.splitlines() if mark in line]
 
 
 def _finished(line: Sequence[str], running: set[subprocess.Popen[str]]) -> subprocess.CompletedProcess[str]:
@@ -237,13 +254,15 @@ def _finished(line: Sequence[str], running: set[subprocess.Popen[str]]) -> subpr
 def _files(run: Run, command: str, folder: Path) -> dict[str, list[int]]:
     """{path: [files in it, bytes, last change]} of all files that a command of a run reads, as they are now."""
     settings = run.quantize if command == "quantize" else run.evaluate or {}
+    models = [run.model, str(settings.get("against", ""))]
     named = [str(settings[name]) for name in FILES if name in settings]
+    named += [name.removeprefix(LOCAL) for name in models if name.startswith(LOCAL)]
     if command == "evaluate":
         named.append(str(folder / quantize_command.FILE))
     found = {}
     for name in named:
         path = Path(name)
-        parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
+        parts = files_in(path) if path.is_dir() else [path]
         with contextlib.suppress(OSError):  # it is no file, or is not there: the command says so
             states = [part.stat() for part in parts]
             newest = max((state.st_mtime_ns for state in states), default=0)

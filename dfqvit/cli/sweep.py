@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..errors import Interrupted
 from .options import emit, pick_device
-from .runs import Run, Settings, markdown, read_config, refuse_failures, run_all
+from .runs import Run, Settings, markdown, read_config, refuse_failures, run_all, warnings_of
 
 
 @click.command("sweep")
@@ -34,6 +34,8 @@ def command(config: Path, out: Path, devices: str, as_json: bool) -> None:
             bar.update()
             if "error" in result:
                 tqdm.write(f"{run.name}: {result['error']}", file=bar.fp)
+            for warning in warnings_of(result):
+                tqdm.write(f"{run.name}: warning: {warning}", file=bar.fp)
 
         try:
             results = run_all(runs, out, names or ["cpu"], report)

@@ -89,7 +89,7 @@ class FolderImages(Images):
         left_out: Counter[str] = Counter()
         for folder in folders if labelled else [""]:
             label = order[folder] if labelled else 0
-            for path in _files(root / folder):
+            for path in files_in(root / folder):
                 suffix = path.suffix.lower()
                 left_out.update([suffix] if suffix in _UNREAD else [])
                 if suffix in _SUFFIXES and self._readable(path, unreadable):
@@ -158,7 +158,7 @@ def _is_turned(path: Path) -> bool:
         return False
 
 
-def _files(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     """The files in `folder` at any depth that are not hidden, sorted; links are followed, every folder is read once.
 
     A link to a folder above is not followed: the files of all classes would be of this one.

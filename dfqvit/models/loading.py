@@ -29,7 +29,8 @@ FAMILIES = (
 _KINDS = "it may be a timm name of the ViT, DeiT or Swin families, or of another of linear layers"
 _MOST_CONVOLUTIONS = 0.25  # of the weights, in a network without attention
 _HUB = ("hf-hub:", "hf_hub:")
-_ELSEWHERE = (*_HUB, "local-dir:")
+LOCAL = "local-dir:"
+_ELSEWHERE = (*_HUB, LOCAL)
 
 
 def load_model(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import UsageError
 from ..models import ModelSpec, Preprocessing
 from ..models.network import NetworkSpec, network_spec
 from ..models.tables import tables_of
+from ..quantization.layers import QuantLinear
 from ..quantization.model import file_bytes
 from ..quantization.prepared import METHODS
 from ..quantization.recipe import Recipe
@@ -167,3 +169,14 @@ def _described(model: Any) -> list[tuple[str, str]]:
 def _calibrated_on(record: QuantizationRecord) -> str:
     beside = f" and {record.companions} procedural" if record.companions else ""
     return f"{record.samples - record.companions} images, {record.calibration}{beside}"
+
+
+def widths_of(model: nn.Module) -> dict[str, int]:
+    """{name of a quantized layer: bits of its weights}."""
+    return {name: module.w_bits for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def counted(widths: Mapping[str, int]) -> str:
+    """How many layers have how many bits, as "1 layer W2, 4 layers W3"."""
+    counts = sorted(Counter(widths.values()).items())
+    return ", ".join(f"{count} {'layer' if count == 1 else 'layers'} W{bits}" for bits, count in counts)

@@ -194,10 +194,10 @@ def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
 
 
 def sizes(path: str | Path) -> dict[str, int]:
-    """Bytes of the tensors in a saved file by what they are; OSError where there is none."""
-    kinds = {"packed weights": 0, "ACM": 0, "everything else": 0}
+    """Bytes of a saved file by what they are, its header among the rest; OSError where there is none."""
+    kinds = {"packed weights": 0, "ACM": 0}
     with safetensors.safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (not a dict)
-            kind = {"weight_packed": "packed weights", "acm": "ACM"}.get(key.rpartition(".")[2], "everything else")
-            kinds[kind] += file.get_tensor(key).nbytes
-    return kinds
+            if kind := {"weight_packed": "packed weights", "acm": "ACM"}.get(key.rpartition(".")[2]):
+                kinds[kind] += file.get_tensor(key).nbytes
+    return kinds | {"everything else": Path(path).stat().st_size - sum(kinds.values())}

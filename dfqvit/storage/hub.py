@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import DfqvitError
 from ..models.network import NetworkSpec
 from ..models.spec import class_count
-from ..runtime.record import QuantizationRecord
+from ..runtime.record import QuantizationRecord, counted, widths_of
 from ..version import __version__
 from .atomic import atomic
 from .file import sizes
@@ -44,7 +44,7 @@ def write_card(model: nn.Module, file: Path, folder: Path, evaluation: dict[str,
             shutil.copyfile(file, temporary)
     classes = class_count(model)
     metadata = _metadata(record, evaluation, "image-classification" if classes else None)
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(record, file, evaluation)}")
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{_text(model, file, evaluation)}")
     with atomic(folder / CARD) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
     return folder / CARD
@@ -101,7 +101,8 @@ def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None, tas
     )
 
 
-def _text(record: QuantizationRecord, file: Path, evaluation: dict[str, Any] | None) -> str:
+def _text(model: nn.Module, file: Path, evaluation: dict[str, Any] | None) -> str:
+    record: QuantizationRecord = model.dfqvit_record  # type: ignore[assignment]
     recipe, preprocessing = record.recipe, record.preprocessing
     kind, call = "A model of timm", f'dfqvit.load("{WEIGHTS}")  # an nn.Module: float images in, float logits out'
     if isinstance(record.spec, NetworkSpec):
@@ -110,6 +111,7 @@ def _text(record: QuantizationRecord, file: Path, evaluation: dict[str, Any] | N
     source = "on images that were given" if record.calibration == "images" else "without data"
     kinds = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes(file).items())
     settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
+    widths = f"first and last layer {recipe.edge_bits} bits" if recipe.layer_bits is None else counted(widths_of(model))
     lines = [
         f"# {record.spec.architecture}, {recipe.label}",
         "",
@@ -128,8 +130,7 @@ def _text(record: QuantizationRecord, file: Path, evaluation: dict[str, Any] | N
         f"{preprocessing.interpolation}, crop {preprocessing.crop_pct} |",
         f"| arguments of timm | {record.spec.kwargs or 'none'} |",
         f"| calibration | {record.samples} images, {record.calibration}{f': {settings}' if settings else ''} |",
-        f"| weights | {recipe.quantizer} scales, {recipe.levels} levels, {recipe.rounding} rounding, first and last layer "
-        f"{recipe.edge_bits} bits |",
+        f"| weights | {recipe.quantizer} scales, {recipe.levels} levels, {recipe.rounding} rounding, {widths} |",
         f"| activations | {recipe.a_bits} bits, placement {recipe.placement} |",
         f"| correction | {record.acm}, blocks {record.acm_blocks} |",
         f"| size | {os.path.getsize(file) / 1e6:.2f} MB: {kinds} |",

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 
 import dfqvit
 from dfqvit import demo
+from dfqvit.kernels.pack_weight import packed_row_bytes
 from dfqvit.models import load_model
 from dfqvit.storage.atomic import expect_place
 
@@ -122,6 +123,40 @@ def test_width_and_budget_are_told_apart(tmp_path, monkeypatch, run):
     assert said(run(*arguments)[2]) == ["dfqvit: it went on"]
     told = "dfqvit: warning: --w-bits was given and --size-budget, which chooses the bits of the weights itself"
     assert said(run(*arguments, "--w-bits", 3)[2]) == [told, "dfqvit: it went on"]
+
+
+def test_widths_of_a_budget_are_said_as_they_are(tmp_path, run):
+    """Found here: `info` and the card said 8 bits of a first and a last layer that had 6 and 5."""
+    model = load_model("demo")
+    qmodel = dfqvit.quantize(
+        model, calib="noise", samples=2, rounding="nearest", size_budget=0.2, progress=False, quantizer="minmax"
+    )
+    path = dfqvit.save(qmodel, tmp_path / "model.safetensors")
+    tensors = safetensors.torch.load_file(path)
+    widths = {}
+    for name, layer in model.named_modules():
+        if f"{name}.weight_packed" in tensors:
+            rows, columns = tensors[f"{name}.weight_packed"].shape[0], layer.weight[0].numel()
+            bits = [
+                b
+                for b in range(2, 9)
+                if tensors[f"{name}.weight_packed"].numel() == rows * packed_row_bytes(columns, b)
+            ]
+            widths[name] = bits[0]
+    assert min(widths["patch_embed.proj"], widths["head"]) < 8
+    said = json.loads(run("info", path, "--json")[1])
+    assert said["weight_bits"] == widths
+    assert sum(said["bytes_by_kind"].values()) == path.stat().st_size
+    counts = ", ".join(
+        f"{list(widths.values()).count(bits)} layer{'s' * (list(widths.values()).count(bits) > 1)} W{bits}"
+        for bits in sorted({*widths.values()})
+    )
+    _, table, _ = run("info", path)
+    assert f"/A8 ({counts})" in " ".join(table.split())
+    run("card", path, "--out", tmp_path / "card")
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert f"nearest rounding, {counts} |" in text
+    assert "first and last" not in text + table
 
 
 def test_as_many_samples_of_a_file_as_asked_for(run, tmp_path, seed):

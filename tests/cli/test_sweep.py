@@ -108,6 +108,50 @@ def test_resumes_and_goes_on_past_a_failure(sweep, tmp_path, monkeypatch):
     assert other["error"] != bad["error"]  # tried again: those are weights of another model
 
 
+def test_what_the_commands_warn_of_is_told(tmp_path, monkeypatch, sweep):
+    """Found here: labels counted from 1 gave a table of accuracies near 0 and no word; the processes' warnings were left out."""
+    monkeypatch.setattr(runs, "_finished", here)
+    with np.load(demo.TEST_IMAGES) as file:
+        images, labels = file["images"][:300], file["labels"][:300]
+    kept = labels < 9
+    np.savez(tmp_path / "test.npz", images=images[kept], labels=labels[kept] + 1)
+    config = {"models": ["demo"], "quantize": {"calib": "noise", "samples": 2, "rounding": "nearest", "w-bits": 8}}
+    config["evaluate"] = {"data": str(tmp_path / "test.npz")}
+    for _ in range(2):  # the second finds the run there
+        status, out, err = sweep(config, "--json")
+        assert status == 0
+        [found] = json.loads(out)["runs"]
+        [told] = [each for each in found["evaluate"]["warnings"] if "labels" in each]
+        assert told.startswith("labels look counted from 1, or one too high")
+        assert f"{found['name']}: warning: {told}" in err
+        [row] = csv.DictReader((tmp_path / "out" / "sweep.csv").open())
+        assert told in row["warnings"]
+        assert told in (tmp_path / "out" / "sweep.md").read_text()
+
+
+def test_weights_in_a_folder_and_images_behind_links_are_looked_at(tmp_path):
+    """Found here: neither changed a run that was there."""
+    weights, elsewhere, data = tmp_path / "model" / "w.safetensors", tmp_path / "elsewhere", tmp_path / "data"
+    for folder in (weights.parent, elsewhere, data):
+        folder.mkdir()
+    weights.write_text("first")
+    (elsewhere / "a.png").write_text("first")
+    (data / "0").symlink_to(elsewhere)
+    run = Run(f"local-dir:{weights.parent}", {}, {"data": str(data), "against": f"local-dir:{weights.parent}"})
+
+    def states():
+        return [runs._files(run, command, tmp_path / "run") for command in ("quantize", "evaluate")]
+
+    quantized, evaluated = states()
+    (elsewhere / "a.png").write_text("another")
+    assert states()[0] == quantized
+    assert states()[1] != evaluated
+    evaluated = states()[1]
+    weights.write_text("another")
+    assert states()[0] != quantized
+    assert states()[1] != evaluated
+
+
 def test_changed_files_are_measured_again(tmp_path, monkeypatch):
     """The commands are stubs: each prints how often it ran."""
     count = {"quantize": 0, "evaluate": 0}
