@@ -164,6 +164,14 @@ def quantize(
     )
     if size_budget is not None and layer_bits is not None:
         raise UsageError("size_budget and layer_bits were both given; give one of them")
+    if size_budget is not None:
+        for name, width, plain in (("w_bits", w_bits, Recipe.w_bits), ("edge_bits", edge_bits, None)):
+            if width != plain:
+                warnings.warn(
+                    f"{name} was {width} and size_budget given, which chooses the bits of the weights itself",
+                    stacklevel=2,
+                )
+        recipe = replace(recipe, w_bits=Recipe.w_bits)  # "auto" of acm asks for them
     if is_patched(model):
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
     check_runtime(runtime)
@@ -375,7 +383,8 @@ def _check_images(calib: Any, samples: Any, iters: Any, seed: Any, synthesis: Ma
     if isinstance(calib, str):
         check_calib(calib)
         check_count("samples", samples)
-    for name, value in sorted(synthesis.items()):
+    asked = synthesis if iters == SynthesisConfig.iters else {**synthesis, "iters": iters}
+    for name, value in sorted(asked.items()):
         told = f"'{calib}'" if isinstance(calib, str) else "given images"
         raise UsageError(
             f"{name} was {value!r} and calib {told}; it is a setting of the synthesis, so calib must be 'synthetic'"

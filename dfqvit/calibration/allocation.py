@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -73,6 +74,11 @@ def allocate_bits(
     divergences = measure_divergence(model, images, layers)
     costs = {name: LayerCost(_sizes(layer), divergences[name]) for name, layer in layers.items()}
     widths = choose_widths(costs, int(size_budget * 1e6) - beside - _fixed_bytes(qmodel, recipe))
+    if min(widths.values()) == WIDTHS[0]:
+        warnings.warn(
+            f"size_budget was {size_budget:g} MB, into which weights of {WIDTHS[0]} bits fit: all layers have so many",
+            stacklevel=2,
+        )
     return replace(recipe, w_bits=statistics.mode(widths.values()), layer_bits=widths)
 
 

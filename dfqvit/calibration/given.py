@@ -144,7 +144,14 @@ def _stacked(images: Sequence[Any], preprocessing: Preprocessing, wanted: str) -
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """An array of numbers as a tensor, also of another byte order, or longer than torch has floats."""
+    """An array of numbers as a tensor, also of another byte order, or longer than torch has floats.
+
+    UsageError where some are masked, of which a tensor would hold what lies behind the mask.
+    """
+    if masked := int(np.ma.count_masked(array)):
+        raise UsageError(
+            f"calib was a masked array with {masked} masked values; a model sees every pixel, so fill them: array.filled(...)"
+        )
     plain = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     return torch.from_numpy(np.ascontiguousarray(array, plain))
 

@@ -84,7 +84,7 @@ def command(**options: Any) -> None:
     if options["against"] is not None:
         against = open_float(record, options["against"], options["checkpoint"], device)
         check_input(options["against"], against, preprocessing, device)
-        _warn_of_other_normalisation(options["against"], against, record, preprocessing)
+        _warn_of_other_preprocessing(options, against, record, preprocessing)
     if world() > 1:
         images = Subset(images, range(rank(), len(images), world()))  # type: ignore[assignment]
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
@@ -118,17 +118,19 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise UsageError(f"--{name} was given; it is for {use}")
 
 
-def _warn_of_other_normalisation(
-    name: str, against: torch.nn.Module, record: QuantizationRecord, preprocessing: Preprocessing
+def _warn_of_other_preprocessing(
+    options: Mapping[str, Any], against: torch.nn.Module, record: QuantizationRecord, preprocessing: Preprocessing
 ) -> None:
-    """Both models get the same images; a float model of another name may expect another mean and std."""
-    own = Preprocessing.of(against)
-    if plain_name(name) != plain_name(record.spec.architecture) and (own.mean, own.std) != (
-        preprocessing.mean,
-        preprocessing.std,
-    ):
+    """Both models get the same images; a float model of another name, or timm's own of another tag, may expect others.
+
+    Of weights of --checkpoint in FILE's architecture nothing says what they expect but FILE.
+    """
+    name, own, given = options["against"], Preprocessing.of(against).to_dict(), preprocessing.to_dict()
+    if plain_name(name) == plain_name(record.spec.architecture) and options["checkpoint"] is not None:
+        return
+    differing = [key for key in own if own[key] != given[key]]
+    if differing:
+        theirs, ours = (", ".join(f"{key} {values[key]}" for key in differing) for values in (own, given))
         warnings.warn(
-            f"--against {name} was made for mean {own.mean} and std {own.std}; it gets the images as FILE does, with mean "
-            f"{preprocessing.mean} and std {preprocessing.std}",
-            stacklevel=2,
+            f"--against {name} was made for {theirs}; it gets the images as FILE does, with {ours}", stacklevel=2
         )

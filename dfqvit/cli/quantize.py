@@ -147,6 +147,8 @@ def command(**options: Any) -> None:
         warnings.warn(
             "--w-bits was given and --size-budget, which chooses the bits of the weights itself", stacklevel=2
         )
+        bits.pop("w_bits")  # it has been said
+        recipe = Recipe(**bits)
     correction = {key: options.pop(key) for key in ("acm_shape", "acm_shrink")} | _correction(options)
     steps = options.pop("reconstruct")
     if steps and recipe.placement != "gemm":

@@ -31,6 +31,12 @@ _MOST_CONVOLUTIONS = 0.25  # of the weights, in a network without attention
 _HUB = ("hf-hub:", "hf_hub:")
 LOCAL = "local-dir:"
 _ELSEWHERE = (*_HUB, LOCAL)
+_NO_STRUCTURE = {  # keywords of timm.create_model that a file has no use for
+    "checkpoint_path": "give it as checkpoint (--checkpoint)",
+    "device": "give it as device (--device)",
+    "dtype": "a float model is read in float32",
+    "pretrained": "weights are timm's own where no checkpoint is given",
+}
 
 
 def load_model(
@@ -71,6 +77,8 @@ def load_model(
         )
     architecture = _architecture(name)
     named, further = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}, model_kwargs or {}
+    for key in sorted(further.keys() & _NO_STRUCTURE.keys()):
+        raise UsageError(f"model_kwargs held {key!r}, which is no part of a model's structure; {_NO_STRUCTURE[key]}")
     for key, value in named.items():
         if value is not None and further.get(key, value) != value:
             raise UsageError(f"{key} was {value!r}, and {further[key]!r} in model_kwargs; give one of them")

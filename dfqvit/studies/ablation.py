@@ -28,6 +28,7 @@ from ..evaluation.accuracy import logits_of
 from ..models import Preprocessing
 from ..storage.atomic import atomic
 from ..synthesis import Progress, Synthesis, SynthesisConfig
+from ..synthesis.loop import structure_of
 from ..synthesis.writing import write_tensors
 from .named import Setting
 
@@ -119,8 +120,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def weights_digest(model: nn.Module, preprocessing: Preprocessing) -> str:
-    """Eight hexadecimal digits that tell one set of weights from another, and what their input was normalised with."""
-    digest = hashlib.sha256(json.dumps(asdict(preprocessing)).encode())
+    """Eight hexadecimal digits that tell one set of weights from another, the structure it is in, and what normalised its input."""
+    digest = hashlib.sha256(json.dumps([asdict(preprocessing), structure_of(model)]).encode())
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

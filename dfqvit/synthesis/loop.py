@@ -136,9 +136,14 @@ class Synthesis:
     @functools.cached_property
     def _fingerprint(self) -> str:
         """Of all that the images depend on: settings, preprocessing, and the model's structure and tensors."""
-        modules = [(name, type(each).__qualname__, settings(each)) for name, each in self.model.named_modules()]
-        told = {"config": self.config.to_dict(), "preprocessing": asdict(self.preprocessing), "modules": modules}
+        config, modules = self.config.to_dict(), structure_of(self.model)
+        told = {"config": config, "preprocessing": asdict(self.preprocessing), "modules": modules}
         return checksum(told, dict(self.model.named_parameters()) | dict(self.model.named_buffers()))
+
+
+def structure_of(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """(name, class, plain settings) of each module: what a model computes beside its tensors."""
+    return [(name, type(module).__qualname__, settings(module)) for name, module in model.named_modules()]
 
 
 def frame_steps(iters: int) -> list[int]:

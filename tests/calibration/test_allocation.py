@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise, product
 
 import pytest
@@ -152,6 +153,28 @@ def test_label_names_the_widths():
     assert Recipe(4, layer_bits={"head": 8}).label == "W4-8/A8"  # the others have 4
     assert Recipe(8, layer_bits={"blocks.0.attn.qkv": 3}).label == "W3-8/A8"
     assert Recipe(4, layer_bits={}) == Recipe(4)
+
+
+def test_what_a_budget_takes_no_notice_of_is_told(seed):
+    """Found here: 300 for 0.3 MB, or a width beside a budget, passed without a word."""
+    model, options = MODELS["vit"](), {"calib": torch.randn(4, 3, 32, 32), "rounding": "nearest", "progress": False}
+    options["model_kwargs"] = SMALL["vit"]
+    greatest = len(safetensors.torch.save(dfqvit.quantize(model, 8, **options).state_dict())) / 1e6
+    for asked, told in (
+        ({"size_budget": 2 * greatest}, "into which weights of 8 bits fit: all layers have so many"),
+        ({"size_budget": 0.8 * greatest, "w_bits": 3}, "w_bits was 3 and size_budget given, which chooses"),
+        ({"size_budget": 0.8 * greatest, "edge_bits": 8}, "edge_bits was 8 and size_budget given, which chooses"),
+        ({"size_budget": 0.8 * greatest}, ""),
+    ):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            qmodel = dfqvit.quantize(model, **asked, **options)
+        said = [str(each.message) for each in found if "size_budget" in str(each.message)]
+        assert len(said) == bool(told)
+        assert told in "".join(said)
+        assert (min(qmodel.dfqvit_record.recipe.layer_bits.values()) == 8) == (asked["size_budget"] > greatest)
+    plain, wide = (dfqvit.quantize(model, bits, size_budget=0.8 * greatest, **options) for bits in (4, 3))
+    assert plain.dfqvit_record == wide.dfqvit_record  # ACM's "auto" too
 
 
 def test_bad_budgets_and_names(seed):

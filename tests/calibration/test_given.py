@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,20 @@ def test_all_images_that_are_given_are_taken(seed):
             warnings.filterwarnings("error", message="samples was")
             qmodel = dfqvit.quantize(model, 8, calib=calib, samples=5, rounding="nearest", progress=False)
         assert qmodel.dfqvit_record.samples == 5
+
+
+def test_masked_pixels_are_refused(seed):
+    """Found here: what lay behind the mask was taken, as where a sensor's dead pixels hold its greatest value."""
+    images = (torch.rand(4, 3, 8, 8) * 2 - 1).numpy()
+    plain = given_images(images, PREPARED)
+    masked = np.ma.masked_array(images, mask=np.zeros(images.shape, bool))
+    assert torch.equal(given_images(masked, PREPARED), plain)
+    masked[1, 0, :, 2] = np.ma.masked
+    for calib in (masked, list(masked)):
+        with pytest.raises(
+            UsageError, match=r"calib was a masked array with 8 masked values; a model sees every pixel"
+        ):
+            given_images(calib, PREPARED)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import filecmp
 import json
 import os
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,7 +18,7 @@ from huggingface_hub import ModelCard
 import dfqvit
 from dfqvit import demo
 from dfqvit.kernels.pack_weight import packed_row_bytes
-from dfqvit.models import load_model
+from dfqvit.models import Preprocessing, load_model
 from dfqvit.storage.atomic import expect_place
 
 from .. import networks
@@ -123,6 +125,32 @@ def test_width_and_budget_are_told_apart(tmp_path, monkeypatch, run):
     assert said(run(*arguments)[2]) == ["dfqvit: it went on"]
     told = "dfqvit: warning: --w-bits was given and --size-budget, which chooses the bits of the weights itself"
     assert said(run(*arguments, "--w-bits", 3)[2]) == [told, "dfqvit: it went on"]
+
+
+def test_a_float_model_made_for_images_of_another_frame_is_told(tmp_path, run):
+    """Found here: only mean and std of models of another name were looked at, so float's accuracy was of another crop."""
+    model = load_model("demo")
+    own = Preprocessing.of(model)
+    with np.load(demo.TEST_IMAGES) as file:
+        np.savez(tmp_path / "test.npz", images=file["images"][:40], labels=file["labels"][:40])
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    settings = {"samples": 2, "calib": "noise", "rounding": "nearest", "progress": False}
+    for other, told in (
+        (own, ""),
+        (
+            replace(own, crop_pct=0.5, interpolation="nearest"),
+            "interpolation bicubic, crop_pct 1.0; it gets the images",
+        ),
+        (replace(own, mean=(0.5,)), f"mean {own.mean}; it gets the images as FILE does, with mean (0.5,)"),
+    ):
+        qmodel = dfqvit.quantize(model, 8, preprocessing=other, **settings)
+        path = dfqvit.save(qmodel, tmp_path / "model.safetensors", overwrite=True)
+        line = ["evaluate", path, "--data", tmp_path / "test.npz", "--against", "demo"]
+        _, _, err = run(*line)
+        assert ("was made for" in err) == bool(told)
+        assert told in err
+        _, _, err = run(*line, "--checkpoint", tmp_path / "weights.safetensors")  # of which nothing else says it
+        assert "was made for" not in err
 
 
 def test_widths_of_a_budget_are_said_as_they_are(tmp_path, run):

@@ -391,6 +391,11 @@ def test_pixels_with_a_small_margin_and_none_at_all():
         ({"calib": "noise", "schedule": "fixed"}, "schedule was 'fixed' and calib 'noise'; it is a setting of the"),
         ({"calib": "procedural", "warmup": 0.1}, "warmup was 0.1 and calib 'procedural'"),
         ({"calib": "synthetic", "warmup": 2}, "warmup was 2; it is a share"),
+        ({"iters": 3}, "iters was 3 and calib given images; it is a setting of the synthesis, so"),
+        (
+            {"calib": "procedural", "iters": 3},
+            "iters was 3 and calib 'procedural'; it is a setting of the synthesis, so",
+        ),
         ({"calib": "nois"}, "calib was 'nois'; it may be 'synthetic', 'procedural', 'noise' or images"),
         *(({"calib": "noise", "samples": value}, f"samples was {value!r}; it must be") for value in (0, "16", 2.5, -1)),
         *(
@@ -431,6 +436,21 @@ def test_arguments_of_quantize_are_refused_in_a_sentence(options, message):
 def test_settings_that_would_change_nothing_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         dfqvit.quantize(small_vit(), 4, calib="procedural", samples=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("checkpoint_path", "w.pth", r"give it as checkpoint \(--checkpoint\)"),
+        ("device", "meta", r"give it as device \(--device\)"),
+        ("dtype", torch.float16, "a float model is read in float32"),
+        ("pretrained", True, "weights are timm's own where no checkpoint is given"),
+    ],
+)
+def test_keywords_that_are_no_part_of_a_structure_are_refused(key, value, said):
+    """Found here: two of them changed nothing without a word; a file held the path, and `load` wanted the weights there."""
+    with pytest.raises(UsageError, match=f"model_kwargs held '{key}', which is no part of a model's structure; {said}"):
+        load_model("vit_tiny_patch16_224", model_kwargs={"depth": 1, key: value}, pretrained=False)
 
 
 def test_a_setting_given_twice_is_refused():

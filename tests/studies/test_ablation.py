@@ -127,6 +127,18 @@ def test_digests_tell_weights_and_normalisation_apart():
     assert weights_digest(model, Preprocessing.of(model)) in digests
 
 
+@pytest.mark.parametrize("change", [{"act_layer": "quick_gelu"}, {"norm_layer": "layernormfp32"}, {"num_heads": 4}])
+def test_digests_tell_structures_of_the_same_weights_apart(change):
+    """Found here: a model of another activation was given the images and figures of the one before it."""
+    models = [load_model("demo", model_kwargs=kwargs) for kwargs in ({}, change, {})]
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    one, other, again = (weights_digest(model, Preprocessing.of(model)) for model in models)
+    assert one == again != other
+    models[0](torch.zeros(2, 1, 28, 28))
+    assert weights_digest(models[0], Preprocessing.of(models[0])) == one  # a call changes nothing
+
+
 def test_score():
     wanted, logits = torch.randn(40, 7, dtype=torch.float64), torch.randn(40, 7, dtype=torch.float64)
     labels = torch.randint(7, (40,))
