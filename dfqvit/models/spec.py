@@ -233,10 +233,10 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
             if key in shared:
                 return f"'{key}' is shared with '{shared[key]}' here, and not there: give each place a copy of its own"
             return f"'{key}' is {ours.get(key)} here and {theirs.get(key)} there"
-    modules = dict(other.named_modules())
-    for name, module in model.named_modules():
+    modules, held = (dict(each.named_modules(remove_duplicate=False)) for each in (other, model))
+    for name, module in held.items():
         twin = modules.get(name)
-        if isinstance(module, ABSENT_IN_EVAL) and (twin is None or isinstance(twin, ABSENT_IN_EVAL)):
+        if absent_in_eval(module, twin):
             continue
         if twin is None or type(module) is not type(twin):
             anew = type(module).__name__ == type(twin).__name__ and "<locals>" in type(module).__qualname__
@@ -246,11 +246,32 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
         for key in replaced:
             if key not in vars(twin):
                 return f"{said(name)} has a {key} of its own here"
-        for key, value in settings(twin).items():
-            found = getattr(module, key, None)
-            if found != value:
-                return f"'{dotted(name, key)}' is {found!r} here and {value!r} there"
+        for key, found, value in other_settings(module, twin):
+            return f"'{dotted(name, key)}' is {found!r} here and {value!r} there"
+    for name, twin in modules.items():
+        if name not in held and not absent_in_eval(twin, None):
+            return f"'{name}' is not there here and a {type(twin).__name__} there"
+    for name in sorted(buffer_names(other) - buffer_names(model)):
+        return f"'{name}' is not there here, and a buffer there"
     return ""
+
+
+def absent_in_eval(module: nn.Module, twin: nn.Module | None) -> bool:
+    """Whether two modules at one place, of which one may lack, change nothing in eval mode."""
+    return isinstance(module, ABSENT_IN_EVAL) and (twin is None or isinstance(twin, ABSENT_IN_EVAL))
+
+
+def other_settings(module: nn.Module, twin: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value, value in `twin`) of each setting that differs."""
+    for key, value in settings(twin).items():
+        found = getattr(module, key, None)
+        if found != value:
+            yield key, found, value
+
+
+def buffer_names(model: nn.Module) -> set[str]:
+    """Of those that hold a tensor, at every place."""
+    return {name for name, _ in model.named_buffers(remove_duplicate=False)}
 
 
 def said(name: str) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import nn
+
+from ..errors import UsageError
 from ..kernels.quantize_heads.reference import rotate
 from .quantizers import ActivationQuantizer, TellsBits
 
@@ -33,6 +38,7 @@ class AttentionOperands(TellsBits):
         mask: torch.Tensor | None = None,
         rope: torch.Tensor | None = None,
         half: bool = False,
+        drop: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The mixed values of every token.
 
@@ -45,6 +51,7 @@ class AttentionOperands(TellsBits):
             mask: [W, N, M] or None, added in window w, for batches of windows, those of an image one after the other.
             rope: sines and cosines that turn the last tokens of q and k, see `kernels.quantize_heads`.
             half: as there.
+            drop: what the probabilities [B, heads, N, M] go through, see `drop_of`.
 
         Returns:
             [B, heads, N, D].
@@ -54,9 +61,11 @@ class AttentionOperands(TellsBits):
         q, k, v = self.q(q), self.quantized_keys(k), self.v(v)
         scores = scored(q @ k, scale, bias, mask)
         if not self.q.frozen:
-            return scores.softmax(dim=-1) @ v
+            shares = scores.softmax(dim=-1)
+            return (shares if drop is None else drop(shares)) @ v
         steps = self.rounded(self.steps * (scores - scores.amax(dim=-1, keepdim=True)).exp())
-        return (steps @ v) / steps.sum(dim=-1, keepdim=True)
+        total = steps.sum(dim=-1, keepdim=True)
+        return (steps @ v) / total if drop is None else drop(steps / total) @ v
 
     def quantized_keys(self, k: torch.Tensor) -> torch.Tensor:
         """[B, heads, M, D] to [B, heads, D, M], quantized."""
@@ -80,3 +89,28 @@ def scored(
     if mask is not None:
         scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
     return scores
+
+
+def drop_of(attention: Any) -> nn.Module | None:
+    """The `attn_drop` of one of timm's attentions where timm would call it and that does something: in training, hooked, or another
+    module in its place, as those do who look at the probabilities or change them.
+
+    UsageError where the same was done to the softmax before it, which is no module of a quantized attention.
+    """
+    drop, softmax = getattr(attention, "attn_drop", None), getattr(attention, "softmax", None)
+    if drop is not None and drop.training and getattr(drop, "p", 0):
+        return drop
+    if getattr(attention, "fused_attn", False):  # timm calls neither
+        return None
+    if softmax is not None and _does_more(softmax, nn.Softmax):
+        raise UsageError(
+            f"the softmax of a {type(attention).__name__} was hooked or replaced, and a quantized attention does not call it; put "
+            "that on its attn_drop, which takes the same probabilities"
+        )
+    return drop if drop is not None and _does_more(drop, nn.Dropout, nn.Identity) else None
+
+
+def _does_more(module: nn.Module, *kinds: type) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    # torch.compile guards an attribute that is read, and no look into a module's __dict__
+    return bool(type(module) not in kinds or hooked or module.forward is None or "forward" in vars(module))

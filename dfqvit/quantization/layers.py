@@ -201,9 +201,14 @@ class QuantLinear(Prepares, KeepsPrecision):
         with self._whole_state():
             super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         with self._whole_state():
-            super()._load_from_state_dict(*args, **kwargs)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.frozen and f"{prefix}weight" in state_dict and f"{prefix}{SOURCES[0]}" not in state_dict:
+            args[-1].append(
+                f"the state_dict holds '{prefix}weight', of a float model, whose norms and biases are not those of a "
+                "quantized one: quantize the float model with these weights"
+            )
         self.prepare()
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -19,8 +19,8 @@ _STEPS = 255  # of the probabilities, as `quant_attention` has them
 class IntegerOperands(AttentionOperands):
     """AttentionOperands that computes by `quantize_heads` and `quant_attention`; takes the class of an instance.
 
-    As simulated where a gradient is wanted, where queries are more than keys or fewer and biased, and where every image has a
-    bias of its own, since the operator has none of these.
+    As simulated where a gradient is wanted, where queries are more than keys or fewer and biased, where every image has a bias
+    of its own, and where the probabilities go through something (see `drop_of`), since the operator has none of these.
     """
 
     @classmethod
@@ -42,8 +42,10 @@ class IntegerOperands(AttentionOperands):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As AttentionOperands, float32 [B, heads, N, D]."""
-        if watched_or_differentiated(self, *tensors_of(args, kwargs)) or replaced_forward(self):
+        dropped = kwargs.get("drop") is not None
+        if dropped or watched_or_differentiated(self, *tensors_of(args, kwargs)) or replaced_forward(self):
             return super().forward(*args, **kwargs)
+        kwargs.pop("drop", None)
         return self.bound(through_torch)(*args, **kwargs)
 
     def bound(self, bind: Bind) -> Call:

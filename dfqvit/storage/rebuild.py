@@ -20,7 +20,7 @@ from ..models.foreign import expect_unwrapped
 from ..models.frame import undisturbed
 from ..models.network import NetworkSpec
 from ..models.preprocessing import image_size
-from ..models.spec import ABSENT_IN_EVAL, dotted, said, settings
+from ..models.spec import absent_in_eval, buffer_names, dotted, other_settings, said
 from ..models.tables import changed_tables, tables_of
 from ..quantization.layers import QuantLinear
 from ..quantization.levels import levels_of, narrowed, spaced_unevenly, widened
@@ -193,20 +193,26 @@ def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn
         )
         if have != need:
             return f"'{key}' is {have or 'not there'}; load would build {need or 'none'}"
-    modules = dict(qmodel.named_modules())
-    for name, module in twin.named_modules():
+    modules, built = (dict(each.named_modules(remove_duplicate=False)) for each in (qmodel, twin))
+    for name, module in built.items():
         ours = modules.get(name)
-        if ours is not None:
-            absent = all(isinstance(each, ABSENT_IN_EVAL) for each in (ours, module))
-            if name and not absent and _kind(ours) is not _kind(module):
-                return f"'{name}' is a {_kind(ours).__name__}; load would build a {_kind(module).__name__}"
-            for key in sorted(vars(ours).keys() - vars(module).keys()):
-                if callable(getattr(type(ours), key, None)):
-                    return f"{said(name)} has a {key} of its own; load would build none"
-        for key, value in settings(module).items():
-            found = settings(modules[name]).get(key, value) if name in modules else value
-            if found != value:
-                return f"'{dotted(name, key)}' is {found!r}; load would build {value!r}"
+        if ours is None:
+            if not absent_in_eval(module, None):
+                return f"'{name}' is not there; load would build a {_kind(module).__name__}"
+            continue
+        absent = absent_in_eval(ours, module)
+        if name and not absent and _kind(ours) is not _kind(module):
+            return f"'{name}' is a {_kind(ours).__name__}; load would build a {_kind(module).__name__}"
+        for key in sorted(vars(ours).keys() - vars(module).keys()):
+            if callable(getattr(type(ours), key, None)):
+                return f"{said(name)} has a {key} of its own; load would build none"
+        for key, found, value in () if absent else other_settings(ours, module):
+            return f"'{dotted(name, key)}' is {found!r}; load would build {value!r}"
+    for name, ours in modules.items():
+        if name not in built and not absent_in_eval(ours, None):
+            return f"'{name}' is a {_kind(ours).__name__}; load would build none"
+    for name in sorted(buffer_names(twin) - buffer_names(qmodel)):
+        return f"'{name}' is not there; load would build a buffer"
     return ""
 
 

@@ -23,6 +23,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from timm.models.vision_transformer_sam import Attention as SamAttention
 from torch import nn
 
+from dfqvit.errors import UsageError
 from dfqvit.models.adapters.generic import GenericAdapter
 from dfqvit.models.adapters.products import KNOWN, quantize_products
 from dfqvit.quantization.attention import AttentionOperands
@@ -181,6 +182,64 @@ def test_a_gradient_comes_by_the_simulated_way(case):
     twin(ours, **options).square().sum().backward()
     assert torch.equal(ours.grad, theirs.grad)
     assert float(ours.grad.abs().sum()) > 0
+
+
+class Thinned(nn.Module):
+    """Some of the probabilities [B, heads, N, M] alone, and others doubled, by their places."""
+
+    def forward(self, x):
+        return x * (torch.arange(x.shape[1:].numel()) * 7 % 3).view(x.shape[1:])
+
+
+@pytest.mark.parametrize("way", ["hook", "module", "training"])
+@torch.no_grad()
+def test_what_the_probabilities_go_through_counts(case, way):
+    """timm calls its attn_drop where attention is not fused; who looks at probabilities or changes them puts something there."""
+    _, attention, twin, x, options = case
+    if type(attention) in (MaskUnitAttention, MultiScaleAttention, TinyVitAttention):  # which have none
+        return
+    plain, fuses = attention(x, **options), hasattr(attention, "fused_attn")
+    for each in (attention, twin):
+        each.fused_attn = False
+        if way == "hook":
+            each.attn_drop.register_forward_hook(lambda module, given, found: Thinned()(found))
+        elif way == "module":
+            each.attn_drop = Thinned()
+        else:
+            each.attn_drop = nn.Dropout(0.5).train()
+
+    def drawn(module):
+        torch.manual_seed(5)
+        return module(x, **options)
+
+    wanted = drawn(attention)
+    assert float((wanted - plain).norm() / plain.norm()) > 0.1
+    torch.testing.assert_close(drawn(twin), wanted, rtol=1e-4, atol=1e-5)
+    for site in (twin.operands.q, twin.operands.k, twin.operands.v):
+        site.freeze()
+    simulated = drawn(twin)
+    assert 0 < float((simulated - wanted).norm() / wanted.norm()) < 0.05
+    IntegerOperands.take(twin.operands)
+    assert torch.equal(drawn(twin), simulated)
+    if fuses and way != "training":  # where attention is fused, timm calls nothing in between
+        attention.fused_attn = twin.fused_attn = True
+        fused = attention(x, **options)
+        assert float((drawn(twin) - fused).norm() / fused.norm()) < 0.05
+
+
+def test_the_softmax_of_swin_is_not_hooked_without_a_word(seed):
+    """A quantized attention does not call it; where it is fused, nor does timm."""
+    attention, x, options = attentions()["swin"]
+    attention.fused_attn = False
+    twin = nn.Sequential(attention)
+    quantize_products(twin, 8, "minmax")
+    hook = attention.softmax.register_forward_hook(lambda module, given, found: 0.5 * found)
+    with pytest.raises(
+        UsageError, match=r"the softmax of a QuantWindowAttention was hooked .* put that on its attn_drop"
+    ):
+        attention(x, **options)
+    hook.remove()
+    attention(x, **options)
 
 
 def test_every_class_is_tried(seed):

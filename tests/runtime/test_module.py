@@ -157,6 +157,23 @@ def test_a_state_of_other_bits_is_refused(seed, other, said):
     assert torch.equal(again(calib), expected)
 
 
+@pytest.mark.parametrize("of", ["the model", "a part"])
+def test_the_state_of_a_float_model_is_refused(model, of):
+    """With strict=False its norms and biases would count beside packed weights that were scaled: logits 50 % off."""
+    integer, images = quantized(model, 4)
+    accelerate(integer)
+    expected = integer(images)
+    holder, floats = (
+        (integer, model) if of == "the model" else (find_adapter(each).blocks()[0] for each in (integer, model))
+    )
+    with pytest.raises(
+        RuntimeError, match=r"the state_dict holds '\S+\.weight', of a float model.*: quantize the float model"
+    ):
+        copy.deepcopy(holder).load_state_dict(floats.state_dict(), strict=False)
+    holder.load_state_dict({key: value for key, value in holder.state_dict().items() if "bias" in key}, strict=False)
+    assert torch.equal(integer(images), expected)
+
+
 def small_tensors(qmodel):
     for name, tensor in itertools.chain(qmodel.named_parameters(), qmodel.named_buffers()):
         if tensor.is_floating_point() and tensor.numel() and "window_" not in name and "attn_mask" not in name:

@@ -23,7 +23,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from timm.models.vision_transformer_sam import Attention as SamAttention
 from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 
-from ...quantization.attention import AttentionOperands
+from ...quantization.attention import AttentionOperands, drop_of
 
 CONSTANT = ("cpb_mlp", "rel_pos")  # networks that make a table of positions: they see no image
 _MOST_SCALE = math.log(100.0)  # Swin v2's bound of the logarithm of its learnt scales
@@ -63,6 +63,10 @@ class _Projecting:
         """[B, N, C] to [B, N, C]; further arguments as those of `mixed`."""
         return self.proj_drop(self.proj(self.mixed(x, *args, **kwargs)))
 
+    def multiplied(self: Any, parts: AttentionParts | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the operands make of these arguments. `parts` stand for an attention of which nobody watches a dropout."""
+        return self.operands(*args, drop=drop_of(self), **kwargs) if parts is None else parts.operands(*args, **kwargs)
+
     def position_bias(self: Any) -> torch.Tensor | None:
         """[heads, N, N] or [1, heads, N, N], added to the scores of every image; made of the attention's own tensors."""
         return None
@@ -87,7 +91,7 @@ class QuantAttention(_Projecting, Attention):
         use: Any = parts or self
         q, k, v = apart(use.qkv(x), self.num_heads)
         bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
-        return self.normed(x, use.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+        return self.normed(x, self.multiplied(parts, self.q_norm(q), self.k_norm(k), v, self.scale, bias))
 
 
 class _RotaryAttention(_Projecting):
@@ -116,7 +120,7 @@ class _RotaryAttention(_Projecting):
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
         half = getattr(self, "rotate_half", False)
-        return self.normed(x, use.operands(q, k, v, self.scale, bias, rope=rope, half=half))
+        return self.normed(x, self.multiplied(parts, q, k, v, self.scale, bias, rope=rope, half=half))
 
 
 class QuantAttentionRope(_RotaryAttention, AttentionRope):
@@ -139,7 +143,7 @@ class QuantBeitAttention(_Projecting, BeitAttention):
         bias = use.position_bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
-        return self.normed(x, use.operands(q, k, v, self.scale, bias))
+        return self.normed(x, self.multiplied(parts, q, k, v, self.scale, bias))
 
     def position_bias(self) -> torch.Tensor | None:
         """[1, heads, N, N], of the table."""
@@ -157,7 +161,7 @@ class QuantRelPosAttention(_Projecting, RelPosAttention):
         q, k, v = apart(use.qkv(x), self.num_heads)
         bias = use.position_bias()
         bias = shared_rel_pos if bias is None else bias
-        return self.normed(x, use.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+        return self.normed(x, self.multiplied(parts, self.q_norm(q), self.k_norm(k), v, self.scale, bias))
 
     def position_bias(self) -> torch.Tensor | None:
         """[1, heads, N, N], of the table or the network."""
@@ -180,7 +184,7 @@ class QuantSamAttention(SamAttention):
             bias = bias.unflatten(0, (-1, self.num_heads))
         elif self.rope is not None:
             rope = self.rope.get_embed()
-        y = self.operands(q, k, v, self.scale, bias, rope=rope)
+        y = self.operands(q, k, v, self.scale, bias, rope=rope, drop=drop_of(self))
         return self.proj_drop(self.proj(together(y))).view(*x.shape[:3], -1)
 
 
@@ -190,7 +194,7 @@ class QuantWindowAttention(_Projecting, WindowAttention):
     def mixed(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
         q, k, v = apart(self.qkv(x), self.num_heads)
-        return self.normed(x, self.operands(q, k, v, self.scale, self.position_bias(), mask))
+        return self.normed(x, self.multiplied(None, q, k, v, self.scale, self.position_bias(), mask))
 
     def position_bias(self) -> torch.Tensor:
         """[1, heads, N, N], of the table."""
@@ -204,7 +208,7 @@ class QuantWindowAttentionV2(_Projecting, WindowAttentionV2):
         """[B * windows, N, C] to the same; mask is [windows, N, N] or None."""
         q, k, v = apart(self.qkv(x), self.num_heads)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return self.normed(x, self.operands(q, k, v, self.scales_of_heads(), self.position_bias(), mask))
+        return self.normed(x, self.multiplied(None, q, k, v, self.scales_of_heads(), self.position_bias(), mask))
 
     def scales_of_heads(self) -> torch.Tensor:
         """[heads], of the cosines."""
@@ -228,7 +232,7 @@ class QuantParallelScalingBlock(ParallelScalingBlock):
         hidden, *qkv = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)
         bias = resolve_self_attn_mask(x.shape[1], x, attn_mask, is_causal)
-        y = together(self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias))
+        y = together(self.operands(self.q_norm(q), self.k_norm(k), v, self.scale, bias, drop=drop_of(self)))
         hidden = self.mlp_drop(self.mlp_act(hidden if self.mlp_bias is None else hidden + self.mlp_bias))
         if self.out_proj is not None:
             joined = self.out_proj(torch.cat((y, hidden), dim=-1))

@@ -14,7 +14,7 @@ from timm.models.maxxvit import Attention2d, AttentionCl
 from timm.models.metaformer import Attention as MetaFormerAttention
 from timm.models.tiny_vit import Attention as TinyVitAttention
 
-from ...quantization.attention import AttentionOperands
+from ...quantization.attention import AttentionOperands, drop_of
 from .attentions import apart, together
 
 
@@ -30,7 +30,7 @@ class QuantAttentionCl(AttentionCl):
             q, k, v = qkv.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).chunk(3, dim=-1)
         else:
             q, k, v = apart(qkv, self.num_heads)
-        y = self.operands(q, k, v, self.scale, _bias_of(self, shared_rel_pos))
+        y = self.operands(q, k, v, self.scale, _bias_of(self, shared_rel_pos), drop=drop_of(self))
         return self.proj_drop(self.proj(together(y).view(*x.shape[:-1], -1)))
 
 
@@ -47,7 +47,7 @@ class QuantAttention2d(Attention2d):
         else:
             parts = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         q, k, v = (part.mT for part in parts)
-        y = self.operands(q, k, v, self.scale, _bias_of(self, shared_rel_pos))
+        y = self.operands(q, k, v, self.scale, _bias_of(self, shared_rel_pos), drop=drop_of(self))
         return self.proj_drop(self.proj(y.mT.reshape(len(x), -1, *x.shape[2:])))
 
 
@@ -62,7 +62,7 @@ class QuantMetaFormerAttention(MetaFormerAttention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, C] to [B, N, C]."""
-        y = self.operands(*apart(self.qkv(x), self.num_heads), self.scale)
+        y = self.operands(*apart(self.qkv(x), self.num_heads), self.scale, drop=drop_of(self))
         return self.proj_drop(self.proj(together(y)))
 
 
@@ -73,7 +73,7 @@ class QuantFastVitAttention(FastVitAttention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
-        y = self.operands(*apart(self.qkv(x.flatten(2).mT), self.num_heads), self.scale)
+        y = self.operands(*apart(self.qkv(x.flatten(2).mT), self.num_heads), self.scale, drop=drop_of(self))
         return self.proj_drop(self.proj(together(y))).mT.reshape(x.shape)
 
 
@@ -136,7 +136,7 @@ class QuantWindowAttentionGlobal(WindowAttentionGlobal):
             q = q.transpose(1, 2)
         else:
             q, k, v = apart(self.qkv(x), self.num_heads)
-        y = self.operands(q, k, v, self.scale, self.rel_pos.get_bias())
+        y = self.operands(q, k, v, self.scale, self.rel_pos.get_bias(), drop=drop_of(self))
         return self.proj_drop(self.proj(together(y)))
 
 
