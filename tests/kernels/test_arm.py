@@ -6,11 +6,8 @@ An emulator shows what is computed, not how fast.
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +16,8 @@ from dfqvit.kernels import extension, patch_similarity_entropy, quant_linear
 
 from . import again, test_quant_linear_cpu
 from .again import on_every_path
-from .emulated import FLAGS, ROOT, Operators, compile_operators
+from .emulated import Operators, compile_operators
+from .loops import disassembled, loops_of
 
 
 def tool(variable: str, *names: str) -> str | None:
@@ -131,36 +129,20 @@ LOOPS = {
 }
 
 
-def compile_products(folder: Path, compiler: str) -> Path:
-    """An object file of the integer products alone, compiled as setup.py does."""
-    source, result = folder / "products.cpp", folder / "products.o"
-    names = ", ".join(f"(void*)dfqvit::quant::{path}::multiply" for path in PATHS)
-    source.write_text(f'#include "dfqvit/quant_linear_multiply.h"\nvoid* used[] = {{{names}}};\n')
-    include = f"-I{ROOT / 'csrc' / 'include'}"
-    subprocess.run([compiler, *FLAGS, "-O3", include, "-c", "-o", str(result), str(source)], check=True)
-    return result
-
-
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory):
     """The integer products, compiled and taken apart."""
     needed((COMPILER, "aarch64-linux-gnu-g++"), (OBJDUMP, "aarch64-linux-gnu-objdump"))
-    compiled = compile_products(tmp_path_factory.mktemp("products"), COMPILER)
-    command = [OBJDUMP, "-dC", "--no-show-raw-insn", compiled]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return disassembled(tmp_path_factory.mktemp("products"), COMPILER, OBJDUMP, PATHS)
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_the_instructions_of_the_innermost_loop(instructions, name):
-    function = re.search(rf"<dfqvit::quant::{name}::multiply\(.*?>:\n(.*?)(?:\n\n|\Z)", instructions, re.DOTALL)
-    lines = [line.split("\t") for line in function[1].splitlines()]
-    code = {int(place.strip(" :"), 16): words for place, *words in lines if words}
     wanted, values, most = LOOPS[name]
-    loops = []
-    for end, words in code.items():
-        target = re.search(r"^b\.\w+\s+([0-9a-f]+)", " ".join(words))
-        if target and (begin := int(target[1], 16)) < end:
-            loops.append([words[0].split()[0] for place, words in code.items() if begin <= place <= end])
+    loops = [
+        [words.split()[0] for words in loop]
+        for loop in loops_of(instructions, f"dfqvit::quant::{name}::multiply", r"b\.\w+")
+    ]
     loop = min((each for each in loops if set(wanted) <= set(each)), key=len)
     counts = Counter(loop)
     print(f"{name}: {len(loop)} instructions, {len(loop) / (16 * values):.3f} a multiply-add: {dict(counts)}")

@@ -106,29 +106,36 @@ DFQVIT_TARGET_AVX2 inline void multiply_narrow(const uint8_t* const* row, const 
   }
 }
 
-// Weights of up to kPairs bits: the products of a pair fit, 255 * 64 * 2 = 32640, and are added in 32 bits.
+// Weights of up to kPairs bits: the products of a pair fit, 255 * 64 * 2 = 32640, and are added in 32 bits. Unrolled by
+// word: else GCC keeps the array of sums in memory, a load and a store at every product.
 constexpr int kPairs = 7;
 
 DFQVIT_TARGET_AVX2 inline void multiply_pairs(const uint8_t* const* row, const uint8_t* panel, const int32_t* start,
                                               int64_t depth, int32_t* sums) {
   __m256i total[kRows][2];
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) total[i][q] = load(start + 8 * q);
   }
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t k = 0; k < depth; k += 4, panel += 64) {
     const __m256i w[2] = {load(panel), load(panel + 32)};
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       int32_t four;
       std::memcpy(&four, row[i] + k, sizeof(four));
       const __m256i x = _mm256_set1_epi32(four);
+#pragma GCC unroll 2
       for (int q = 0; q < 2; ++q) {
         total[i][q] = _mm256_add_epi32(total[i][q], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w[q]), ones));
         keep(total[i][q]);
       }
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) store(sums + 16 * i + 8 * q, total[i][q]);
   }
 }
@@ -244,24 +251,32 @@ constexpr int32_t kOffset = 0;
 inline void prepare(int64_t) {}
 inline void release() {}
 
+// Unrolled by word, as multiply_pairs is.
 template <int kBlocks>
 DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t* const* panels,
                                         const int32_t* const* starts, int64_t depth, int32_t* sums) {
   __m512i total[kRows][kBlocks];
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) total[i][j] = _mm512_loadu_si512(starts[j]);
   }
   for (int64_t v = 0; 4 * v < depth; ++v) {
     __m512i w[kBlocks];
+#pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) w[j] = _mm512_loadu_si512(panels[j] + 64 * v);
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       int32_t four;
       std::memcpy(&four, row[i] + 4 * v, sizeof(four));
       const __m512i x = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
       for (int j = 0; j < kBlocks; ++j) total[i][j] = _mm512_dpbusd_epi32(total[i][j], x, w[j]);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) _mm512_storeu_si512(sums + 16 * (kRows * j + i), total[i][j]);
   }
 }
