@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils.misc import natural_key
 
@@ -18,7 +18,7 @@ from ..errors import DfqvitError, UsageError
 _WNID = re.compile(r"n\d{8}")
 _NO_CLASSES = ("__MACOSX",)  # folders that archives and notebooks leave, beside hidden ones
 _SPLITS = ("train", "val", "valid", "validation", "test", "training", "testing")
-_MOST_COUNTED = 2048  # classes of a table of confusions
+_MOST_TABLE = 2048  # classes of a table of confusions
 _LEAST = 20  # images, before labels are doubted
 
 
@@ -173,7 +173,8 @@ class Confusion:
     """Counts of (label, prediction), and whether they look like labels of another order than the model's."""
 
     def __init__(self) -> None:
-        self.counts: torch.Tensor | None = None
+        self.pairs: Counter[tuple[int, int]] = Counter()
+        self.classes = 0
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """logits [n, classes] and labels [n] of a batch."""
@@ -182,41 +183,47 @@ class Confusion:
     def count(self, labels: torch.Tensor, guesses: torch.Tensor, classes: int) -> None:
         """Labels [n] and predicted classes [n], all of them from 0 to classes - 1; `classes` may grow."""
         labels, guesses = labels.long().cpu(), guesses.long().cpu()
-        if self.counts is not None:
-            classes = max(classes, len(self.counts))
-        if classes > _MOST_COUNTED or not len(labels):
-            return
+        self.classes = max(self.classes, classes)
         if not bool(((labels >= 0) & (labels < classes) & (guesses >= 0) & (guesses < classes)).all()):
             return
-        found = torch.bincount(labels * classes + guesses, minlength=classes * classes).view(classes, classes)
-        if self.counts is not None:
-            more = classes - len(self.counts)
-            found += F.pad(self.counts, (0, more, 0, more))
-        self.counts = found
+        if classes <= _MOST_TABLE:  # pixels are many
+            table = (labels * classes + guesses).bincount()
+            codes = table.nonzero()[:, 0]
+            counts = table[codes]
+        else:
+            codes, counts = (labels * classes + guesses).unique(return_counts=True)
+        for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
+            self.pairs[divmod(code, classes)] += count
 
     def doubt(self, what: str = "images", remedy: str = "--classes FILE gives the model's order") -> str:
         """What is wrong with the labels of `what`, as far as the predictions show it; or ""."""
-        if self.counts is None or int(self.counts.sum()) < _LEAST or len(self.counts) < 3:
+        total = self.pairs.total()
+        if total < _LEAST or self.classes < 2:
             return ""
-        total = float(self.counts.sum())
-        right = float(self.counts.diagonal().sum()) / total
-        present = (self.counts.sum(dim=1) > 0).nonzero()[:, 0]
-        most = self.counts[present].max(dim=1)
+        right = self._moved(0)
+        most: dict[int, tuple[int, int]] = {}  # {label: (how often, the class that is predicted most)}
+        for (label, guess), count in sorted(self.pairs.items()):
+            if count > most.get(label, (0, 0))[0]:
+                most[label] = count, guess
         for step, said in ((-1, "counted from 1, or one too high"), (1, "one too low")):
-            moved = float(self.counts.diagonal(step).sum()) / total
-            of_labels = float((most.indices == present + step).float().mean())  # else all went into one class
-            if moved > 0.5 and moved > 3 * right and of_labels > 0.5:
+            moved = self._moved(step)
+            of_labels = sum(guess == label + step for label, (_, guess) in most.items()) / len(most)
+            if moved > 0.5 and moved > 3 * right and of_labels > 0.5:  # else all went into one class
                 return f"labels look {said}: {moved:.0%} of the predictions are the label {'-' if step < 0 else '+'} 1"
-        share = float(most.values.sum()) / total
-        distinct = len(most.indices.unique()) / len(present)
-        if total / len(present) >= 4 and distinct > 0.7 and share > 0.5 and share > 2 * right + 0.1:
+        share = sum(count for count, _ in most.values()) / total
+        distinct = len({guess for _, guess in most.values()}) / len(most)
+        if total / len(most) >= 4 and distinct > 0.7 and share > 0.5 and share > 2 * right + 0.1:
             return (
                 f"the order of the classes looks wrong: {share:.0%} of the {what} fall into one class for each label, mostly "
                 f"another than the label; {remedy}"
             )
         if not right:
             return (
-                f"not one of {total:.0f} {what} falls into the class of its label, as if these counted other classes or the model "
+                f"not one of {total} {what} falls into the class of its label, as if these counted other classes or the model "
                 f"knew none; {remedy}"
             )
         return ""
+
+    def _moved(self, step: int) -> float:
+        """The share of the predictions that are the label and `step`."""
+        return sum(count for (label, guess), count in self.pairs.items() if guess == label + step) / self.pairs.total()
