@@ -20,7 +20,7 @@ from ..studies.ablation import REAL_IMAGES, Bench, Gallery, Table, run_study, we
 from ..studies.named import RECIPES, STUDIES, settings_of
 from ..studies.tables import markdown, write_charts
 from ..synthesis import Progress, SynthesisConfig
-from .options import common, emit, model_options, numbers, open_model
+from .options import common, emit, model_options, numbers, open_model, refuse_given
 
 ROWS, TABLES = "ablations.csv", "ablations.md"
 
@@ -63,6 +63,9 @@ def command(**options: Any) -> None:
     values, bits = numbers("--values", options.pop("values")), _widths(options.pop("bits"))
     recipe, samples, iters = options.pop("recipe"), options.pop("samples"), options.pop("iters")
     chosen = options.pop("chosen")
+    for study, option in (("samples", "samples"), ("steps", "iters")):
+        if set(studies) == {study}:
+            refuse_given([option], f"and --study {study}, whose own values they are; give --values")
     seeds = range(options["seed"], options.pop("seed") + options.pop("seeds"))
     data, classes, count = options.pop("data"), options.pop("classes"), options.pop("images")
     as_json = options.pop("as_json")

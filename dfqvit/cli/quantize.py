@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import click
 import safetensors
-import safetensors.torch
 import torch
 
 from ..api import quantize, settle
@@ -306,9 +306,13 @@ def _read_images(path: Path, preprocessing: Preprocessing, count: int) -> torch.
     """`count` images of a file or folder; of a samples file all, unless --samples says how many."""
     if path.suffix == ".safetensors" and path.is_file():
         try:
-            images = safetensors.torch.load_file(path)["images"]
-        except (safetensors.SafetensorError, KeyError) as error:
+            with safetensors.safe_open(path, "pt") as file:
+                images, told = file.get_tensor("images"), (file.metadata() or {}).get("preprocessing")
+            made_for = preprocessing if told is None else Preprocessing.from_dict(json.loads(told))
+        except (safetensors.SafetensorError, ValueError, TypeError) as error:
             raise DfqvitError(f"--calib '{path}' is not a samples file of `dfqvit synthesize`: {error}") from error
+        if (made_for.mean, made_for.std) != (preprocessing.mean, preprocessing.std):
+            images = preprocessing.normalise(made_for.pixels(images))
         if not given("samples"):
             return images
         if count > len(images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def command(**options: Any) -> None:
     images = run_synthesis(model, preprocessing, config, out, resume)
     if rank() != 0:
         return
-    write_tensors(out / SAMPLES, {"images": images.cpu()}, {"format": "dfqvit-samples"})
+    told = {"format": "dfqvit-samples", "preprocessing": json.dumps(preprocessing.to_dict())}
+    write_tensors(out / SAMPLES, {"images": images.cpu()}, told)
     record = {"samples": len(images), "iters": config.iters, "seed": config.seed, "out": str(out)}
     emit(as_json, record, f"{len(images)} images: {out / SAMPLES}, {out / 'samples.png'}, {out / 'curriculum.png'}")
 

@@ -122,6 +122,16 @@ class Preprocessing:
         mean = torch.tensor(self.mean, device=device).view(-1, 1, 1)
         return (pixels - mean) / torch.tensor(self.std, device=device).view(-1, 1, 1)
 
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalise`: images [..., C, H, W] to pixels from 0 to 1; what lies beyond is cut off.
+
+        UsageError: images of other channels.
+        """
+        if images.dim() < 3 or images.shape[-3] != len(self.mean):
+            raise UsageError(f"images had shape {tuple(images.shape)}; they must be [..., {len(self.mean)}, H, W]")
+        mean, std = (torch.tensor(each, device=images.device).view(-1, 1, 1) for each in (self.mean, self.std))
+        return (images.float() * std + mean).clamp(0, 1)
+
     def _check_pixels(self, pixels: Any) -> None:
         if not isinstance(pixels, torch.Tensor):
             raise UsageError(f"pixels was a {type(pixels).__name__}; it must be a tensor [..., C, H, W]")

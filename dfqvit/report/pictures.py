@@ -22,9 +22,7 @@ _LEAST_SIDE = 96  # smaller images are enlarged to about this, in whole steps, s
 
 def to_pixels(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
     """[n, C, H, W] normalised to [n, 1 or 3, H, W] in [0, 1], enlarged if small; other channel counts are averaged to grey."""
-    mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
-    std = torch.tensor(preprocessing.std).view(-1, 1, 1)
-    pixels = (images.detach().cpu().float() * std + mean).clamp(0, 1)
+    pixels = preprocessing.pixels(images.detach().cpu())
     if pixels.shape[1] not in (1, 3):
         pixels = pixels.mean(dim=1, keepdim=True)
     factor = max(1, _LEAST_SIDE // pixels.shape[-1])

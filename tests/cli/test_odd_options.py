@@ -76,6 +76,14 @@ def network(tmp_path_factory):
             "--crop-lower was given and --schedule fixed",
         ),
         (
+            ["ablate", "demo", "--study", "samples", "--samples", 4, "--out", "x"],
+            "--samples was given and --study samples, whose own values they are; give --values",
+        ),
+        (
+            ["ablate", "demo", "--study", "steps", "--iters", 4, "--out", "x"],
+            "--iters was given and --study steps, whose own values they are; give --values",
+        ),
+        (
             ["synthesize", "demo", "--schedule", "fixed", "--crop-lower", 0.5, "--out", "x"],
             "--crop-lower was given and --schedule fixed",
         ),
@@ -185,6 +193,28 @@ def test_widths_of_a_budget_are_said_as_they_are(tmp_path, run):
     text = (tmp_path / "card" / "README.md").read_text()
     assert f"nearest rounding, {counts} |" in text
     assert "first and last" not in text + table
+
+
+def test_samples_made_for_another_mean_are_normalised_anew(run, tmp_path):
+    """Found here: they went in as they were, within what the model's own images may be: darker, and of less contrast."""
+    folder = tmp_path / "s"
+    made = ["synthesize", "demo", "--samples", 4, "--iters", 2, "--mean", 0.1, "--std", 0.5, "--out", folder]
+    assert run(*made)[0] == 0
+    images = safetensors.torch.load_file(folder / "samples.safetensors")["images"]
+    anew = ((images * torch.tensor(0.5) + torch.tensor(0.1)).clamp(0, 1) - torch.tensor(0.286)) / torch.tensor(0.353)
+    assert float((anew - images).abs().mean()) > 0.1
+    own = Preprocessing.of(load_model("demo"))
+    for options, wanted, preprocessing in (
+        ([], anew, own),
+        (["--mean", 0.1, "--std", 0.5], images, replace(own, mean=(0.1,), std=(0.5,))),
+    ):
+        settings = {"calib": wanted, "rounding": "nearest", "preprocessing": preprocessing, "progress": False}
+        qmodel = dfqvit.quantize(load_model("demo"), 8, **settings)
+        line = ["quantize", "demo", "--w-bits", 8, "--calib", folder / "samples.safetensors", "--rounding", "nearest"]
+        status, _, err = run(*line, *options, "--force", "--out", tmp_path / "q")
+        assert status == 0, err
+        x = torch.randn(8, 1, 28, 28)
+        assert torch.equal(dfqvit.load(tmp_path / "q" / "model.safetensors")(x), qmodel(x))
 
 
 def test_as_many_samples_of_a_file_as_asked_for(run, tmp_path, seed):
