@@ -157,7 +157,17 @@ def parts_not_integer(block: nn.Module) -> str:
             return f"{where} adds positions that depend on the image, which no integer operator has"
         elif _attends(module) and not isinstance(getattr(module, "operands", None), AttentionOperands):
             return f"{where} is a {type(module).__name__}, whose own products stay float"
-    return "" if layers else "nothing of it is quantized"
+    return "nothing of it is quantized" if _multiplies(block) and not layers else ""
+
+
+def _multiplies(block: nn.Module) -> bool:
+    """Whether it may hold products: weights other than those of norms and depthwise convolutions."""
+    return any(
+        parameter.dim() > 1
+        for module in block.modules()
+        if not _is_depthwise(module)
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from dfqvit.models.adapters.generic import GenericAdapter
 from dfqvit.models.arithmetic import OTHER, multiply_adds
 from dfqvit.quantization.layers import QuantLinear, QuantPatchProjection
 from dfqvit.quantization.recipe import Recipe
+from dfqvit.runtime.convert import parts_not_integer
 from dfqvit.synthesis import synthesize
 
 from .. import conftest
@@ -375,3 +376,21 @@ def test_layers_that_mix_heads_stay_float(seed):
     assert type(attention.qkv) is QuantLinear
     assert type(attention.proj_l) is type(attention.proj_w) is nn.Linear
     assert apart(qmodel(images), model(images)) < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gcvit_xxtiny", "iformer_s"])
+def test_blocks_without_products_count_as_integer(seed, name):
+    """Pooling of GC ViT and positions of iFormer, by a depthwise convolution, stand among the blocks."""
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    blocks = {module: part for part, module in model.named_modules()}
+    idle = [
+        blocks[block]
+        for block in find_adapter(model).blocks()
+        if not any(isinstance(part, nn.Linear) or getattr(part, "groups", None) == 1 for part in block.modules())
+    ]
+    assert idle
+    assert not any(parts_not_integer(model.get_submodule(part)) for part in idle)
+    with_products = next(block for block in blocks if type(block) is nn.Linear)
+    assert parts_not_integer(with_products) == "it stays float"
