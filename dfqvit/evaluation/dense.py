@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,6 +22,9 @@ from .labels import Confusion
 TASKS = ("detection", "segmentation")
 IGNORED = 255  # value of mask pixels that count for nothing
 _FIELDS = ("boxes", "scores", "labels")
+# COCO's, in float64 as its own code has them; torchmetrics takes them from float32, and recalls that lie on one count elsewhere.
+_OVERLAPS, _RECALLS = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
+_MOST_TURNED = 0.1  # of the detected boxes
 _SAME = 0.5  # intersection over union of a box and what was detected of it
 _REMEDY = "the data must name all of the network's classes in its order, or their ids must be its labels (--label-ids)"
 Target = dict[str, torch.Tensor]  # detection: boxes [n, 4], labels [n]; segmentation: mask [H, W]
@@ -58,17 +62,25 @@ class DetectionMeter:
     def __init__(self, categories: int | None = None) -> None:
         from torchmetrics.detection import MeanAveragePrecision
 
-        self.metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools")
+        self.metric = MeanAveragePrecision("xyxy", "bbox", _OVERLAPS, _RECALLS, backend="pycocotools")
         self.metric.warn_on_many_detections = False
         self.categories, self.confusion, self.boxes = categories, Confusion(), 0
+        self.detected, self.turned, self.longest = 0, 0, 0.0  # boxes, those that end before they begin, pixels
 
     def add(self, found: list[Target], targets: list[Target]) -> None:
         """Of one batch."""
         found, targets = [_on_cpu(each) for each in found], [_on_cpu(each) for each in targets]
         for each, target in zip(found, targets, strict=True):
             self._check_labels(each["labels"])
+            self._measure(each["boxes"])
             self._count(each, target)
         self.metric.update(found, targets)
+
+    def _measure(self, boxes: torch.Tensor) -> None:
+        sides = boxes[:, 2:] - boxes[:, :2]
+        self.detected += len(boxes)
+        self.turned += int((sides < 0).any(dim=1).sum())
+        self.longest = max(self.longest, float(sides.max())) if len(boxes) else self.longest
 
     def _check_labels(self, labels: torch.Tensor) -> None:
         if (
@@ -97,7 +109,15 @@ class DetectionMeter:
             self.confusion.count(labels, guesses, 1 + max(int(labels.max()), int(guesses.max())))
 
     def doubt(self) -> str:
-        """What looks wrong with the labels; or ""."""
+        """What looks wrong with the detected boxes, or with the labels; or ""."""
+        wanted = "boxes must be (left, top, right, bottom) in pixels of the input"
+        if self.turned > _MOST_TURNED * self.detected:
+            return (
+                f"{self.turned} of {self.detected} detected boxes end left of where they begin or above it, as (left, top, width, "
+                f"height) or a middle and a size do; {wanted}"
+            )
+        if self.detected and self.longest <= 1:
+            return f"no detected box is longer than a pixel, as shares of the image are; {wanted}"
         return self.confusion.doubt("boxes", _REMEDY)
 
     def figures(self) -> dict[str, float]:
