@@ -32,6 +32,11 @@ class LostProcess(DfqvitError):
         )
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 _raised: weakref.ref[BaseException] | None = None  # what the last signal raised
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import DfqvitError, UsageError
-from .checkpoint import first_line, no_checkpoint, some
+from ..errors import DfqvitError, UsageError, first_line
+from .checkpoint import no_checkpoint, some
 
 _SUFFIXES = (".npz", ".npy")
 _PREFIXES = ("opt/target/", "params/", "params/img/", "")  # before the names of arrays, in timm's order

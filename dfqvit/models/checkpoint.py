@@ -14,7 +14,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import nn
 
-from ..errors import DfqvitError, UsageError
+from ..errors import DfqvitError, UsageError, first_line
 
 # What timm takes from a training script's checkpoint, in its order: the averaged weights first.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -288,8 +288,3 @@ def tensors_of(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 def some(items: list[str], most: int = 3) -> str:
     """The first of a list, for a message."""
     return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without what follows."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

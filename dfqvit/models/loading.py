@@ -12,10 +12,9 @@ import timm
 import torch
 from torch import nn
 
-from ..errors import DfqvitError, UsageError
+from ..errors import DfqvitError, UsageError, first_line
 from . import demo, dense
 from .adapters import find_adapter
-from .checkpoint import first_line
 from .device import expect_device
 from .spec import ModelSpec, class_count, plain
 from .weights import build, load_weights

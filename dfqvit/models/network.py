@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .spec import structural_difference
 
 Build = str | Callable[[], nn.Module]
@@ -87,8 +87,7 @@ def find(name: str) -> Callable[[], Any]:
         for part in attribute.split("."):
             found = getattr(found, part)
     except Exception as error:  # whatever the module raises
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"build was '{name}', which could not be imported ({said})") from error
+        raise UsageError(f"build was '{name}', which could not be imported ({first_line(error)})") from error
     if not callable(found):
         raise UsageError(f"build was '{name}', a {type(found).__name__}; it must be a function")
     return found
@@ -102,8 +101,9 @@ def built(build: Build) -> nn.Module:
         with torch.device("cpu"):
             model = function()
     except Exception as error:  # whatever the function raises
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"build was '{name}', which failed when it was called without arguments ({said})") from error
+        raise UsageError(
+            f"build was '{name}', which failed when it was called without arguments ({first_line(error)})"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"build was '{name}', which gave a {type(model).__name__}; it must give an nn.Module")
     return model

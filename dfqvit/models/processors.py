@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from ..errors import UsageError
-from .checkpoint import first_line
+from ..errors import UsageError, first_line
 from .preprocessing import Preprocessing
 
 _INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers

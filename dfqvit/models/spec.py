@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .preprocessing import FEATURES, config_of, image_size
 
 # Settings that change no output in eval mode.
@@ -110,7 +110,7 @@ class ModelSpec:
             try:
                 difference = structural_difference(model, spec.build("meta"))
             except Exception as error:  # an entrypoint may refuse keywords by any exception
-                difference = f"timm could not build it: {(str(error) or repr(error)).splitlines()[0]}"
+                difference = f"timm could not build it: {first_line(error)}"
             if not difference:
                 return spec
             first = first or f"model differs from timm's '{spec.architecture}' with {spec.kwargs} ({difference})"

@@ -15,8 +15,7 @@ import timm
 import torch
 from torch import nn
 
-from ..errors import UsageError
-from .checkpoint import first_line
+from ..errors import UsageError, first_line
 from .preprocessing import Preprocessing, image_shape
 from .processors import check_pixels, of_processor
 from .spec import ModelSpec, plain

@@ -20,9 +20,9 @@ import torch
 from timm.models import _builder, adapt_input_conv
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .arrays import array_shapes, is_arrays, read_arrays
-from .checkpoint import FLOATS, first_line, is_computed, no_state_dict, read_checkpoint, some, tensors_of
+from .checkpoint import FLOATS, is_computed, no_state_dict, read_checkpoint, some, tensors_of
 from .preprocessing import config_of, image_shape
 
 Filter = Callable[..., dict[str, Any]]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import DfqvitError, UsageError
+from ..errors import DfqvitError, UsageError, first_line
 from ..kernels.pack_weight import unpack_weight
 from ..models.adapters import flattened
 from ..models.network import NetworkSpec
@@ -221,7 +221,7 @@ def _first_cause(error: BaseException) -> str:
     """The first line of the error that others came of."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _names(network: nn.Module, images: torch.Tensor) -> list[str]:

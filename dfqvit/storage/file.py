@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import nn
 
-from ..errors import DfqvitError, UsageError
+from ..errors import DfqvitError, UsageError, first_line
 from ..models.device import expect_device
 from ..models.frame import undisturbed
 from ..models.network import Build, NetworkSpec, trusted
@@ -127,9 +127,7 @@ def load(
         with undisturbed():
             model = rebuild(replace(record, spec=spec), tensors)
     except UNFIT as error:
-        raise DfqvitError(
-            f"'{path}' does not fit the model it names: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
+        raise DfqvitError(f"'{path}' does not fit the model it names: {first_line(error)}") from error
     model = model.to(device)
     set_runtime(model, runtime)
     quantized(model, QuantizedModel)
@@ -179,9 +177,7 @@ def _record(path: Path, header: Mapping[str, Any]) -> QuantizationRecord:
     try:
         record = QuantizationRecord.from_dict(header["record"])
     except UNFIT as error:
-        raise DfqvitError(
-            f"'{path}' has a damaged dfqvit header: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
+        raise DfqvitError(f"'{path}' has a damaged dfqvit header: {first_line(error)}") from error
     if isinstance(record.spec, NetworkSpec):
         return record
     name = record.spec.architecture

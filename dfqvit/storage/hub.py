@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from torch import nn
 
-from ..errors import DfqvitError
+from ..errors import DfqvitError, first_line
 from ..models.network import NetworkSpec
 from ..models.spec import class_count
 from ..runtime.record import QuantizationRecord, counted, widths_of
@@ -72,7 +72,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def _failed(repo_id: str, error: Exception) -> str:
-    return f"the upload to '{repo_id}' failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return f"the upload to '{repo_id}' failed: {first_line(error)}"
 
 
 def _metadata(record: QuantizationRecord, evaluation: dict[str, Any] | None, task: str | None = None) -> ModelCardData:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..calibration import freeze
 from ..calibration.correction import STORED
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..models import ModelSpec, Preprocessing
 from ..models.adapters import find_adapter, is_network
 from ..models.foreign import expect_unwrapped
@@ -154,7 +154,7 @@ def as_it_is(
                 twin = _structure(candidate, tensors, device)
                 difference = _difference(qmodel, tensors, twin)
         except UNFIT as error:
-            difference = (str(error) or repr(error)).splitlines()[0]
+            difference = first_line(error)
         if not difference:
             record.expect_grid(*candidate.preprocessing.input_size[1:])
             if hooked := _hooked(qmodel, twin):

@@ -470,6 +470,16 @@ def test_registered_models_of_the_user(tmp_path, seed):
         assert "import the module that registers it first" in line
 
 
+def test_what_timm_says_on_a_second_line_is_told(monkeypatch, tmp_path, seed):
+    def fails(*_):
+        raise ValueError("\n  a depth of 2\n  is too deep")
+
+    qmodel, _ = quantized(small_vit())
+    monkeypatch.setattr(ModelSpec, "build", fails)
+    with pytest.raises(UsageError, match=r"after it was quantized \(a depth of 2\), and load could not"):
+        dfqvit.save(qmodel, tmp_path / "q.safetensors")
+
+
 def test_a_model_of_no_name_is_refused(seed):
     with pytest.raises(UsageError, match=r"model has no timm architecture name|model differs from timm's"):
         quantized(VisionTransformer(img_size=40, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3))

@@ -12,7 +12,7 @@ import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
-from ...errors import UsageError
+from ...errors import UsageError, first_line
 from ...quantization.attention import AttentionOperands
 from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
 from ...quantization.recipe import Recipe
@@ -147,9 +147,9 @@ class Adapter(abc.ABC):
                 version = given._version
                 self.model(given)
         except Exception as error:  # whatever the model raises
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"model was a {type(self.model).__name__}, which one image {list(image.shape)} cannot be run through ({said})"
+                f"model was a {type(self.model).__name__}, which one image {list(image.shape)} cannot be run through "
+                f"({first_line(error)})"
             ) from error
         finally:
             for each in trained:
