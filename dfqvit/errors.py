@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import weakref
+from collections.abc import Collection
 from typing import TypeVar
 
 Error = TypeVar("Error", bound=BaseException)
@@ -30,6 +31,12 @@ class LostProcess(DfqvitError):
         super().__init__(
             "a process of this run was lost; the same command with --resume goes on where a synthesis stopped"
         )
+
+
+def expect_one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    """UsageError unless the argument of that name has a value that is allowed."""
+    if value not in allowed:
+        raise UsageError(f"{name} was '{value}'; it may be {', '.join(map(repr, allowed))}")
 
 
 def first_line(error: BaseException) -> str:

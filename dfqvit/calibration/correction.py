@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DfqvitError, UsageError
+from ..errors import DfqvitError, UsageError, expect_one_of
 from ..models.adapters import Adapter, find_adapter, is_network
 from ..progress import tracked
 
@@ -84,10 +84,8 @@ def refuse_correction(asked: str, blocks: Any, top: Any, shape: str, shrink: boo
 
 def check_correction(mode: str, shape: str, images: int) -> None:
     """UsageError unless mode and shape are known and the images are enough for the mode."""
-    if mode not in MODES:
-        raise UsageError(f"acm was '{mode}'; it may be {', '.join(map(repr, MODES))}")
-    if shape not in SHAPES:
-        raise UsageError(f"acm_shape was '{shape}'; it may be {', '.join(map(repr, SHAPES))}")
+    expect_one_of("acm", mode, MODES)
+    expect_one_of("acm_shape", shape, SHAPES)
     if mode == "checked" and images < LEAST_CHECKED:
         raise UsageError(f"acm was 'checked' with {images} images; cross-validation needs {LEAST_CHECKED} at least")
 

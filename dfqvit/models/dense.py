@@ -15,7 +15,7 @@ from timm.models import SwinTransformer
 from torch import nn
 from torchvision.ops import batched_nms
 
-from ..errors import UsageError
+from ..errors import expect_one_of
 from .checkpoint import load_state
 from .demo import ASSETS
 
@@ -154,8 +154,7 @@ def load_dense(name: str, weights: Path | None = None) -> nn.Module:
         UsageError: another name, or weights that are no floats.
         DfqvitError: the file is unreadable, or of another network.
     """
-    if name not in BUILDERS:
-        raise UsageError(f"name was '{name}'; it may be {', '.join(map(repr, BUILDERS))}")
+    expect_one_of("name", name, BUILDERS)
     model = BUILDERS[name]()
     load_state(model, weights or WEIGHTS[name], name)
     model.dfqvit_build = f"{__name__}:{BUILDERS[name].__name__}"  # type: ignore[assignment]

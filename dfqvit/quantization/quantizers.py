@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import expect_one_of
 from ..kernels import fake_quantize
 from ..kernels.round_second_order.reference import rounder
 from .levels import levels_of, reach_of
@@ -77,8 +77,7 @@ RANGE_RULES: dict[str, Callable[[int], MinMaxRange]] = {"minmax": MinMaxRange, "
 
 def check_rule(quantizer: str) -> None:
     """UsageError unless `quantizer` names a rule."""
-    if quantizer not in RANGE_RULES:
-        raise UsageError(f"quantizer was '{quantizer}'; it may be {', '.join(map(repr, RANGE_RULES))}")
+    expect_one_of("quantizer", quantizer, RANGE_RULES)
 
 
 class TellsBits(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, expect_one_of
 from .levels import LEVELS
 from .quantizers import check_rule
 
@@ -57,8 +57,7 @@ class Recipe:
     levels: str | None = None
 
     def __post_init__(self) -> None:
-        if self.placement not in PLACEMENTS:
-            raise UsageError(f"placement was '{self.placement}'; it may be {', '.join(map(repr, PLACEMENTS))}")
+        expect_one_of("placement", self.placement, PLACEMENTS)
         check_rule(self.quantizer)
         gemm = self.placement == "gemm"
         for name, (plain, better) in {"rounding": ROUNDINGS, "scaling": SCALINGS, "levels": LEVELS}.items():

@@ -15,7 +15,7 @@ from typing import Any
 from timm.layers import Mlp
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, expect_one_of
 from ..kernels.layer_norm_quantize.op import forward as norm_operator
 from ..kernels.quant_attention.op import forward as attention_operator
 from ..kernels.quant_linear.op import forward as linear_operator
@@ -45,8 +45,7 @@ FAMILIES: dict[type, type[IntegerBlock]] = {
 
 def check_runtime(runtime: str) -> None:
     """UsageError unless `runtime` is one."""
-    if runtime not in RUNTIMES:
-        raise UsageError(f"runtime was '{runtime}'; it may be {', '.join(map(repr, RUNTIMES))}")
+    expect_one_of("runtime", runtime, RUNTIMES)
 
 
 def set_runtime(model: nn.Module, runtime: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, expect_one_of
 
 Values = dict[str, Any]
 
@@ -90,10 +90,8 @@ def settings_of(
     Raises:
         UsageError: an unknown name, or values for a study that has no axis.
     """
-    if study not in STUDIES:
-        raise UsageError(f"study was '{study}'; it may be {', '.join(map(repr, STUDIES))}")
-    if recipe not in RECIPES:
-        raise UsageError(f"recipe was '{recipe}'; it may be {', '.join(map(repr, RECIPES))}")
+    expect_one_of("study", study, STUDIES)
+    expect_one_of("recipe", recipe, RECIPES)
     synthesis, quantization = RECIPES[recipe]
     settings = STUDIES[study]
     if values is not None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, expect_one_of
 from .curriculum import JITTER, SCHEDULES
 from .spectrum import SPECTRA
 
@@ -62,8 +62,7 @@ class SynthesisConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UsageError(f"{name} was {value!r}; it must be a finite number")
-        if self.schedule not in SCHEDULES:
-            raise UsageError(f"schedule was '{self.schedule}'; it may be {', '.join(map(repr, SCHEDULES))}")
+        expect_one_of("schedule", self.schedule, SCHEDULES)
         fixed, plain = self.schedule == "fixed", type(self).crop_lower
         if fixed and self.crop_lower not in (plain, self.crop_upper):
             raise UsageError(
@@ -82,8 +81,7 @@ class SynthesisConfig:
                 raise UsageError(f"{name} was {getattr(self, name)}; it is a share, from 0 to 1")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision was '{self.precision}'; it may be 'auto', 'float32' or 'bfloat16'")
-        if self.spectrum not in SPECTRA:
-            raise UsageError(f"spectrum was '{self.spectrum}'; it may be {', '.join(map(repr, SPECTRA))}")
+        expect_one_of("spectrum", self.spectrum, SPECTRA)
         if self.compat not in ("", "psaq"):
             raise UsageError(f"compat was '{self.compat}'; it may be '' or 'psaq'")
 
