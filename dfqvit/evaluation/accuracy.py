@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.given import judge
 from ..distributed import reduce_
 from ..errors import DfqvitError, UsageError
+from ..models import Preprocessing
 from ..models.frame import evaluating
+from ..models.preprocessing import config_of
 from ..models.spec import class_count
+from .batches import Batches
 from .labels import Confusion
 
 
@@ -54,7 +58,8 @@ def evaluate(
         against: the model to compare with, usually the float one.
         report: called with the number of images after every batch.
 
-    Warns where the predictions show that the labels are of another order than the model's, or counted from 1.
+    Warns where the predictions show that the labels are of another order than the model's, or counted from 1, and where the first
+    images are hardly normalised as the model expects.
 
     Raises:
         UsageError: a model gives no logits [n, classes], or has no classifier; labels are no whole numbers [n], one for each
@@ -83,6 +88,8 @@ def _evaluate(
     began = last = time.perf_counter()
     for images, labels in batches:
         waited += time.perf_counter() - last
+        if not total and not isinstance(batches, Batches):
+            _doubt_normalised(model, images)
         labels = _whole(labels, len(images))
         images, labels = images.to(device), labels.to(device)
         start = time.perf_counter()
@@ -132,6 +139,21 @@ def _evaluate(
         agreement=percent["agreement"] if compared else None,
         logit_error=error / max(values, 1) if compared else None,
     )
+
+
+def _doubt_normalised(model: nn.Module, images: Any) -> None:
+    """Warns where the images are hardly normalised, as far as the model says what it expects.
+
+    Those that `data` opens are normalised as they were asked for.
+    """
+    if config_of(model) is None or not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        return
+    preprocessing = Preprocessing.of(model)
+    if images.dim() != 4 or not len(images) or images.shape[1] != preprocessing.input_size[0]:
+        return
+    if said := "".join(judge(images.float(), preprocessing)):
+        how = "Preprocessing.of(model).normalise(images) of dfqvit.models takes uint8, or floats from 0 to 1"
+        warnings.warn(f"batches {said}: {how}", stacklevel=4)
 
 
 def logits_of(model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:

@@ -14,9 +14,13 @@ import dfqvit
 from dfqvit import demo
 from dfqvit.calibration.given import given_images, judge
 from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.evaluation import evaluate
+from dfqvit.evaluation.batches import batches
 from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
 from dfqvit.studies.diagnosis import diagnose
+
+from ..conftest import small_vit
 
 IMAGENET = Preprocessing((3, 32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = Preprocessing((3, 32, 32), (0.5,) * 3, (0.5,) * 3)
@@ -265,3 +269,37 @@ def test_sixteen_bits_in_a_list(seed, channels):
         UsageError, match=r"calib\[1\] was a PIL image of mode F: its pixels are floating-point numbers"
     ):
         given_images([plain[0], Image.fromarray(values[1].astype(np.float32))], preprocessing)
+
+
+def test_images_that_are_not_normalised_are_said_by_evaluate(seed):
+    """Found here: a data loader that only makes tensors gave accuracies near chance, of both models, and no word."""
+    model, labels = small_vit(num_classes=5), torch.arange(12) % 5
+    pixels = torch.rand(12, 3, 32, 32)
+    pixels[0, 0, 0, 0], pixels[0, 0, 0, 1] = 0, 1
+    images = (pixels - 0.5) / 0.5
+    qmodel = dfqvit.quantize(model, 8, calib=images, rounding="nearest", progress=False)
+    for each in (model, qmodel):
+        for wrong, kind in (
+            (pixels, "pixels from 0 to 1 before normalisation"),
+            (255 * pixels, "pixels from 0 to 255"),
+        ):
+            with pytest.warns(UserWarning, match=f"batches held values from .*, like {kind}; normalised images"):
+                evaluate(each, [(wrong, labels)])
+        imagenet = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        mean, std = (value.view(3, 1, 1) for value in imagenet)
+        with pytest.warns(UserWarning, match=r"batches held values that no pixel gives \(\d+% of them\)"):
+            evaluate(each, [((pixels - mean) / std, labels)])
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert evaluate(each, [(images, labels)]).images == 12
+        assert not [each for each in found if "batches held" in str(each.message)]
+
+
+def test_preprocessing_that_was_asked_for_is_not_doubted(tmp_path, seed):
+    """Of --mean 0 --std 1, for a model that takes pixels though its file does not say so."""
+    pixels = (torch.rand(12, 3, 32, 32) * 256).byte()
+    np.savez(tmp_path / "a.npz", images=pixels.numpy(), labels=np.arange(12) % 5)
+    plain = Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="batches held")
+        assert evaluate(small_vit(num_classes=5), batches(open_images(tmp_path / "a.npz", plain))).images == 12
