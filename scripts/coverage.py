@@ -34,9 +34,10 @@ from timm.models import _registry as registry
 from torch import nn
 
 import dfqvit
-from dfqvit.calibration import convert, freeze
+from dfqvit.calibration import convert
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.models import ModelSpec, Preprocessing, find_adapter
+from dfqvit.quantization.layers import allocate
 from dfqvit.quantization.model import quantized
 from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
@@ -138,7 +139,7 @@ def static(tag: str) -> dict[str, Any]:
         adapter = find_adapter(model.requires_grad_(False))
         state["adapter"] = type(adapter).__name__
         adapter.convert(recipe)
-        freeze(model, allocate_only=True)
+        allocate(model)
         qmodel = quantized(model)
         state["accepted"] = True
         record = QuantizationRecord(spec, preprocessing, recipe, "noise", 2)

@@ -30,11 +30,11 @@ from ..models.copying import copied
 from ..models.network import NetworkSpec
 from ..models.tables import changed_tables, tables_of
 from ..progress import tracked
-from ..quantization.layers import QuantLinear
+from ..quantization.layers import QuantLinear, allocate, quantized_layers
 from ..quantization.model import state_of
 from ..quantization.recipe import Recipe
 from .correction import ENTRY_BYTES, kl_divergence, log_probabilities
-from .observation import BATCH, convert, freeze, observe
+from .observation import BATCH, convert, observe
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 _RECORD_BYTES = 4096  # what the record in the file's header takes at most, but for its layer_bits
@@ -70,7 +70,7 @@ def allocate_bits(
     check_budget(model, recipe, size_budget, beside)
     qmodel = _widest(model, recipe)
     observe(qmodel, images, replace(recipe, scaling="none"))  # single layers are put into the float model as it is
-    layers = _layers(qmodel)
+    layers = quantized_layers(qmodel)
     divergences = measure_divergence(model, images, layers)
     costs = {name: LayerCost(_sizes(layer), divergences[name]) for name, layer in layers.items()}
     widths = choose_widths(costs, int(size_budget * 1e6) - beside - _fixed_bytes(qmodel, recipe))
@@ -92,7 +92,11 @@ def check_budget(model: nn.Module, recipe: Recipe, size_budget: float, beside: i
     if not (math.isfinite(size_budget) and size_budget > 0):
         raise UsageError(f"size_budget was {size_budget:g} MB; it must be finite and above 0")
     qmodel = _widest(model, recipe)
-    least = beside + _fixed_bytes(qmodel, recipe) + sum(_sizes(layer)[WIDTHS[-1]] for layer in _layers(qmodel).values())
+    least = (
+        beside
+        + _fixed_bytes(qmodel, recipe)
+        + sum(_sizes(layer)[WIDTHS[-1]] for layer in quantized_layers(qmodel).values())
+    )
     if size_budget * 1e6 < least:
         raise UsageError(
             f"size_budget was {size_budget:g} MB; this model needs {least / 1e6:.3f} MB at least (weights of {WIDTHS[-1]} bits)"
@@ -161,16 +165,12 @@ def _widest(model: nn.Module, recipe: Recipe) -> nn.Module:
     return convert(model, replace(recipe, layer_bits=None, w_bits=WIDTHS[0], edge_bits=WIDTHS[0]))
 
 
-def _layers(qmodel: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)}
-
-
 def _fixed_bytes(qmodel: nn.Module, recipe: Recipe) -> int:
     """Of a file, beside the packed weights, at most; `qmodel` is of `_widest`."""
-    frozen, layers = copied(qmodel), _layers(qmodel)
+    frozen, layers = copied(qmodel), quantized_layers(qmodel)
     if recipe.scaling == "channels":
         _add_scaled(frozen)
-    freeze(frozen, allocate_only=True)
+    allocate(frozen)
     whole = len(safetensors.torch.save({key: value.contiguous() for key, value in state_of(frozen).items()}))
     record = _RECORD_BYTES + len(json.dumps(dict.fromkeys(layers, WIDTHS[0])))
     return whole + record - sum(_sizes(layer)[WIDTHS[0]] for layer in layers.values())

@@ -16,7 +16,7 @@ from ..models.copying import copied
 from ..models.preprocessing import image_shape
 from ..models.spec import class_count, said
 from ..progress import tracked
-from ..quantization.layers import QuantLinear
+from ..quantization.layers import quantized_layers
 from ..quantization.model import quantized
 from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.recipe import Recipe
@@ -172,9 +172,8 @@ def observe(qmodel: nn.Module, images: torch.Tensor, recipe: Recipe) -> None:
         for batch in tracked(images.split(BATCH), "calibrate"):
             qmodel(batch)
         return
-    for module in qmodel.modules():
-        if isinstance(module, QuantLinear):
-            module.observe_inputs()
+    for layer in quantized_layers(qmodel).values():
+        layer.observe_inputs()
     generator = torch.Generator().manual_seed(0)
     classes = bool(class_count(qmodel))
     for batch in tracked(torch.cat([images, crops(images)]).split(BATCH), "calibrate"):
@@ -204,14 +203,10 @@ def crops(images: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
-def freeze(qmodel: nn.Module, allocate_only: bool = False) -> None:
-    """Freezes every quantizer; with `allocate_only`, makes the frozen shapes without values, for load_state_dict."""
-    layers = [module for module in qmodel.modules() if isinstance(module, QuantLinear)]
-    for layer in layers if allocate_only else tracked(layers, "round weights"):
-        layer.allocate() if allocate_only else layer.freeze()
+def freeze(qmodel: nn.Module) -> None:
+    """Rounds and packs the weights of a model that has observed, and freezes every quantizer, in place."""
+    for layer in tracked(list(quantized_layers(qmodel).values()), "round weights"):
+        layer.freeze()
     for module in qmodel.modules():
         if isinstance(module, ActivationQuantizer) and not module.frozen:
-            if allocate_only:
-                module.frozen = True
-            else:
-                module.freeze()
+            module.freeze()

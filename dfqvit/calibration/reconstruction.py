@@ -19,9 +19,10 @@ from torch import nn
 
 from ..models.adapters import find_adapter
 from ..progress import tracked
-from ..quantization.layers import QuantLinear
+from ..quantization.layers import QuantLinear, quantized_layers
 from ..quantization.levels import levels_of
 from ..quantization.quantizers import ActivationQuantizer
+from .fisher import float_weight
 from .observation import crops
 
 BATCH = 16
@@ -68,11 +69,9 @@ def reconstruct_blocks(
 def _decide_all(qmodel: nn.Module) -> dict[QuantLinear, torch.Tensor]:
     """Rounds every layer and freezes every quantizer, so that the model computes as it will; {layer: its float weight}."""
     floats = {}
-    for module in qmodel.modules():
-        if isinstance(module, QuantLinear):
-            assert module.weight is not None
-            floats[module] = module.weight.detach()
-            module.decide(*module.round_weight(module.w_bits))
+    for layer in quantized_layers(qmodel).values():
+        floats[layer] = float_weight(layer).detach()
+        layer.decide(*layer.round_weight(layer.w_bits))
     for module in qmodel.modules():
         if isinstance(module, ActivationQuantizer):
             module.freeze()
@@ -89,7 +88,7 @@ def _tune(
     generator: torch.Generator,
 ) -> float:
     train = (~held).nonzero().flatten()
-    layers = {f"{name}.weight": layer for name, layer in block.named_modules() if isinstance(layer, QuantLinear)}
+    layers = {f"{name}.weight": layer for name, layer in quantized_layers(block).items()}
     learnt = {name: _Learnt(layer, floats[layer]) for name, layer in layers.items()}
     optimizer = torch.optim.Adam(
         [

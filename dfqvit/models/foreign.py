@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import UsageError
-from ..quantization.layers import QuantLinear
+from ..quantization.layers import quantized_layers
 from .adapters import find_adapter, is_network
 from .adapters.generic import required
 from .spec import expect_own_methods
@@ -150,7 +150,7 @@ def _of_another_library(model: Any) -> str:
 
 
 def _not_float(model: nn.Module) -> str:
-    if hasattr(model, "dfqvit_record") or any(isinstance(module, QuantLinear) for module in model.modules()):
+    if hasattr(model, "dfqvit_record") or quantized_layers(model):
         return "quantized by dfqvit already; give the float model that it was made from"
     parameters = list(model.parameters())
     if not parameters:

@@ -375,6 +375,20 @@ class QuantPatchProjection(QuantLinear):
         return extension.gathered(patches).view(batch, rows * columns, self.in_features)
 
 
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """{name: layer} of a model's quantized layers, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def allocate(model: nn.Module) -> None:
+    """Gives a converted model the shapes of a frozen one, in place and without values, which load_state_dict fills in."""
+    for layer in quantized_layers(model).values():
+        layer.allocate()
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.frozen = True
+
+
 def _writes(packed: torch.Tensor | None) -> int:
     """How often torch saw it written to; what is made in inference mode is not counted."""
     return 0 if packed is None or packed.is_inference() else packed._version

@@ -15,12 +15,12 @@ from ..errors import UsageError
 from ..models import ModelSpec, Preprocessing
 from ..models.network import NetworkSpec, network_spec
 from ..models.tables import tables_of
-from ..quantization.layers import QuantLinear
+from ..quantization.layers import quantized_layers
 from ..quantization.model import file_bytes
-from ..quantization.prepared import METHODS
+from ..quantization.prepared import HOOKS, METHODS
 from ..quantization.recipe import Recipe
 from .convert import integer_report
-from .own import ENTERED, expect_itself
+from .own import ENTERED, expect_itself, tell_hooks_on_scaled
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class QuantizedModel(nn.Module):
                 are for other places.
         """
         expect_itself(self)
+        tell_hooks_on_scaled(self)
         record = self.dfqvit_record
         if record.acm_blocks and isinstance(x, torch.Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
             record.expect_grid(*x.shape[-2:])
@@ -133,7 +134,7 @@ class QuantizedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a first call keeps."""
-        return {name: value for name, value in self.__dict__.items() if name != METHODS}
+        return {name: value for name, value in self.__dict__.items() if name not in (METHODS, HOOKS)}
 
     def __repr__(self) -> str:
         title, *rows = _described(self)
@@ -173,7 +174,7 @@ def _calibrated_on(record: QuantizationRecord) -> str:
 
 def widths_of(model: nn.Module) -> dict[str, int]:
     """{name of a quantized layer: bits of its weights}."""
-    return {name: module.w_bits for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    return {name: layer.w_bits for name, layer in quantized_layers(model).items()}
 
 
 def counted(widths: Mapping[str, int]) -> str:

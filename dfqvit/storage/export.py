@@ -23,7 +23,7 @@ from ..kernels.pack_weight import unpack_weight
 from ..models.adapters import flattened
 from ..models.network import NetworkSpec
 from ..quantization.attention import AttentionOperands
-from ..quantization.layers import QuantLinear, QuantPatchProjection, check_tokens
+from ..quantization.layers import QuantLinear, QuantPatchProjection, check_tokens, quantized_layers
 from ..quantization.quantizers import ActivationQuantizer
 from ..runtime.record import QuantizationRecord
 from ..version import __version__
@@ -66,7 +66,7 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
     record, tensors = held(qmodel, "export_onnx")
     if isinstance(opset, bool) or not isinstance(opset, int) or not LEAST_OPSET <= opset <= GREATEST_OPSET:
         raise UsageError(f"opset was {opset!r}; it may be {LEAST_OPSET} to {GREATEST_OPSET}")
-    narrow = any(isinstance(module, QuantLinear) and module.packed_bits <= _INT4 for module in qmodel.modules())
+    narrow = any(layer.packed_bits <= _INT4 for layer in quantized_layers(qmodel).values())
     if int4 and narrow and opset < OPSET:
         raise UsageError(
             f"opset was {opset}; weights of {_INT4} bits or fewer need {OPSET} as INT4, so give int8 for them (int4=False)"
@@ -204,10 +204,7 @@ def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: in
     assert program is not None
     proto = program.model_proto
     if int4:
-        _narrow(
-            proto,
-            {name: module.packed_bits for name, module in model.named_modules() if isinstance(module, QuantLinear)},
-        )
+        _narrow(proto, {name: layer.packed_bits for name, layer in quantized_layers(model).items()})
     _add_zero_points(proto)
     for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
         item.doc_string = ""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration import freeze
 from ..calibration.correction import STORED
 from ..errors import UsageError, first_line
 from ..models import ModelSpec, Preprocessing
@@ -22,7 +21,7 @@ from ..models.network import NetworkSpec
 from ..models.preprocessing import image_size
 from ..models.spec import absent_in_eval, buffer_names, dotted, other_settings, said
 from ..models.tables import changed_tables, tables_of
-from ..quantization.layers import QuantLinear
+from ..quantization.layers import QuantLinear, allocate, quantized_layers
 from ..quantization.levels import levels_of, narrowed, spaced_unevenly, widened
 from ..quantization.model import BITS, quantized, state_of
 from ..quantization.prepared import Prepares
@@ -97,8 +96,8 @@ def _widened(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str,
 
 def _uneven(model: nn.Module) -> Iterator[tuple[str, QuantLinear, torch.Tensor]]:
     """(key, layer, levels) of each packed weight that a file holds in fewer bits."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear) and spaced_unevenly(layer.levels, layer.w_bits):
+    for name, layer in quantized_layers(model).items():
+        if spaced_unevenly(layer.levels, layer.w_bits):
             yield name + _PACKED, layer, levels_of(layer.levels, layer.w_bits)
 
 
@@ -119,7 +118,7 @@ def _structure(
     model = record.spec.build(device)
     adapter = find_adapter(model)
     adapter.convert(record.recipe, [key.removesuffix(_PACKED) for key in tensors if key.endswith(_PACKED)])
-    freeze(model, allocate_only=True)
+    allocate(model)
     for index in record.acm_blocks:
         adapter.set_acm(index, torch.zeros((), dtype=STORED))
     for name, module in model.named_modules():

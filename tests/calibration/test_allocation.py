@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import dfqvit
-from dfqvit.calibration import allocation, convert, freeze, observe
+from dfqvit.calibration import allocation, convert, observe
 from dfqvit.calibration.allocation import (
     WIDTHS,
     LayerCost,
@@ -23,7 +23,7 @@ from dfqvit.calibration.allocation import (
 )
 from dfqvit.calibration.equalize import equalize
 from dfqvit.errors import UsageError
-from dfqvit.quantization.layers import QuantLinear
+from dfqvit.quantization.layers import QuantLinear, allocate
 from dfqvit.quantization.model import state_of
 from dfqvit.quantization.recipe import Recipe
 
@@ -140,7 +140,7 @@ def test_biases_that_scaling_adds_are_counted(seed):
     scaled = convert(model, recipe)
     equalize(scaled, torch.randn(2, 3, 32, 32))
     assert scaled.blocks[0].attn.qkv.bias is not None
-    freeze(scaled, allocate_only=True)
+    allocate(scaled)
     tensors = len(safetensors.torch.save(state_of(scaled)))
     check_budget(model, recipe, (tensors + 8192) / 1e6)
     with pytest.raises(UsageError, match=r"this model needs 0\.\d+ MB at least"):

@@ -16,7 +16,7 @@ from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import nn
 
 from ...errors import UsageError
-from ...quantization.layers import QuantLinear
+from ...quantization.layers import QuantLinear, quantized_layers
 from ..preprocessing import config_of
 from .base import Adapter, Features, heads_mean, is_patch_convolution
 from .calls import at_one_place
@@ -52,7 +52,7 @@ class GenericAdapter(Adapter):
         """Whether timm made `model`, it takes images alone, and a layer beside the classifier can be quantized."""
         if config_of(model) is None or required(model.forward) != 1:
             return False
-        if any(isinstance(module, QuantLinear) for module in model.modules()):
+        if quantized_layers(model):
             return True  # converted already
         adapter = cls(model)
         heads = adapter.heads()
