@@ -184,7 +184,7 @@ def markdown(results: Sequence[tuple[Run, Settings]]) -> str:
     return tabulate([[row.get(name, "") for name in shown] for row in rows], headers=shown, tablefmt="github")
 
 
-FOUND = ("top-1", "top-5", "MB", "seconds", "warnings", "error")
+FOUND = ("top-1", "top-5", "float top-1", "agreement", "MB", "seconds", "warnings", "error")
 
 
 def _rows(results: Sequence[tuple[Run, Settings]]) -> tuple[list[Settings], list[str]]:
@@ -194,13 +194,16 @@ def _rows(results: Sequence[tuple[Run, Settings]]) -> tuple[list[Settings], list
 
 
 def _row(run: Run, result: Settings) -> Settings:
-    row = {"model": run.model, **run.quantize, **(run.evaluate or {})}
+    shared = _flags("quantize")  # such as checkpoint, which is another one in `evaluate`
+    evaluate = {f"evaluate {name}" if name in shared else name: each for name, each in (run.evaluate or {}).items()}
+    row = {"model": run.model, **run.quantize, **evaluate}
     if "error" in result:
         return row | {"error": result["error"]}
     made, found = result["quantize"], result.get("evaluate")
     row |= {"MB": round(made["bytes"] / 1e6, 3), "seconds": made["seconds"]}
     if found is not None:
-        row |= {"top-1": round(found["top1"], 2), "top-5": round(found["top5"], 2)}
+        figures = {"top-1": "top1", "top-5": "top5", "float top-1": "against_top1", "agreement": "agreement"}
+        row |= {name: round(found[key], 2) for name, key in figures.items() if found.get(key) is not None}
     told = warnings_of(result)
     return row | {"warnings": "; ".join(told)} if told else row
 

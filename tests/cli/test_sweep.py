@@ -197,6 +197,26 @@ def test_changed_files_are_measured_again(tmp_path, monkeypatch):
     assert ran() == (3, 9)
 
 
+def test_settings_of_one_name_stand_apart(tmp_path):
+    """Found here: those of `evaluate` stood in the place of those of `quantize`, so that rows told of other weights and means."""
+    quantize = {"checkpoint": ["a.pth", "b.pth"], "mean": "0.5", "batch-size": [4, 8], "calib": "noise"}
+    evaluate = {"data": "x.npz", "against": "demo", "checkpoint": "float.pth", "mean": "0.4", "batch-size": 99}
+    found = written(tmp_path, {"models": ["demo"], "quantize": quantize, "evaluate": evaluate})
+    result = {"quantize": {"bytes": 10**6, "seconds": 1}, "evaluate": {"top1": 50.0, "top5": 90.0}}
+    result["evaluate"] |= {"against_top1": 51.234, "agreement": 88.0}
+    runs.write_tables([(run, result) for run in found], tmp_path)
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    wanted = [("a.pth", "4"), ("a.pth", "8"), ("b.pth", "4"), ("b.pth", "8")]
+    assert [(row["checkpoint"], row["batch-size"]) for row in rows] == wanted
+    assert {(row["mean"], row["evaluate mean"], row["evaluate checkpoint"], row["data"]) for row in rows} == {
+        ("0.5", "0.4", "float.pth", "x.npz")
+    }
+    first, *_ = (tmp_path / "sweep.md").read_text().splitlines()
+    shown = ["model", "checkpoint", "batch-size", "top-1", "top-5", "float top-1", "agreement", "MB", "seconds"]
+    assert [each.strip() for each in first.strip("|").split("|")] == shown
+    assert {(row["float top-1"], row["agreement"]) for row in rows} == {("51.23", "88.0")}
+
+
 def test_a_failed_run_leaves_no_older_result(tmp_path, monkeypatch):
     told = [subprocess.CompletedProcess([], 0, "{}", ""), subprocess.CompletedProcess([], 2, "", "dfqvit: no\n")]
     monkeypatch.setattr(runs, "_finished", lambda *_: told.pop(0))
