@@ -144,31 +144,24 @@ def add_corrections(
         theirs.set_acm(index, None)
     if mode == "none":
         return {}
-    wanted = block_outputs(ours, images)
+    wanted, plain = block_outputs(ours, images), block_outputs(theirs, images)
     if chosen is None:
-        found = block_outputs(theirs, images)
-        distances = [divergence(w, f) for w, f in zip(wanted, found, strict=True)]
+        distances = [divergence(w, p) for w, p in zip(wanted, plain, strict=True)]
         chosen = sorted(sorted(range(depth), key=lambda index: -distances[index])[:top])
     estimate = functools.partial(_matrix, shape=shape, shrink=shrink)
-    if mode != "independent":
-        matrices = {}
+    matrices: dict[int, torch.Tensor] = {}
+    if mode == "independent":
+        for index in chosen:
+            matrices[index] = estimate(wanted[index] - plain[index], index)
+            theirs.set_acm(index, matrices[index])
+    else:
         logits = log_probabilities(model, images) if mode == "checked" else None
         for index in tracked(chosen, "correct blocks"):  # each pass has the earlier corrections active
             shift = wanted[index] - block_outputs(theirs, images, stop_after=index)[index]
             if logits is None or _carries_over(theirs, index, shift, images, logits, estimate):
                 matrices[index] = estimate(shift, index)
             theirs.set_acm(index, matrices.get(index))
-    else:
-        found = block_outputs(theirs, images)
-        matrices = {index: estimate(wanted[index] - found[index], index) for index in chosen}
-        for index, matrix in matrices.items():
-            theirs.set_acm(index, matrix)
     corrected = block_outputs(theirs, images)
-    for index in range(depth):
-        theirs.set_acm(index, None)
-    plain = block_outputs(theirs, images)
-    for index, matrix in matrices.items():
-        theirs.set_acm(index, matrix)
     left = {}
     for index in matrices:
         before = float((wanted[index] - plain[index]).square().mean())
