@@ -23,6 +23,7 @@ from ..synthesis import Synthesis, SynthesisConfig
 from .options import SynthesisBar, build_option, common, emit, open_float, pick_device, refuse_given
 
 _IMAGES = 16
+_FIFTHS = 5  # steps at least, of which the gradients of a fifth are some
 _POINTS = 50  # of a curve in the picture of gradient norms
 
 
@@ -107,6 +108,8 @@ def _as_text(findings: list[Finding], measured: dict[str, Any]) -> str:
 
 def _show_gradients(**options: Any) -> None:
     out, iters = options["out"], options["iters"]
+    if iters < _FIFTHS:
+        raise UsageError(f"--iters was {iters}; its first and last fifth are compared, so it must be {_FIFTHS} or more")
     if out is not None:
         refuse_existing(out / "gradients.csv", options["force"])
     device = pick_device(options["device"])

@@ -69,8 +69,8 @@ def order_of(
     ordered = sorted(folders, key=natural_key)
     if ordered != sorted(folders):
         warnings.warn(
-            f"data '{root}': its folders were taken in the order of the numbers in their names ({', '.join(ordered[:3])}, ...), as "
-            "timm does; torchvision sorts them as texts: where the model was trained so, give --classes FILE",
+            f"data '{root}': its folders were taken in timm's order, numbers by their value and small letters as great ones "
+            f"({', '.join(ordered[:3])}, ...); torchvision sorts them as texts: where the model was trained so, give --classes FILE",
             stacklevel=3,
         )
     return {name: index for index, name in enumerate(ordered)}, (

@@ -61,6 +61,7 @@ def network(tmp_path_factory):
         (["diagnose", "FILE", "--force"], "--force was given without --gradients"),
         (["diagnose", "--gradients", "demo", "--against", "demo"], "--against was given and --gradients"),
         (["diagnose", "--gradients", "demo", "--data", "x"], "--data was given and --gradients"),
+        (["diagnose", "--gradients", "demo", "--iters", 1], "--iters was 1; its first and last fifth are compared, so"),
         (["diagnose", "--gradients", "demo", "--force"], "--force was given without --out"),
         (["card", "FILE", "--out", "x", "--private"], "--private was given without --push"),
         (["demo", "--dense", "--model", "demo"], "--model was given with --dense"),
