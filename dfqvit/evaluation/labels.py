@@ -70,7 +70,7 @@ def order_of(
     if ordered != sorted(folders):
         warnings.warn(
             f"data '{root}': its folders were taken in timm's order, numbers by their value and small letters as great ones "
-            f"({', '.join(ordered[:3])}, ...); torchvision sorts them as texts: where the model was trained so, give --classes FILE",
+            f"({', '.join(ordered[:3])}, ...); torchvision sorts them as texts: where the model was trained so, give --classes",
             stacklevel=3,
         )
     return {name: index for index, name in enumerate(ordered)}, (

@@ -95,9 +95,7 @@ def test_what_archives_and_notebooks_leave_is_no_class(tmp_path):
 
 def test_numbers_in_names_are_in_timms_order_and_that_is_said(tmp_path):
     names = [str(index) for index in range(12)]
-    with pytest.warns(
-        UserWarning, match=r"in timm's order, numbers by their value .*torchvision sorts them as texts"
-    ):
+    with pytest.warns(UserWarning, match=r"in timm's order, numbers by their value .*torchvision sorts them as texts"):
         found, _ = labels_of(folders(tmp_path, names), num_classes=12)
     assert found == {name: int(name) for name in names}
 
