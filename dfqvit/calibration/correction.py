@@ -206,25 +206,21 @@ def block_outputs(
     blocks = adapter.blocks()
     blocks = blocks if stop_after is None else blocks[: stop_after + 1]
     outputs: list[list[torch.Tensor]] = [[] for _ in blocks]
-    handles: list[Any] = []
     network = is_network(adapter.model)  # which may call a block more than once
-    for index, block in enumerate(blocks):
+    with contextlib.ExitStack() as hooks:
+        for index, block in enumerate(blocks):
 
-        def keep(_: nn.Module, __: Any, output: torch.Tensor, index: int = index) -> None:
-            outputs[index].append(output.detach().flatten(1, -2).float())
-            if index == stop_after and not network:
-                raise _Stop
+            def keep(_: nn.Module, __: Any, output: torch.Tensor, index: int = index) -> None:
+                outputs[index].append(output.detach().flatten(1, -2).float())
+                if index == stop_after and not network:
+                    raise _Stop
 
-        handles.append(block.register_forward_hook(keep))
-    try:
+            hooks.enter_context(block.register_forward_hook(keep))
         for batch in images.split(_BATCH):
             with contextlib.suppress(_Stop):
                 result = adapter.model(batch)
                 if results is not None:
                     results.append(result)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [torch.cat([part for part in parts if part.shape[1:] == parts[0].shape[1:]]) for parts in outputs]
 
 

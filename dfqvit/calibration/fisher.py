@@ -6,6 +6,7 @@ much the KL divergence of the logits grows, if errors do not conspire (`rounding
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,21 +91,17 @@ def gather(qmodel: nn.Module, names: list[str], images: torch.Tensor) -> dict[st
     found = {name: Statistics(layer) for name, layer in layers.items()}
     generator = torch.Generator().manual_seed(0)
     passes = -(-len(images) // BATCH)
-    handles = []
-    for statistics in found.values():
-
-        def keep(_: nn.Module, inputs: Any, y: torch.Tensor, statistics: Statistics = statistics) -> None:
-            statistics.watch(inputs[0], y, max(TOKENS // passes, 1), generator)
-
-        handles.append(statistics.layer.register_forward_hook(keep))
     draws = torch.Generator().manual_seed(1)
-    try:
+    with contextlib.ExitStack() as hooks:
+        for statistics in found.values():
+
+            def keep(_: nn.Module, inputs: Any, y: torch.Tensor, statistics: Statistics = statistics) -> None:
+                statistics.watch(inputs[0], y, max(TOKENS // passes, 1), generator)
+
+            hooks.enter_context(statistics.layer.register_forward_hook(keep))
         for batch in tracked(images.split(BATCH), "weigh errors"):
             with torch.enable_grad():
                 what_matters(qmodel, batch, draws).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: statistics for name, statistics in found.items() if statistics.parts["cost"]}
 
 
@@ -123,13 +120,10 @@ def what_matters(
             return feature_sensitivity(flattened(outputs), generator)
         return sensitivity(outputs, generator) if classes else feature_sensitivity([outputs], generator)
     kept: list[torch.Tensor] = []
-    blocks = find_adapter(qmodel).blocks()
-    handles = [block.register_forward_hook(lambda _, __, output: kept.append(output)) for block in blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in find_adapter(qmodel).blocks():
+            hooks.enter_context(block.register_forward_hook(lambda _, __, output: kept.append(output)))
         outputs = [each for each in flattened(qmodel(images)) if each.is_floating_point()]
-    finally:
-        for handle in handles:
-            handle.remove()
     dense = bool(outputs) and all(len(each) == len(images) and each.requires_grad for each in outputs if each.dim())
     return feature_sensitivity(outputs if dense else kept, generator)
 

@@ -89,12 +89,10 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
     method's place holds on to the model that it was made for."""
     called: list[str] = []
     names = {module: name for name, module in model.named_modules()}
-    hooks = [module.register_forward_pre_hook(lambda module, _: called.append(names[module])) for module in names]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: called.append(names[module])))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
     if called:
         raise UsageError(
             f"model was a {type(model).__name__} of which a copy calls {said(called[0])} of the model itself, by a function that "

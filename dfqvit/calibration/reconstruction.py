@@ -11,7 +11,6 @@ Sources: the block as the unit, BRECQ (arXiv 2102.05426); learnt rounding, AdaRo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -170,17 +169,8 @@ def _passing(model: nn.Module, block: nn.Module, images: torch.Tensor) -> tuple[
         seen.append((inputs[0], output))
         raise _Reached
 
-    with _hook(block, keep):
+    with block.register_forward_hook(keep):
         for batch in images.split(2 * BATCH):
             with contextlib.suppress(_Reached):
                 model(batch)
     return torch.cat([x for x, _ in seen]), torch.cat([y for _, y in seen])
-
-
-@contextlib.contextmanager
-def _hook(module: nn.Module, function: Callable[..., None]) -> Iterator[None]:
-    handle = module.register_forward_hook(function)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -5,6 +5,7 @@ Thresholds lie between what healthy runs and broken ones show: docs/ablations.md
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from ..calibration.given import MOST_OUTSIDE, judge
 from ..errors import UsageError
 from ..models.adapters import Adapter, find_adapter
 from ..models.adapters.scalings import scalings
-from ..quantization.layers import QuantLinear
+from ..quantization.layers import QuantLinear, quantized_layers
 from ..runtime.record import QuantizationRecord
 from ..synthesis.config import SynthesisConfig
 from ..synthesis.curriculum import crop_ratio
@@ -88,15 +89,14 @@ def _expect_layers(model: nn.Module, qmodel: nn.Module) -> None:
     """UsageError unless `model` has every layer that was quantized, of its shape, and as many blocks."""
     modules = dict(model.named_modules())
     kinds = f"{type(model).__name__} is not what the quantized {type(qmodel).__name__} was made from"
-    for name, twin in qmodel.named_modules():
-        if isinstance(twin, QuantLinear):
-            weight = getattr(modules.get(name), "weight", None)
-            shape = None if weight is None else (weight.shape[0], weight[0].numel())
-            if shape != (twin.out_features, twin.in_features):
-                has = "no such layer" if shape is None else f"{shape[1]} to {shape[0]} features there"
-                raise UsageError(
-                    f"against: this {kinds}: '{name}' is {twin.in_features} to {twin.out_features} features, and it has {has}"
-                )
+    for name, twin in quantized_layers(qmodel).items():
+        weight = getattr(modules.get(name), "weight", None)
+        shape = None if weight is None else (weight.shape[0], weight[0].numel())
+        if shape != (twin.out_features, twin.in_features):
+            has = "no such layer" if shape is None else f"{shape[1]} to {shape[0]} features there"
+            raise UsageError(
+                f"against: this {kinds}: '{name}' is {twin.in_features} to {twin.out_features} features, and it has {has}"
+            )
     depths = [len(find_adapter(each).blocks()) for each in (model, qmodel)]
     if depths[0] != depths[1]:
         raise UsageError(f"against: this {kinds}: it has {depths[0]} blocks, and that one {depths[1]}")
@@ -243,12 +243,12 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
     norm_of = {layer: norm for norm, layer in places.norms}
     qkv_of = {proj: qkv for qkv, proj in places.values}
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    handles = []
-    for name, twin in qmodel.named_modules():
-        if isinstance(twin, QuantLinear):
-            layer = model.get_submodule(name)
+    with contextlib.ExitStack() as hooks:
+        for name, twin in quantized_layers(qmodel).items():
 
-            def compare(_: nn.Module, inputs: Any, output: torch.Tensor, name: str = name, twin: Any = twin) -> None:
+            def compare(
+                _: nn.Module, inputs: Any, output: torch.Tensor, name: str = name, twin: QuantLinear = twin
+            ) -> None:
                 x = inputs[0]
                 if name in norm_of:
                     slope, offset = _norms_line(model.get_submodule(norm_of[name]), qmodel.get_submodule(norm_of[name]))
@@ -264,12 +264,8 @@ def layer_divergence(model: nn.Module, qmodel: nn.Module, images: torch.Tensor) 
                     output = _mapped(output, *maps[name])
                 found[name] = round(divergence(output, result), 5)
 
-            handles.append(layer.register_forward_hook(compare))
-    try:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(compare))
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

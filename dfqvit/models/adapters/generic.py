@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -124,9 +125,8 @@ class GenericAdapter(Adapter):
         """
         features, attended, staged = Features(), Features(), Features()
         batch: list[int] = []
-        handles = [self.entry.register_forward_pre_hook(lambda _, inputs: batch.append(len(inputs[0])))]
 
-        def attend(_: nn.Module, inputs: tuple[torch.Tensor, ...], attention: Any) -> None:
+        def attend(attention: nn.Module, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             values = inputs[0]
             if values.dim() == 4:  # [B, H, W, C]
                 values = values.flatten(1, 2)
@@ -145,20 +145,15 @@ class GenericAdapter(Adapter):
                 staged.tensors.append(patches)
                 staged.windows.append(1)
 
-        for attention, projection in self._attentions():
-            handles.append(
-                projection.register_forward_pre_hook(
-                    lambda m, inputs, attention=attention: attend(m, inputs, attention)
-                )
-            )
-        handles += [part.register_forward_hook(stage) for part in self._stages()]
-        try:
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(self.entry.register_forward_pre_hook(lambda _, inputs: batch.append(len(inputs[0]))))
+            for attention, projection in self._attentions():
+                hooks.enter_context(projection.register_forward_pre_hook(functools.partial(attend, attention)))
+            for part in self._stages():
+                hooks.enter_context(part.register_forward_hook(stage))
             yield features
-        finally:
-            for handle in handles:
-                handle.remove()
-            chosen = attended if attended.tensors else staged
-            features.tensors, features.windows = chosen.tensors, chosen.windows
+        chosen = attended if attended.tensors else staged
+        features.tensors, features.windows = chosen.tensors, chosen.windows
 
     def _attentions(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         for module in self.model.modules():

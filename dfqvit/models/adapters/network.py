@@ -41,17 +41,12 @@ def rescaled_by(network: nn.Module, images: torch.Tensor) -> str:
         if given and isinstance(given[0], torch.Tensor) and given[0].shape == images.shape:
             seen.setdefault(name, given[0].float())
 
-    hooks = []
-    for name, adapter in backbones(network).items():
-        hooks += [
-            module.register_forward_pre_hook(lambda _, given, name=name: look(name, given))
-            for module in adapter.model.modules()
-        ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, adapter in backbones(network).items():
+            for module in adapter.model.modules():
+                hook = module.register_forward_pre_hook(lambda _, given, name=name: look(name, given))
+                hooks.enter_context(hook)
         network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name, found in seen.items():
         x, y = (each.transpose(0, 1).flatten(1).double() for each in (images, found))
         x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
@@ -137,17 +132,12 @@ class NetworkAdapter(GenericAdapter):
         probes = {name: Probe(layer) for name, layer in self.candidates().items()}
         names = {module: name for name, module in self.model.named_modules()}
         called: set[nn.Module] = set()
-        handles = [
-            module.register_forward_hook(lambda module, *_: called.add(module))
-            for module in names
-            if not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        ]
         with self._replaced(probes):
-            try:
+            with contextlib.ExitStack() as hooks:
+                for module in names:
+                    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                        hooks.enter_context(module.register_forward_hook(lambda module, *_: called.add(module)))
                 self._pass()
-            finally:
-                for handle in handles:
-                    handle.remove()
             self._pass(graph=False)  # without hooks, with which torch's modules call their layers
         usable = {name: probe for name, probe in probes.items() if probe.depends and not probe.read}
         outside = [name for name in usable if not any(name.startswith(f"{prefix}.") for prefix in self.backbones)]
