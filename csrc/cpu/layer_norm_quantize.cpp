@@ -50,7 +50,7 @@ at::Tensor layer_norm_quantize(const at::Tensor& x, const at::Tensor& weight, co
   parallel_ranges(input.numel() / channels, grain, [&](int64_t begin, int64_t end) {
     if (!kernels.quantize(from + begin * channels * input.element_size(), type_of(input.scalar_type()), end - begin,
                           layer.norm, to + begin * channels, channels,
-                          reinterpret_cast<float*>(thread_memory(layer.norm.line() * sizeof(float))))) {
+                          reinterpret_cast<float*>(thread_memory(layer.norm.scratch() * sizeof(float))))) {
       finite = false;
     }
   });

@@ -185,7 +185,7 @@ struct Block::Stages {
     const LinearLayer* layers[] = {&block.qkv_, &block.proj_, &block.fc1_, &block.fc2_};
     for (int i = 0; i < 4; ++i) most = std::max(most, weights[i].scratch_bytes(layers[i]->count()));
     for (const NormLayer* layer : {&block.norm1_, &block.norm2_}) {
-      most = std::max<int64_t>(most, layer->norm.line() * sizeof(float));
+      most = std::max<int64_t>(most, layer->norm.scratch() * sizeof(float));
     }
     return aligned(most);
   }

@@ -144,7 +144,7 @@ struct ConvBlock::Call {
     kernels = kernels_for(isa), norms = norm_kernels_for(isa), convs = conv_kernels_for(isa);
     gates = gate_kernel_for(isa);
     floats = aligned(kConvolvedTogether * conv.channels * sizeof(float));
-    scratch = std::max({floats + aligned(b.norm_.norm.line() * static_cast<int64_t>(sizeof(float))),
+    scratch = std::max({floats + aligned(b.norm_.norm.scratch() * static_cast<int64_t>(sizeof(float))),
                         b.fc1_.weight.scratch_bytes(b.fc1_.count()), b.fc2_.weight.scratch_bytes(b.fc2_.count())});
   }
 
@@ -152,12 +152,12 @@ struct ConvBlock::Call {
 
   // Convolution and norm of `count` pixels to rows of fc1's input.
   void norm(int64_t first, int64_t count, uint8_t* bytes, uint8_t* free) const {
-    float *const convolved = reinterpret_cast<float*>(free), *const line = reinterpret_cast<float*>(free + floats);
+    float *const convolved = reinterpret_cast<float*>(free), *const lines = reinterpret_cast<float*>(free + floats);
     for (int64_t done = 0; done < count;) {
       const int64_t at = (first + done) % image(), some = std::min({kConvolvedTogether, count - done, image() - at});
       convs.depthwise(from + (first + done - at) * conv.channels, conv, at, at + some, convolved);
       const bool finite = norms.quantize(convolved, Type::f32, some, b.norm_.norm, bytes + done * b.fc1_.stride(),
-                                         b.fc1_.stride(), line);
+                                         b.fc1_.stride(), lines);
       TORCH_CHECK_VALUE(finite, "x held NaN or Inf; every value must be finite");
       done += some;
     }

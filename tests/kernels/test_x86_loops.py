@@ -11,7 +11,7 @@ from .loops import disassembled, loops_of
 
 # For each path: the function with its loop, the instruction that multiplies and how often, and of how many vectors each.
 LOOPS = {
-    "avx512": (r"void dfqvit::quant::avx512::multiply<2>", "vpdpbusd", 8 * 2),
+    "avx512": (r"void dfqvit::quant::avx512::multiply<8, 2>", "vpdpbusd", 8 * 2),
     "avxvnni": (r"dfqvit::quant::avxvnni::multiply", "{vex} vpdpbusd", 6 * 2),
     "avx2": (r"dfqvit::quant::avx2::multiply_pairs", "vpmaddubsw", 4 * 2),
 }

@@ -8,6 +8,7 @@ namespace quant {
 namespace DFQVIT_PATH {
 
 #define DFQVIT_INLINE DFQVIT_TARGET inline __attribute__((always_inline))
+#define DFQVIT_EACH for (int i = 0; i < n; ++i)
 
 // The sum of 16 partial sums, halves to halves.
 DFQVIT_INLINE float sum_of(const vec* partial) {
@@ -77,79 +78,118 @@ struct ToSum {
   }
 };
 
-template <class T, class To>
-DFQVIT_TARGET bool norm_rows(const T* x, int64_t rows, const Norm& norm, const To& to, float* line) {
-  const int64_t channels = norm.channels, whole = channels / kOutputs * kOutputs, rest = channels - whole;
+// The rows of a norm: where their values stand as floats, and what normalises them.
+struct Normed {
+  float* line;
+  vec mean, inverse;
+};
+
+// n rows from x on, their lines in `scratch`. False when a mean is not finite.
+template <int n, class T>
+DFQVIT_INLINE bool statistics(const T* x, const Norm& norm, float* scratch, Normed* rows) {
+  const int64_t channels = norm.channels, line = norm.line(), whole = channels / kOutputs * kOutputs;
   const float count = static_cast<float>(channels);
+  vec sums[n][kVectors], squares[n][kVectors];
+#pragma GCC unroll 4
+  DFQVIT_EACH {
+    rows[i].line = scratch + i * line;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = squares[i][v] = simd::broadcast(0.0f);
+  }
+  for (int64_t c = 0; c < whole; c += kOutputs) {
+#pragma GCC unroll 4
+    DFQVIT_EACH {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const vec value = simd::load(x + i * channels + c + v * simd::kLanes);
+        simd::store(rows[i].line + c + v * simd::kLanes, value);
+        sums[i][v] = simd::add(sums[i][v], value);
+      }
+    }
+  }
+  if (whole < channels) {  // an incomplete run
+    DFQVIT_EACH {
+      T last[kOutputs];
+      std::memset(static_cast<void*>(last), 0, sizeof(last));
+      std::memcpy(static_cast<void*>(last), x + i * channels + whole, (channels - whole) * sizeof(T));
+      for (int v = 0; v < kVectors; ++v) {
+        const vec value = simd::load(last + v * simd::kLanes);
+        simd::store(rows[i].line + whole + v * simd::kLanes, value);
+        sums[i][v] = simd::add(sums[i][v], value);
+      }
+    }
+  }
+  bool finite = true;
+  DFQVIT_EACH {
+    const float average = sum_of(sums[i]) / count;
+    finite &= std::isfinite(average);
+    for (int64_t c = channels; c < line; ++c) rows[i].line[c] = average;  // adds nothing to the squares
+    rows[i].mean = simd::broadcast(average);
+  }
+  for (int64_t c = 0; c < line; c += kOutputs) {
+#pragma GCC unroll 4
+    DFQVIT_EACH {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const vec d = simd::sub(simd::load(rows[i].line + c + v * simd::kLanes), rows[i].mean);
+        squares[i][v] = simd::add(squares[i][v], simd::mul(d, d));
+      }
+    }
+  }
+  DFQVIT_EACH rows[i].inverse = simd::broadcast(1.0f / std::sqrt(sum_of(squares[i]) / count + norm.eps));
+  return finite;
+}
+
+template <class T, class To>
+DFQVIT_TARGET bool norm_rows(const T* x, int64_t rows, const Norm& norm, const To& to, float* scratch) {
+  const int64_t channels = norm.channels, whole = channels / kOutputs * kOutputs, rest = channels - whole;
   float weight[kOutputs] = {}, bias[kOutputs] = {};  // of the last, incomplete run
   std::memcpy(weight, norm.weight + whole, rest * sizeof(float));
   std::memcpy(bias, norm.bias + whole, rest * sizeof(float));
   bool finite = true;
-  for (int64_t r = 0; r < rows; ++r, x += channels) {
-    vec sums[kVectors], squares[kVectors];
-    for (int v = 0; v < kVectors; ++v) sums[v] = squares[v] = simd::broadcast(0.0f);
-    if (rest > 0) {
-      T last[kOutputs];
-      std::memset(static_cast<void*>(last), 0, sizeof(last));
-      std::memcpy(static_cast<void*>(last), x + whole, rest * sizeof(T));
-      for (int at = 0; at < kOutputs; at += simd::kLanes) simd::store(line + whole + at, simd::load(last + at));
-    }
-    for (int64_t c = 0; c < whole; c += kOutputs) {
-      for (int v = 0; v < kVectors; ++v) {
-        const vec value = simd::load(x + c + v * simd::kLanes);
-        simd::store(line + c + v * simd::kLanes, value);
-        sums[v] = simd::add(sums[v], value);
+  for (int64_t first = 0; first < rows;) {
+    const int together = first + kNormedTogether <= rows ? kNormedTogether : 1;
+    Normed normed[kNormedTogether];
+    finite &= together == kNormedTogether ? statistics<kNormedTogether>(x + first * channels, norm, scratch, normed)
+                                          : statistics<1>(x + first * channels, norm, scratch, normed);
+    for (const Normed* row = normed; row < normed + together; ++row, ++first) {
+      vec y[4 * kVectors];
+      int64_t c = 0;
+      for (; c + 4 * kOutputs <= whole; c += 4 * kOutputs) {
+        normalise<4>(row->line + c, norm.weight + c, norm.bias + c, row->mean, row->inverse, y);
+        to.template put<4>(y, first, c);
       }
-    }
-    for (int v = 0; v < kVectors && rest > 0; ++v) {
-      sums[v] = simd::add(sums[v], simd::load(line + whole + v * simd::kLanes));
-    }
-    const float average = sum_of(sums) / count;
-    finite &= std::isfinite(average);
-    for (int64_t c = channels; c < norm.line(); ++c) line[c] = average;  // adds nothing to the squares
-    const vec mean = simd::broadcast(average);
-    for (int64_t c = 0; c < channels; c += kOutputs) {
-      for (int v = 0; v < kVectors; ++v) {
-        const vec d = simd::sub(simd::load(line + c + v * simd::kLanes), mean);
-        squares[v] = simd::add(squares[v], simd::mul(d, d));
+      for (; c < whole; c += kOutputs) {
+        normalise<1>(row->line + c, norm.weight + c, norm.bias + c, row->mean, row->inverse, y);
+        to.template put<1>(y, first, c);
       }
-    }
-    const vec inverse = simd::broadcast(1.0f / std::sqrt(sum_of(squares) / count + norm.eps));
-    vec y[4 * kVectors];
-    int64_t c = 0;
-    for (; c + 4 * kOutputs <= whole; c += 4 * kOutputs) {
-      normalise<4>(line + c, norm.weight + c, norm.bias + c, mean, inverse, y);
-      to.template put<4>(y, r, c);
-    }
-    for (; c < whole; c += kOutputs) {
-      normalise<1>(line + c, norm.weight + c, norm.bias + c, mean, inverse, y);
-      to.template put<1>(y, r, c);
-    }
-    if (rest > 0) {
-      normalise<1>(line + whole, weight, bias, mean, inverse, y);
-      to.put_some(y, r, whole, rest);
+      if (rest > 0) {
+        normalise<1>(row->line + whole, weight, bias, row->mean, row->inverse, y);
+        to.put_some(y, first, whole, rest);
+      }
     }
   }
   return finite;
 }
 
 DFQVIT_TARGET inline bool norm(const void* x, Type type, int64_t rows, const Norm& norm, uint8_t* out, int64_t stride,
-                               float* line) {
+                               float* scratch) {
   const ToBytes to{norm.out, out, stride};
   if (type == Type::bf16) {
-    return norm_rows(static_cast<const ::dfqvit::simd::bfloat*>(x), rows, norm, to, line);
+    return norm_rows(static_cast<const ::dfqvit::simd::bfloat*>(x), rows, norm, to, scratch);
   }
   if (type == Type::f16) {
-    return norm_rows(static_cast<const ::dfqvit::simd::half*>(x), rows, norm, to, line);
+    return norm_rows(static_cast<const ::dfqvit::simd::half*>(x), rows, norm, to, scratch);
   }
-  return norm_rows(static_cast<const float*>(x), rows, norm, to, line);
+  return norm_rows(static_cast<const float*>(x), rows, norm, to, scratch);
 }
 
 DFQVIT_TARGET inline void norm_and_add(const float* x, int64_t rows, const Norm& norm, const float* residual,
-                                       float* out, float* line) {
-  norm_rows(x, rows, norm, ToSum{residual, out, norm.channels}, line);
+                                       float* out, float* scratch) {
+  norm_rows(x, rows, norm, ToSum{residual, out, norm.channels}, scratch);
 }
 
+#undef DFQVIT_EACH
 #undef DFQVIT_INLINE
 }  // namespace DFQVIT_PATH
 }  // namespace quant

@@ -251,13 +251,13 @@ constexpr int32_t kOffset = 0;
 inline void prepare(int64_t) {}
 inline void release() {}
 
-// Unrolled by word, as multiply_pairs is.
-template <int kBlocks>
-DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t* const* panels,
-                                        const int32_t* const* starts, int64_t depth, int32_t* sums) {
-  __m512i total[kRows][kBlocks];
+// kTile rows. Unrolled by word, as multiply_pairs is. Not inlined: it would stand in every kernel with an epilogue.
+template <int kTile, int kBlocks>
+DFQVIT_TARGET_VNNI __attribute__((noinline)) void multiply(const uint8_t* const* row, const uint8_t* const* panels,
+                                                           const int32_t* const* starts, int64_t depth, int32_t* sums) {
+  __m512i total[kTile][kBlocks];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) total[i][j] = _mm512_loadu_si512(starts[j]);
   }
@@ -266,7 +266,7 @@ DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t
 #pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) w[j] = _mm512_loadu_si512(panels[j] + 64 * v);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kTile; ++i) {
       int32_t four;
       std::memcpy(&four, row[i] + 4 * v, sizeof(four));
       const __m512i x = _mm512_set1_epi32(four);
@@ -275,18 +275,25 @@ DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* const* row, const uint8_t
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) _mm512_storeu_si512(sums + 16 * (kRows * j + i), total[i][j]);
   }
 }
+
+// The last tile is about as high as it must be: 25 rows are three tiles and a low one.
+template <int kBlocks>
+constexpr decltype(&multiply<8, kBlocks>) kMultiply[kRows] = {
+    multiply<1, kBlocks>, multiply<2, kBlocks>, multiply<4, kBlocks>, multiply<4, kBlocks>,
+    multiply<6, kBlocks>, multiply<6, kBlocks>, multiply<8, kBlocks>, multiply<8, kBlocks>};
 
 DFQVIT_TARGET_VNNI inline void multiply(const uint8_t* a, int64_t stride, int64_t r, int64_t rows,
                                         const uint8_t* const* panels, const int32_t* const* starts, int blocks,
                                         int64_t depth, int, int32_t* sums) {
   const uint8_t* row[kRows];  // past the end the last row again
   for (int i = 0; i < kRows; ++i) row[i] = a + (r + i < rows ? r + i : rows - 1) * stride;
-  blocks == 2 ? multiply<2>(row, panels, starts, depth, sums) : multiply<1>(row, panels, starts, depth, sums);
+  const int64_t last = rows - r < kRows ? rows - r - 1 : kRows - 1;
+  (blocks == 2 ? kMultiply<2>[last] : kMultiply<1>[last])(row, panels, starts, depth, sums);
 }
 
 }  // namespace avx512
