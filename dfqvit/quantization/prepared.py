@@ -22,6 +22,7 @@ Call = Callable[..., torch.Tensor]
 SOURCES = ("weight_packed", "acm")  # buffers of a frozen layer from which it makes others for its kernels
 PREPARED = ("weight_blocked", "weight_sums", "acm_float")  # these
 METHODS = "_methods"  # the attribute in which a module keeps what its classes' methods were
+HOOKS = "_hooks_on_scaled"  # in which a model keeps the tables of hooks that would see scaled values
 _KEPT = ("_prepared", METHODS)  # of no copy
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]

@@ -7,6 +7,7 @@ traced, and the methods become guards of it: who replaces one has it traced anew
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from ..errors import UsageError
 from ..models.spec import method_replaced, methods_of
 from ..quantization.model import QuantizedForward
-from ..quantization.prepared import METHODS
+from ..quantization.prepared import HOOKS, METHODS
 
 _OURS = __name__.partition(".")[0] + "."
 
@@ -51,6 +52,30 @@ def expect_alone(block: Any) -> None:
     """As `expect_itself`, of a block: where no model has asked for it. A program asks for each; they guard the same."""
     if torch.compiler.is_dynamo_compiling() or not ENTERED.now:
         expect_itself(block)
+
+
+def tell_hooks_on_scaled(model: Any) -> None:
+    """Warns of hooks on what the scaling of channels changed within blocks, such as the keys that a `qkv` gives."""
+    if torch.compiler.is_compiling() or ENTERED.now or "dfqvit_scalings" not in model.__dict__:
+        return
+    held = model.__dict__.get(HOOKS)
+    if held is None:
+        parts, places = dict(model.named_modules()), model.dfqvit_scalings
+        found = [(name, parts[name]._forward_hooks) for name in places.results() if name in parts]
+        found += [(name, parts[name]._forward_pre_hooks) for name in places.inputs() if name in parts]
+        held = model.__dict__[HOOKS] = [name for name, _ in found], [hooks for _, hooks in found]
+    if any(held[1]):
+        named = zip(*held, strict=True)
+        foreign = [
+            name for name, hooks in named if not all(type(h).__module__.startswith(_OURS) for h in hooks.values())
+        ]
+        if foreign:
+            warnings.warn(
+                f"a forward hook on '{foreign[0]}' may see other values than in the float model: with scaling='channels' they are "
+                "scaled, shifted and turned there, which the next layer undoes; quantize with scaling='none', or look at what "
+                "blocks, attentions or MLPs give",
+                stacklevel=2,
+            )
 
 
 @torch.compiler.disable  # not a part of a program either where that one was given up

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+import warnings
 import weakref
 
 import pytest
@@ -16,7 +19,8 @@ from dfqvit.models import Preprocessing
 from dfqvit.runtime import set_runtime
 
 from ..conftest import small_swin, small_vit
-from .test_families import make
+from .test_families import ROTARY, make
+from .test_replaced import lively
 
 pytestmark = pytest.mark.skipif(not extension.supports_cpu()[0], reason="dfqvit._C is not built")
 MADE = {"vit": small_vit, "swin": small_swin}
@@ -139,3 +143,49 @@ def test_tensors_can_be_swapped_after_a_call(seed, name):
         assert torch.equal(qmodel.share_memory()(x), expected)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("runtime", ["integer", "simulated"])
+@pytest.mark.parametrize(
+    ("place", "way"),
+    [
+        ("blocks.1.attn.qkv", "register_forward_hook"),
+        ("blocks.1.norm1", "register_forward_hook"),
+        ("blocks.1.attn.proj", "register_forward_pre_hook"),
+    ],
+)
+def test_hooks_on_what_is_scaled_are_told(seed, tmp_path, place, way, runtime):
+    """Keys of the last block, as detectors of objects take them, and Grad-CAM's norm: their similarities were 40 % off."""
+    model, images = lively("vit_tiny_patch16_224", ROTARY), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        model.blocks[1].norm1.weight[:3] *= 20  # channels that are brought in
+        model.blocks[1].attn.qkv.weight[:, :3] /= 20
+
+    def seen(each):
+        kept = []
+        hook = getattr(each.get_submodule(place), way)(lambda module, given, *found: kept.append((*found, *given)[0]))
+        with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            each(images)
+        hook.remove()
+        return kept[0], [str(each.message) for each in told if "a forward hook on" in str(each.message)]
+
+    wanted, _ = seen(model)
+    options = {"calib": images, "rounding": "nearest", "runtime": runtime, "progress": False}
+    plain = dfqvit.quantize(model, 8, scaling="none", **options)
+    found, told = seen(plain)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.25
+    assert not told
+    scaled = dfqvit.quantize(model, 8, **options)
+    loaded = dfqvit.load(dfqvit.save(scaled, tmp_path / "q.safetensors"), runtime=runtime)
+    for each in (scaled, loaded, copy.deepcopy(scaled), pickle.loads(pickle.dumps(scaled))):
+        each(images)
+        found, told = seen(each)
+        assert float((found - wanted).norm() / wanted.norm()) > 0.35
+        assert len(told) == 1
+        assert told[0].startswith(f"a forward hook on '{place}' may see other values than in the float model")
+        hook = each.blocks[1].mlp.register_forward_hook(lambda *_: None)  # which is as in the float model
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            each(images)
+        hook.remove()

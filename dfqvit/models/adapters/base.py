@@ -20,6 +20,7 @@ from ..preprocessing import image_shape
 from ..spec import classifier
 from .calls import Probe, at_one_place
 from .products import quantize_products
+from .scalings import scalings
 
 _FIRST = "patch_embed.proj"
 _WRITTEN = ("timm", "torch", "builtins", __name__.split(".")[0])  # packages whose classes compute what an adapter knows
@@ -195,6 +196,8 @@ class Adapter(abc.ABC):
         for module in self.model.modules():
             if isinstance(module, AttentionOperands):
                 module.steps = (1 << recipe.softmax_bits) - 1
+        if recipe.scaling == "channels":
+            self.model.dfqvit_scalings = scalings(self.model)  # see `runtime.own`
 
     def set_acm(self, index: int, acm: torch.Tensor | None) -> None:
         """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.

@@ -49,6 +49,14 @@ class Scalings:
     scores: tuple[str, ...]
     hidden: tuple[str, ...]
 
+    def results(self) -> list[str]:
+        """The modules whose results may be others than the float model's."""
+        return sorted({name for name, _ in (*self.norms, *self.values)} | {*self.scores})
+
+    def inputs(self) -> list[str]:
+        """The modules that take them."""
+        return sorted(name for _, name in (*self.norms, *self.values))
+
 
 def scalings(model: nn.Module) -> Scalings:
     """Of a timm model, converted or not."""
