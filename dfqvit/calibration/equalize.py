@@ -27,9 +27,10 @@ from torch import nn
 
 from ..models.adapters.scalings import scalings
 from ..progress import Stage
-from ..quantization.layers import QuantLinear
+from ..quantization.attention import AttentionOperands
+from ..quantization.layers import QuantLinear, quantized_layers
 from ..quantization.quantizers import RANGE_RULES, ActivationQuantizer
-from .fisher import Side, Statistics, float_weight, gather, weight_loss
+from .fisher import Side, Statistics, float_weight, gather
 
 LEAST_GAIN = 0.2  # a candidate must lose this much less than no scaling: what is learnt from few images is uncertain
 _THRESHOLDS = (0.75, 0.5, 0.35, 0.25, 0.125, 0.0625, 0.03125, 0.015625)
@@ -62,8 +63,7 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
     places = scalings(qmodel)
     layers = {name for pair in places.norms for name in pair[1:]} | {name for pair in places.values for name in pair}
     layers |= set(places.scores) | set(places.hidden)
-    names = [n for n in layers if isinstance(qmodel.get_submodule(n), QuantLinear)]
-    found = gather(qmodel, sorted(names), images)
+    found = gather(qmodel, sorted(layers & quantized_layers(qmodel).keys()), images)
     stage = Stage("scale channels", sum(map(len, (places.norms, places.values, places.scores, places.hidden))))
     for module in qmodel.modules():
         if isinstance(module, ActivationQuantizer):
@@ -73,17 +73,15 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
         if name in found:
             changed[norm] = _scale_norm(qmodel.get_submodule(norm), found[name], norm not in places.padded)
         stage.step()
-    # attentions whose own products are quantized
-    quantized = {name for name, module in qmodel.named_modules() if hasattr(module, "operands")}
     for qkv, proj in places.values:
-        if qkv in found and proj in found and qkv.rpartition(".")[0] in quantized:
-            changed[f"{qkv} values"] = _scale_values(
-                qmodel.get_submodule(qkv.rpartition(".")[0]), found[qkv], found[proj]
-            )
+        operands = _operands(qmodel, qkv)
+        if qkv in found and proj in found and operands is not None:
+            changed[f"{qkv} values"] = _scale_values(operands, found[qkv], found[proj])
         stage.step()
     for qkv in places.scores:
-        if qkv in found and qkv.rpartition(".")[0] in quantized:
-            changed[f"{qkv} scores"] = _scale_scores(qmodel.get_submodule(qkv.rpartition(".")[0]), found[qkv])
+        operands = _operands(qmodel, qkv)
+        if qkv in found and operands is not None:
+            changed[f"{qkv} scores"] = _scale_scores(operands, found[qkv])
         stage.step()
     for name in places.hidden:
         if name in found:
@@ -92,8 +90,9 @@ def equalize(qmodel: nn.Module, images: torch.Tensor) -> dict[str, float]:
     return {site: share for site, share in changed.items() if share < 1}
 
 
-def _input_side(seen: Statistics) -> Side:
-    return Side.of(seen.x, seen.cost, seen.least, seen.greatest, seen.layer.input.bits, seen.share)
+def _operands(qmodel: nn.Module, qkv: str) -> AttentionOperands | None:
+    """Those of the attention that `qkv` is of; None where its own products are not quantized."""
+    return getattr(qmodel.get_submodule(qkv.rpartition(".")[0]), "operands", None)
 
 
 def _best(trials: Iterator[tuple[Any, float]]) -> tuple[Any, float]:
@@ -109,19 +108,16 @@ def _best(trials: Iterator[tuple[Any, float]]) -> tuple[Any, float]:
 def _shifts(side: Side) -> list[torch.Tensor]:
     """None, and where bits are few the channels' middles."""
     none = torch.zeros_like(side.least)
-    return [none] if side.bits > 6 else [none, (side.least + side.greatest) / 2]
+    return [none, (side.least + side.greatest) / 2] if side.clips else [none]
 
 
 def _scale_norm(norm: Any, seen: Statistics, shifting: bool) -> float:
-    layer, side = seen.layer, _input_side(seen)
+    layer, side = seen.layer, seen.inputs()
 
     def trials() -> Iterator[tuple[Any, float]]:
         for shift in _shifts(side)[: 2 if shifting else 1]:
             for factor in candidates(side.least - shift, side.greatest - shift):
-                loss = side.scaled(factor, shift).loss() + weight_loss(
-                    float_weight(layer), seen.fisher, factor, layer.w_bits
-                )
-                yield (factor, shift), loss
+                yield (factor, shift), side.scaled(factor, shift).loss() + seen.weight_loss(factor)
 
     (factor, shift), share = _best(trials())
     if share < 1:
@@ -152,38 +148,30 @@ def _scale_rows(layer: QuantLinear, rows: slice, factor: torch.Tensor, shift: to
         layer.bias[rows] = (layer.bias[rows] - shift) / factor
 
 
-def _output_side(seen: Statistics, rows: slice, bits: int) -> Side:
-    return Side.of(seen.y[:, rows], seen.y_cost[:, rows], seen.y_least[rows], seen.y_greatest[rows], bits, seen.share)
-
-
-def _scale_values(attention: Any, qkv: Statistics, proj: Statistics) -> float:
+def _scale_values(operands: AttentionOperands, qkv: Statistics, proj: Statistics) -> float:
     width = qkv.layer.out_features // 3
     rows = slice(2 * width, 3 * width)
-    values, after = _output_side(qkv, rows, attention.operands.v.bits), _input_side(proj)
+    values, after = qkv.outputs(rows, operands.v.bits), proj.inputs()
 
     def trials() -> Iterator[tuple[Any, float]]:
         for shift in _shifts(values):
             for factor in candidates(values.least - shift, values.greatest - shift):
                 loss = values.scaled(factor, shift).loss() + after.scaled(factor, shift).loss()
-                yield (
-                    (factor, shift),
-                    loss + weight_loss(float_weight(proj.layer), proj.fisher, factor, proj.layer.w_bits),
-                )
+                yield (factor, shift), loss + proj.weight_loss(factor)
 
     (factor, shift), share = _best(trials())
     if share < 1:
         _scale_rows(qkv.layer, rows, factor, shift)
         _absorb(proj.layer, factor, shift)
-    values.scaled(factor, shift).fit(attention.operands.v)
+    values.scaled(factor, shift).fit(operands.v)
     after.scaled(factor, shift).fit(proj.layer.input)
     return share
 
 
-def _scale_scores(attention: Any, qkv: Statistics) -> float:
+def _scale_scores(operands: AttentionOperands, qkv: Statistics) -> float:
     width = qkv.layer.out_features // 3
     rows_q, rows_k = slice(0, width), slice(width, 2 * width)
-    q = _output_side(qkv, rows_q, attention.operands.q.bits)
-    k = _output_side(qkv, rows_k, attention.operands.k.bits)
+    q, k = qkv.outputs(rows_q, operands.q.bits), qkv.outputs(rows_k, operands.k.bits)
     none, one = torch.zeros_like(q.least), torch.ones_like(q.least)
 
     def trials() -> Iterator[tuple[Any, float]]:
@@ -199,8 +187,8 @@ def _scale_scores(attention: Any, qkv: Statistics) -> float:
     if share < 1:
         _scale_rows(qkv.layer, rows_q, factor, none)
         _scale_rows(qkv.layer, rows_k, 1 / factor, shift)
-    q.scaled(factor).fit(attention.operands.q)
-    k.scaled(1 / factor, shift).fit(attention.operands.k)
+    q.scaled(factor).fit(operands.q)
+    k.scaled(1 / factor, shift).fit(operands.k)
     return share
 
 
@@ -212,16 +200,13 @@ def _relative(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_hidden(seen: Statistics) -> float:
-    layer, side = seen.layer, _input_side(seen)
+    layer, side = seen.layer, seen.inputs()
 
     def trials() -> Iterator[tuple[Any, float]]:
         for factor in candidates(side.least, side.greatest):
             exponents = factor.log2().round()
             factor = exponents.exp2()
-            yield (
-                (factor, exponents),
-                side.scaled(factor).loss() + weight_loss(float_weight(layer), seen.fisher, factor, layer.w_bits),
-            )
+            yield (factor, exponents), side.scaled(factor).loss() + seen.weight_loss(factor)
 
     (factor, exponents), share = _best(trials())
     if share < 1:

@@ -7,7 +7,7 @@ much the KL divergence of the logits grows, if errors do not conspire (`rounding
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,38 @@ class Statistics:
     def share(self) -> float:
         return len(self.x) / self.seen
 
+    def inputs(self) -> Side:
+        """[n, K], as the layer's quantizer rounds them."""
+        return self._side(self.x, self.cost, self.least, self.greatest, self.layer.input.bits)
+
+    def outputs(self, rows: slice, bits: int) -> Side:
+        """[n, rows], as a quantizer of so many bits rounds them."""
+        least, greatest = self.y_least[rows], self.y_greatest[rows]
+        return self._side(self.y[:, rows], self.y_cost[:, rows], least, greatest, bits)
+
+    def _side(
+        self, values: torch.Tensor, cost: torch.Tensor, least: torch.Tensor, greatest: torch.Tensor, bits: int
+    ) -> Side:
+        """Where clipping makes large errors, of a massive token above all, none is taken to be free: a cost holds for small ones."""
+        side = Side(values, cost, least, greatest, bits, self.share)
+        return replace(side, cost=cost + SHARED * cost.mean(dim=0)) if side.clips else side
+
+    def weight_loss(self, factor: torch.Tensor) -> float:
+        """Of the layer's weight with its columns times `factor` [K], rounded to nearest at the best of a few scales a row.
+
+        To evenly spaced integers, whatever the recipe's levels: it is compared with itself alone, at other factors.
+        """
+        bits = self.layer.w_bits
+        weight, fisher = float_weight(self.layer) * factor, self.fisher / factor.square()
+        half = 1 << (bits - 1)
+        widest = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / (half - 0.5)
+        errors = []
+        for share in (1.0,) if bits > 5 else (1.0, 0.85, 0.7, 0.6):
+            scale = widest * share
+            error = (weight / scale).round_().clamp_(-half, half - 1).mul_(scale).sub_(weight)
+            errors.append(error.square_().mul_(fisher).sum(dim=1))
+        return float(torch.stack(errors).amin(dim=0).sum()) * (ROUNDING_SHARE if bits < 8 else 1.0)
+
 
 def gather(qmodel: nn.Module, names: list[str], images: torch.Tensor) -> dict[str, Statistics]:
     """{name of a QuantLinear: its statistics} of a converted model that still computes in float."""
@@ -139,23 +171,10 @@ class Side:
     bits: int
     share: float
 
-    @classmethod
-    def of(
-        cls,
-        values: torch.Tensor,
-        cost: torch.Tensor,
-        least: torch.Tensor,
-        greatest: torch.Tensor,
-        bits: int,
-        share: float,
-    ) -> Side:
-        """A tensor as it was seen.
-
-        A cost holds for small errors. Where clipping makes large ones, of a massive token above all, none is taken to be free.
-        """
-        if bits <= MOST_CLIPPED:
-            cost = cost + SHARED * cost.mean(dim=0)
-        return cls(values, cost, least, greatest, bits, share)
+    @property
+    def clips(self) -> bool:
+        """Whether bits are so few that its range is searched."""
+        return self.bits <= MOST_CLIPPED
 
     def scaled(self, factor: torch.Tensor, shift: torch.Tensor | float = 0.0) -> Side:
         """Of `(values - shift) / factor`."""
@@ -165,13 +184,11 @@ class Side:
     def loss(self) -> float:
         """On one grid for all channels, with the best of a few clippings where bits are few."""
         low, high = self._ends()
-        return (
-            min(self._error(low * a, high * a) for a in (_CLIPS if self.bits <= MOST_CLIPPED else (1.0,))) / self.share
-        )
+        return min(self._error(low * a, high * a) for a in (_CLIPS if self.clips else (1.0,))) / self.share
 
     def fit(self, site: ActivationQuantizer) -> None:
         """Lets `site` have the range of least loss, where bits are few; else it observes its own."""
-        if self.bits > MOST_CLIPPED:
+        if not self.clips:
             return
         low, high = self._ends()
         best = min((self._error(low * a, high * a), a, a) for a in _FINE_CLIPS)
@@ -187,22 +204,6 @@ class Side:
         scale, zero = affine_parameters(low, high, self.bits)
         rounded = (self.values / scale).round_().add_(zero).clamp_(0, (1 << self.bits) - 1).sub_(zero).mul_(scale)
         return float(rounded.sub_(self.values).square_().mul_(self.cost).sum())
-
-
-def weight_loss(weight: torch.Tensor, fisher: torch.Tensor, factor: torch.Tensor, bits: int) -> float:
-    """Of the weight [N, K] with its columns times `factor`, rounded to nearest at the best of a few scales a row.
-
-    To evenly spaced integers, whatever the recipe's levels: it is compared with itself alone, at other factors.
-    """
-    weight, fisher = weight * factor, fisher / factor.square()
-    half = 1 << (bits - 1)
-    widest = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / (half - 0.5)
-    errors = []
-    for share in (1.0,) if bits > 5 else (1.0, 0.85, 0.7, 0.6):
-        scale = widest * share
-        error = (weight / scale).round_().clamp_(-half, half - 1).mul_(scale).sub_(weight)
-        errors.append(error.square_().mul_(fisher).sum(dim=1))
-    return float(torch.stack(errors).amin(dim=0).sum()) * (ROUNDING_SHARE if bits < 8 else 1.0)
 
 
 def _unseen(size: int, layer: QuantLinear) -> torch.Tensor:
