@@ -92,11 +92,7 @@ def check_budget(model: nn.Module, recipe: Recipe, size_budget: float, beside: i
     if not (math.isfinite(size_budget) and size_budget > 0):
         raise UsageError(f"size_budget was {size_budget:g} MB; it must be finite and above 0")
     qmodel = _widest(model, recipe)
-    least = (
-        beside
-        + _fixed_bytes(qmodel, recipe)
-        + sum(_sizes(layer)[WIDTHS[-1]] for layer in quantized_layers(qmodel).values())
-    )
+    least = beside + _fixed_bytes(qmodel, recipe) + _packed_bytes(qmodel, WIDTHS[-1])
     if size_budget * 1e6 < least:
         raise UsageError(
             f"size_budget was {size_budget:g} MB; this model needs {least / 1e6:.3f} MB at least (weights of {WIDTHS[-1]} bits)"
@@ -161,19 +157,23 @@ def _sizes(layer: QuantLinear) -> dict[int, int]:
     return {bits: layer.out_features * packed_row_bytes(layer.in_features, bits) for bits in WIDTHS}
 
 
+def _packed_bytes(qmodel: nn.Module, bits: int) -> int:
+    return sum(_sizes(layer)[bits] for layer in quantized_layers(qmodel).values())
+
+
 def _widest(model: nn.Module, recipe: Recipe) -> nn.Module:
     return convert(model, replace(recipe, layer_bits=None, w_bits=WIDTHS[0], edge_bits=WIDTHS[0]))
 
 
 def _fixed_bytes(qmodel: nn.Module, recipe: Recipe) -> int:
     """Of a file, beside the packed weights, at most; `qmodel` is of `_widest`."""
-    frozen, layers = copied(qmodel), quantized_layers(qmodel)
+    frozen = copied(qmodel)
     if recipe.scaling == "channels":
         _add_scaled(frozen)
     allocate(frozen)
     whole = len(safetensors.torch.save({key: value.contiguous() for key, value in state_of(frozen).items()}))
-    record = _RECORD_BYTES + len(json.dumps(dict.fromkeys(layers, WIDTHS[0])))
-    return whole + record - sum(_sizes(layer)[WIDTHS[0]] for layer in layers.values())
+    record = _RECORD_BYTES + len(json.dumps(dict.fromkeys(quantized_layers(qmodel), WIDTHS[0])))
+    return whole + record - _packed_bytes(qmodel, WIDTHS[0])
 
 
 def _add_scaled(qmodel: nn.Module) -> None:

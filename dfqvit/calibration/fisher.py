@@ -96,7 +96,7 @@ class Statistics:
     def _side(
         self, values: torch.Tensor, cost: torch.Tensor, least: torch.Tensor, greatest: torch.Tensor, bits: int
     ) -> Side:
-        """Where clipping makes large errors, of a massive token above all, none is taken to be free: a cost holds for small ones."""
+        """A cost holds for small errors. Where clipping makes large ones, of massive tokens above all, none is taken to be free."""
         side = Side(values, cost, least, greatest, bits, self.share)
         return replace(side, cost=cost + SHARED * cost.mean(dim=0)) if side.clips else side
 
