@@ -102,8 +102,7 @@ class Preprocessing:
 
     def channel_bounds(self, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The normalised values of pixel 0 and pixel 1, each [C, 1, 1]."""
-        mean = torch.tensor(self.mean, device=device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=device).view(-1, 1, 1)
+        mean, std = self._statistics(device)
         return (0 - mean) / std, (1 - mean) / std
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -116,11 +115,10 @@ class Preprocessing:
             UsageError: pixels of another type, other channels, or values outside [0, 1].
         """
         self._check_pixels(pixels)
-        device = pixels.device
+        mean, std = self._statistics(pixels.device)
         if pixels.dtype == torch.uint8:
-            pixels = pixels.float() / torch.tensor(255.0, device=device)
-        mean = torch.tensor(self.mean, device=device).view(-1, 1, 1)
-        return (pixels - mean) / torch.tensor(self.std, device=device).view(-1, 1, 1)
+            pixels = pixels.float() / torch.tensor(255.0, device=pixels.device)
+        return (pixels - mean) / std
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalise`: images [..., C, H, W] to pixels from 0 to 1; what lies beyond is cut off.
@@ -129,8 +127,12 @@ class Preprocessing:
         """
         if images.dim() < 3 or images.shape[-3] != len(self.mean):
             raise UsageError(f"images had shape {tuple(images.shape)}; they must be [..., {len(self.mean)}, H, W]")
-        mean, std = (torch.tensor(each, device=images.device).view(-1, 1, 1) for each in (self.mean, self.std))
+        mean, std = self._statistics(images.device)
         return (images.float() * std + mean).clamp(0, 1)
+
+    def _statistics(self, device: torch.device | None) -> list[torch.Tensor]:
+        """Mean and std, [C, 1, 1] each."""
+        return [torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std)]
 
     def _check_pixels(self, pixels: Any) -> None:
         if not isinstance(pixels, torch.Tensor):

@@ -70,13 +70,7 @@ class QuantizedForward(KeepsPrecision):
         if not isinstance(x, torch.Tensor):
             raise UsageError(f"images were a {type(x).__name__}; they must be a float tensor [B, C, H, W], normalised")
         _refuse_onnx(self)
-        _expect_dense(x)
-        if not x.is_floating_point():
-            raise UsageError(
-                f"images had dtype {x.dtype}; they must be floats, normalised as the model expects "
-                "(model.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
-            )
-        _refuse_tangents(x)
+        _expect_normalised(x, "model")
         channels = getattr(self, "in_chans", None)
         if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
             raise UsageError(f"images had shape {list(x.shape)}; they must be [B, {channels}, H, W]")
@@ -136,13 +130,7 @@ class QuantizedNetwork(nn.Module):
             return type(x)(self._admitted(each) for each in x)
         if not isinstance(x, torch.Tensor):
             return x
-        _expect_dense(x)
-        if not x.is_floating_point():
-            raise UsageError(
-                f"images had dtype {x.dtype}; they must be floats, normalised as the network expects "
-                "(network.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
-            )
-        _refuse_tangents(x)
+        _expect_normalised(x, "network")
         return _floats(x, self)
 
 
@@ -176,10 +164,23 @@ def kind_of(tensor: torch.Tensor) -> str:
     return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
 
 
-def _expect_dense(images: torch.Tensor) -> None:
+def _expect_normalised(images: torch.Tensor, taker: str) -> None:
+    """UsageError for a tensor that cannot hold normalised images: `taker`, "model" or "network", is what they were given to."""
     if images.layout is not torch.strided or images.is_nested:
         raise UsageError(
             f"images were a tensor of kind '{kind_of(images)}'; they must be a dense float tensor [B, C, H, W], normalised"
+        )
+    if not images.is_floating_point():
+        raise UsageError(
+            f"images had dtype {images.dtype}; they must be floats, normalised as the {taker} expects "
+            f"({taker}.dfqvit_record.preprocessing.normalise(images) does that to pixels)"
+        )
+    # rounding has a gradient of its own, straight-through; torch would take a tangent of it as 0, without a word
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(images).tangent is not None:
+        raise UsageError(
+            "images had a tangent (torch.func.jvp, forward-mode derivatives), which rounding has not; differentiate backward"
         )
 
 
@@ -257,16 +258,6 @@ def _at(images: Any) -> AbstractContextManager[Any]:
     if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_function_stack():
         return nullcontext()
     return images.device if isinstance(images, torch.Tensor) else nullcontext()
-
-
-def _refuse_tangents(images: torch.Tensor) -> None:
-    """Rounding has a gradient of its own, straight-through; torch would take a tangent of it as 0, without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if forward_ad.unpack_dual(images).tangent is not None:
-        raise UsageError(
-            "images had a tangent (torch.func.jvp, forward-mode derivatives), which rounding has not; differentiate backward"
-        )
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -226,23 +226,19 @@ class Adapter(abc.ABC):
     def capture(self) -> Iterator[Features]:
         """Collects the features of every attention layer during the `with` block; timm's forward stays as it is."""
         features = Features()
-        handles = []
-        for block in self.blocks():
-            attention: Any = block.attn
-            # timm applies `norm` (often Identity) to softmax(QK^T)V before any gate and before the projection
-            tap = getattr(attention, "norm", attention.proj)
+        with contextlib.ExitStack() as hooks:
+            for block in self.blocks():
+                attention: Any = block.attn
+                # timm applies `norm` (often Identity) to softmax(QK^T)V before any gate and before the projection
+                tap = getattr(attention, "norm", attention.proj)
 
-            def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...], attention: Any = attention) -> None:
-                tensor, windows = self.feature_of(attention, inputs[0])
-                features.tensors.append(tensor)
-                features.windows.append(windows)
+                def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...], attention: Any = attention) -> None:
+                    tensor, windows = self.feature_of(attention, inputs[0])
+                    features.tensors.append(tensor)
+                    features.windows.append(windows)
 
-            handles.append(tap.register_forward_pre_hook(collect))
-        try:
+                hooks.enter_context(tap.register_forward_pre_hook(collect))
             yield features
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
