@@ -90,12 +90,17 @@ def same_device(**tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name} was on {device}; it must be on {first}, like {first_name}")
 
 
+def wide(x: torch.Tensor) -> torch.dtype:
+    """In which an operator computes on x: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def parameter(name: str, value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     """A scale or zero point as a contiguous float tensor of at most one dimension on the device of `like`.
 
     float64 for a float64 `like`, else float32: the arithmetic of the epilogue is float32 whatever the dtype of x.
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = wide(like)
     if not isinstance(value, torch.Tensor):
         try:
             value = torch.tensor(value, dtype=dtype, device=like.device)
@@ -109,6 +114,14 @@ def parameter(name: str, value: torch.Tensor | float, like: torch.Tensor) -> tor
     if value.device != like.device:
         raise ValueError(f"{name} was on {value.device}; it must be on {like.device}")
     return value.to(dtype).contiguous()
+
+
+def scalar(name: str, value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """As `parameter`, of one value and without dimensions."""
+    found = parameter(name, value, like)
+    if found.numel() != 1:
+        raise ValueError(f"{name} had {found.numel()} values; it must be a scalar")
+    return found.reshape(())
 
 
 def grids_of_heads(

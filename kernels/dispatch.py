@@ -368,6 +368,11 @@ def anything(*_: Any) -> Verdict:
     return True, ""
 
 
+def not_float64(*args: Any) -> Verdict:
+    """A `supports` that leaves float64, the oracle's dtype, to the reference: that of the first argument."""
+    return (True, "") if args[0].dtype != torch.float64 else (False, "float64 runs on the reference")
+
+
 def set_backend(name: str | None, operator: str | None = None) -> None:
     """Runs every later call on the backend `name`; `None` returns to the automatic choice.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled
+from ..dispatch import Backend, Operator, anything, compiled, not_float64
 from . import reference
 
 
@@ -69,22 +69,14 @@ def fake_quantize(
     return _FakeQuantize.apply(*arguments) if torch.is_grad_enabled() and x.requires_grad else forward(*arguments)
 
 
-def _supports(x: torch.Tensor, *_: Any) -> Verdict:
-    return (x.dtype != torch.float64, "float64 runs on the reference")
-
-
-def _supports_backward(grad: torch.Tensor, *_: Any) -> Verdict:
-    return _supports(grad)
-
-
 _ARGUMENTS = "Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int axis"
 
 forward = Operator(
     f"fake_quantize({_ARGUMENTS}) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     backends=[
-        compiled("fake_quantize", "cuda", _supports),
-        compiled("fake_quantize", "cpu", _supports),
+        compiled("fake_quantize", "cuda", not_float64),
+        compiled("fake_quantize", "cpu", not_float64),
         Backend("reference", lambda *args: reference.fake_quantize(*args).contiguous(), anything),
     ],
 )
@@ -93,8 +85,8 @@ backward = Operator(
     f"fake_quantize_backward(Tensor grad, {_ARGUMENTS}) -> Tensor",
     fake=lambda grad, x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     backends=[
-        compiled("fake_quantize_backward", "cuda", _supports_backward),
-        compiled("fake_quantize_backward", "cpu", _supports_backward),
+        compiled("fake_quantize_backward", "cuda", not_float64),
+        compiled("fake_quantize_backward", "cpu", not_float64),
         Backend("reference", lambda *args: reference.fake_quantize_backward(*args).contiguous(), anything),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 
 from .. import checks
 from ..activations import check_activation
-from ..dispatch import Backend, Operator, Verdict, anything, checking, compiled, in_triton
+from ..dispatch import Backend, Operator, anything, checking, compiled, in_triton, not_float64
 from . import reference
 
 
@@ -57,14 +57,12 @@ def gate_quantize(
     if value.dtype != gate.dtype:
         raise TypeError(f"value had dtype {value.dtype}; it must be that of gate, {gate.dtype}")
     check_activation(activation)
-    scale, zero_point = checks.parameter("scale", scale, gate), checks.parameter("zero_point", zero_point, gate)
+    scale, zero_point = checks.parameter("scale", scale, gate), checks.scalar("zero_point", zero_point, gate)
     if scale.numel() not in (1, gate.shape[-1]):
         raise ValueError(f"scale had {scale.numel()} values; it must have 1 or {gate.shape[-1]}, one for each channel")
-    if zero_point.numel() != 1:
-        raise ValueError(f"zero_point had {zero_point.numel()} values; it must be a scalar")
     checks.positive("scale", scale)
     checks.whole("zero_point", zero_point, (1 << bits) - 1)
-    return forward(gate.detach(), value.detach(), scale.reshape(-1), zero_point.reshape(()), bits, activation or "none")
+    return forward(gate.detach(), value.detach(), scale.reshape(-1), zero_point, bits, activation or "none")
 
 
 def _check_values(gate: torch.Tensor, value: torch.Tensor, *_: Any) -> None:
@@ -72,16 +70,12 @@ def _check_values(gate: torch.Tensor, value: torch.Tensor, *_: Any) -> None:
         checks.finite("gate or value", part)
 
 
-def _supports(gate: torch.Tensor, *_: Any) -> Verdict:
-    return (gate.dtype != torch.float64, "float64 runs on the reference")
-
-
 forward = Operator(
     "gate_quantize(Tensor gate, Tensor value, Tensor scale, Tensor zero_point, int bits, str activation) -> Tensor",
     fake=lambda gate, *_: torch.empty_like(gate, dtype=torch.uint8, memory_format=torch.contiguous_format),
     backends=[
-        checking(in_triton("gate_quantize", __package__, _supports), _check_values),
-        compiled("gate_quantize", "cpu", _supports),
+        checking(in_triton("gate_quantize", __package__, not_float64), _check_values),
+        compiled("gate_quantize", "cpu", not_float64),
         checking(Backend("reference", reference.gate_quantize, anything), _check_values),
     ],
 )

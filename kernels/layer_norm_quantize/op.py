@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, checking, compiled, in_triton
+from ..dispatch import Backend, Operator, Verdict, anything, checking, compiled, in_triton, not_float64
 from . import reference
 
 
@@ -56,14 +56,11 @@ def layer_norm_quantize(
     for name, value in (("weight", weight), ("bias", bias)):
         if value.shape != x.shape[-1:]:
             raise ValueError(f"{name} had shape {tuple(value.shape)}; it must be [{x.shape[-1]}]")
-    scale, zero_point = checks.parameter("scale", scale, x), checks.parameter("zero_point", zero_point, x)
-    for name, value in (("scale", scale), ("zero_point", zero_point)):
-        if value.numel() != 1:
-            raise ValueError(f"{name} had {value.numel()} values; it must be a scalar")
+    scale, zero_point = checks.scalar("scale", scale, x), checks.scalar("zero_point", zero_point, x)
     checks.positive("scale", scale)
     checks.whole("zero_point", zero_point, (1 << bits) - 1)
     weight, bias = weight.detach().to(scale.dtype), bias.detach().to(scale.dtype)
-    return forward(x.detach(), weight, bias, eps, scale.reshape(()), zero_point.reshape(()), bits)
+    return forward(x.detach(), weight, bias, eps, scale, zero_point, bits)
 
 
 def _check_values(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *_: Any) -> None:
@@ -71,14 +68,10 @@ def _check_values(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *_:
         checks.finite(name, value)
 
 
-def _supports(x: torch.Tensor, *_: Any) -> Verdict:
-    return (x.dtype != torch.float64, "float64 runs on the reference")
-
-
 def _supports_triton(x: torch.Tensor, *rest: Any) -> Verdict:
     if x.shape[-1] > _WIDEST:
         return False, f"x had {x.shape[-1]} channels; a Triton program holds rows of up to {_WIDEST}"
-    return _supports(x, *rest)
+    return not_float64(x, *rest)
 
 
 _WIDEST = 32768  # of the registers of one program, half full
@@ -88,7 +81,7 @@ forward = Operator(
     fake=lambda x, *_: torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format),
     backends=[
         checking(in_triton("layer_norm_quantize", __package__, _supports_triton), _check_values),
-        compiled("layer_norm_quantize", "cpu", _supports),
+        compiled("layer_norm_quantize", "cpu", not_float64),
         checking(Backend("reference", reference.layer_norm_quantize, anything), _check_values),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
+from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton, not_float64
 from . import reference
 
 
@@ -99,12 +99,8 @@ def _checked_range(value_range: torch.Tensor, features: torch.Tensor) -> torch.T
         raise ValueError(f"value_range had shape {tuple(value_range.shape)}; it must be {wanted} for these features")
     checks.same_device(features=features, value_range=value_range)
     checks.ascending("value_range", value_range)
-    ends = value_range.detach().to(_range_dtype(features))
+    ends = value_range.detach().to(checks.wide(features))
     return ends if features.dim() == 4 else ends.unsqueeze(0)
-
-
-def _range_dtype(features: torch.Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _fake_forward(
@@ -114,14 +110,10 @@ def _fake_forward(
     return features.new_empty(images), value_range.new_empty(*images, points)
 
 
-def _supports_range(features: torch.Tensor) -> Verdict:
-    return features.dtype != torch.float64, "float64 runs on the reference"
-
-
 def _supports(features: torch.Tensor, value_range: torch.Tensor, points: int, bandwidth: float, *_: Any) -> Verdict:
     if not 1e-6 <= bandwidth <= 1e6:
         return False, f"bandwidth was {bandwidth}; float32 arithmetic serves 1e-6 to 1e6"
-    return _supports_range(features)
+    return not_float64(features)
 
 
 def _supports_cuda(features: torch.Tensor, value_range: torch.Tensor, points: int, *constants: Any) -> Verdict:
@@ -139,11 +131,11 @@ def _backward(supports: Callable[..., Verdict]) -> Callable[..., Verdict]:
 
 range_operator = Operator(
     "similarity_range(Tensor features) -> Tensor",
-    fake=lambda features: features.new_empty(features.shape[0], 2, dtype=_range_dtype(features)),
+    fake=lambda features: features.new_empty(features.shape[0], 2, dtype=checks.wide(features)),
     backends=[
-        compiled("similarity_range", "cuda", _supports_range),
-        in_triton("similarity_range", __package__, _supports_range),
-        compiled("similarity_range", "cpu", _supports_range),
+        compiled("similarity_range", "cuda", not_float64),
+        in_triton("similarity_range", __package__, not_float64),
+        compiled("similarity_range", "cpu", not_float64),
         Backend("reference", reference.similarity_range, anything),
     ],
 )

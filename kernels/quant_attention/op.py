@@ -76,15 +76,11 @@ def quant_attention(
     grids = checks.grids_of_heads(in_scale, in_zero, qkv, 255)
     if (out_scale is None) != (out_zero is None):
         raise ValueError(f"out_zero was {out_zero!r}; it must be given if out_scale is, and only then")
-    outs: list[torch.Tensor | None] = [None, None]
+    outs: list[Any] = [None, None]
     if out_scale is not None and out_zero is not None:
-        scale_out, zero_out = checks.parameter("out_scale", out_scale, qkv), checks.parameter("out_zero", out_zero, qkv)
-        for name, value in (("out_scale", scale_out), ("out_zero", zero_out)):
-            if value.numel() != 1:
-                raise ValueError(f"{name} had {value.numel()} values; it must be a scalar")
-        checks.positive("out_scale", scale_out)
-        checks.whole("out_zero", zero_out, (1 << out_bits) - 1)
-        outs = [scale_out.reshape(()), zero_out.reshape(())]
+        outs = [checks.scalar("out_scale", out_scale, qkv), checks.scalar("out_zero", out_zero, qkv)]
+        checks.positive("out_scale", outs[0])
+        checks.whole("out_zero", outs[1], (1 << out_bits) - 1)
     else:
         checks.no_gradient("quant_attention", bias=bias, mask=mask, head_scale=head_scale)
     floats = [None if tensor is None else tensor.detach().float() for tensor in (bias, mask)]

@@ -89,11 +89,8 @@ def quant_linear(
         raise ValueError("x had no dimensions; it must be [..., K]")
     checks.dense("weight", weight)
     checks.same_device(x=x, weight=weight, bias=bias, acm=acm, residual=residual, w_sums=w_sums)
-    x_scale, x_zero = checks.parameter("x_scale", x_scale, x), checks.parameter("x_zero", x_zero, x)
+    x_scale, x_zero = checks.scalar("x_scale", x_scale, x), checks.scalar("x_zero", x_zero, x)
     w_scale = checks.parameter("w_scale", w_scale, x)
-    for name, value in (("x_scale", x_scale), ("x_zero", x_zero)):
-        if value.numel() != 1:
-            raise ValueError(f"{name} had {value.numel()} values; it must be a scalar")
     checks.no_gradient("quant_linear", x_zero=x_zero)
     out_features = _out_features(weight, x.shape[-1], w_bits, w_scale)
     if w_scale.numel() not in (1, out_features):
@@ -106,7 +103,7 @@ def quant_linear(
         out_scale = _for_outputs("out_scale", out_scale, x, out_features)
         out_zero = _for_outputs("out_zero", out_zero, x, out_features)
     out_dtype = _result_dtype(out_dtype, x, residual, out_scale is not None)
-    scales = (x_scale.reshape(()), x_zero.reshape(()), w_scale.expand(out_features).contiguous())
+    scales = (x_scale, x_zero, w_scale.expand(out_features).contiguous())
     arguments = (x, weight, bias, acm, *scales, a_bits, w_bits, activation or "none")
     if w_sums is not None and (w_sums.dtype != torch.int32 or w_sums.shape != (out_features,)):
         raise ValueError(f"w_sums was {w_sums.dtype} {tuple(w_sums.shape)}; it must be int32 [{out_features}]")

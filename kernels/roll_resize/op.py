@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled
+from ..dispatch import Backend, Operator, anything, compiled, not_float64
 from . import reference
 
 
@@ -41,7 +41,7 @@ def roll_resize(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor,
     if images.dim() != 4 or 0 in images.shape[2:]:
         raise ValueError(f"images had shape {tuple(images.shape)}; it must be [B, C, H, W] with pixels")
     batch = images.shape[0]
-    wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+    wide = checks.wide(images)
     for name, positions in (("rows", rows), ("columns", columns)):
         if positions.dtype != wide:
             raise TypeError(f"{name} had dtype {positions.dtype}; for these images it must be {wide}")
@@ -54,15 +54,11 @@ def roll_resize(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor,
     return _RollResize.apply(images, rows, columns, shift)
 
 
-def _supports(images: torch.Tensor, *_: Any) -> Verdict:
-    return (images.dtype != torch.float64, "float64 runs on the reference")
-
-
 forward = Operator(
     "roll_resize(Tensor images, Tensor rows, Tensor columns, Tensor shift) -> Tensor",
     fake=lambda images, rows, columns, _: images.new_empty(*images.shape[:2], rows.shape[1], columns.shape[1]),
     backends=[
-        compiled("roll_resize", "cpu", _supports),
+        compiled("roll_resize", "cpu", not_float64),
         Backend("reference", reference.roll_resize, anything),
     ],
 )
@@ -71,7 +67,7 @@ backward = Operator(
     "roll_resize_backward(Tensor grad, Tensor rows, Tensor columns, Tensor shift, int height, int width) -> Tensor",
     fake=lambda grad, rows, columns, shift, height, width: grad.new_empty(*grad.shape[:2], height, width),
     backends=[
-        compiled("roll_resize_backward", "cpu", _supports),
+        compiled("roll_resize_backward", "cpu", not_float64),
         Backend("reference", reference.roll_resize_backward, anything),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled
+from ..dispatch import Backend, Operator, anything, compiled, not_float64
 from . import reference
 
 
@@ -35,19 +35,11 @@ def total_variation(images: torch.Tensor) -> torch.Tensor:
     return _TotalVariation.apply(images)[0]
 
 
-def _supports(*args: torch.Tensor) -> Verdict:
-    return (args[-1].dtype != torch.float64, "float64 runs on the reference")
-
-
-def _wide(images: torch.Tensor) -> torch.dtype:
-    return torch.float64 if images.dtype == torch.float64 else torch.float32
-
-
 forward = Operator(
     "total_variation(Tensor images) -> Tensor",
-    fake=lambda images: images.new_empty(images.shape[0], 4, dtype=_wide(images)),
+    fake=lambda images: images.new_empty(images.shape[0], 4, dtype=checks.wide(images)),
     backends=[
-        compiled("total_variation", "cpu", _supports),
+        compiled("total_variation", "cpu", not_float64),
         Backend("reference", reference.total_variation, anything),
     ],
 )
@@ -56,7 +48,7 @@ backward = Operator(
     "total_variation_backward(Tensor weights, Tensor images) -> Tensor",
     fake=lambda weights, images: torch.empty_like(images, memory_format=torch.contiguous_format),
     backends=[
-        compiled("total_variation_backward", "cpu", _supports),
+        compiled("total_variation_backward", "cpu", lambda _, images: not_float64(images)),
         Backend("reference", reference.total_variation_backward, anything),
     ],
 )
