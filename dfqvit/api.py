@@ -28,7 +28,7 @@ from .calibration.given import given_images
 from .calibration.health import measure, warn_of_results
 from .calibration.images import calibration_images, check_calib, companion_count, with_companions
 from .calibration.reconstruction import reconstruct_blocks
-from .errors import UsageError
+from .errors import UsageError, is_whole
 from .models import ModelSpec, Preprocessing
 from .models.adapters import find_adapter, is_network, rescaled_by
 from .models.adapters.products import KNOWN
@@ -368,7 +368,7 @@ def settle(
 
 
 def _check_steps(reconstruct: Any, placement: str) -> None:
-    if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
+    if not is_whole(reconstruct) or reconstruct < 0:
         raise UsageError(f"reconstruct was {reconstruct!r}; it may be a number of steps, or 0")
     if reconstruct and placement != "gemm":
         raise UsageError(f"reconstruct was {reconstruct} and placement '{placement}'; it is for 'gemm'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import weakref
 from collections.abc import Collection
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 Error = TypeVar("Error", bound=BaseException)
 # The signals that end a program, as far as the system has them.
@@ -37,6 +37,11 @@ def expect_one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """UsageError unless the argument of that name has a value that is allowed."""
     if value not in allowed:
         raise UsageError(f"{name} was '{value}'; it may be {', '.join(map(repr, allowed))}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether an argument is a whole number, which True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DfqvitError, UsageError, expect_one_of
+from ..errors import DfqvitError, UsageError, expect_one_of, is_whole
 from ..models.adapters import Adapter, find_adapter, is_network
 from ..progress import tracked
 
@@ -37,7 +37,7 @@ def choose_blocks(
         UsageError: gamma or top no whole number or below 1, an index out of range, or both blocks and top given.
     """
     for name, count in (("gamma", gamma), ("acm_top", top)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+        if count is not None and not is_whole(count):
             raise UsageError(f"{name} was {count!r}; it must be a whole number, 1 or more")
     if depth == 0:  # `check_family` refuses corrections then
         return []
@@ -60,7 +60,7 @@ def choose_blocks(
 def check_blocks(gamma: int, blocks: Any, top: Any) -> None:
     """UsageError unless `blocks` are indices, LAST_BLOCK or None, and none of the three is given where it would change nothing."""
     listed = isinstance(blocks, (Sequence, range)) and not isinstance(blocks, str)
-    whole = listed and all(isinstance(index, int) and not isinstance(index, bool) for index in blocks)
+    whole = listed and all(map(is_whole, blocks))
     if blocks is not None and not whole:
         raise UsageError(f"acm_blocks was {blocks!r}; it may be a list of indices of blocks, such as [-1], or None")
     if top is not None and blocks is not LAST_BLOCK and blocks is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, is_whole
 from ..models import Preprocessing
 from ..progress import Progress
 from ..quantization.recipe import Recipe
@@ -32,7 +32,7 @@ def companion_count(companions: int | None, calib: str | torch.Tensor, recipe: R
     synthetic = isinstance(calib, str) and calib == "synthetic"
     if companions is None:
         return COMPANIONS if synthetic and recipe.rounding == "second-order" else 0
-    if isinstance(companions, bool) or not isinstance(companions, int) or companions < 0:
+    if not is_whole(companions) or companions < 0:
         raise UsageError(f"companions was {companions!r}; it may be a number of images, or 0")
     if companions and not synthetic:
         raise UsageError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..errors import UsageError
+from ..errors import UsageError, is_whole
 from ..storage import load
 from ..storage.atomic import refuse_existing
 from ..storage.hub import CARD, WEIGHTS, push, write_card
@@ -73,7 +73,7 @@ def _read(path: Path, file: Path) -> dict[str, Any]:
         ) from error
     for key, value in figures.items():
         if key == "images":
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise UsageError(f"--evaluation '{path}' has images {value!r}; it must be a whole number, 1 or more")
         elif value is None and key.startswith("against"):
             continue

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_iou
 
-from ..errors import UsageError
+from ..errors import UsageError, expect_one_of, is_whole
 from ..models.frame import evaluating
 from .labels import Confusion
 
@@ -242,8 +242,7 @@ def meter(task: str, categories: int | None = None) -> DetectionMeter | Segmenta
 
 def check_task(task: str) -> None:
     """UsageError unless `task` is one."""
-    if task not in TASKS:
-        raise UsageError(f"task was '{task}'; it may be {', '.join(map(repr, TASKS))}")
+    expect_one_of("task", task, TASKS)
 
 
 def understood(network: nn.Module, outputs: Any, task: str, whose: str = "FILE's network") -> Any:
@@ -276,7 +275,7 @@ def _described(outputs: Any) -> str:
 def _check_categories(network: nn.Module, task: str, categories: int | None) -> None:
     """Where the network says how many classes it has; it may count the ground as one."""
     classes = getattr(network, "num_classes", None)
-    if task != "detection" or categories is None or isinstance(classes, bool) or not isinstance(classes, int):
+    if task != "detection" or categories is None or not is_whole(classes):
         return
     if classes > 0 and categories not in (classes, classes - 1):
         raise UsageError(f"the data has {categories} categories and the network {classes} classes; {_REMEDY}")

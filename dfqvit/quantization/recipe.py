@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError, expect_one_of
+from ..errors import UsageError, expect_one_of, is_whole
 from .levels import LEVELS
 from .quantizers import check_rule
 
@@ -90,7 +90,7 @@ class Recipe:
             named["edge_a_bits"] = self.edge_a_bits
         named |= {f"layer_bits['{name}']": bits for name, bits in (self.layer_bits or {}).items()}
         for name, bits in named.items():
-            if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            if not is_whole(bits) or not 2 <= bits <= 8:
                 raise UsageError(f"{name} was {bits!r}; it may be a whole number from 2 to 8")
         if not gemm and self.softmax_bits != 8:
             raise UsageError(

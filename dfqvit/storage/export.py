@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import DfqvitError, UsageError, first_line
+from ..errors import DfqvitError, UsageError, first_line, is_whole
 from ..kernels.pack_weight import unpack_weight
 from ..models.adapters import flattened
 from ..models.network import NetworkSpec
@@ -64,7 +64,7 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
     """
     path = as_path(path)
     record, tensors = held(qmodel, "export_onnx")
-    if isinstance(opset, bool) or not isinstance(opset, int) or not LEAST_OPSET <= opset <= GREATEST_OPSET:
+    if not is_whole(opset) or not LEAST_OPSET <= opset <= GREATEST_OPSET:
         raise UsageError(f"opset was {opset!r}; it may be {LEAST_OPSET} to {GREATEST_OPSET}")
     narrow = any(layer.packed_bits <= _INT4 for layer in quantized_layers(qmodel).values())
     if int4 and narrow and opset < OPSET:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import UsageError, expect_one_of
+from ..errors import UsageError, expect_one_of, is_whole
 from .curriculum import JITTER, SCHEDULES
 from .spectrum import SPECTRA
 
@@ -92,7 +92,7 @@ class SynthesisConfig:
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """UsageError unless `value` is a whole number, `least` or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise UsageError(f"{name} was {value!r}; it must be a whole number, {least} or more")
     if value < least:
         raise UsageError(f"{name} was {value}; it must be at least {least}")
@@ -100,7 +100,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 def check_seed(seed: Any) -> None:
     """UsageError unless `seed` is a whole number that every generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _MOST_SEED:
+    if not is_whole(seed) or not 0 <= seed < _MOST_SEED:
         raise UsageError(f"seed was {seed!r}; it must be a whole number from 0 to {_MOST_SEED - 1}")
 
 
