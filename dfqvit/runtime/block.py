@@ -18,9 +18,9 @@ from ..kernels.dispatch import Operator, asked_table
 from ..kernels.quant_block.op import forward as quant_block
 from ..quantization.layers import check_tokens, expect_floats
 from ..quantization.prepared import Prepares, may_prepare, watch
-from .company import lift
 from .own import expect_alone
 from .parts import parts_of, watched_or_differentiated
+from .threads import give_threads_back
 
 _ASKED = asked_table()
 
@@ -76,7 +76,7 @@ class IntegerBlock(Prepares):
         expect_floats(x)
         parts = "it is watched" if watched_or_differentiated(self, x) else self.parts(self)
         if isinstance(parts, str):
-            lift()
+            give_threads_back()
             return None
         check_tokens(parts.linears[-1].acm, x)
         arguments = parts.arguments(*self.geometry(), *rope)

@@ -27,12 +27,12 @@ from ..quantization.layers import QuantLinear
 from ..quantization.model import QuantizedForward, quantized
 from .attention import IntegerOperands
 from .block import IntegerBlock
-from .company import SerialTorch
 from .convnext import IntegerConvNeXtBlock, IntegerDownsample
 from .mlp import IntegerMlp
 from .residual import RESIDUAL, IntegerResidual
 from .rotary import IntegerRotaryBlock
 from .swin import IntegerSwinBlock, IntegerSwinV2Block, take_mergings
+from .threads import SerialTorch
 from .vit import IntegerVitBlock
 
 RUNTIMES = ("auto", "integer", "simulated")

@@ -35,7 +35,6 @@ from ..quantization.prepared import (
     watch,
 )
 from .attention import IntegerOperands
-from .company import lift
 from .linear import linear, normed, product, quantized
 from .mlp import IntegerMlp, hidden_bytes
 from .own import expect_alone
@@ -48,6 +47,7 @@ from .parts import (
     tensors_of,
     watched_or_differentiated,
 )
+from .threads import give_threads_back
 
 _ASKED = asked_table()
 _UNPREPARED: tuple[Any, Any, Any] = None, None, None
@@ -101,7 +101,7 @@ class IntegerResidual(Prepares):
                 return steps(x, *args, **kwargs)
         expect_floats(x)
         if watched_or_differentiated(self, x, *tensors_of(args, kwargs)) or self.why_not(self):
-            lift()
+            give_threads_back()
             return super().forward(x, *args, **kwargs)
         if not prepare or not may_prepare(self, x) or x.dim() != 3:
             return _Steps(self, through_torch)(x, *args, **kwargs)

@@ -40,8 +40,8 @@ def _serial(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> 
     return module.serial_torch(function, x, *args, **kwargs)
 
 
-def lift() -> None:
-    """Where a block computes as simulated after all, by torch's operators: they have their threads again."""
+def give_threads_back() -> None:
+    """Gives torch's operators their threads again within such a model's call: where a block computes as simulated after all."""
     module = None if torch.compiler.is_compiling() else extension.load()[0]
     if module is not None:
         module.lift_serial_torch()
