@@ -81,7 +81,7 @@ class Operator:
         _define(_LIBRARY, schema)
         with warnings.catch_warnings():  # torch says so when this takes the place of the shared library's own choice
             warnings.simplefilter("ignore", UserWarning)
-            _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd", allow_override=True)
+            _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd", allow_override=True)
             autograd = self._once if self.name.endswith("_backward") else self._refuse_gradient
             _LIBRARY.impl(self.name, autograd, "Autograd", with_keyset=True, allow_override=True)
         fake = _on_one_device(self.name, fake)
@@ -129,8 +129,11 @@ class Operator:
         names = ("cpu",) if device == "cpu" else ("cuda", "triton")
         return any(name in self.backends and _available(name)[0] for name in names)
 
-    def _run(self, *args: Any) -> Any:
-        """Computes in the dtypes that the operator's arithmetic names, whatever autocast says."""
+    def run(self, *args: Any) -> Any:
+        """Computes on the backend that serves, in the dtypes that the operator's arithmetic names, whatever autocast says.
+
+        What a call comes to below torch's dispatcher; one operator calls it of another inside its own backend.
+        """
         if not torch._C._is_any_autocast_enabled():
             return self.resolve(*args).run(*args)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -171,10 +174,6 @@ class Operator:
     def _refuse_second(self, _: torch.Tensor) -> None:
         name = self.name.removesuffix("_backward")
         raise ValueError(f"a second derivative is wanted of {name}, which has only a first one")
-
-    def resolved(self, *args: Any) -> Any:
-        """As a call, for one operator inside another's backend, where torch's dispatcher has been passed already."""
-        return self._run(*args)
 
     def resolve(self, *args: Any) -> Backend:
         """The backend that a call with these arguments runs on."""

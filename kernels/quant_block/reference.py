@@ -46,7 +46,7 @@ def quant_block(
         weight, bias = norms[2 * place : 2 * place + 2]
         if post_norm:
             return x  # which the layer rounds
-        return layer_norm_quantize.resolved(x, weight, bias, eps[place], scales[grid], zeros[grid], a_bits[grid])
+        return layer_norm_quantize.run(x, weight, bias, eps[place], scales[grid], zeros[grid], a_bits[grid])
 
     def linear(
         place: int,
@@ -71,7 +71,7 @@ def quant_block(
             zeros[grid],
             weight_scales[place],
         )
-        return quant_linear.resolved(*head, a_bits[grid], w_bits[place], activation, residual, *tail)
+        return quant_linear.run(*head, a_bits[grid], w_bits[place], activation, residual, *tail)
 
     def add(
         place: int, grid: int, x: torch.Tensor, residual: torch.Tensor, acm: torch.Tensor | None = None
@@ -88,8 +88,8 @@ def quant_block(
         q, k, v = linear(0, 0, norm(0, 0, x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         if head_scale is not None:
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        qkv = quantize_heads.resolved(q, k, v, in_scale, in_zero, a_bits[1], rope, half)
-    attended = quant_attention.resolved(
+        qkv = quantize_heads.run(q, k, v, in_scale, in_zero, a_bits[1], rope, half)
+    attended = quant_attention.run(
         qkv, heads, in_scale, in_zero, attention_scale, position_bias, mask, index, scales[4], zeros[4], a_bits[4],
         head_scale,
     )  # fmt: skip
@@ -100,5 +100,5 @@ def quant_block(
     else:
         first, last = linear(2, 5, norm(1, 5, x)).chunk(2, dim=-1)
         halves = (first, last) if gate == "first" else (last, first)
-        hidden = gate_quantize.resolved(*halves, rounded[0].reshape(-1), *rounded[1:], activation)
+        hidden = gate_quantize.run(*halves, rounded[0].reshape(-1), *rounded[1:], activation)
     return add(3, 6, hidden, x, acm)
