@@ -207,7 +207,7 @@ def quantize(
     qmodel = convert(model, recipe)
     if assumed and isinstance(spec, NetworkSpec) and not normalises(model):
         _tell_rescaled(model, preprocessing)
-    choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
+    chosen = choose_blocks(len(find_adapter(qmodel).blocks()), gamma, acm_blocks, acm_top)
     with showing(progress, report) as told:
         images, how = calibration_images(
             model,
@@ -223,7 +223,6 @@ def quantize(
         images = with_companions(images, companions, seed, preprocessing)
         images = in_fixed_order(images)
         if size_budget is not None:
-            chosen = choose_blocks(len(find_adapter(model).blocks()), gamma, acm_blocks, acm_top)
             beside = 0 if acm == "none" else correction_bytes(model, images[:1], chosen, acm_top)
             recipe = allocate_bits(model, images, recipe, size_budget, beside + table_bytes(qmodel, spec))
             qmodel = convert(model, recipe)
