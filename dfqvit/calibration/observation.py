@@ -64,9 +64,9 @@ def _expect_equal(model: nn.Module, qmodel: nn.Module) -> None:
         return
     image = _any_image(model)
     twin = copied(qmodel)  # which alone observes this image
-    wanted, nudged = _given(model, image), _given(model, image * (1 + _NUDGE))
+    wanted, nudged = _results_of(model, image), _results_of(model, image * (1 + _NUDGE))
     with _left_alone(model):
-        found = _given(twin, image)
+        found = _results_of(twin, image)
     if not wanted:
         raise UsageError(f"model was a {type(model).__name__}, which gives no tensors; it must give one, or several")
     if not _alike(found, wanted, nudged):
@@ -111,10 +111,10 @@ def _kept(qmodel: nn.Module) -> Iterator[None]:
         return
     image = _any_image(qmodel)
     twin = copied(qmodel)
-    wanted, nudged = _given(twin, image), _given(twin, image * (1 + _NUDGE))
+    wanted, nudged = _results_of(twin, image), _results_of(twin, image * (1 + _NUDGE))
     del twin
     yield
-    if not _alike(_given(copied(qmodel), image), wanted, nudged):
+    if not _alike(_results_of(copied(qmodel), image), wanted, nudged):
         raise UsageError(
             f"scaling was 'channels' and the model a {type(qmodel).__name__}, which reads at a further place what is scaled "
             "between a norm and the layer after it; it may be 'none'"
@@ -134,7 +134,7 @@ def _alike(found: list[torch.Tensor], wanted: list[torch.Tensor], nudged: list[t
     )
 
 
-def _given(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+def _results_of(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
     """What a model gives for one image [1, C, H, W]; of detections, whose order hangs on a hair, its blocks' outputs instead."""
     outputs = [each for each in flattened(model(image)) if each.is_floating_point()]
     if is_network(model) and any(len(each) != 1 for each in outputs if each.dim()):

@@ -12,20 +12,22 @@ from ..errors import UsageError
 from ..kernels.quantize_heads.reference import rotate
 from .quantizers import ActivationQuantizer, TellsBits
 
+STEPS = 255  # of the probabilities in 8 bits, as `quant_attention` has them
+
 
 class AttentionOperands(TellsBits):
     """The products of attention, `softmax(scale Q K^T + bias) V`, with quantized operands.
 
     Q, K and V are quantized like any activation. The exponentials are rounded to whole steps of 1/255 of each row's
     greatest, and divided by the sum of what was rounded: their range needs no calibration, and rows still sum to 1. `steps`
-    is 255, or what the recipe's `softmax_bits` make of it.
+    is STEPS, or what the recipe's `softmax_bits` make of it.
     """
 
     _BITS = "steps"
 
     def __init__(self, bits: int, quantizer: str) -> None:
         super().__init__()
-        self.steps = 255
+        self.steps = STEPS
         self.q, self.k, self.v = (ActivationQuantizer(bits, quantizer) for _ in range(3))
 
     def forward(

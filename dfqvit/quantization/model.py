@@ -36,7 +36,7 @@ class QuantizedForward(KeepsPrecision):
         Raises:
             UsageError: the images have an integer dtype, or not the channels that the model takes.
         """
-        expect_values(self, x)
+        refuse_fx(self, x)
         like = _like(x)
         return like(self._entered(super().forward, x, *args, **kwargs))
 
@@ -134,7 +134,7 @@ class QuantizedNetwork(nn.Module):
         return _floats(x, self)
 
 
-def expect_values(model: nn.Module, images: Any) -> None:
+def refuse_fx(model: nn.Module, images: Any) -> None:
     """UsageError for what torch.fx gives in place of images: it would follow none of the checks that a call begins with."""
     if isinstance(images, torch.fx.Proxy):
         left = "; it is in train mode now, as torchvision left it: call eval()" if model.training else ""

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 
 from ..kernels.quant_attention.op import forward as quant_attention
 from ..kernels.quantize_heads.op import forward as quantize_heads
-from ..quantization.attention import AttentionOperands
+from ..quantization.attention import STEPS, AttentionOperands
 from ..quantization.prepared import Bind, Call, through_torch
 from .parts import replaced_forward, tensors_of, watched_or_differentiated
-
-_STEPS = 255  # of the probabilities, as `quant_attention` has them
 
 
 class IntegerOperands(AttentionOperands):
@@ -33,7 +31,7 @@ class IntegerOperands(AttentionOperands):
         """Why these products do not run in integers, or ""."""
         if type(operands) not in (AttentionOperands, cls):
             return f"its products are those of a {type(operands).__name__}"
-        if operands.steps != _STEPS:
+        if operands.steps != STEPS:
             return "its attention's probabilities have fewer than 8 bits"
         sites = (operands.q, operands.k, operands.v)
         if not all(site.frozen for site in sites) or len({site.bits for site in sites}) > 1:

@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from ..kernels.quant_linear.blocked import OUTPUTS
 from ..models.adapters.attentions import QuantWindowAttentionV2
 from ..models.adapters.scalings import NORMS
-from ..quantization.attention import AttentionOperands
+from ..quantization.attention import STEPS, AttentionOperands
 from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 
@@ -219,7 +219,7 @@ def parts_of(block: Any, *, post_norm: bool = False, join: bool = False) -> Part
         return "a correction lies before a norm"
     if any(layer.exponents is not None for layer in linears[:3]):
         return "a layer before the last has factors for its channels"
-    if attention.operands.steps != 255:
+    if attention.operands.steps != STEPS:
         return "its attention's probabilities have fewer than 8 bits"
     norms = (block.norm1, block.norm2)
     for norm in norms:

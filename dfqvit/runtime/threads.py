@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..kernels import extension
-from ..quantization.model import expect_values
+from ..quantization.model import refuse_fx
 
 
 class SerialTorch(nn.Module):
@@ -21,7 +21,7 @@ class SerialTorch(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
-        expect_values(self, x)
+        refuse_fx(self, x)
         return _serial(super().forward, x, *args, **kwargs)
 
     def forward_features(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

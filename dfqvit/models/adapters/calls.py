@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..spec import dotted
+
 
 def at_one_place(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, Any]:
     """{name: layer} of those wanted that stand at one place of the model, with a weight that is no one else's.
@@ -22,7 +24,7 @@ def at_one_place(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[
         owners.update(id(parameter) for parameter in parent._parameters.values())
         for child, module in parent._modules.items():
             if module is not None and wanted(module):
-                places.setdefault(module, []).append(f"{prefix}.{child}" if prefix else child)
+                places.setdefault(module, []).append(dotted(prefix, child))
     found: dict[str, Any] = {names[0]: layer for layer, names in places.items() if len(names) == 1}
     return {name: layer for name, layer in found.items() if owners[id(layer.weight)] == 1}
 

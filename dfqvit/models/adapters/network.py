@@ -17,6 +17,7 @@ from ...quantization.model import QuantizedNetwork
 from ...quantization.quantizers import ActivationQuantizer
 from ...quantization.recipe import Recipe
 from ..preprocessing import FEATURES, config_of
+from ..spec import dotted
 from .base import Adapter, Features
 from .calls import Probe
 from .generic import GenericAdapter
@@ -73,7 +74,7 @@ def backbones(network: nn.Module) -> dict[str, Adapter]:
                     return
         before = len(found)
         for child, inner in module.named_children():
-            visit(f"{name}.{child}" if name else child, inner)
+            visit(dotted(name, child), inner)
         wrapper = type(module).__module__ == FEATURES
         timms = name and config_of(module) is not None
         if timms and not (wrapper and len(found) > before) and GenericAdapter.supports(module):
