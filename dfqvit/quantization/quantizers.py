@@ -151,6 +151,11 @@ class ActivationQuantizer(TellsBits, KeepsPrecision):
             return x
         return fake_quantize(x, self.scale, self.zero_point, quant_min=0, quant_max=(1 << self.bits) - 1)
 
+    def ends(self) -> tuple[float, float]:
+        """(least, greatest) value on the grid of a frozen quantizer."""
+        scale, zero = float(self.scale), float(self.zero_point)
+        return -zero * scale, ((1 << self.bits) - 1 - zero) * scale
+
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"bits={self.bits}, frozen={self.frozen}"

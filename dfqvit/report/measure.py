@@ -56,13 +56,11 @@ def similarity_density(model: nn.Module, images: torch.Tensor) -> list[tuple[flo
 
 def activation_ranges(qmodel: nn.Module) -> list[tuple[str, float, float]]:
     """(site, least, greatest value of its grid) for every activation quantizer, by the name of what it quantizes."""
-    found = []
-    for name, module in qmodel.named_modules():
-        if isinstance(module, ActivationQuantizer):
-            scale, zero = float(module.scale), float(module.zero_point)
-            steps = (1 << module.bits) - 1
-            found.append((name.removesuffix(".input"), -zero * scale, (steps - zero) * scale))
-    return found
+    return [
+        (name.removesuffix(".input"), *module.ends())
+        for name, module in qmodel.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    ]
 
 
 @torch.no_grad()

@@ -99,8 +99,7 @@ def qdq_model(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor], o
     for module in list(model.modules()):
         if isinstance(module, ActivationQuantizer):
             module.register_buffer("zero", module.zero_point.to(torch.uint8))
-            scale, zero = float(module.scale), float(module.zero_point)
-            module.ends = (-zero * scale, ((1 << module.bits) - 1 - zero) * scale)  # type: ignore[assignment]
+            module.bounds = module.ends()  # type: ignore[assignment]
             module.opset = opset  # type: ignore[assignment]
             module.__class__ = _QdqActivation
         elif isinstance(module, QuantLinear):
@@ -130,12 +129,12 @@ def _quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tenso
 
 class _QdqActivation(ActivationQuantizer):
     zero: torch.Tensor
-    ends: tuple[float, float]  # of the grid
+    bounds: tuple[float, float]  # of the grid
     opset: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bits < 8:  # ONNX clamps to the whole of uint8, so x is clamped to a narrower grid before
-            x = x.clamp(*self.ends)
+            x = x.clamp(*self.bounds)
         return _quantize_dequantize(x, self.scale, self.zero, self.opset)
 
 
