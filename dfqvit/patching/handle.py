@@ -5,6 +5,7 @@ The layers of this one model change their class (`live.py`, `fusable.py`); objec
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -143,19 +144,16 @@ class PatchHandle:
         if refusal:
             raise UsageError(f"calib {refusal}")
         ranges = {layer: new_range(layer) for layer in self._layers.values()}
-        # these hooks also keep GELU out of fc1, see FusedMlp
-        hooks = [
-            layer.register_forward_pre_hook(lambda layer, args: ranges[layer].observe(args[0])) for layer in ranges
-        ]
         self._settings.observing = True
         try:
-            with evaluating(self._model):
+            with evaluating(self._model), contextlib.ExitStack() as hooks:
+                for layer in ranges:  # with hooks, which also keep GELU out of fc1, see FusedMlp
+                    watch = layer.register_forward_pre_hook(lambda layer, args: ranges[layer].observe(args[0]))
+                    hooks.enter_context(watch)
                 for batch in images.to(next(self._model.parameters())).split(BATCH):
                     self._model(batch)
         finally:
             self._settings.observing = False
-            for hook in hooks:
-                hook.remove()
         parameters = [inputs.parameters() for inputs in ranges.values()]  # all, before any layer changes
         for layer, (scale, zero_point) in zip(ranges, parameters, strict=True):
             layer.fix_range(scale, zero_point)
