@@ -13,17 +13,15 @@ from torch import nn
 
 from ..errors import UsageError
 from ..kernels import block_weight, checks, extension, quant_linear, weight_sums
-from ..kernels.dispatch import asked_table
 from ..kernels.pack_weight import pack_integers, packed_row_bytes, unpack_weight
 from ..kernels.quant_linear.op import forward as linear_operator
 from ..kernels.round_second_order.reference import nearest
 from .levels import levels_of, packed_bits
 from .precision import KeepsPrecision
-from .prepared import PREPARED, SOURCES, Call, Prepares, compiled, may_prepare, small_tensors, watch
+from .prepared import PREPARED, SOURCES, Call, Prepares, compiled, may_prepare, preparing, small_tensors, watch
 from .quantizers import WEIGHT_RULES, ActivationQuantizer
 from .rounding import SecondMoments, round_together
 
-_ASKED = asked_table()
 _UNPREPARED: tuple[Any, Any] = None, None
 _MANY_CHANNELS = 8  # an image has 1 to 4
 
@@ -245,7 +243,7 @@ class QuantLinear(Prepares, KeepsPrecision):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """As `forward`, of floats, or of bytes that are on the grid of the layer's input."""
-        prepare = not _ASKED and not torch.compiler.is_compiling()
+        prepare = preparing()
         watching, call = self.__dict__.get("_prepared", _UNPREPARED) if prepare else _UNPREPARED
         if watching is not None and watching(x):
             check_tokens(self.acm, x)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..kernels import extension
-from ..kernels.dispatch import Operator
+from ..kernels.dispatch import Operator, asked_table
 
 Call = Callable[..., torch.Tensor]
 SOURCES = ("weight_packed", "acm")  # buffers of a frozen layer from which it makes others for its kernels
@@ -34,6 +34,7 @@ _SETTINGS = (
 )  # fmt: skip
 # Parts that a block may lack, and be given.
 _ADDED = ("gate", "norm", "q_norm", "k_norm", "ls1", "ls2", "gamma_1", "gamma_2")
+_ASKED = asked_table()
 _PACKED = ("weight_packed", *PREPARED)  # the layer that owns these remakes them when they change
 
 
@@ -136,6 +137,11 @@ def small_tensors(module: nn.Module) -> list[torch.Tensor]:
         for name, tensor in table.items()
         if tensor is not None and name not in _PACKED
     ]
+
+
+def preparing() -> bool:
+    """Whether modules make and use prepared calls now: no backend is asked for by name, and torch.compile does not look on."""
+    return not _ASKED and not torch.compiler.is_compiling()
 
 
 def may_prepare(owner: nn.Module, x: torch.Tensor) -> bool:

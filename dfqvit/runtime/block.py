@@ -14,15 +14,13 @@ import torch
 from torch import nn
 
 from ..kernels import extension
-from ..kernels.dispatch import Operator, asked_table
+from ..kernels.dispatch import Operator
 from ..kernels.quant_block.op import forward as quant_block
 from ..quantization.layers import check_tokens, expect_floats
-from ..quantization.prepared import Prepares, may_prepare, watch
+from ..quantization.prepared import Prepares, may_prepare, preparing, watch
 from .own import expect_alone
 from .parts import parts_of, watched_or_differentiated
 from .threads import give_threads_back
-
-_ASKED = asked_table()
 
 
 class IntegerBlock(Prepares):
@@ -67,7 +65,7 @@ class IntegerBlock(Prepares):
         `rope`: one, or none, of this call; the last of the operator's arguments.
         """
         expect_alone(self)
-        prepare = not _ASKED and not torch.compiler.is_compiling()
+        prepare = preparing()
         if prepare:
             prepared = self.__dict__.get("_prepared")
             found = None if prepared is None else prepared(x, *rope)

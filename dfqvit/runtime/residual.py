@@ -19,7 +19,6 @@ from timm.models.vision_transformer_relpos import RelPosBlock
 from torch import nn
 
 from ..kernels import extension
-from ..kernels.dispatch import asked_table
 from ..kernels.gate_quantize.op import forward as gate_quantize
 from ..models.adapters.attentions import QUANTIZED, AttentionParts
 from ..quantization.layers import expect_floats
@@ -30,6 +29,7 @@ from ..quantization.prepared import (
     Trying,
     compiled,
     may_prepare,
+    preparing,
     small_tensors,
     through_torch,
     watch,
@@ -49,7 +49,6 @@ from .parts import (
 )
 from .threads import give_threads_back
 
-_ASKED = asked_table()
 _UNPREPARED: tuple[Any, Any, Any] = None, None, None
 _GATED = (GluMlp, SwiGLU)
 _PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
@@ -89,7 +88,7 @@ class IntegerResidual(Prepares):
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, N, C] to float32 [B, N, C]; further arguments as timm's block takes them, for the attention."""
         expect_alone(self)
-        prepare = not _ASKED and not torch.compiler.is_compiling()
+        prepare = preparing()
         if prepare:
             watching, steps, whole = self.__dict__.get("_prepared", _UNPREPARED)
             turns = None if whole is None else _turns(args, kwargs)
