@@ -79,11 +79,9 @@ class QuantLinear(Prepares, KeepsPrecision):
         self._prepared_from: tuple[torch.Tensor | None, torch.Tensor | None, int] = None, None, 0
 
     @classmethod
-    def from_float(
-        cls, linear: nn.Linear, w_bits: int, a_bits: int, quantizer: str, levels: str = "uniform"
-    ) -> QuantLinear:
-        """The stand-in for an `nn.Linear`."""
-        return cls(linear.weight, linear.bias, w_bits, a_bits, quantizer, levels)
+    def from_float(cls, layer: Any, w_bits: int, a_bits: int, quantizer: str, levels: str = "uniform") -> QuantLinear:
+        """The stand-in for an `nn.Linear`; of QuantPatchProjection, for an `nn.Conv2d`."""
+        return cls(layer.weight, layer.bias, w_bits, a_bits, quantizer, levels)
 
     @property
     def frozen(self) -> bool:
@@ -296,7 +294,7 @@ class QuantLinear(Prepares, KeepsPrecision):
 
 
 class QuantPatchProjection(QuantLinear):
-    """Stands in for the convolution of a patch embedding (stride = kernel size): a linear layer over flattened patches.
+    """Stands in for a convolution whose patches do not overlap (stride = kernel size): a linear layer over flattened patches.
 
     A patch is flattened channel by channel, as the convolution's weight is. `weight_blocked` has the pixels' channels together
     instead where there are many, as inside a network: patches of channels-last memory are then whole runs of it.
@@ -319,13 +317,6 @@ class QuantPatchProjection(QuantLinear):
     def __dir__(self) -> list[str]:
         """Without `in_channels`: torch.jit.trace asks for all that is listed."""
         return [name for name in super().__dir__() if name != "in_channels"]
-
-    @classmethod
-    def from_conv(
-        cls, conv: nn.Conv2d, w_bits: int, a_bits: int, quantizer: str, levels: str = "uniform"
-    ) -> QuantPatchProjection:
-        """The stand-in for an `nn.Conv2d` whose patches do not overlap."""
-        return cls(conv.weight, conv.bias, w_bits, a_bits, quantizer, levels)
 
     @property
     def by_pixels(self) -> bool:

@@ -120,7 +120,7 @@ def test_copies_make_their_own_call(seed):
 def test_a_convolution_of_patches(seed, size, channels):
     """Of 1 x 1 and of more, of few channels and of many, in both kinds of memory: as the operator over flattened patches."""
     conv = nn.Conv2d(channels, 20, size, size)
-    layer, x = QuantPatchProjection.from_conv(conv, 8, 8, "mse"), torch.randn(2, channels, 6, 4)
+    layer, x = QuantPatchProjection.from_float(conv, 8, 8, "mse"), torch.randn(2, channels, 6, 4)
     layer.exponents = torch.randint(-3, 4, (layer.in_features,)).to(torch.int8)
     layer(x)
     layer.freeze()

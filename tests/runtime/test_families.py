@@ -268,7 +268,7 @@ def test_layers_between_stages_give_bytes(seed):
 def test_patches_with_their_pixels_channels_together(seed, channels, exponents):
     """The kernels' weight has another order of the inputs than the file's; the result does not."""
     conv = torch.nn.Conv2d(channels, 20, 2, stride=2)
-    layer = QuantPatchProjection.from_conv(conv, 4, 8, "minmax")
+    layer = QuantPatchProjection.from_float(conv, 4, 8, "minmax")
     x = torch.randn(3, channels, 8, 10)
     layer(x)
     layer.freeze()

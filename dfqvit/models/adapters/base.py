@@ -14,7 +14,7 @@ from torch import nn
 
 from ...errors import UsageError, first_line
 from ...quantization.attention import AttentionOperands
-from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output
+from ...quantization.layers import QuantLinear, QuantPatchProjection, correct_output, quantize_output, quantized_layers
 from ...quantization.recipe import Recipe
 from ..preprocessing import image_shape
 from ..spec import classifier
@@ -183,13 +183,11 @@ class Adapter(abc.ABC):
         for name, module in layers.items():
             edge = any(module is head for head in heads) or _takes_images(name, module)
             bits = recipe.bits_of(name, edge), recipe.input_bits(edge)
-            if isinstance(module, nn.Conv2d):
-                made: QuantLinear = QuantPatchProjection.from_conv(module, *bits, recipe.quantizer, recipe.levels)
-            else:
-                made = QuantLinear.from_float(module, *bits, recipe.quantizer, recipe.levels)  # type: ignore[arg-type]
-            self._replace(name, made)
+            kind = QuantPatchProjection if isinstance(module, nn.Conv2d) else QuantLinear
+            self._replace(name, kind.from_float(module, *bits, recipe.quantizer, recipe.levels))
+        replaced = quantized_layers(self.model)
         for name in recipe.layer_bits or {}:
-            if not isinstance(dict(self.model.named_modules()).get(name), QuantLinear):
+            if name not in replaced:
                 raise UsageError(f"layer_bits named '{name}'; the model has no such linear layer")
         sites = self.add_psaq_sites if recipe.placement == "psaq" else self.add_gemm_sites
         sites(recipe.a_bits, recipe.quantizer)
