@@ -475,6 +475,17 @@ def test_what_timm_says_on_a_second_line_is_told(monkeypatch, tmp_path, seed):
         raise ValueError("\n  a depth of 2\n  is too deep")
 
     qmodel, _ = quantized(small_vit())
+    build, calls = ModelSpec.build, []
+    qmodel.norm.eps = 0.5
+
+    def fails_for_other_sizes(*args):
+        calls.append(args)
+        return build(*args) if len(calls) == 1 else fails()
+
+    monkeypatch.setattr(ModelSpec, "build", fails_for_other_sizes)
+    with pytest.raises(UsageError, match=r"after it was quantized \('norm.eps' is 0.5; load would build 1e-06\)"):
+        dfqvit.save(qmodel, tmp_path / "q.safetensors")
+    assert len(calls) > 1
     monkeypatch.setattr(ModelSpec, "build", fails)
     with pytest.raises(UsageError, match=r"after it was quantized \(a depth of 2\), and load could not"):
         dfqvit.save(qmodel, tmp_path / "q.safetensors")
