@@ -41,6 +41,7 @@ CPU_SOURCES = [
     "csrc/cpu/fake_quantize.cpp",
     "csrc/cpu/gate_quantize.cpp",
     "csrc/cpu/gate_quantize_kernels.cpp",
+    "csrc/cpu/gather.cpp",
     "csrc/cpu/int8_peak.cpp",
     "csrc/cpu/layer_norm_quantize.cpp",
     "csrc/cpu/layer_norm_quantize_kernels.cpp",

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <memory>
 
+#include "dfqvit/gather.h"
 #include "dfqvit/int8_peak.h"
 #include "dfqvit/isa.h"
 #include "dfqvit/parallel.h"
@@ -375,7 +376,13 @@ PYBIND11_MODULE(_C, m) {
       "gathered",
       [](const at::Tensor& x) {
         const py::gil_scoped_release release;
-        return dfqvit::empty_result(x.sizes(), x.scalar_type()).copy_(x);
+        at::Tensor result = dfqvit::empty_result(x.sizes(), x.scalar_type());
+        const bool floats = x.scalar_type() == at::kFloat && x.numel() > 0 && !x.is_neg();
+        if (floats && dfqvit::gather(x.const_data_ptr<float>(), x.sizes().data(), x.strides().data(), x.dim(),
+                                     result.mutable_data_ptr<float>())) {
+          return result;
+        }
+        return result.copy_(x);
       },
       py::arg("x"), "A contiguous copy in memory that the operators keep for their results.");
   m.def("watched", &watched, "Whether a trace, a mode, a transform or a profiler would see calls of operators now.");
