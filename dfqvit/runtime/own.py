@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
+from ..models.adapters.scalings import NORMS
 from ..models.spec import method_replaced, methods_of
+from ..quantization.layers import QuantLinear
 from ..quantization.model import QuantizedForward
 from ..quantization.prepared import HOOKS, METHODS
 
@@ -54,28 +57,62 @@ def expect_alone(block: Any) -> None:
         expect_itself(block)
 
 
-def tell_hooks_on_scaled(model: Any) -> None:
-    """Warns of hooks on what the scaling of channels changed within blocks, such as the keys that a `qkv` gives."""
+def tell_foreign_on_scaled(model: Any) -> None:
+    """Warns of what stands, or hooks, where the scaling of channels changed values within blocks, such as the keys of a `qkv`."""
     if torch.compiler.is_compiling() or ENTERED.now or "dfqvit_scalings" not in model.__dict__:
         return
     held = model.__dict__.get(HOOKS)
-    if held is None:
-        parts, places = dict(model.named_modules()), model.dfqvit_scalings
-        found = [(name, parts[name]._forward_hooks) for name in places.results() if name in parts]
-        found += [(name, parts[name]._forward_pre_hooks) for name in places.inputs() if name in parts]
-        held = model.__dict__[HOOKS] = [name for name, _ in found], [hooks for _, hooks in found]
-    if any(held[1]):
-        named = zip(*held, strict=True)
+    if held is None or list(map(dict.get, *held[0])) != held[1]:
+        held = model.__dict__[HOOKS] = _around_scaled(model)
+    _, _, said, names, tables = held
+    if any(tables):
         foreign = [
-            name for name, hooks in named if not all(type(h).__module__.startswith(_OURS) for h in hooks.values())
+            name
+            for name, hooks in zip(names, tables, strict=True)
+            if not all(type(hook).__module__.startswith(_OURS) for hook in hooks.values())
         ]
-        if foreign:
+        said = f"a forward hook on '{foreign[0]}'" if foreign else said
+    if said:
+        warnings.warn(
+            f"{said} may see other values than in the float model: with scaling='channels' they are scaled, shifted and turned "
+            "there, which the next layer undoes; quantize with scaling='none', or look at what blocks, attentions or MLPs give",
+            stacklevel=2,
+        )
+
+
+def _around_scaled(model: Any) -> tuple[Any, ...]:
+    """Of the places where the scaling of channels changed values, as they are now.
+
+    Returns:
+        (tables of modules, keys) that lead to them; what these give; what is told of a part that is not what was scaled, or "";
+        names of places, and the tables of the hooks that see their values.
+    """
+    parts, places = dict(model.named_modules()), model.dfqvit_scalings
+    results, inputs = places.results(), places.inputs()
+    pairs = [pair for pair in (*places.norms, *places.values) if any(name in parts for name in pair)]
+    others = [name for pair in pairs for name in pair if not isinstance(parts.get(name), (QuantLinear, *NORMS))]
+    said = f"what stands in the place of '{others[0]}'" if others else ""
+    levels = {".".join(name.split(".")[:end]) for name in (*results, *inputs) for end in range(1, name.count(".") + 2)}
+    split = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in sorted(levels)]
+    links = [(parts[parent]._modules, key) for parent, key in split if parent in parts]
+    tables, keys = [table for table, _ in links], [key for _, key in links]
+    hooks = [(name, parts[name]._forward_hooks) for name in results if name in parts]
+    hooks += [(name, parts[name]._forward_pre_hooks) for name in inputs if name in parts]
+    return (tables, keys), list(map(dict.get, tables, keys)), said, [name for name, _ in hooks], [h for _, h in hooks]
+
+
+def tell_train_mode(model: nn.Module) -> None:
+    """Warns of batch norms that take a batch's own statistics and change those that they keep, as in timm's train mode."""
+    if not model.training or torch.compiler.is_compiling() or ENTERED.now:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
             warnings.warn(
-                f"a forward hook on '{foreign[0]}' may see other values than in the float model: with scaling='channels' they are "
-                "scaled, shifted and turned there, which the next layer undoes; quantize with scaling='none', or look at what "
-                "blocks, attentions or MLPs give",
+                f"the quantized model is in train mode: '{name}' and the like normalise by the batch and change the mean and "
+                "variance that they keep, while the ranges of the layers stay those of eval mode; call eval(), or that of these",
                 stacklevel=2,
             )
+            return
 
 
 @torch.compiler.disable  # not a part of a program either where that one was given up

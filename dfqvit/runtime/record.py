@@ -20,7 +20,7 @@ from ..quantization.model import file_bytes
 from ..quantization.prepared import HOOKS, METHODS
 from ..quantization.recipe import Recipe
 from .convert import integer_report
-from .own import ENTERED, expect_itself, tell_hooks_on_scaled
+from .own import ENTERED, expect_itself, tell_foreign_on_scaled, tell_train_mode
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class QuantizedModel(nn.Module):
                 are for other places.
         """
         expect_itself(self)
-        tell_hooks_on_scaled(self)
+        tell_foreign_on_scaled(self)
+        tell_train_mode(self)
         record = self.dfqvit_record
         if record.acm_blocks and isinstance(x, torch.Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
             record.expect_grid(*x.shape[-2:])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import ParallelThingsBlock
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 import dfqvit
@@ -394,3 +396,18 @@ def test_blocks_without_products_count_as_integer(seed, name):
     assert not any(parts_not_integer(model.get_submodule(part)) for part in idle)
     with_products = next(block for block in blocks if type(block) is nn.Linear)
     assert parts_not_integer(with_products) == "it stays float"
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "repvit_m0_9", "fastvit_t8"])
+@torch.no_grad()
+def test_fusing_a_quantized_model_is_refused(seed, name, tmp_path):
+    """It ended in "unsupported operand type(s) for *: 'NoneType' and 'Tensor'", of a weight that is packed."""
+    model = timm.create_model(name, num_classes=7).eval()
+    images = torch.randn(2, *Preprocessing.of(model).input_size)
+    qmodel = dfqvit.quantize(model, 8, calib=images, rounding="nearest", progress=False)
+    expected = qmodel(images)
+    loaded = dfqvit.load(dfqvit.save(qmodel, tmp_path / "q.safetensors"))
+    for each in (qmodel, loaded, pickle.loads(pickle.dumps(qmodel))):
+        with pytest.raises(UsageError, match="a quantized model cannot be fused"):
+            reparameterize_model(each)
+        assert torch.equal(each(images), expected)

@@ -310,3 +310,28 @@ class Part(nn.Module):
 
     def forward(self, x):
         return getattr(self.model, self.method)(x)
+
+
+@torch.no_grad()
+def test_batch_norms_in_train_mode_are_told(seed):
+    """They take a batch's own statistics and change those that are kept, as timm's do: LeViT's logits were 65 % off after."""
+    images = torch.randn(4, 3, 224, 224)
+    qmodel = dfqvit.quantize(
+        timm.create_model("levit_128s", num_classes=7), 8, calib=images, rounding="nearest", progress=False
+    )
+    vit = dfqvit.quantize(MODELS["vit"](), 8, calib="procedural", samples=2, rounding="nearest", progress=False)
+
+    def said_by(model, x):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model(x)
+        return [str(each.message) for each in told]
+
+    (said,) = said_by(qmodel.train(), images)
+    assert said.startswith("the quantized model is in train mode: 'stem.conv1.bn' and the like normalise by the batch")
+    for module in qmodel.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    assert not said_by(qmodel, images)
+    assert not said_by(qmodel.eval(), images)
+    assert not said_by(vit.train(), torch.randn(2, 3, 32, 32))

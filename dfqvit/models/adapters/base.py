@@ -23,6 +23,7 @@ from .products import quantize_products
 from .scalings import scalings
 
 _FIRST = "patch_embed.proj"
+_FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # methods of timm that write weights anew
 _WRITTEN = ("timm", "torch", "builtins", __name__.split(".")[0])  # packages whose classes compute what an adapter knows
 
 
@@ -195,7 +196,11 @@ class Adapter(abc.ABC):
             if isinstance(module, AttentionOperands):
                 module.steps = (1 << recipe.softmax_bits) - 1
         if recipe.scaling == "channels":
-            self.model.dfqvit_scalings = scalings(self.model)  # see `runtime.own`
+            self.model.dfqvit_scalings = scalings(self.model).among(replaced.keys())  # see `runtime.own`
+        for module in self.model.modules():
+            fusing = [name for name in _FUSING if hasattr(type(module), name)] if module is not self.model else []
+            if fusing and quantized_layers(module):
+                vars(module).update(dict.fromkeys(fusing, _refuse_fusing))
 
     def set_acm(self, index: int, acm: torch.Tensor | None) -> None:
         """Corrects the output of block `index` by `acm` [tokens, channels], or takes the correction away.
@@ -268,6 +273,14 @@ def last_of_mlp(mlp: nn.Module) -> nn.Module | None:
 def heads_mean(output: torch.Tensor, heads: int, skip: int = 0) -> torch.Tensor:
     """[B, N, heads * D] to [B, N - skip, D], the mean over heads without the first `skip` tokens."""
     return _HeadsMean.apply(output, heads, skip)
+
+
+def _refuse_fusing(*_: Any, **__: Any) -> None:
+    """Stands for `_FUSING` in modules that hold quantized layers."""
+    raise UsageError(
+        "a quantized model cannot be fused (timm's reparameterize_model, fuse), since its weights are packed; it computes the same "
+        "as it is"
+    )
 
 
 class _HeadsMean(torch.autograd.Function):

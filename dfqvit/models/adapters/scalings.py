@@ -7,6 +7,7 @@ something else (in Swin v2 the norms follow the layers). The last norm is left a
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,13 @@ class Scalings:
     values: tuple[tuple[str, str], ...]
     scores: tuple[str, ...]
     hidden: tuple[str, ...]
+
+    def among(self, layers: Collection[str]) -> Scalings:
+        """Those between `layers`, without what stays float."""
+        norms = tuple(pair for pair in self.norms if pair[1] in layers)
+        values = tuple(pair for pair in self.values if set(pair) <= set(layers))
+        scores, hidden = (tuple(name for name in names if name in layers) for names in (self.scores, self.hidden))
+        return Scalings(norms, self.padded, values, scores, hidden)
 
     def results(self) -> list[str]:
         """The modules whose results may be others than the float model's."""
