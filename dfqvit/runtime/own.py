@@ -16,9 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
-from ..models.adapters.scalings import NORMS
+from ..models.adapters.scalings import SCALED
 from ..models.spec import method_replaced, methods_of
-from ..quantization.layers import QuantLinear
 from ..quantization.model import QuantizedForward
 from ..quantization.prepared import HOOKS, METHODS
 
@@ -90,7 +89,8 @@ def _around_scaled(model: Any) -> tuple[Any, ...]:
     parts, places = dict(model.named_modules()), model.dfqvit_scalings
     results, inputs = places.results(), places.inputs()
     pairs = [pair for pair in (*places.norms, *places.values) if any(name in parts for name in pair)]
-    others = [name for pair in pairs for name in pair if not isinstance(parts.get(name), (QuantLinear, *NORMS))]
+    mark = vars(model).get(SCALED)
+    others = [name for pair in pairs for name in pair if getattr(parts.get(name), SCALED, None) != mark]
     said = f"what stands in the place of '{others[0]}'" if others else ""
     levels = {".".join(name.split(".")[:end]) for name in (*results, *inputs) for end in range(1, name.count(".") + 2)}
     split = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in sorted(levels)]

@@ -108,7 +108,11 @@ def biased(block):
     layer.bias = nn.Parameter(torch.linspace(-3, 3, layer.out_features), requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [clamped, dropped, squashed, quick, normed])
+def wrapped(block):
+    block.mlp.fc1 = nn.Sequential(block.mlp.fc1, nn.Hardtanh(-0.1, 0.1))
+
+
+@pytest.mark.parametrize("change", [clamped, dropped, squashed, quick, normed, wrapped])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "swin v2"])
 def test_another_module_in_the_place_of_one(seed, kind, change):
     """Where dropout stands, the activation, a norm: after the block was called, so after its constants were prepared."""

@@ -205,11 +205,19 @@ class Adapted(nn.Module):
 
 
 @pytest.mark.parametrize("called", [True, False])
-@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1"])
+@pytest.mark.parametrize(
+    ("part", "way"),
+    [("attn.qkv", "adapted"), ("attn.proj", "adapted"), ("mlp.fc1", "adapted"), ("norm1", "float"), ("attn.qkv", "W4")],
+)
 @torch.no_grad()
-def test_parts_put_where_values_are_scaled_are_told(seed, part, called):
-    """LoRA that was trained around layers of the float model: logits were 90 % off, without a word."""
+def test_parts_put_where_values_are_scaled_are_told(seed, part, way, called):
+    """LoRA that was trained around layers of the float model (logits were 90 % off), its norms, layers of other bits."""
     model, images = lively("vit_tiny_patch16_224", ROTARY), torch.randn(3, 3, 32, 32)
+    fewer = dfqvit.quantize(model, 4, calib=images, rounding="nearest", progress=False)
+
+    def other(qmodel, layer, name):
+        return Adapted(layer) if way == "adapted" else (model if way == "float" else fewer).get_submodule(name)
+
     parent, _, name = f"blocks.1.{part}".rpartition(".")
 
     def said_by(qmodel):
@@ -224,9 +232,11 @@ def test_parts_put_where_values_are_scaled_are_told(seed, part, called):
             assert not said_by(qmodel)
         holder = qmodel.get_submodule(parent)
         layer = getattr(holder, name)
-        setattr(holder, name, Adapted(layer))
+        setattr(holder, name, other(qmodel, layer, f"blocks.1.{part}"))
         expected = [f"what stands in the place of 'blocks.1.{part}'"] if scaling == "channels" else []
-        assert said_by(qmodel) == said_by(copy.deepcopy(qmodel)) == expected
+        assert (
+            said_by(qmodel) == said_by(copy.deepcopy(qmodel)) == said_by(pickle.loads(pickle.dumps(qmodel))) == expected
+        )
         setattr(holder, name, layer)
         del qmodel.blocks[0]
         assert not said_by(qmodel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from ..preprocessing import image_shape
 from ..spec import classifier
 from .calls import Probe, at_one_place
 from .products import quantize_products
-from .scalings import scalings
+from .scalings import SCALED, scalings
 
 _FIRST = "patch_embed.proj"
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # methods of timm that write weights anew
@@ -196,7 +197,11 @@ class Adapter(abc.ABC):
             if isinstance(module, AttentionOperands):
                 module.steps = (1 << recipe.softmax_bits) - 1
         if recipe.scaling == "channels":
-            self.model.dfqvit_scalings = scalings(self.model).among(replaced.keys())  # see `runtime.own`
+            self.model.dfqvit_scalings = places = scalings(self.model).among(replaced.keys())  # see `runtime.own`
+            scaled = [self.model.get_submodule(name) for name in {*places.results(), *places.inputs()}]
+            mark = uuid.uuid4().hex
+            for module in (self.model, *scaled):
+                vars(module)[SCALED] = mark
         for module in self.model.modules():
             fusing = [name for name in _FUSING if hasattr(type(module), name)] if module is not self.model else []
             if fusing and quantized_layers(module):

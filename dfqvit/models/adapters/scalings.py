@@ -26,7 +26,7 @@ _BLOCKS = (Block, SwinTransformerBlock, EvaBlock, BeitBlock, RelPosBlock)  # eac
 _ROTARY = (AttentionRope, EvaAttention)  # which mix channels of queries, and of keys, before they meet
 _ATTENTIONS = (Attention, WindowAttention, BeitAttention, RelPosAttention, *_ROTARY)
 NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # the same arithmetic on float32
-
+SCALED = "_scaled_in"  # the attribute by which the modules between which a model's channels are scaled tell it
 
 _TIMMS = {ours: timms for timms, ours in QUANTIZED.items()}
 
