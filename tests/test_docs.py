@@ -106,7 +106,10 @@ def run(command: str, written: dict[str, dict[Path, bytes]]) -> int:
     assert words[0] == "dfqvit", "only dfqvit's own commands run here; others stand in LEFT_OUT with a reason"
     if command not in written:
         before = set(Path().rglob("*"))
-        status = cli.run([*words[1:], *APPENDED.get(words[1], "").split()])
+        appended = APPENDED.get(words[1], "")
+        if "samples" in words:  # a study of their number, which takes no other
+            appended = appended.replace("--samples 2", "")
+        status = cli.run([*words[1:], *appended.split()])
         new = sorted(set(Path().rglob("*")) - before)
         written[command] = {path: path.read_bytes() for path in new if path.is_file()}
         return status
