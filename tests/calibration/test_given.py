@@ -24,6 +24,12 @@ def test_all_images_that_are_given_are_taken(seed):
     with pytest.warns(UserWarning, match="samples was 2 and calib 5 images; all that are given are taken"):
         qmodel = dfqvit.quantize(model, 8, calib=images, samples=2, rounding="nearest", progress=False)
     assert qmodel.dfqvit_record.samples == 5
+    with pytest.warns(
+        UserWarning, match="iters was 3 and calib given images, which no synthesis makes; it changes nothing"
+    ):
+        dfqvit.quantize(model, 8, calib=images, iters=3, rounding="nearest", progress=False)
+    with pytest.warns(UserWarning, match="iters was 3 and calib 'noise', which no synthesis makes"):
+        dfqvit.quantize(model, 8, calib="noise", samples=2, iters=3, rounding="nearest", progress=False)
     for calib in (images, list(images)):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="samples was")

@@ -271,11 +271,14 @@ def test_activations_with_every_addend_in_every_dtype(seed, isa, activation, dty
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu"])
-def test_paths_that_fuse_give_the_same_bytes(seed, activation):
+@pytest.mark.parametrize(
+    "result", [{"out_scale": 1e-3, "out_zero": 200}, {"out_dtype": torch.float32}], ids=["u8", "f32"]
+)
+def test_paths_that_fuse_give_the_same_bits(seed, activation, result):
     """Models on different processors agree to the bit; `portable` rounds multiply-adds twice."""
     y, found = torch.randn(4000, 33) * 4, []
     for _ in each_fusing_path():
-        p = {**IDENTITY, "w_scale": torch.ones(33), "out_scale": 1e-3, "out_zero": 200, "activation": activation}
+        p = {**IDENTITY, "w_scale": torch.ones(33), **result, "activation": activation}
         with use_backend("cpu"):
             found.append(quant_linear(torch.zeros(4000, 1), torch.ones(33, 1), None, y, **p))
     assert all(torch.equal(each, found[0]) for each in found)

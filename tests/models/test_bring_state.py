@@ -391,11 +391,6 @@ def test_pixels_with_a_small_margin_and_none_at_all():
         ({"calib": "noise", "schedule": "fixed"}, "schedule was 'fixed' and calib 'noise'; it is a setting of the"),
         ({"calib": "procedural", "warmup": 0.1}, "warmup was 0.1 and calib 'procedural'"),
         ({"calib": "synthetic", "warmup": 2}, "warmup was 2; it is a share"),
-        ({"iters": 3}, "iters was 3 and calib given images; it is a setting of the synthesis, so"),
-        (
-            {"calib": "procedural", "iters": 3},
-            "iters was 3 and calib 'procedural'; it is a setting of the synthesis, so",
-        ),
         ({"calib": "nois"}, "calib was 'nois'; it may be 'synthetic', 'procedural', 'noise' or images"),
         *(({"calib": "noise", "samples": value}, f"samples was {value!r}; it must be") for value in (0, "16", 2.5, -1)),
         *(

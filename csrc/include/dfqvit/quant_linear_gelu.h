@@ -3,7 +3,8 @@
 
 // x (1/2 + x P(x^2) / Q(x^2)), x in the fraction cut to +-limit, and 0 below -limit. The fraction approximates
 // erf(x / sqrt 2) / 2, or its tanh form, fitted so that the greatest error of the whole is least (by reweighted least
-// squares): 1.2e-8, beside the rounding of float32, about 2e-7 |x|.
+// squares): 1.2e-8, beside the rounding of float32, about 2e-7 |x|. A true
+// division: the processors' own approximations of an inverse differ from path to path.
 struct Gelu {
   float p[6], q[5], limit;
 };
@@ -33,7 +34,7 @@ DFQVIT_INLINE void gelu(vec* x, const Gelu& c) {
       q[i] = simd::fma(q[i], z[i], b);
     }
   }
-  DFQVIT_EACH p[i] = simd::mul(simd::mul(cut[i], p[i]), simd::reciprocal(q[i]));
+  DFQVIT_EACH p[i] = simd::divide(simd::mul(cut[i], p[i]), q[i]);
   DFQVIT_EACH {
     const vec half = simd::mul(x[i], simd::broadcast(0.5f));
     x[i] = simd::zero_below(simd::fma(x[i], p[i], half), x[i], minus_limit);

@@ -50,9 +50,8 @@ DFQVIT_INLINE vec from_integers(const int32_t* p) {
 DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) {  // value, or 0 where a < limit
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, limit, _CMP_NLT_UQ), value);
 }
-DFQVIT_INLINE vec reciprocal(vec a) {  // within 2^-22
-  const vec r = _mm512_maskz_rcp14_ps(kAll, a);
-  return _mm512_mul_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(2.0f)));
+DFQVIT_INLINE vec divide(vec a, vec b) {
+  return _mm512_div_ps(a, b);
 }
 DFQVIT_INLINE vec fnma(vec a, vec b, vec c) {  // c - a b
   return _mm512_fnmadd_ps(a, b, c);
@@ -155,9 +154,8 @@ DFQVIT_INLINE vec from_integers(const int32_t* p) {
 DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) {  // value, or 0 where a < limit
   return _mm256_and_ps(value, _mm256_cmp_ps(a, limit, _CMP_NLT_UQ));
 }
-DFQVIT_INLINE vec reciprocal(vec a) {  // within 2^-22
-  const vec r = _mm256_rcp_ps(a);
-  return _mm256_mul_ps(r, _mm256_fnmadd_ps(a, r, _mm256_set1_ps(2.0f)));
+DFQVIT_INLINE vec divide(vec a, vec b) {
+  return _mm256_div_ps(a, b);
 }
 DFQVIT_INLINE vec fnma(vec a, vec b, vec c) {  // c - a b
   return _mm256_fnmadd_ps(a, b, c);
@@ -236,7 +234,6 @@ DFQVIT_INLINE vec load(const bfloat* p) { DFQVIT_EACH_LANE(bits_to_float(static_
 DFQVIT_INLINE vec load(const half* p) { DFQVIT_EACH_LANE(from_half(p[l].bits)) }
 DFQVIT_INLINE vec from_integers(const int32_t* p) { DFQVIT_EACH_LANE(static_cast<float>(p[l])) }
 DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) { DFQVIT_EACH_LANE(a.v[l] < limit.v[l] ? 0.0f : value.v[l]) }
-DFQVIT_INLINE vec reciprocal(vec a) { DFQVIT_EACH_LANE(1.0f / a.v[l]) }
 DFQVIT_INLINE vec divide(vec a, vec b) { DFQVIT_EACH_LANE(a.v[l] / b.v[l]) }
 #undef DFQVIT_EACH_LANE
 // clang-format on

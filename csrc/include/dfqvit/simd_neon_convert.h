@@ -29,8 +29,8 @@ DFQVIT_INLINE vec from_integers(const int32_t* p) {
 DFQVIT_INLINE vec zero_below(vec value, vec a, vec limit) {  // value, or 0 where a < limit
   return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value), vcltq_f32(a, limit)));
 }
-DFQVIT_INLINE vec reciprocal(vec a) {
-  return vdivq_f32(broadcast(1.0f), a);
+DFQVIT_INLINE vec divide(vec a, vec b) {
+  return vdivq_f32(a, b);
 }
 // 16 integers as bytes in their order; what does not fit is cut.
 DFQVIT_INLINE uint8x16_t bytes_of(const int32x4_t* q) {

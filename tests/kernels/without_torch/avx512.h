@@ -99,6 +99,9 @@ inline __m512 sub(__m512 a, __m512 b) {
 inline __m512 mul(__m512 a, __m512 b) {
   return a * b;
 }
+inline __m512 div(__m512 a, __m512 b) {
+  return a / b;
+}
 inline __m512 fmadd(__m512 a, __m512 b, __m512 c) {
   const auto x = lanes<float>(a), y = lanes<float>(b), z = lanes<float>(c);
   return each<__m512, float>(kAll, [&](int i) { return std::fma(x.v[i], y.v[i], z.v[i]); });
@@ -176,15 +179,6 @@ inline __m512 reduce(uint64_t mask, __m512 a, int rounding) {
 inline __m512 scalef(uint64_t mask, __m512 a, __m512 b) {  // a 2^floor(b)
   return pairwise<float>(mask, a, b, [](float x, float y) {
     return std::isnan(y) ? y : std::ldexp(x, static_cast<int>(std::floor(std::clamp(y, -1000.0f, 1000.0f))));
-  });
-}
-// Within 2^-14 of it: here as far from it as that allows, up or down, so that nothing can rest on more.
-inline __m512 rcp14(uint64_t mask, __m512 a) {
-  const auto x = lanes<float>(a);
-  const auto bits = lanes<uint32_t>(a);
-  return each<__m512, float>(mask, [&](int i) {
-    const double off = (bits.v[i] >> 3 & 1) != 0 ? 0x1.FFp-15 : -0x1.FFp-15;
-    return static_cast<float>((1 + off) / static_cast<double>(x.v[i]));
   });
 }
 
@@ -397,6 +391,7 @@ inline void multiply_tiles(int sum, int a, int b) {
 #define _mm512_add_ps emulated::add
 #define _mm512_sub_ps emulated::sub
 #define _mm512_mul_ps emulated::mul
+#define _mm512_div_ps emulated::div
 #define _mm512_fmadd_ps emulated::fmadd
 #define _mm512_fnmadd_ps emulated::fnmadd
 #define _mm512_set1_ps emulated::set1
@@ -411,7 +406,6 @@ inline void multiply_tiles(int sum, int a, int b) {
 #define _mm512_maskz_range_ps emulated::range
 #define _mm512_maskz_reduce_ps emulated::reduce
 #define _mm512_maskz_scalef_ps emulated::scalef
-#define _mm512_maskz_rcp14_ps emulated::rcp14
 #define _mm512_castps_si512(a) reinterpret_cast<__m512i>(a)
 #define _mm512_castsi512_ps(a) reinterpret_cast<__m512>(a)
 
