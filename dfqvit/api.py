@@ -188,9 +188,11 @@ def quantize(
     check_objective(objective, calib)
     calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
-    told = f"'{calib}'" if isinstance(calib, str) else "given images"
-    if iters != SynthesisConfig.iters and told != "'synthetic'":
-        warnings.warn(f"iters was {iters} and calib {told}, which no synthesis makes; it changes nothing", stacklevel=2)
+    source = f"'{calib}'" if isinstance(calib, str) else "given images"
+    if iters != SynthesisConfig.iters and source != "'synthetic'":
+        warnings.warn(
+            f"iters was {iters} and calib {source}, which no synthesis makes; it changes nothing", stacklevel=2
+        )
     if samples not in (count, SynthesisConfig.samples):
         warnings.warn(f"samples was {samples} and calib {count} images; all that are given are taken", stacklevel=2)
     acm, acm_blocks, acm_shrink = settle(
@@ -385,7 +387,6 @@ def _check_images(calib: Any, samples: Any, iters: Any, seed: Any, synthesis: Ma
     if isinstance(calib, str):
         check_calib(calib)
         check_count("samples", samples)
-    asked = synthesis if iters == SynthesisConfig.iters else {**synthesis, "iters": iters}
     for name, value in sorted(synthesis.items()):
         told = f"'{calib}'" if isinstance(calib, str) else "given images"
         raise UsageError(
