@@ -122,13 +122,18 @@ def test_close_to_the_best_of_all_integers(seed, backend):
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("shape", [(70, 130), (33, 65)], ids=str)
 def test_backends_find_the_same(seed, isa, shape, together):
-    """But for ties that float32 breaks by the order of its sums: the costs tell."""
-    given = problem(shape, 4, together)
-    costs = []
-    for backend in ("cpu", "reference"):
-        with use_backend(backend):
-            costs.append(cost(given[0], round_second_order(*given, bits=4), *given[1:]))
-    assert costs[0] == pytest.approx(costs[1], rel=5e-3)
+    """But for ties that float32 breaks by the order of its sums: one problem in 150 has one, and ends up to 1 % apart."""
+    apart = []
+    for _ in range(3):
+        given = problem(shape, 4, together)
+        costs = []
+        for backend in ("cpu", "reference"):
+            with use_backend(backend):
+                costs.append(cost(given[0], round_second_order(*given, bits=4), *given[1:]))
+        apart.append(abs(costs[0] / costs[1] - 1))
+    apart.sort()
+    assert apart[1] < 1e-6
+    assert apart[2] < 3e-2
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
