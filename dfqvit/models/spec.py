@@ -248,9 +248,8 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
                 return f"{said(name)} has a {key} of its own here"
         for key, found, value in other_settings(module, twin):
             return f"'{dotted(name, key)}' is {found!r} here and {value!r} there"
-    for name, twin in modules.items():
-        if name not in held and not absent_in_eval(twin, None):
-            return f"'{name}' is not there here and a {type(twin).__name__} there"
+    for name, twin in only_in(modules, held):
+        return f"'{name}' is not there here and a {type(twin).__name__} there"
     for name in sorted(buffer_names(other) - buffer_names(model)):
         return f"'{name}' is not there here, and a buffer there"
     return ""
@@ -259,6 +258,11 @@ def structural_difference(model: nn.Module, other: nn.Module) -> str:
 def absent_in_eval(module: nn.Module, twin: nn.Module | None) -> bool:
     """Whether two modules at one place, of which one may lack, change nothing in eval mode."""
     return isinstance(module, ABSENT_IN_EVAL) and (twin is None or isinstance(twin, ABSENT_IN_EVAL))
+
+
+def only_in(modules: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Of the modules by name those whose places the others have not, but for what changes nothing in eval mode."""
+    return ((name, each) for name, each in modules.items() if name not in others and not absent_in_eval(each, None))
 
 
 def other_settings(module: nn.Module, twin: nn.Module) -> Iterator[tuple[str, Any, Any]]:

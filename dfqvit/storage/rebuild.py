@@ -19,7 +19,7 @@ from ..models.foreign import expect_unwrapped
 from ..models.frame import undisturbed
 from ..models.network import NetworkSpec
 from ..models.preprocessing import image_size
-from ..models.spec import absent_in_eval, buffer_names, dotted, other_settings, said
+from ..models.spec import absent_in_eval, buffer_names, dotted, only_in, other_settings, said
 from ..models.tables import changed_tables, tables_of
 from ..quantization.layers import QuantLinear, allocate, quantized_layers
 from ..quantization.levels import levels_of, narrowed, spaced_unevenly, widened
@@ -207,9 +207,8 @@ def _difference(qmodel: nn.Module, tensors: Mapping[str, torch.Tensor], twin: nn
                 return f"{said(name)} has a {key} of its own; load would build none"
         for key, found, value in () if absent else other_settings(ours, module):
             return f"'{dotted(name, key)}' is {found!r}; load would build {value!r}"
-    for name, ours in modules.items():
-        if name not in built and not absent_in_eval(ours, None):
-            return f"'{name}' is a {_kind(ours).__name__}; load would build none"
+    for name, ours in only_in(modules, built):
+        return f"'{name}' is a {_kind(ours).__name__}; load would build none"
     for name in sorted(buffer_names(twin) - buffer_names(qmodel)):
         return f"'{name}' is not there; load would build a buffer"
     return ""

@@ -7,6 +7,8 @@ import torch
 
 from dfqvit.kernels import extension
 
+from ..conftest import threads
+
 
 def views(x):
     """Views of a tensor [2, 3, 24, 32] with all kinds of strides."""
@@ -26,31 +28,23 @@ def views(x):
         yield x.permute(*torch.randperm(4).tolist())[..., int(torch.randint(2, ())) :]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.uint8])
-def test_a_copy_equals_torchs(seed, dtype, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+def test_a_copy_equals_torchs(seed, dtype, count):
+    with threads(count):
         for view in views((100 * torch.randn(2, 3, 24, 32)).to(dtype)):
             found = extension.gathered(view)
             assert found.is_contiguous()
             assert found.dtype == dtype
             assert torch.equal(found, view)
             assert not view.numel() or found.data_ptr() != view.data_ptr()
-    finally:
-        torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_patches_of_many_images(seed, threads):
+@pytest.mark.parametrize("count", [1, 3])
+def test_patches_of_many_images(seed, count):
     """Enough for several threads, with sizes that nothing divides."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         x = torch.randn(7, 3, 70, 85)[:, :, :, 1:]
         patches = x.unflatten(3, (6, 14)).unflatten(2, (5, 14)).permute(0, 2, 4, 1, 3, 5)
         assert torch.equal(extension.gathered(patches), patches)
         assert torch.equal(extension.gathered(torch.conj(x.to(torch.complex64)).imag), -torch.zeros_like(x))
-    finally:
-        torch.set_num_threads(before)
