@@ -26,47 +26,41 @@ struct Definition {
 const Definition kDefinitions[] = {
     {"fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int axis) -> Tensor", true,
      true},
-    {"fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int "
-     "axis) -> Tensor",
+    {"fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+     "int axis) -> Tensor",
      true, true},
     {"gate_quantize(Tensor gate, Tensor value, Tensor scale, Tensor zero_point, int bits, str activation) -> Tensor",
      true, false},
-    {"layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, Tensor scale, Tensor zero_point, int bits) "
-     "-> "
-     "Tensor",
+    {"layer_norm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, Tensor scale, Tensor zero_point, "
+     "int bits) -> Tensor",
      true, false},
     {"similarity_range(Tensor features) -> Tensor", true, true},
-    {"patch_similarity_entropy(Tensor features, Tensor value_range, int points, float bandwidth, int windows) -> "
-     "(Tensor "
-     "entropy, Tensor density)",
+    {"patch_similarity_entropy(Tensor features, Tensor value_range, int points, float bandwidth, "
+     "int windows) -> (Tensor entropy, Tensor density)",
      true, true},
-    {"patch_similarity_entropy_backward(Tensor grad, Tensor features, Tensor value_range, Tensor density, float "
-     "bandwidth, "
-     "int windows) -> Tensor",
+    {"patch_similarity_entropy_backward(Tensor grad, Tensor features, Tensor value_range, Tensor density, "
+     "float bandwidth, int windows) -> Tensor",
      true, true},
-    {"quant_attention(Tensor qkv, int heads, Tensor in_scale, Tensor in_zero, float scale, Tensor? bias, Tensor? mask, "
-     "Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits, Tensor? head_scale=None) -> Tensor",
+    {"quant_attention(Tensor qkv, int heads, Tensor in_scale, Tensor in_zero, float scale, Tensor? bias, "
+     "Tensor? mask, Tensor? index, Tensor? out_scale, Tensor? out_zero, int out_bits, "
+     "Tensor? head_scale=None) -> Tensor",
      true, true},
     {"quant_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? acm, Tensor x_scale, Tensor x_zero, Tensor w_scale, "
-     "int "
-     "a_bits, int w_bits, str activation, Tensor? residual, Tensor? out_scale, Tensor? out_zero, int out_bits, "
-     "str "
-     "out_dtype, Tensor? w_sums=None) -> Tensor",
+     "int a_bits, int w_bits, str activation, Tensor? residual, Tensor? out_scale, Tensor? out_zero, int out_bits, "
+     "str out_dtype, Tensor? w_sums=None) -> Tensor",
      true, true},
     {"quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "
-     "int[] "
-     "w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
-     "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, Tensor? head_scale=None, bool "
-     "post_norm=False, bool half=False, str gate='none', Tensor? rope=None) -> Tensor",
+     "int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, "
+     "Tensor? position_bias, Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, "
+     "Tensor? head_scale=None, bool post_norm=False, bool half=False, str gate='none', Tensor? rope=None) -> Tensor",
      true, false},
-    {"quant_conv_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, float "
-     "eps, "
-     "Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] "
-     "a_bits, Tensor? hidden_scale, str activation, Tensor? grn_weight=None, Tensor? grn_bias=None, float "
-     "grn_eps=1e-06) -> Tensor",
+    {"quant_conv_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, "
+     "float eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, int[] w_bits, Tensor[] scales, "
+     "Tensor[] zeros, int[] a_bits, Tensor? hidden_scale, str activation, Tensor? grn_weight=None, "
+     "Tensor? grn_bias=None, float grn_eps=1e-06) -> Tensor",
      true, false},
-    {"quantize_heads(Tensor q, Tensor k, Tensor v, Tensor in_scale, Tensor in_zero, int bits, Tensor? rope, bool half) "
-     "-> Tensor",
+    {"quantize_heads(Tensor q, Tensor k, Tensor v, Tensor in_scale, Tensor in_zero, int bits, Tensor? rope, "
+     "bool half) -> Tensor",
      true, false},
     {"roll_resize(Tensor images, Tensor rows, Tensor columns, Tensor shift) -> Tensor", true, false},
     {"roll_resize_backward(Tensor grad, Tensor rows, Tensor columns, Tensor shift, int height, int width) -> Tensor",
