@@ -17,7 +17,7 @@ from ..kernels.quant_conv_block.op import forward as operator
 from ..models.adapters.scalings import NORMS
 from ..quantization.layers import QuantLinear, QuantPatchProjection, expect_floats
 from .block import IntegerBlock
-from .parts import activation_of, folded, hidden_scale, replaced_forward, watched_or_differentiated
+from .parts import activation_of, folded, hidden_scale, other_norm, replaced_forward, watched_or_differentiated
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def parts_of(block: Any) -> ConvParts | str:
     plain = (conv.kernel_size, conv.stride, conv.dilation, conv.padding, conv.padding_mode)
     if size % 2 == 0 or plain != ((size, size), (1, 1), (1, 1), (size // 2, size // 2), "zeros"):
         return "its convolution moves, dilates or pads in a way that the operator does not"
-    if type(norm) not in (*NORMS, LayerNorm2d) or norm.weight is None or norm.bias is None:
-        return f"its norm is a {type(norm).__name__}, not a LayerNorm with weight and bias"
+    if reason := other_norm(norm, (*NORMS, LayerNorm2d)):
+        return f"its norm {reason}"
     if response is not None and type(response) is not GlobalResponseNorm:
         return f"its MLP has a {type(response).__name__} where its response norm was"
-    floats = [conv.weight, conv.bias, norm.weight, norm.bias, block.gamma]
+    floats = [conv.weight, conv.bias, block.gamma]
     floats += [] if response is None else [response.weight, response.bias]
     if any(tensor is not None and tensor.dtype != torch.float32 for tensor in floats):
-        return "its convolution, norms or gamma are not float32"
+        return "its convolution, response norm or gamma are not float32"
     if response is None and type(mlp.norm) is not nn.Identity:
         return "its MLP has a norm"
     if type(block.shortcut) is not nn.Identity:
@@ -144,8 +144,8 @@ class IntegerDownsample(nn.Sequential):
         if [type(layer) for layer in downsample] != [LayerNorm2d, QuantPatchProjection] or not downsample[1].frozen:
             return "they are not a norm and a quantized projection"
         norm, projection = downsample
-        if norm.weight is None or norm.bias is None or {norm.weight.dtype, norm.bias.dtype} != {torch.float32}:
-            return "the norm has no float32 weight and bias"
+        if reason := other_norm(norm, (LayerNorm2d,)):
+            return f"the norm {reason}"
         if projection.exponents is not None:
             return "the projection has factors for its channels"
         return replaced_forward(downsample)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..kernels.layer_norm_quantize.op import forward as layer_norm_quantize
 from ..kernels.quant_linear.op import forward as quant_linear
-from ..models.adapters.scalings import NORMS
 from ..quantization.layers import QuantLinear, check_tokens
 from ..quantization.prepared import Bind, Call, through_torch
-from .parts import scaled
+from .parts import other_norm, scaled
 
 _X, _RESIDUAL = 0, 10  # their places among the arguments of `quant_linear`
 
@@ -72,15 +70,12 @@ def quantized(layer: Any) -> bool:
     return type(layer) is QuantLinear and layer.frozen
 
 
-def normed(norm: nn.Module, reader: Any, bind: Bind = through_torch) -> Any:
+def normed(norm: Any, reader: Any, bind: Bind = through_torch) -> Any:
     """The norm as a function of x [..., C]: to bytes where it is a LayerNorm that one quantized layer, `reader`, alone reads."""
-    if not quantized(reader) or type(norm) not in NORMS or reader.factor is not None:
-        return norm
-    weight, bias = norm.weight, norm.bias
-    if weight is None or bias is None or weight.dtype != torch.float32 or bias.dtype != torch.float32:
+    if not quantized(reader) or reader.factor is not None or other_norm(norm):
         return norm
     grid = (reader.input.scale, reader.input.zero_point, reader.input.bits)
-    run = bind(layer_norm_quantize, (None, weight, bias, norm.eps, *grid), (0,))
+    run = bind(layer_norm_quantize, (None, norm.weight, norm.bias, norm.eps, *grid), (0,))
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return run(x.float())

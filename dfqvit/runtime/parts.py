@@ -223,10 +223,8 @@ def parts_of(block: Any, *, post_norm: bool = False, join: bool = False) -> Part
         return "its attention's probabilities have fewer than 8 bits"
     norms = (block.norm1, block.norm2)
     for norm in norms:
-        if type(norm) not in NORMS or norm.weight is None or norm.bias is None:
-            return f"a norm is a {type(norm).__name__}, not a LayerNorm with weight and bias"
-        if norm.weight.dtype != torch.float32 or norm.bias.dtype != torch.float32:
-            return f"a norm holds {norm.weight.dtype}, not float32"
+        if reason := other_norm(norm):
+            return f"a norm {reason}"
     for parent, name in ((attention, "q_norm"), (attention, "k_norm"), (attention, "norm"), (mlp, "norm")):
         if type(getattr(parent, name, _NOTHING)) is not nn.Identity:
             return f"it has a {name}"
@@ -262,6 +260,14 @@ def parts_of(block: Any, *, post_norm: bool = False, join: bool = False) -> Part
 
 
 _NOTHING = nn.Identity()
+
+
+def other_norm(norm: Any, kinds: Sequence[type] = NORMS) -> str:
+    """What a norm does that `layer_norm_quantize` does not, as its class, one of `kinds` or not, and its tensors tell; or ""."""
+    if type(norm) not in kinds or norm.weight is None or norm.bias is None:
+        return f"is a {type(norm).__name__}, not a LayerNorm with weight and bias"
+    others = [tensor.dtype for tensor in (norm.weight, norm.bias) if tensor.dtype != torch.float32]
+    return f"holds {others[0]}, not float32" if others else ""
 
 
 def gate_of(mlp: nn.Module) -> str:

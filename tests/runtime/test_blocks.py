@@ -20,6 +20,7 @@ from dfqvit.quantization.recipe import Recipe
 from dfqvit.runtime import accelerate
 from dfqvit.runtime.attention import IntegerOperands
 from dfqvit.runtime.block import IntegerBlock
+from dfqvit.runtime.vit import IntegerVitBlock
 
 from ..conftest import PATHS, made_once, small_clip, small_swin, small_vit
 from ..conftest import threads as set_threads
@@ -123,6 +124,13 @@ def test_products_that_are_not_known_stay_float_and_are_reported(seed):
     expected = qmodel(images)
     assert accelerate(qmodel) == {"blocks.1": "its attn is a Attend, whose own products stay float"}
     assert close(qmodel(images), expected)
+
+
+def test_a_norm_that_holds_another_dtype_is_named_with_that(seed):
+    qmodel, _ = quantized(small_vit())
+    norm = qmodel.blocks[1].norm2
+    norm.bias.data = norm.bias.data.half()
+    assert IntegerVitBlock.why_not(qmodel.blocks[1]) == "a norm holds torch.float16, not float32"
 
 
 def soak_script():
