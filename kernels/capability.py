@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from . import extension
+from .extension import Verdict
 
 LEAST = (8, 0)  # asynchronous copies, and products of bytes on the tensor cores
 BLACKWELL = (10, 0)
 TRITON_FOR_BLACKWELL = (3, 3)
 THOR, TRITON_FOR_THOR = (11, 0), (3, 7)  # the ptxas of Triton 3.6 does not know it
 Capability = tuple[int, int]
-Verdict = tuple[bool, str]  # (True, "") or (False, the reason)
 
 
 def compiled_for(*args: Any) -> Verdict:

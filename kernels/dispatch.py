@@ -23,9 +23,9 @@ import torch
 from torch.autograd import forward_ad
 
 from . import capability, extension, tuning
+from .extension import Verdict
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-Verdict = tuple[bool, str]  # (True, "") or (False, the reason)
 
 _LIBRARY = torch.library.Library(extension.NAMESPACE, "FRAGMENT")
 _COMPILED = {name: torch.library.Library(f"{extension.NAMESPACE}_{name}", "FRAGMENT") for name in ("cpu", "cuda")}

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+Verdict = tuple[bool, str]  # (True, "") or (False, the reason)
 ON_HUB = importlib.util.find_spec("._ops", __package__) is not None
 # Operators are `torch.ops.<NAMESPACE>.<name>`, their compiled backends `torch.ops.<NAMESPACE>_cpu.<name>` and `..._cuda.<name>`.
 NAMESPACE: str = importlib.import_module("._ops", __package__).ops.name if ON_HUB else "dfqvit"
@@ -66,13 +67,13 @@ def load() -> tuple[Any, str]:
     return module, ""
 
 
-def supports_cpu() -> tuple[bool, str]:
+def supports_cpu() -> Verdict:
     """Whether the compiled C++ kernels are there."""
     module, reason = load()
     return module is not None, reason
 
 
-def supports_cuda() -> tuple[bool, str]:
+def supports_cuda() -> Verdict:
     """Whether the compiled CUDA kernels are there and this machine has a GPU to run them on."""
     module, reason = load()
     if module is None:

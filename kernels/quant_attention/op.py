@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton
+from ..dispatch import Backend, Operator, Verdict, anything, compiled, in_triton, not_float64
 from . import reference
 
 
@@ -139,7 +139,7 @@ def _check_addend(name: str, tensor: torch.Tensor) -> None:
 
 
 def _supports(qkv: torch.Tensor, heads: int, in_scale: torch.Tensor, *_: Any) -> Verdict:
-    return (in_scale.dtype != torch.float64, "float64 runs on the reference")
+    return not_float64(in_scale)
 
 
 def _supports_cuda(
