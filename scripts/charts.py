@@ -8,14 +8,14 @@ Every chart shows one run, named below: numbers of different runs are not put si
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from drawing import framed, write_or_check
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -131,19 +131,8 @@ def chart(title: str, foot: str, panels: Mapping[str, Sequence[Bar]], form: str,
     said = "; ".join(
         f"{head}: " + ", ".join(f"{b.name} {b.value:{form}}" for b in bars) for head, bars in panels.items()
     )
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
-            f'role="img" font-family="system-ui, sans-serif" font-size="14">',
-            f"<title>{escape(title)}</title>",
-            f"<desc>{escape(said)}</desc>",
-            f'<text x="0" y="16" font-size="16" font-weight="600" fill="{text}">{escape(title)}</text>',
-            *parts,
-            f'<text x="0" y="{height - 8}" font-size="12" fill="{soft}">{escape(foot)}</text>',
-            "</svg>",
-            "",
-        ]
-    )
+    foot = f'<text x="0" y="{height - 8}" font-size="12" fill="{soft}">{escape(foot)}</text>'
+    return framed(WIDTH, height, title, said, text, [*parts, foot])
 
 
 def charts() -> dict[str, str]:
@@ -173,19 +162,7 @@ def charts() -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    stale = 0
-    for name, text in charts().items():
-        path = IMAGES / name
-        if not check:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", newline="\n")
-        elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            print(f"{path} is not what the rows say; run scripts/charts.py", file=sys.stderr)
-            stale = 1
-    return stale
+    return write_or_check(__doc__, {IMAGES / name: text for name, text in charts().items()}, "the rows")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ another room between them already leads there.
 
 from __future__ import annotations
 
-import argparse
 import ast
-import sys
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+
+from drawing import framed, write_or_check
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dfqvit"
@@ -124,33 +124,14 @@ def drawing(uses: Mapping[str, set[str]], theme: str) -> str:
             f'<rect x="{x - ROOM / 2:.0f}" y="{y:.0f}" width="{ROOM}" height="{HIGH}" rx="6" fill="{fill}" stroke="{edge}"/>'
         )
         parts.append(f'<text x="{x:.0f}" y="{y + 22:.0f}" text-anchor="middle" fill="{text}">{escape(label)}</text>')
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
-            f'role="img" font-family="system-ui, sans-serif" font-size="14">',
-            f"<title>{escape(title)}</title>",
-            f"<desc>{escape(said)}</desc>",
-            f'<text x="0" y="16" font-size="16" font-weight="600" fill="{text}">{escape(title)}</text>',
-            f'<text x="0" y="34" font-size="12" fill="{soft}">Lines that others imply are left out.</text>',
-            *parts,
-            "</svg>",
-            "",
-        ]
-    )
+    note = f'<text x="0" y="34" font-size="12" fill="{soft}">Lines that others imply are left out.</text>'
+    return framed(WIDTH, height, title, said, text, [note, *parts])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    check, uses, stale = parser.parse_args().check, rooms(), 0
-    for theme in THEMES:
-        path, made = IMAGES / f"house-{theme}.svg", drawing(uses, theme)
-        if not check:
-            path.write_text(made, encoding="utf-8", newline="\n")
-        elif not path.exists() or path.read_text(encoding="utf-8") != made:
-            print(f"{path} is not what the sources say; run scripts/house.py", file=sys.stderr)
-            stale = 1
-    return stale
+    uses = rooms()
+    drawn = {IMAGES / f"house-{theme}.svg": drawing(uses, theme) for theme in THEMES}
+    return write_or_check(__doc__, drawn, "the sources")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 import xml.etree.ElementTree as ET
 
@@ -15,10 +15,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def house():
-    spec = importlib.util.spec_from_file_location("dfqvit_house", ROOT.parent / "scripts" / "house.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT.parent / "scripts")
+        return importlib.import_module("house")
 
 
 def reached(pairs):
