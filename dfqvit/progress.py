@@ -82,9 +82,15 @@ class Bars:
         if self.bar is None or progress.stage != self.stage or progress.step < self.bar.n:
             self.close()
             self.stage = progress.stage
-            self.bar = tqdm(total=progress.total, desc=progress.stage, unit="step", dynamic_ncols=True)
+            begun = progress.step  # not 0 where a run goes on from its snapshot: the time of those steps was another's
+            self.bar = tqdm(total=progress.total, initial=begun, desc=progress.stage, unit="step", dynamic_ncols=True)
         if not math.isnan(progress.entropy):
-            self.bar.set_postfix(postfix(progress), refresh=False)
+            terms = {
+                "entropy": f"{progress.entropy:.3f}",
+                "onehot": f"{progress.onehot:.3f}",
+                "tv": f"{progress.tv:.2f}",
+            }
+            self.bar.set_postfix(terms | {"crop": f"{progress.crop_ratio:.2f}"}, refresh=False)
         self.bar.update(progress.step - self.bar.n)
         if progress.step == progress.total:
             self.close()
@@ -94,16 +100,6 @@ class Bars:
         if self.bar is not None:
             self.bar.close()
         self.bar = None
-
-
-def postfix(progress: Progress) -> dict[str, str]:
-    """What stands behind a bar of the synthesis."""
-    return {
-        "entropy": f"{progress.entropy:.3f}",
-        "onehot": f"{progress.onehot:.3f}",
-        "tv": f"{progress.tv:.2f}",
-        "crop": f"{progress.crop_ratio:.2f}",
-    }
 
 
 @contextmanager

@@ -126,6 +126,14 @@ def test_bars_follow_steps_that_are_told_late(capsys):
     assert bars.bar is None
 
 
+def test_a_bar_of_a_resumed_run_counts_only_the_steps_it_saw():
+    bars = Bars()
+    bars(Progress(201, 1.0, 2.0, 3.0, 0.5, "synthesis", 250))
+    bars(Progress(202, 1.0, 2.0, 3.0, 0.5, "synthesis", 250))
+    assert (bars.bar.n, bars.bar.initial) == (202, 201)  # its time left goes by the difference
+    bars.close()
+
+
 def test_a_snapshot_that_is_there_or_not_is_said(tmp_path, capsys):
     arguments = ["synthesize", "demo", "--samples", "2", "--iters", "2", "--out", str(tmp_path)]
     assert cli.run([*arguments, "--resume"]) == 0

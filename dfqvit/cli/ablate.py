@@ -20,7 +20,7 @@ from ..studies.ablation import REAL_IMAGES, Bench, Gallery, Table, run_study, we
 from ..studies.named import RECIPES, STUDIES, settings_of
 from ..studies.tables import markdown, write_charts
 from ..synthesis import Progress, SynthesisConfig
-from .options import common, emit, model_options, numbers, open_model, refuse_given
+from .options import common, emit, model_options, numbers, open_model, refuse_given, whole_numbers
 
 ROWS, TABLES = "ablations.csv", "ablations.md"
 
@@ -60,7 +60,7 @@ def command(**options: Any) -> None:
     """
     out, name = options.pop("out"), options["model"]
     studies = options.pop("studies") or ("method",)
-    values, bits = numbers("--values", options.pop("values")), _widths(options.pop("bits"))
+    values, bits = numbers("--values", options.pop("values")), whole_numbers("--bits", options.pop("bits"), 2, 8)
     recipe, samples, iters = options.pop("recipe"), options.pop("samples"), options.pop("iters")
     chosen = options.pop("chosen")
     for study, option in (("samples", "samples"), ("steps", "iters")):
@@ -116,13 +116,6 @@ def command(**options: Any) -> None:
     }
     text = f"{markdown(table.rows)}\n{record['measured']} runs measured, {before} were there\nrows:   {out / ROWS}\n"
     emit(as_json, record, f"{text}tables: {out / TABLES}, {len(pictures)} pictures beside it")
-
-
-def _widths(text: str) -> list[int]:
-    widths = numbers("--bits", text) or ()
-    if any(width not in range(2, 9) for width in widths):
-        raise UsageError(f"--bits was '{text}'; it must be whole numbers from 2 to 8, separated by commas")
-    return [int(width) for width in widths]
 
 
 def _bench(

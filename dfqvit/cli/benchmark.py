@@ -12,7 +12,6 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..api import quantize
-from ..errors import UsageError
 from ..evaluation.energy import Cost, Energy
 from ..evaluation.neighbours import neighbours
 from ..evaluation.speed import Speed, calibration_cost, fine_tuning_cost, race
@@ -22,7 +21,7 @@ from ..runtime import RUNTIMES
 from ..runtime.record import QuantizationRecord
 from ..storage import load
 from ..synthesis import SynthesisConfig
-from .options import build_option, common, emit, open_float, pick_device, refuse_given
+from .options import build_option, common, emit, open_float, pick_device, refuse_given, whole_numbers
 
 STEPS = 100  # of the fine-tuning that a calibration is compared with
 
@@ -61,7 +60,7 @@ def command(**options: Any) -> None:
     device = pick_device(options["device"])
     if not options["energy"]:
         refuse_given(["samples", "iters"], "without --energy; it is of the calibration whose joules are counted")
-    sizes = _batches(options["batch"])
+    sizes = whole_numbers("--batch", options["batch"], 1)
     torch.manual_seed(options["seed"])
     model, quantized, recipe = _open(options, device)
     energy = Energy(device)
@@ -89,16 +88,6 @@ def command(**options: Any) -> None:
         record |= {"costs": {key: asdict(cost) for key, cost in costs.items()}, "energy_note": energy.note}
         text += "\n\n" + cost_table(costs, samples, iters) + (f"\n{energy.note}" if energy.note else "")
     emit(options["as_json"], record, text)
-
-
-def _batches(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise UsageError(f"--batch was '{text}'; it must be whole numbers from 1, separated by commas")
-    return found
 
 
 def _open(options: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, Recipe]:

@@ -13,6 +13,7 @@ import torch
 from ..errors import UsageError
 from ..evaluation.data import open_images, spread_images
 from ..models import Preprocessing, load_model
+from ..progress import showing
 from ..runtime.record import QuantizationRecord
 from ..storage import load
 from ..storage.atomic import atomic, refuse_existing
@@ -20,7 +21,7 @@ from ..studies.charts import chart
 from ..studies.diagnosis import Finding, diagnose
 from ..studies.gradients import gradient_norms, late_share
 from ..synthesis import Synthesis, SynthesisConfig
-from .options import SynthesisBar, build_option, common, emit, open_float, pick_device, refuse_given
+from .options import build_option, common, emit, open_float, pick_device, refuse_given
 
 _IMAGES = 16
 _FIFTHS = 5  # steps at least, of which the gradients of a fifth are some
@@ -116,8 +117,8 @@ def _show_gradients(**options: Any) -> None:
     classes = options["num_classes"]
     model = load_model(options["gradients"], options["checkpoint"], num_classes=classes, device=device)
     config = SynthesisConfig(samples=options["samples"], iters=iters, seed=options["seed"])
-    with SynthesisBar(2 * iters) as bar:
-        norms = gradient_norms(model, Preprocessing.of(model), config, bar)
+    with showing() as told:
+        norms = gradient_norms(model, Preprocessing.of(model), config, told)
     shares = {name: late_share(values) for name, values in norms.items()}
     holds = shares["e2h"] > shares["fixed"]
     text = "\n".join(

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import click
 import torch
-from tqdm import tqdm
 
 from ..distributed import local_rank, world
 from ..errors import UsageError
@@ -20,7 +19,6 @@ from ..models.checkpoint import load_state
 from ..models.device import expect_device
 from ..models.loading import check_finite
 from ..models.network import NetworkSpec, built
-from ..progress import Progress, postfix
 from ..runtime.record import QuantizationRecord
 from ..synthesis import SynthesisConfig
 from ..synthesis.config import PRECISIONS
@@ -160,7 +158,19 @@ def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{name} was '{text}'; it must be numbers separated by commas") from error
+        raise UsageError(f"{name} was '{text}'; it must be numbers, separated by commas") from error
+
+
+def whole_numbers(name: str, text: str, least: int | None = None, most: int | None = None) -> list[int]:
+    """A comma-separated list of whole numbers, from `least` and to `most` where these are given."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or (least is not None and min(found) < least) or (most is not None and max(found) > most):
+        bounds = ("" if least is None else f" from {least}") + ("" if most is None else f" to {most}")
+        raise UsageError(f"{name} was '{text}'; it must be whole numbers{bounds}, separated by commas")
+    return found
 
 
 def adjusted(
@@ -258,23 +268,3 @@ def _defined(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _defined(each) for key, each in value.items()}
     return [_defined(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-class SynthesisBar:
-    """A progress bar on stderr with the three terms of the loss and the crop's area; call it with each `Progress`."""
-
-    def __init__(self, steps: int, done: int = 0) -> None:
-        self.bar = tqdm(total=steps, initial=done, desc="synthesis", unit="step", dynamic_ncols=True)
-        self.last = done
-
-    def __call__(self, progress: Progress) -> None:
-        self.bar.set_postfix(postfix(progress), refresh=False)
-        # a GPU reports every tenth step
-        self.bar.update(progress.step - (self.last if progress.step > self.last else 0))
-        self.last = progress.step
-
-    def __enter__(self) -> SynthesisBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

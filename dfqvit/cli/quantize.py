@@ -40,6 +40,7 @@ from .options import (
     refuse_given,
     synthesis_config,
     synthesis_options,
+    whole_numbers,
 )
 from .report import CURRICULUM, REPORT, SAMPLES, make_report
 from .synthesize import SNAPSHOT, run_synthesis
@@ -295,10 +296,7 @@ def _correction(options: dict[str, Any]) -> dict[str, Any]:
     if gamma is not None:
         result |= {"gamma": gamma, "acm_blocks": None}
     if text is not None:
-        try:
-            result["acm_blocks"] = [int(part) for part in text.split(",")]
-        except ValueError as error:
-            raise UsageError(f"--acm-blocks was '{text}'; it must be whole numbers separated by commas") from error
+        result["acm_blocks"] = whole_numbers("--acm-blocks", text)
     return result
 
 

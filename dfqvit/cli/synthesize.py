@@ -12,11 +12,12 @@ import torch
 
 from ..distributed import rank
 from ..models import Preprocessing
+from ..progress import showing
 from ..report.pictures import save_curriculum, save_grid
 from ..storage.atomic import refuse_existing
 from ..synthesis import Synthesis, SynthesisConfig
 from ..synthesis.writing import write_tensors
-from .options import SynthesisBar, common, emit, model_options, open_model, synthesis_config, synthesis_options
+from .options import common, emit, model_options, open_model, synthesis_config, synthesis_options
 
 SAMPLES = "samples.safetensors"
 SNAPSHOT = "synthesis.snapshot.safetensors"
@@ -69,8 +70,8 @@ def run_synthesis(
             "would go on from it",
             stacklevel=2,
         )
-    with SynthesisBar(config.iters, run.step) as bar:
-        images = run.run(bar)
+    with showing() as told:
+        images = run.run(told)
     if rank() != 0:
         return images
     save_grid(images, out / "samples.png", preprocessing)
