@@ -119,18 +119,13 @@ def speed_table(speeds: list[Speed], energy: bool) -> str:
     """For people."""
     headers = ["batch", "model", "images/s", "p50 ms", "p90 ms", "p99 ms", "x float32"]
     rows: list[list[Any]] = [
-        [s.batch, s.model, s.images_per_second, s.p50_ms, s.p90_ms, s.p99_ms, _ratio(s)] for s in speeds
+        [s.batch, s.model, s.images_per_second, s.p50_ms, s.p90_ms, s.p99_ms, s.ratio()] for s in speeds
     ]
     if energy and any(s.joules_per_image is not None for s in speeds):
         headers.append("J/image")
         for row, s in zip(rows, speeds, strict=True):
             row.append(s.joules_per_image)
     return tabulate(rows, headers=headers, floatfmt=".4g")
-
-
-def _ratio(speed: Speed) -> str:
-    low, high = speed.times_first_range
-    return f"{speed.times_first:.2f}" if low == high else f"{speed.times_first:.2f} ({low:.2f} to {high:.2f})"
 
 
 def cost_table(costs: dict[str, Cost], samples: int, iters: int) -> str:

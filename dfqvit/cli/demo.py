@@ -19,7 +19,7 @@ from ..evaluation import evaluate
 from ..evaluation.batches import batches
 from ..evaluation.data import open_images, spread_images
 from ..evaluation.energy import Cost, Energy
-from ..evaluation.speed import Speed, race
+from ..evaluation.speed import race
 from ..models import Preprocessing, load_model
 from ..models import demo as embedded
 from ..models.adapters import find_adapter
@@ -220,9 +220,4 @@ def _time_all(
             report=bar.update,
         )
     for speed in speeds[1:]:
-        rows[speed.model][SPEED] = _ratio(speed)
-
-
-def _ratio(speed: Speed) -> str:
-    low, high = speed.times_first_range
-    return f"{speed.times_first:.1f} ({low:.1f} to {high:.1f})"
+        rows[speed.model][SPEED] = speed.ratio(1)

@@ -40,6 +40,12 @@ class Speed:
     times_first_range: tuple[float, float]  # the least and the greatest of them
     joules_per_image: float | None
 
+    def ratio(self, digits: int = 2) -> str:
+        """How many times as fast as the first model, with the range, as "1.25 (1.10 to 1.31)"."""
+        low, high = self.times_first_range
+        middle = f"{self.times_first:.{digits}f}"
+        return middle if low == high else f"{middle} ({low:.{digits}f} to {high:.{digits}f})"
+
 
 def race(
     models: Mapping[str, nn.Module],
