@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -39,6 +39,7 @@ from .models.preprocessing import FEATURES, check_preprocessing, image_shape, no
 from .models.spec import class_count
 from .patching.fusable import is_patched
 from .progress import Progress, showing
+from .quantization.levels import NONUNIFORM
 from .quantization.model import quantized
 from .quantization.recipe import Recipe
 from .runtime import check_runtime, set_runtime
@@ -165,12 +166,6 @@ def quantize(
     if size_budget is not None and layer_bits is not None:
         raise UsageError("size_budget and layer_bits were both given; give one of them")
     if size_budget is not None:
-        for name, width, plain in (("w_bits", w_bits, Recipe.w_bits), ("edge_bits", edge_bits, None)):
-            if width != plain:
-                warnings.warn(
-                    f"{name} was {width} and size_budget given, which chooses the bits of the weights itself",
-                    stacklevel=2,
-                )
         recipe = replace(recipe, w_bits=Recipe.w_bits)  # "auto" of acm asks for them
     if is_patched(model):
         raise UsageError("model is patched; quantize() takes a float model, call unpatch() on the patch's handle first")
@@ -188,13 +183,10 @@ def quantize(
     check_objective(objective, calib)
     calib = calib if isinstance(calib, str) else given_images(calib, preprocessing)
     count = len(calib) if isinstance(calib, torch.Tensor) else samples
-    source = f"'{calib}'" if isinstance(calib, str) else "given images"
-    if iters != SynthesisConfig.iters and source != "'synthetic'":
-        warnings.warn(
-            f"iters was {iters} and calib {source}, which no synthesis makes; it changes nothing", stacklevel=2
-        )
-    if samples not in (count, SynthesisConfig.samples):
-        warnings.warn(f"samples was {samples} and calib {count} images; all that are given are taken", stacklevel=2)
+    of_images = _idle_of_images(calib, count, samples=samples, iters=iters)
+    of_bits = _idle_of_bits(recipe, size_budget is not None, w_bits=w_bits, edge_bits=edge_bits, levels=levels)
+    for idle in (*of_bits, *of_images):
+        warnings.warn(idle, stacklevel=3)
     acm, acm_blocks, acm_shrink = settle(
         model,
         recipe,
@@ -311,6 +303,27 @@ def _settings(
     if reconstruct:
         found["reconstruct"] = reconstruct
     return found
+
+
+def _idle_of_images(calib: str | torch.Tensor, count: int, *, samples: int, iters: int) -> Iterator[str]:
+    """What is said of arguments of `quantize` that change nothing, for `count` images of `calib`."""
+    source = f"'{calib}'" if isinstance(calib, str) else "given images"
+    if iters != SynthesisConfig.iters and source != "'synthetic'":
+        yield f"iters was {iters} and calib {source}, which no synthesis makes; it changes nothing"
+    if samples not in (count, SynthesisConfig.samples):
+        yield f"samples was {samples} and calib {count} images; all that are given are taken"
+
+
+def _idle_of_bits(
+    recipe: Recipe, budgeted: bool, *, w_bits: int, edge_bits: int | None, levels: str | None
+) -> Iterator[str]:
+    """The same, of the bits of the weights, which a `size_budget` chooses where it is given."""
+    if budgeted:
+        for name, width, plain in (("w_bits", w_bits, Recipe.w_bits), ("edge_bits", edge_bits, None)):
+            if width != plain:
+                yield f"{name} was {width} and size_budget given, which chooses the bits of the weights itself"
+    elif levels is not None and not {w_bits, recipe.edge_bits, *(recipe.layer_bits or {}).values()} & NONUNIFORM.keys():
+        yield f"levels was '{levels}' and no weight has {max(NONUNIFORM)} bits or fewer, for which it is; it changes nothing"
 
 
 def _tell_rescaled(network: nn.Module, preprocessing: Preprocessing) -> None:

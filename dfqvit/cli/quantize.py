@@ -166,6 +166,11 @@ def command(**options: Any) -> None:
     if options["calib"] != "synthetic":
         told = f"and --calib {options['calib']}; it is a setting of the synthesis, so --calib must be 'synthetic'"
         refuse_given([name for name in SYNTHESIS if name not in ("samples", "seed")], told)
+        if options["resume"]:
+            warnings.warn(
+                f"--resume was given and --calib {options['calib']}, which no synthesis makes; it changes nothing",
+                stacklevel=2,
+            )
     calib, resume, config = options.pop("calib"), options.pop("resume"), synthesis_config(options)
     model, preprocessing = open_model(**options)
     _refuse_early(model, recipe, calib, config.samples, companions, steps, budget, correction)

@@ -12,7 +12,7 @@ from torch import nn
 from ..evaluation.energy import Cost, Energy
 from ..progress import showing, tracked
 from ..report import Report, activation_ranges, divergence, similarity_density, write_report
-from ..runtime.record import QuantizationRecord
+from ..runtime.record import QuantizationRecord, widths_of
 from ..storage import environment, sizes
 from ..studies.diagnosis import diagnose
 from ..synthesis import frame_steps
@@ -77,6 +77,8 @@ def make_report(
     collected = environment.collect()
     cpu = collected["cpu"]
     recipe = record.to_dict()["recipe"]
+    if widths_of(qmodel).keys() == (recipe["layer_bits"] or {}).keys():  # as a budget chose them: they say it all
+        recipe |= {"w_bits": None, "edge_bits": None}
     settings = {"model": name, **record.spec.kwargs, **recipe, "calibration": record.calibration}
     settings |= {"samples": record.samples, "seed": seed, **record.settings}
     settings |= {"acm": record.acm, "acm_blocks": record.acm_blocks}

@@ -36,6 +36,7 @@ from ..storage.atomic import atomic
 from . import evaluate as evaluate_command
 from . import quantize as quantize_command
 from .process import empty_argument
+from .synthesize import SNAPSHOT
 
 Settings = dict[str, Any]
 COMMANDS = {"quantize": quantize_command.command, "evaluate": evaluate_command.command}
@@ -275,7 +276,8 @@ def _files(run: Run, command: str, folder: Path) -> dict[str, list[int]]:
 
 def _commands(run: Run, folder: Path, device: str) -> Iterator[tuple[str, list[str]]]:
     file = folder / quantize_command.FILE
-    own = ["--device", device, "--out", str(folder), "--resume", "--force"]
+    own = ["--device", device, "--out", str(folder), "--force"]
+    own += ["--resume"] if (folder / SNAPSHOT).exists() else []
     yield "quantize", [run.model, *_arguments("quantize", run.quantize), *own]
     if run.evaluate is not None:
         yield "evaluate", [str(file), *_arguments("evaluate", run.evaluate), "--device", device]

@@ -47,6 +47,11 @@ class Step:
         self.model, self.config, self.objective = model, config, objective
         self._graphed = not is_network(model)  # a network's work may depend on values, which no graph replays
         self.adapter = find_adapter(model, config.compat)
+        if config.compat and not self.adapter.heeds_compat:
+            warnings.warn(
+                f"compat was '{config.compat}' and the model a {type(model).__name__}; it is for timm's Swin, and changes nothing",
+                stacklevel=3,
+            )
         self.device = next(model.parameters()).device
         self._half = config.precision == "bfloat16"
         if config.precision == "auto":  # a network or an objective may compute what bfloat16 is not made for

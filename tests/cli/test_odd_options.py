@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -115,6 +116,13 @@ def test_a_correction_that_is_none_is_refused_before_the_synthesis(options, tmp_
     assert "it is for acm='sequential'" in said(err)[0]
 
 
+def test_resume_without_a_synthesis_is_told(tmp_path, run):
+    arguments = ["quantize", "demo", "--calib", "noise", "--samples", 2, "--rounding", "nearest", "--resume"]
+    status, _, err = run(*arguments, "--out", tmp_path / "out")
+    assert status == 0
+    assert sum("--resume was given and --calib noise, which no synthesis makes" in line for line in said(err)) == 1
+
+
 def test_what_the_model_does_not_allow_is_refused_before_the_synthesis(tmp_path, monkeypatch, run):
     monkeypatch.setattr("dfqvit.cli.quantize._calibration", lambda *_: pytest.fail("the synthesis began"))
     status, _, err = run("quantize", "demo-detector", "--size-budget", 5, "--out", tmp_path / "out")
@@ -194,6 +202,17 @@ def test_widths_of_a_budget_are_said_as_they_are(tmp_path, run):
     text = (tmp_path / "card" / "README.md").read_text()
     assert f"nearest rounding, {counts} |" in text
     assert "first and last" not in text + table
+
+
+def test_a_report_says_the_widths_of_a_budget_alone(tmp_path, run):
+    """Found here: beside `layer_bits` of 6 and 5 for the first and the last layer stood `edge_bits 8`."""
+    arguments = ["quantize", "demo", "--calib", "noise", "--samples", 2, "--rounding", "nearest"]
+    for name, extra in (("plain", []), ("budget", ["--size-budget", 0.2])):
+        assert run(*arguments, *extra, "--out", tmp_path / name)[0] == 0
+        page = (tmp_path / name / "report.html").read_text()
+        settings = re.findall(r'<th scope="row">(\w+_bits)</th>', page)
+        own = ["w_bits", "edge_bits"] if name == "plain" else ["layer_bits"]
+        assert sorted(settings) == sorted(["a_bits", "edge_a_bits", "softmax_bits", *own])
 
 
 def test_samples_made_for_another_mean_are_normalised_anew(run, tmp_path):

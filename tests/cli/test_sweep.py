@@ -129,6 +129,24 @@ def test_what_the_commands_warn_of_is_told(tmp_path, monkeypatch, sweep):
         assert told in (tmp_path / "out" / "sweep.md").read_text()
 
 
+def test_a_run_that_was_not_interrupted_resumes_nothing(tmp_path, monkeypatch, sweep):
+    """Found here: every run that synthesises was told, in the table too, that --resume found no snapshot."""
+    monkeypatch.setattr(runs, "_finished", here)
+    models = [{"model": "demo", "iters": 2}, {"model": "demo", "calib": "procedural"}]
+    config = {"models": models, "quantize": {"samples": 2, "rounding": "nearest"}}
+    status, out, _ = sweep(config, "--json")
+    assert status == 0
+    made, other = json.loads(out)["runs"]
+    for found in (made, other):
+        assert not [each for each in found["quantize"].get("warnings", []) if "resume" in each]
+    folder = tmp_path / "out" / made["name"]
+    (folder / "quantize.json").unlink()
+    (folder / "synthesis.snapshot.safetensors").write_bytes(b"of an interrupted run")
+    status, out, _ = sweep(config, "--json")
+    assert status == 1
+    assert "synthesis.snapshot.safetensors' could not be read" in json.loads(out)["runs"][0]["error"]
+
+
 def test_weights_in_a_folder_and_images_behind_links_are_looked_at(tmp_path):
     """Found here: neither changed a run that was there."""
     weights, elsewhere, data = tmp_path / "model" / "w.safetensors", tmp_path / "elsewhere", tmp_path / "data"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import dfqvit
 from dfqvit.errors import UsageError
 from dfqvit.kernels.pack_weight import pack_integers, unpack_weight
 from dfqvit.kernels.round_second_order.reference import nearest
@@ -14,6 +17,8 @@ from dfqvit.quantization.layers import QuantLinear
 from dfqvit.quantization.levels import NONUNIFORM, PACKED, levels_of, narrowed, packed_bits, widened
 from dfqvit.quantization.quantizers import minmax_weight_scale, mse_weight_scale, search_weight_scale
 from dfqvit.quantization.recipe import Recipe
+
+from ..conftest import small_vit
 
 
 def lloyd(count):
@@ -131,3 +136,24 @@ def test_the_recipe_chooses_and_refuses():
         Recipe(levels="log")
     with pytest.raises(UsageError, match=r"levels was 'nonuniform' and quantizer 'minmax'; .* quantizer must be 'mse'"):
         Recipe(quantizer="minmax", levels="nonuniform")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"w_bits": 8, "levels": "nonuniform"}, 1),
+        ({"w_bits": 5, "levels": "uniform"}, 1),
+        ({"w_bits": 4, "levels": "nonuniform"}, 0),
+        ({"w_bits": 8, "edge_bits": 3, "levels": "nonuniform"}, 0),
+        ({"w_bits": 8, "layer_bits": {"blocks.0.mlp.fc1": 2}, "levels": "uniform"}, 0),
+        ({"w_bits": 8}, 0),
+    ],
+)
+def test_levels_of_weights_that_have_none_are_told(seed, settings, told):
+    settings |= {"calib": "noise", "samples": 2, "rounding": "nearest", "progress": False}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        dfqvit.quantize(small_vit(), **settings)
+    said = [str(each.message) for each in found if str(each.message).startswith("levels was")]
+    assert len(said) == told
+    assert all("no weight has 4 bits or fewer, for which it is; it changes nothing" in each for each in said)

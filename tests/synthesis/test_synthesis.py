@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from timm.models import VisionTransformer
+from torch import nn
 from torch.amp import autocast_mode
 
 from dfqvit import synthesize
@@ -28,7 +30,7 @@ from dfqvit.synthesis.curriculum import DRAWS, crop_ratio, crop_shift_flip
 from dfqvit.synthesis.losses import onehot_loss, tv_loss
 from dfqvit.synthesis.step import Step
 
-from ..conftest import small_vit
+from ..conftest import small_swin, small_vit
 
 
 def test_schedules():
@@ -400,6 +402,15 @@ def test_an_interruption_with_a_full_disk_is_an_interruption(model, tmp_path, mo
 
 def full_of_other():
     raise SafetensorError("strange")
+
+
+def test_compat_is_told_where_it_changes_nothing():
+    for network, told in ((small_vit(), True), (small_swin(), False), (nn.Sequential(small_swin()), False)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            Step(network, SynthesisConfig(samples=1, iters=1, compat="psaq"), Preprocessing.of(network))
+        said = [each for each in found if "compat was 'psaq' and the model a VisionTransformer" in str(each.message)]
+        assert len(said) == told
 
 
 def test_frames_show_the_curriculum(model):

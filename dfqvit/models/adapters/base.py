@@ -61,6 +61,7 @@ class Adapter(abc.ABC):
     whole_blocks: ClassVar[bool] = True  # whether a block's output depends on its one input alone
     placements: ClassVar[tuple[str, ...]] = ("gemm", "psaq")  # of quantizers; see `Recipe`
     mixins: ClassVar[tuple[type, ...]] = ()  # of the quantized model's class, beside `QuantizedModel`
+    heeds_compat: bool = False  # whether `compat` makes other features
 
     def __init__(self, model: nn.Module, compat: str = "") -> None:
         self.model: Any = model

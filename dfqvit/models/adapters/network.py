@@ -113,6 +113,7 @@ class NetworkAdapter(GenericAdapter):
     def __init__(self, model: nn.Module, compat: str = "") -> None:
         super().__init__(model, compat)
         self.backbones = backbones(model)
+        self.heeds_compat = any(adapter.heeds_compat for adapter in self.backbones.values())
         for adapter in self.backbones.values():
             adapter.compat = compat
             if isinstance(adapter, GenericAdapter):

@@ -25,6 +25,7 @@ class SwinAdapter(Adapter):
     """timm's SwinTransformer."""
 
     patchable: ClassVar = {WindowAttention: ("qkv", "proj"), PatchMerging: ("reduction",)}
+    heeds_compat = True
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
