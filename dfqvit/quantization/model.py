@@ -21,6 +21,7 @@ from .precision import KeepsPrecision
 from .quantizers import TellsBits
 
 BITS = "dfqvit_bits"  # beside a model's tensors in its state_dict, and in no file
+_BIASES = "attention_bias_cache"  # timm's attribute
 
 
 class QuantizedForward(KeepsPrecision):
@@ -118,6 +119,17 @@ class KeepsPatches(nn.Module):
                 f"patch_size was {asked}; a quantized model keeps its {now}: set it on the float model, and quantize that"
             )
         set_size(*args, **kwargs)
+
+
+class ForgetsBiases(nn.Module):
+    """Mixed in where attentions keep what they looked up in their tables of biases (LeViT, EfficientFormer), in eval mode for good:
+    they would go on with those of before `load_state_dict`, or with those that `torch.func.functional_call` gave them."""
+
+    def _entered(self, *args: Any, **kwargs: Any) -> Any:
+        for module in self.modules():
+            if module.__dict__.get(_BIASES):
+                setattr(module, _BIASES, {})
+        return super()._entered(*args, **kwargs)  # type: ignore[misc]
 
 
 class QuantizedNetwork(nn.Module):
@@ -282,6 +294,8 @@ def _telling(model: nn.Module) -> list[tuple[str, TellsBits]]:
 def quantized(model: nn.Module, *mixins: type) -> nn.Module:
     """`model`, whose class is from now on also QuantizedForward (and `mixins`, before it); in place."""
     *held, kind = type(model).__bases__ if isinstance(model, QuantizedForward) else _entered(type(model))
+    if any(_BIASES in vars(module) and "operands" not in module._modules for module in model.modules()):
+        mixins = (*mixins, ForgetsBiases)
     model.__class__ = _class_of(kind, (*(mixin for mixin in mixins if mixin not in held), *held))
     return model
 
