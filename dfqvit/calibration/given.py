@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
 
 from ..errors import UsageError
 from ..models import Preprocessing
@@ -121,7 +120,7 @@ def _stacked(images: Sequence[Any], preprocessing: Preprocessing, wanted: str) -
         mode = {1: "L", 3: "RGB"}.get(preprocessing.input_size[0])
         if mode is None:
             raise UsageError(f"calib was a list of PIL images; the model takes {preprocessing.input_size[0]} channels")
-        transform = evaluation_transform(preprocessing)
+        transform = preprocessing.transform()
         made = []
         for index, image in enumerate(images):
             try:
@@ -174,15 +173,3 @@ def eight_bits(image: Image.Image) -> Image.Image:
             stacklevel=2,
         )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-
-
-def evaluation_transform(preprocessing: Preprocessing) -> Any:
-    """timm's, up to normalisation: a PIL image to uint8 [C, H, W]."""
-    return create_transform(
-        input_size=preprocessing.input_size,
-        is_training=False,
-        normalize=False,
-        interpolation=preprocessing.interpolation,
-        crop_pct=preprocessing.crop_pct,
-        crop_mode=preprocessing.crop_mode,
-    )

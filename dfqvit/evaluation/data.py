@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..calibration.given import eight_bits, evaluation_transform
+from ..calibration.given import eight_bits
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
 from .labels import class_folders, order_of, read_classes, read_labels
@@ -117,7 +117,7 @@ class FolderImages(Images):
                 f"the model takes {preprocessing.input_size[0]} channels; image files have 1 or 3, use an .npz"
             )
         self.preprocessing, self.unreadable = preprocessing, unreadable
-        self.transform = evaluation_transform(preprocessing)
+        self.transform = preprocessing.transform()
 
     @staticmethod
     def _readable(path: Path, unreadable: str) -> bool:

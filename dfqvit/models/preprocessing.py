@@ -100,6 +100,17 @@ class Preprocessing:
         config |= asdict(self)
         model.pretrained_cfg = model.default_cfg = config  # type: ignore[assignment]
 
+    def transform(self) -> Any:
+        """timm's for evaluation, up to `normalise`: a PIL image to uint8 [C, H, W]."""
+        return timm.data.create_transform(
+            self.input_size,
+            is_training=False,
+            normalize=False,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+
     def channel_bounds(self, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The normalised values of pixel 0 and pixel 1, each [C, 1, 1]."""
         mean, std = self._statistics(device)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 
 from ..errors import UsageError, first_line
 from .preprocessing import Preprocessing
@@ -150,15 +149,7 @@ def check_pixels(processor: Any, ours: Preprocessing) -> None:
         theirs = given["pixel_values"][0].float()
     except Exception as error:  # another library's code
         raise UsageError(f"processor was a {kind} that fails on an image: {first_line(error)}") from error
-    transform: Any = create_transform(
-        ours.input_size,
-        is_training=False,
-        normalize=False,
-        interpolation=ours.interpolation,
-        crop_pct=ours.crop_pct,
-        crop_mode=ours.crop_mode,
-    )
-    wanted = ours.normalise(transform(image))
+    wanted = ours.normalise(ours.transform()(image))
     if theirs.shape != wanted.shape:
         raise UsageError(
             f"processor was a {kind} that makes {tuple(theirs.shape)} of an image where its settings say {tuple(wanted.shape)}"

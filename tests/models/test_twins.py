@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 import dfqvit
-from dfqvit.calibration.given import evaluation_transform
 from dfqvit.errors import UsageError
 from dfqvit.models import ModelSpec, Preprocessing
 from dfqvit.models.twin_families import OLD, TWINS, _ratio
@@ -172,7 +171,7 @@ def test_the_twins_images_are_those_of_the_processor(case, height, width, seed):
     prepared = Preprocessing.of(twin)
     image = waves(height, width)
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-    ours = prepared.normalise(evaluation_transform(prepared)(image))
+    ours = prepared.normalise(prepared.transform()(image))
     assert theirs.shape == ours.shape
     off = ((theirs - ours) * torch.tensor(prepared.std).view(-1, 1, 1)).abs().mean()
     assert float(off) < (0.03 if settings.get("resample") == 0 else 0.012)
