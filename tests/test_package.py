@@ -96,7 +96,7 @@ def test_embedded_models_reach_their_accuracy(name, right):
     Those counts are exact; sums in another order may turn one answer.
     """
     from dfqvit.evaluation import evaluate
-    from dfqvit.evaluation.batches import batches
+    from dfqvit.evaluation.batches import Batches
     from dfqvit.evaluation.data import open_images
     from dfqvit.models import Preprocessing
 
@@ -104,7 +104,7 @@ def test_embedded_models_reach_their_accuracy(name, right):
     images = open_images(demo.TEST_IMAGES, Preprocessing.of(model))
     assert len(images) == 10_000
     part = torch.utils.data.Subset(images, range(0, len(images), 10))
-    assert abs(evaluate(model, batches(part, 100)).top1 * len(part) / 100 - right) < 1.5
+    assert abs(evaluate(model, Batches(part, 100)).top1 * len(part) / 100 - right) < 1.5
 
 
 def test_assets_are_small():

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import Interrupted, UsageError
-from ..evaluation.batches import batches
+from ..evaluation.batches import Batches
 from ..evaluation.data import open_images, spread_images
 from ..models import Preprocessing
 from ..models import demo as embedded
@@ -19,8 +19,8 @@ from ..storage.atomic import atomic
 from ..studies.ablation import REAL_IMAGES, Bench, Gallery, Table, run_study, weights_digest
 from ..studies.named import RECIPES, STUDIES, settings_of
 from ..studies.tables import markdown, write_charts
-from ..synthesis import Progress, SynthesisConfig
-from .options import common, emit, model_options, numbers, open_model, refuse_given, whole_numbers
+from ..synthesis import Progress
+from .options import common, emit, model_options, numbers, open_model, refuse_given, setting, whole_numbers
 
 ROWS, TABLES = "ablations.csv", "ablations.md"
 
@@ -46,10 +46,8 @@ ROWS, TABLES = "ablations.csv", "ablations.md"
 )
 @click.option("--classes", type=click.Path(path_type=Path), help="Text file: line k is the folder name of class k.")
 @click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="Evaluated, evenly spread.")
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images.")
-@click.option(
-    "--iters", type=click.IntRange(1), default=SynthesisConfig.iters, show_default=True, help="Steps of synthesis."
-)
+@setting("samples", click.IntRange(1), "Synthetic images.")
+@setting("iters", click.IntRange(1), "Steps of synthesis.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
 @common
 def command(**options: Any) -> None:
@@ -130,7 +128,7 @@ def _bench(
     test = open_images(data or embedded.TEST_IMAGES, preprocessing, classes, num_classes=num_classes)
     count = min(count, len(test))
     chosen = [index * len(test) // count for index in range(count)]
-    held = list(batches(torch.utils.data.Subset(test, chosen), 50, device=device))
+    held = list(Batches(torch.utils.data.Subset(test, chosen), 50, device=device))
     source = test if data is not None else open_images(embedded.TRAIN_SAMPLE, preprocessing)
     real = spread_images(source, min(REAL_IMAGES, len(source))).to(device)
     return Bench((data or embedded.TEST_IMAGES).name, held, real)

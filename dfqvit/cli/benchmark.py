@@ -20,8 +20,7 @@ from ..quantization.recipe import Recipe
 from ..runtime import RUNTIMES
 from ..runtime.record import QuantizationRecord
 from ..storage import load
-from ..synthesis import SynthesisConfig
-from .options import build_option, common, emit, open_float, pick_device, refuse_given, whole_numbers
+from .options import build_option, common, emit, open_float, pick_device, refuse_given, setting, whole_numbers
 
 STEPS = 100  # of the fine-tuning that a calibration is compared with
 
@@ -46,10 +45,8 @@ STEPS = 100  # of the fine-tuning that a calibration is compared with
     "--neighbours", type=click.IntRange(0), default=0, show_default=True, help="Busy processes to time beside."
 )
 @click.option("--energy", is_flag=True, help="Joules an image and a calibration, and those of a light fine-tuning.")
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images of the calibration.")
-@click.option(
-    "--iters", type=click.IntRange(1), default=SynthesisConfig.iters, show_default=True, help="Steps of the synthesis."
-)
+@setting("samples", click.IntRange(1), "Images of the calibration.")
+@setting("iters", click.IntRange(1), "Steps of the synthesis.")
 @common
 def command(**options: Any) -> None:
     """Images a second and latency of a quantized model beside the float one, in turn.

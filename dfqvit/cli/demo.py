@@ -16,7 +16,7 @@ from ..api import quantize
 from ..calibration.images import COMPANIONS, with_companions
 from ..errors import UsageError
 from ..evaluation import evaluate
-from ..evaluation.batches import batches
+from ..evaluation.batches import Batches
 from ..evaluation.data import open_images, spread_images
 from ..evaluation.energy import Cost, Energy
 from ..evaluation.speed import race
@@ -26,7 +26,7 @@ from ..models.adapters import find_adapter
 from ..storage import save
 from ..synthesis import SynthesisConfig
 from .dense import demo_dense
-from .options import common, emit, pick_device, refuse_given
+from .options import common, emit, pick_device, refuse_given, setting
 from .report import CURRICULUM, SAMPLES, make_report
 from .synthesize import run_synthesis
 
@@ -53,7 +53,7 @@ SPEED = "x float32"  # the column
 )
 @click.option("--all", "all_models", is_flag=True, help="All four, one after the other, each in a folder of its own.")
 @click.option("--dense", is_flag=True, help="A small detector and a small segmenter instead: mAP@50 and mIoU.")
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Synthetic images to make.")
+@setting("samples", click.IntRange(1), "Synthetic images to make.")
 @click.option(
     "--iters",
     type=click.IntRange(1),
@@ -109,7 +109,7 @@ def _run(name: str, out: Path, options: dict[str, Any], device: torch.device) ->
     model = load_model(name, device=device)
     preprocessing = Preprocessing.of(model)
     test = open_images(embedded.TEST_IMAGES, preprocessing)
-    loaded = [(x, y) for x, y in batches(torch.utils.data.Subset(test, range(options["images"])), 250)]
+    loaded = list(Batches(torch.utils.data.Subset(test, range(options["images"])), 250))
     real = spread_images(open_images(embedded.TRAIN_SAMPLE, preprocessing), min(options["samples"], 64))
     config = SynthesisConfig(samples=options["samples"], iters=options["iters"], seed=options["seed"])
     with energy.account() as cost:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..distributed import rank, world
 from ..errors import UsageError
 from ..evaluation import evaluate
-from ..evaluation.batches import batches
+from ..evaluation.batches import Batches
 from ..evaluation.data import open_images
 from ..evaluation.dense import TASKS
 from ..models import Preprocessing
@@ -88,7 +88,7 @@ def command(**options: Any) -> None:
     if world() > 1:
         images = Subset(images, range(rank(), len(images), world()))  # type: ignore[assignment]
     with tqdm(total=len(images), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
-        loader = batches(images, options["batch_size"], options["workers"], device)
+        loader = Batches(images, options["batch_size"], options["workers"], device)
         result = evaluate(model, loader, against, bar.update)
     rows = [[record.recipe.label, result.top1, result.top5]]
     if against is not None:

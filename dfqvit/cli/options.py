@@ -70,47 +70,35 @@ def synthesis_options(command: Command) -> Command:
     """The settings of the synthesis."""
     for option in (
         click.option("--resume", is_flag=True, help="Go on from the snapshot that an interrupted run left in --out."),
-        click.option(
-            "--crop-upper", type=float, default=1.0, show_default=True, help="Greatest area of a crop, 1 is the whole."
+        setting("crop_upper", float, "Greatest area of a crop, 1 is the whole."),
+        setting("crop_lower", float, "Least area of a crop, 1 is the whole."),
+        setting(
+            "precision",
+            click.Choice(PRECISIONS),
+            "Of the model while it makes images; auto: bfloat16 on a CPU with instructions for it.",
         ),
-        click.option(
-            "--crop-lower", type=float, default=0.08, show_default=True, help="Least area of a crop, 1 is the whole."
+        setting(
+            "spectrum",
+            click.Choice(SPECTRA),
+            "Of the finished images: that of photographs, or as they were optimised.",
         ),
-        click.option(
-            "--precision",
-            type=click.Choice(PRECISIONS),
-            default=SynthesisConfig.precision,
-            show_default=True,
-            help="Of the model while it makes images; auto: bfloat16 on a CPU with instructions for it.",
+        setting(
+            "schedule",
+            click.Choice(SCHEDULES),
+            "How the crops change: e2h (easy to hard) shrinks them, fixed is PSAQ-ViT's.",
         ),
-        click.option(
-            "--spectrum",
-            type=click.Choice(SPECTRA),
-            default="natural",
-            show_default=True,
-            help="Of the finished images: that of photographs, or as they were optimised.",
-        ),
-        click.option(
-            "--schedule",
-            type=click.Choice(SCHEDULES),
-            default="e2h",
-            show_default=True,
-            help="How the crops change: e2h (easy to hard) shrinks them, fixed is PSAQ-ViT's.",
-        ),
-        click.option(
-            "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images in one forward pass."
-        ),
-        click.option(
-            "--iters",
-            type=click.IntRange(1),
-            default=SynthesisConfig.iters,
-            show_default=True,
-            help="Steps of the synthesis.",
-        ),
-        click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Images to make."),
+        setting("batch_size", click.IntRange(1), "Images in one forward pass."),
+        setting("iters", click.IntRange(1), "Steps of the synthesis."),
+        setting("samples", click.IntRange(1), "Images to make."),
     ):
         command = option(command)
     return command
+
+
+def setting(name: str, kind: Any, told: str) -> Callable[[Command], Command]:
+    """The option for a field of `SynthesisConfig`, with its default."""
+    option, default = f"--{name.replace('_', '-')}", getattr(SynthesisConfig, name)
+    return click.option(option, type=kind, default=default, show_default=True, help=told)
 
 
 def synthesis_config(options: dict[str, Any]) -> SynthesisConfig:

@@ -275,18 +275,16 @@ def _calibration(
     if calib == "synthetic":
         return run_synthesis(model, preprocessing, config, out, resume, keep=True), [SAMPLES, CURRICULUM]
     if calib in MADE:
-        made, _ = calibration_images(
+        images, _ = calibration_images(
             model, calib, samples=config.samples, iters=0, seed=config.seed, preprocessing=preprocessing
         )
-        if calib == "noise":
-            return made, []
-        if rank() == 0:
-            save_grid(made[:64], out / SAMPLES, preprocessing)
-        return made, [SAMPLES]
-    images = _read_images(Path(calib), preprocessing, config.samples)
+    else:
+        images = _read_images(Path(calib), preprocessing, config.samples).to(next(model.parameters()).device)
+    if calib == "noise":
+        return images, []
     if rank() == 0:
         save_grid(images[:64], out / SAMPLES, preprocessing)
-    return images.to(next(model.parameters()).device), [SAMPLES]
+    return images, [SAMPLES]
 
 
 def _correction(options: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def evaluate(
 
     Args:
         model: images [n, C, H, W] to logits [n, classes].
-        batches: (images, labels) pairs, on any device; `data.batches` reads ahead in other processes.
+        batches: (images, labels) pairs, on any device; `Batches` reads ahead in other processes.
         against: the model to compare with, usually the float one.
         report: called with the number of images after every batch.
 

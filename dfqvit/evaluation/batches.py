@@ -127,13 +127,3 @@ def default_workers(images: Images, device: torch.device) -> int:
     if isinstance(images, ArrayImages):
         return 0
     return min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
-
-
-def batches(
-    images: Images | Subset,
-    batch_size: int = 64,
-    workers: int | None = 0,
-    device: torch.device | str = "cpu",
-) -> Batches:
-    """A loader in the data set's own order; see `Batches`."""
-    return Batches(images, batch_size, workers, device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..errors import UsageError
 from ..models import demo
-from ..models.dense import CLASSES, OF_ITEM, SIDE
+from ..models.dense import OF_ITEM, SIDE
 
 MOST_ITEMS, GROUP = 3, 50
 _SIZES = (24.0, 34.0)  # pixels of an item's 28 x 28 square
@@ -151,6 +151,3 @@ def batches(scenes: Scenes, size: int) -> Iterator[Scenes]:
     for start in range(0, len(scenes), size):
         part = slice(start, start + size)
         yield Scenes(scenes.images[part], scenes.masks[part], scenes.boxes[part], scenes.labels[part])
-
-
-__all__ = ["CLASSES", "Scenes", "batches", "compose", "items_of"]

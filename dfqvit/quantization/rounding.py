@@ -87,7 +87,7 @@ def feature_sensitivity(features: Sequence[torch.Tensor], generator: torch.Gener
     total = torch.zeros((), device=features[0].device)
     for tensor in features:
         draws = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-        unit = tensor.detach().float().std().clamp_min(torch.finfo(torch.float32).tiny) if len(features) > 1 else 1.0
+        unit = tensor.detach().float().std().clamp_min(_TINY) if len(features) > 1 else 1.0
         total = total + (draws * tensor).sum() / unit
     return total
 

@@ -164,8 +164,8 @@ def _schedule(record: QuantizationRecord) -> Iterator[Finding]:
     settings = record.settings
     if record.calibration != "synthetic" or "iters" not in settings:
         return
-    schedule, steps = settings.get("schedule", "e2h"), settings["iters"]
-    bounds = settings.get("crop_lower", 0.08), settings.get("crop_upper", 1.0)
+    schedule, steps = settings.get("schedule", SynthesisConfig.schedule), settings["iters"]
+    bounds = [settings.get(name, getattr(SynthesisConfig, name)) for name in ("crop_lower", "crop_upper")]
     first, last = (crop_ratio(schedule, step, steps, *bounds) for step in (0, steps - 1))
     what = f"crops grow from {first:.2f} to {last:.2f} of the area ({schedule}); easy to hard shrinks them"
     if last > first:

@@ -190,7 +190,7 @@ def _pinned_row() -> torch.Tensor:
 @on_float_reference
 def synthesize(
     model: nn.Module,
-    samples: int = 16,
+    samples: int = SynthesisConfig.samples,
     iters: int = SynthesisConfig.iters,
     seed: int = 0,
     *,

@@ -12,7 +12,7 @@ from torch import nn
 
 from dfqvit.errors import UsageError
 from dfqvit.evaluation import evaluate
-from dfqvit.evaluation.batches import batches
+from dfqvit.evaluation.batches import Batches
 from dfqvit.evaluation.data import open_images
 from dfqvit.models import Preprocessing
 
@@ -49,7 +49,7 @@ def saved(folder, images, end="png", **options):
 
 
 def measured(folder):
-    return evaluate(Brightest(), batches(open_images(folder, GREY, num_classes=SIDE), workers=0)).top1
+    return evaluate(Brightest(), Batches(open_images(folder, GREY, num_classes=SIDE), workers=0)).top1
 
 
 def test_pictures_in_the_transparency_are_told(tmp_path, seed):

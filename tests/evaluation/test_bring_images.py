@@ -15,7 +15,7 @@ from dfqvit import demo
 from dfqvit.calibration.given import given_images, judge
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.evaluation import evaluate
-from dfqvit.evaluation.batches import batches
+from dfqvit.evaluation.batches import Batches
 from dfqvit.evaluation.data import open_images, spread_images
 from dfqvit.models import Preprocessing, load_model
 from dfqvit.studies.diagnosis import diagnose
@@ -302,4 +302,4 @@ def test_preprocessing_that_was_asked_for_is_not_doubted(tmp_path, seed):
     plain = Preprocessing((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="batches held")
-        assert evaluate(small_vit(num_classes=5), batches(open_images(tmp_path / "a.npz", plain))).images == 12
+        assert evaluate(small_vit(num_classes=5), Batches(open_images(tmp_path / "a.npz", plain))).images == 12

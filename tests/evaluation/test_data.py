@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from dfqvit.errors import DfqvitError, UsageError
 from dfqvit.evaluation import evaluate
-from dfqvit.evaluation.batches import batches, read_by
+from dfqvit.evaluation.batches import Batches, read_by
 from dfqvit.evaluation.data import ArrayImages, open_images, spread_images
 from dfqvit.models import Preprocessing
 
@@ -204,7 +204,7 @@ def test_fewer_than_five_classes():
 
 
 def test_batches_keep_the_order(folder):
-    labels = torch.cat([y for _, y in batches(open_images(folder, PREPROCESSING), 2)])
+    labels = torch.cat([y for _, y in Batches(open_images(folder, PREPROCESSING), 2)])
     assert labels.tolist() == [0, 0, 1, 1, 1]
 
 
@@ -215,7 +215,7 @@ def test_pixels_are_normalised_to_the_bits_of_timms_transform(folder, mode, devi
     options = {"interpolation": mode, "mean": preprocessing.mean, "std": preprocessing.std, "crop_pct": 0.9}
     transform = create_transform((3, 16, 16), **options)
     expected = torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in images.items])
-    found = torch.cat([x for x, _ in batches(images, 2, device=device)])
+    found = torch.cat([x for x, _ in Batches(images, 2, device=device)])
     assert found.device.type == device
     assert torch.equal(found.cpu(), expected)
     assert torch.equal(torch.stack([image for image, _ in images]), expected)
@@ -232,7 +232,7 @@ def test_every_byte_is_normalised_as_torch_divides_on_the_cpu(device):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_give_the_same_batches(folder, tmp_path, workers):
     for images in (open_images(folder, PREPROCESSING), open_images(write_npz(tmp_path / "a.npz", 40), PREPROCESSING)):
-        alone, shared = batches(images, 2), batches(images, 2, workers)
+        alone, shared = Batches(images, 2), Batches(images, 2, workers)
         assert len(alone) == len(shared)
         for _ in range(2):  # passes
             for (x, y), (u, v) in zip(alone, shared, strict=True):
@@ -270,10 +270,10 @@ def test_a_cut_off_file_is_named_or_left_out(folder, workers):
     path.write_bytes(path.read_bytes()[:-400])  # its header is whole
     images = open_images(folder, PREPROCESSING)
     with pytest.raises(DfqvitError, match=r"^data: '.*n02/1.jpg' is not a readable image \([^\n]*\)$"):
-        list(batches(images, 2, workers))
+        list(Batches(images, 2, workers))
     images = open_images(folder, PREPROCESSING, unreadable="skip")
     with pytest.warns(UserWarning, match=r"n02/1.jpg' is not a readable image .* skipped"):
-        labels = torch.cat([y for _, y in batches(images, 2, workers)])
+        labels = torch.cat([y for _, y in Batches(images, 2, workers)])
     assert labels.tolist() == [0, 0, 1, 1, 1]
 
 
@@ -295,23 +295,23 @@ def test_what_ends_the_whole_group_is_left_to_the_parent(tmp_path, capfd):
     images = Interrupted(write_npz(tmp_path / "a.npz"), PREPROCESSING)
     usual = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
-        found = [y for _, y in batches(images, 2, 1)]
+        found = [y for _, y in Batches(images, 2, 1)]
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-    assert torch.equal(torch.cat(found), torch.cat([y for _, y in batches(images, 2)]))
+    assert torch.equal(torch.cat(found), torch.cat([y for _, y in Batches(images, 2)]))
     assert capfd.readouterr().err == ""
 
 
 def test_a_killed_worker_is_one_error(tmp_path):
     images = Deadly(write_npz(tmp_path / "a.npz"), PREPROCESSING)
     with pytest.raises(DfqvitError, match="a process that reads images was killed"):
-        list(batches(images, 2, 1))
+        list(Batches(images, 2, 1))
 
 
 def test_part_of_a_data_set(tmp_path):
     images = open_images(write_npz(tmp_path / "a.npz", count=9), PREPROCESSING)
-    found = list(batches(Subset(images, [7, 2, 5]), 2))
+    found = list(Batches(Subset(images, [7, 2, 5]), 2))
     assert torch.cat([y for _, y in found]).tolist() == [7, 2, 5]
     assert torch.equal(found[0][0][1], images[2][0])
 
