@@ -13,8 +13,8 @@ import platform
 import random
 import secrets
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The CPU paths of this architecture, each with what those before it have, and how an error lists them.
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 PATHS = ["portable", "neon", "dotprod", "i8mm"] if ARM else ["portable", "avx2", "avx512", "amx"]
+FUSING = PATHS[1:]  # those that fuse multiply-adds
 PATHS_SAID = "'{}', '{}', '{}' or '{}'".format(*PATHS)
 # What quant_linear's activations are, in the dtype of y: QuickGELU as a fraction, not as its backends write it.
 ACTIVATIONS = {
@@ -174,29 +175,35 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=PATHS)
 def isa(request: pytest.FixtureRequest) -> Any:
     """Every CPU path that this processor can run, one after the other."""
+    with on_path(request.param):
+        yield request.param
+
+
+@contextmanager
+def on_path(name: str) -> Iterator[None]:
+    """A CPU path within the block; the test is skipped where this processor has none such."""
     module, reason = extension.load()
     if module is None:
         pytest.skip(reason)
     before = module.active_isa()
     try:
-        module.set_isa(request.param)
+        module.set_isa(name)
     except ValueError as error:
         pytest.skip(str(error))
-    yield request.param
-    module.set_isa(before)
+    try:
+        yield
+    finally:
+        module.set_isa(before)
 
 
-def each_fusing_path() -> Iterator[str]:
-    """The CPU paths of this processor that fuse multiply-adds, each in use while it is the loop's; afterwards the one of before."""
-    module = extension.load()[0]
-    before = module.active_isa()
-    for path in PATHS[1:]:
-        try:
-            module.set_isa(path)
-        except ValueError:
-            continue
-        yield path
-    module.set_isa(before)
+def each_path(paths: Sequence[str] = PATHS) -> Iterator[str]:
+    """Those of the CPU paths that this processor has, each in use while it is the loop's."""
+    module, reason = extension.load()
+    if module is None:
+        pytest.skip(reason)
+    for path in paths:
+        with suppress(pytest.skip.Exception), on_path(path):
+            yield path
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from dfqvit.kernels import (
-    extension,
     gate_quantize,
     layer_norm_quantize,
     quant_attention,
@@ -24,6 +23,7 @@ from dfqvit.kernels import (
     use_backend,
 )
 
+from ..conftest import on_path
 from . import (
     test_fake_quantize,
     test_gate_quantize,
@@ -100,18 +100,8 @@ def on_every_path(operators: Operators, *paths: str) -> Iterator[str]:
 
 def by_avx2(seed: int) -> list[torch.Tensor]:
     """`sums_of_everything` as this processor computes them."""
-    module, reason = extension.load()
-    if module is None:
-        pytest.skip(reason)
-    before = module.active_isa()
-    try:
-        module.set_isa("avx2")
-    except ValueError as error:
-        pytest.skip(str(error))
-    with use_backend("cpu"):
-        found = list(sums_of_everything(seed))
-    module.set_isa(before)
-    return found
+    with on_path("avx2"), use_backend("cpu"):
+        return list(sums_of_everything(seed))
 
 
 def sums_of_everything(seed: int) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dfqvit.kernels import extension, gate_quantize, use_backend
 
-from ..conftest import ACTIVATIONS, DTYPES, each_fusing_path, threads
+from ..conftest import ACTIVATIONS, DTYPES, FUSING, each_path, threads
 
 # leading dimensions, channels
 CASES = [((2, 17), 64), ((5,), 1), ((3, 2, 7), 33), ((), 130), ((4,), 512), ((0, 3), 8), ((1, 9), 100)]
@@ -77,7 +77,7 @@ def test_paths_that_fuse_give_the_same_bytes(seed, activation):
     """Models on different processors agree to the bit; `portable` rounds multiply-adds twice."""
     gate, value, options = sample(((40,), 200))
     found = []
-    for _ in each_fusing_path():
+    for _ in each_path(FUSING):
         with use_backend("cpu"):
             found.append(gate_quantize(gate, value, **options, activation=activation))
     assert all(torch.equal(each, found[0]) for each in found)

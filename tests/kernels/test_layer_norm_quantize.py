@@ -8,7 +8,7 @@ import torch
 
 from dfqvit.kernels import layer_norm_quantize, use_backend
 
-from ..conftest import DTYPES, PATHS
+from ..conftest import DTYPES, each_path
 
 SHAPES = [(3, 5, 192), (7, 1), (2, 17), (1, 13, 33), (0, 8), (300, 768)]
 
@@ -45,22 +45,8 @@ def test_matches_numpy_but_for_ties(seed, isa, backend, shape, dtype, bits, zero
 
 
 def test_all_cpu_paths_agree_bit_for_bit(seed):
-    from dfqvit.kernels import extension
-
-    module, reason = extension.load()
-    if module is None:
-        pytest.skip(reason)
     x, weight, bias = sample((50, 100), torch.float32)
-    before, results = module.active_isa(), []
-    try:
-        for name in PATHS:
-            try:
-                module.set_isa(name)
-            except ValueError:
-                continue
-            results.append(layer_norm_quantize(x, weight, bias, scale=0.02, zero_point=100))
-    finally:
-        module.set_isa(before)
+    results = [layer_norm_quantize(x, weight, bias, scale=0.02, zero_point=100) for _ in each_path()]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from dfqvit import kernels
 from dfqvit.kernels import dispatch, extension
 from dfqvit.kernels.patch_similarity_entropy import op, reference
 
-from ..conftest import PATHS, threads
+from ..conftest import PATHS, on_path, threads
 from .interpreter import INTERPRETED
 
 SEED = int(os.environ.setdefault("DFQVIT_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
@@ -56,17 +57,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Live]:
     if not able:
         pytest.skip(f"{name}: {reason}")
     on_gpu = name == "cuda" or (name == "triton" and not INTERPRETED)
-    module, _ = extension.load()
-    if path:
-        before = module.active_isa()
-        try:
-            module.set_isa(path)
-        except ValueError as error:
-            pytest.skip(str(error))
-    with kernels.use_backend(name):
+    with on_path(path) if path else nullcontext(), kernels.use_backend(name):
         yield Live(name, "cuda" if on_gpu else "cpu")
-    if path:
-        module.set_isa(before)
 
 
 @dataclass

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
-from dfqvit.kernels import extension, quant_attention, use_backend
+from dfqvit.kernels import quant_attention, use_backend
 
-from ..conftest import PATHS, threads
+from ..conftest import PATHS, on_path, threads
 
 CASES = [  # batch, heads, depth, windows, tokens of a window
     (2, 3, 64, 1, 197),
@@ -24,21 +26,9 @@ CASES = [  # batch, heads, depth, windows, tokens of a window
 @pytest.fixture(params=[*PATHS, "reference"])
 def path(request):
     """Every CPU path that this processor can run, and the reference."""
-    module, reason = extension.load()
-    if request.param == "reference":
-        with use_backend("reference"):
-            yield request.param
-        return
-    if module is None:
-        pytest.skip(reason)
-    before = module.active_isa()
-    try:
-        module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    with use_backend("cpu"):
+    compiled = request.param != "reference"
+    with on_path(request.param) if compiled else nullcontext(), use_backend("cpu" if compiled else "reference"):
         yield request.param
-    module.set_isa(before)
 
 
 def sample(case, windowed=True):

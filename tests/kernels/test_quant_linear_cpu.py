@@ -18,7 +18,7 @@ from dfqvit.kernels import (
     use_backend,
 )
 
-from ..conftest import ACTIVATIONS, each_fusing_path, mirrored, threads
+from ..conftest import ACTIVATIONS, FUSING, each_path, mirrored, threads
 
 pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=extension.load()[1])
 
@@ -277,7 +277,7 @@ def test_activations_with_every_addend_in_every_dtype(seed, isa, activation, dty
 def test_paths_that_fuse_give_the_same_bits(seed, activation, result):
     """Models on different processors agree to the bit; `portable` rounds multiply-adds twice."""
     y, found = torch.randn(4000, 33) * 4, []
-    for _ in each_fusing_path():
+    for _ in each_path(FUSING):
         p = {**IDENTITY, "w_scale": torch.ones(33), **result, "activation": activation}
         with use_backend("cpu"):
             found.append(quant_linear(torch.zeros(4000, 1), torch.ones(33, 1), None, y, **p))

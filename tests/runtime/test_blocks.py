@@ -22,7 +22,7 @@ from dfqvit.runtime.attention import IntegerOperands
 from dfqvit.runtime.block import IntegerBlock
 from dfqvit.runtime.vit import IntegerVitBlock
 
-from ..conftest import PATHS, made_once, small_clip, small_swin, small_vit
+from ..conftest import each_path, made_once, small_clip, small_swin, small_vit
 from ..conftest import threads as set_threads
 
 
@@ -216,17 +216,7 @@ def test_a_block_refuses_what_it_was_not_made_for(model):
 
 def check_paths(qmodel, images):
     """All but `portable` give the same bits; its exponentials are the C library's, and its products and sums are not fused."""
-    module, reason = extension.load()
-    if module is None:
-        pytest.skip(reason)
-    before, found = module.active_isa(), {}
-    for path in PATHS:
-        try:
-            module.set_isa(path)
-        except ValueError:
-            continue
-        found[path] = qmodel(images)
-    module.set_isa(before)
+    found = {path: qmodel(images) for path in each_path()}
     fast = [logits for path, logits in found.items() if path != "portable"]
     assert all(torch.equal(logits, fast[0]) for logits in fast)
     assert all(close(found["portable"], logits) for logits in fast)
