@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import random
 import statistics
@@ -151,8 +150,7 @@ def main() -> None:
                 compare_layers(name, args, writer)
             if "networks" in args.parts:
                 compare_networks(name, args, writer)
-    print(json.dumps(writer.common))
-    print(writer.table(["model", "layer", "gamma", "blocks", "batch", "pairs", "cost_percent", "interval_percent"]))
+    writer.show(["model", "layer", "gamma", "blocks", "batch", "pairs", "cost_percent", "interval_percent"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python benchmarks/fake_quantize.py [--device cpu|cuda] [--out FILE.jsonl]
 from __future__ import annotations
 
 import functools
-import json
 
 import runner
 import torch
@@ -37,8 +36,7 @@ def main() -> None:
         for variant, timing in timings.items():
             rate = 2 * x.numel() * 4 / timing.median / 1e9
             writer.add(variant=variant, shape=shape, dtype="float32", **timing.row(), gb_per_s=rate)
-    print(json.dumps(writer.common))
-    print(writer.table(["shape", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "gb_per_s"]))
+    writer.show(["shape", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "gb_per_s"])
 
 
 if __name__ == "__main__":

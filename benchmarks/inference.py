@@ -225,10 +225,9 @@ def main() -> None:
                     say(f"{model}: batch {batch} not begun, {args.seconds:g} s are over")
         finally:
             match.close()
-    print(json.dumps(writer.common))
     skipped = [row for row in writer.rows if "skipped" in row]
     writer.rows = [row for row in writer.rows if "skipped" not in row]
-    print(writer.table(COLUMNS))
+    writer.show(COLUMNS)
     for row in skipped:
         print(f"{row['model']} {row['contender']}: left out: {row['skipped']}")
 

@@ -5,8 +5,6 @@ python benchmarks/layer_norm_quantize.py [--device cpu|cuda] [--batch N] [--out 
 
 from __future__ import annotations
 
-import json
-
 import runner
 import torch
 import torch.nn.functional as F
@@ -42,8 +40,7 @@ def main() -> None:
         for variant, timing in timings.items():
             rate = 5 * x.numel() / timing.median / 1e9  # what must be read and written
             writer.add(shape=name, batch=batch, variant=variant, **timing.row(), gb_per_s=rate)
-    print(json.dumps(writer.common))
-    print(writer.table(["shape", "batch", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "gb_per_s"]))
+    writer.show(["shape", "batch", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "gb_per_s"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the ratio of their medians. `scripts/coverage.py --speeds FILE.jsonl --markdown 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import warnings
 from functools import partial
@@ -71,11 +70,8 @@ def main() -> None:
         for name in ARCHITECTURES:
             if any(text in name for text in args.only):
                 compare(name, args, writer)
-    print(json.dumps(writer.common))
-    print(
-        writer.table(
-            ["architecture", "batch", "times_float32", "float32_p50_ms", "dfqvit_p50_ms", "blocks", "integer", "failed"]
-        )
+    writer.show(
+        ["architecture", "batch", "times_float32", "float32_p50_ms", "dfqvit_p50_ms", "blocks", "integer", "failed"]
     )
 
 

@@ -149,8 +149,7 @@ def main() -> None:
                     peak_mb=memory[name] / 1e6 if memory.get(name) is not None else None,
                 )
     columns = ["shape", "direction", "variant", "backend", "p20_ms", "p50_ms", "p80_ms", "times_fused", "peak_mb"]
-    print(json.dumps(writer.common))
-    print(writer.table(columns))
+    writer.show(columns)
 
 
 def check(features: torch.Tensor, variants: dict[str, Callable]) -> None:

@@ -8,8 +8,6 @@ bias as its mask. What it leaves out (partition, shift, reverse, quantization) i
 
 from __future__ import annotations
 
-import json
-
 import runner
 import torch
 import torch.nn.functional as F
@@ -54,8 +52,7 @@ def main() -> None:
             ratio = timing.median / timings["ours"].median
             rate = moved / timing.median / 1e9 if variant == "ours" else None
             writer.add(shape=name, batch=batch, variant=variant, **timing.row(), times_ours=ratio, gb_per_s=rate)
-    print(json.dumps(writer.common))
-    print(writer.table(["shape", "batch", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "times_ours", "gb_per_s"]))
+    writer.show(["shape", "batch", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "times_ours", "gb_per_s"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ H200. torchao and gemlite are timed where they import.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -242,7 +241,6 @@ def main() -> None:
                             variant=name, **timing.row(), floor_ms=1e3 * floor, of_floor=floor / timing.median,
                             over_float32=float32 / timing.median,
                         )  # fmt: skip
-    print(json.dumps({**writer.common, "int8_peak": peak, "bandwidth": bandwidth}))
     columns = [
         "model",
         "layer",
@@ -256,7 +254,7 @@ def main() -> None:
         "of_floor",
         "over_float32",
     ]
-    print(writer.table(columns))
+    writer.show(columns, int8_peak=peak, bandwidth=bandwidth)
     for (kind, name), ratios in faster.items():
         print(f"{kind:5} {name:18} geometric mean {geometric_mean(ratios):.2f}x float32 over {len(ratios)} shapes")
 

@@ -5,8 +5,6 @@ python benchmarks/round_second_order.py [--out FILE.jsonl]
 
 from __future__ import annotations
 
-import json
-
 import runner
 import torch
 
@@ -55,8 +53,7 @@ def main() -> None:
         for variant, timing in runner.interleave(variants, "cpu", args.seconds, least_rounds=2).items():
             row = {**timing.row(), "gmac_per_s": products / timing.median / 1e9, "cost_of_nearest": share}
             writer.add(layer=name, variant=variant, **row)
-    print(json.dumps(writer.common))
-    print(writer.table(["layer", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "gmac_per_s", "cost_of_nearest"]))
+    writer.show(["layer", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "gmac_per_s", "cost_of_nearest"])
 
 
 if __name__ == "__main__":

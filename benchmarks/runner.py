@@ -197,5 +197,7 @@ class Writer:
             with self.out.open("a") as file:
                 file.write(json.dumps({**self.common, **row}) + "\n")
 
-    def table(self, columns: Sequence[str]) -> str:
-        return tabulate([[row.get(c) for c in columns] for row in self.rows], headers=list(columns), floatfmt=".4g")
+    def show(self, columns: Sequence[str], **more: Any) -> None:
+        """Prints the machine's record, and `more`, as a line of JSON, and the rows as a table."""
+        print(json.dumps({**self.common, **more}))
+        print(tabulate([[row.get(c) for c in columns] for row in self.rows], headers=list(columns), floatfmt=".4g"))

@@ -10,7 +10,6 @@ python benchmarks/synthesis.py [--device cpu|cuda] [--models NAME ...] [--sample
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -73,8 +72,7 @@ def main() -> None:
                 **timing.row(),
                 times_model=timing.median / timings["model"].median,
             )
-    print(json.dumps(writer.common))
-    print(writer.table(["model", "samples", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "times_model"]))
+    writer.show(["model", "samples", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "times_model"])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ python benchmarks/total_variation.py [--device cpu|cuda] [--out FILE.jsonl]
 
 from __future__ import annotations
 
-import json
-
 import runner
 import torch
 
@@ -43,8 +41,7 @@ def main() -> None:
         for name, timing in timings.items():
             moved = variants[name][1] * x.numel() * 4  # what must be read and written
             writer.add(variant=name, shape=shape, **timing.row(), gb_per_s=moved / timing.median / 1e9)
-    print(json.dumps(writer.common))
-    print(writer.table(["shape", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "gb_per_s"]))
+    writer.show(["shape", "variant", "p20_ms", "p50_ms", "p80_ms", "calls", "gb_per_s"])
 
 
 if __name__ == "__main__":
