@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -203,64 +203,76 @@ def run_study(
     wanted, labels = bench.logits(model), bench.labels
     float_top1 = count_hits(wanted, labels, 1) * 100 / len(labels)
     table.expect_same(architecture, gallery.weights, bench.name, len(labels), float_top1)
+    same: dict[str, Any] = {
+        "model": architecture,
+        "weights": gallery.weights,
+        "data": bench.name,
+        "images": len(labels),
+        "study": study,
+        "recipe": recipe,
+    }
+    for setting, config, own in _runs(settings, seeds, bits, samples, iters, len(bench.real)):
+        run = same | own
+        if tuple(run.values()) in table:
+            continue
+        spent = 0.0
+        calib: str | torch.Tensor = bench.real if setting.source == "real" else "noise"
+        if setting.source == "synthetic":
+            calib, spent = gallery.images(config, report)
+        started = time.perf_counter()
+        qmodel = quantize(
+            model,
+            run["w_bits"],
+            calib=calib,
+            samples=run["samples"],
+            seed=run["seed"],
+            preprocessing=preprocessing,
+            progress=False,
+            **setting.quantization,
+        )
+        seconds = time.perf_counter() - started
+        top1, top5, agreement, kl = score(bench.logits(qmodel), wanted, labels)
+        row = Row(
+            **run,
+            float_top1=float_top1,
+            top1=top1,
+            top5=top5,
+            agreement=agreement,
+            kl=kl,
+            seconds=round(seconds, 2),
+            synthesis_seconds=round(spent, 2),
+        )
+        table.add(row)
+        if announce is not None:
+            announce(f"{study}: {setting.name}, W{row.w_bits}/A{row.a_bits}, seed {row.seed}: top-1 {row.top1:.2f}")
+
+
+def _runs(
+    settings: Iterable[Setting], seeds: Sequence[int], bits: Sequence[int], samples: int, iters: int, real: int
+) -> Iterator[tuple[Setting, SynthesisConfig, dict[str, Any]]]:
+    """Of each run the setting, its synthesis, and what tells it from others of the study; `real`: count of real images."""
     for seed in seeds:
         for setting in settings:
             if setting.source != "synthetic" and seed != seeds[0]:
                 continue
             config = SynthesisConfig(**{"samples": samples, "iters": iters, **setting.synthesis, "seed": seed})
-            made = setting.source == "synthetic"
-            count, steps = (config.samples, config.iters) if made else (REAL_IMAGES, 0)
-            if setting.source == "real":
-                count = len(bench.real)
+            counts = {"synthetic": (config.samples, config.iters), "noise": (REAL_IMAGES, 0), "real": (real, 0)}
+            count, steps = counts[setting.source]
+            a_bits = int(setting.quantization.get("a_bits", 8))
             for w_bits in bits:
-                a_bits = int(setting.quantization.get("a_bits", 8))
-                run: dict[str, Any] = {
-                    "model": architecture,
-                    "weights": gallery.weights,
-                    "data": bench.name,
-                    "images": len(labels),
-                    "study": study,
-                    "recipe": recipe,
-                    "setting": setting.name,
-                    "x": setting.x,
-                    "seed": seed,
-                    "w_bits": w_bits,
-                    "a_bits": a_bits,
-                    "samples": count,
-                    "iters": steps,
-                }
-                if tuple(run.values()) in table:
-                    continue
-                spent = 0.0
-                calib: str | torch.Tensor = bench.real if setting.source == "real" else "noise"
-                if made:
-                    calib, spent = gallery.images(config, report)
-                started = time.perf_counter()
-                qmodel = quantize(
-                    model,
-                    w_bits,
-                    calib=calib,
-                    samples=count,
-                    seed=seed,
-                    preprocessing=preprocessing,
-                    progress=False,
-                    **setting.quantization,
+                yield (
+                    setting,
+                    config,
+                    {
+                        "setting": setting.name,
+                        "x": setting.x,
+                        "seed": seed,
+                        "w_bits": w_bits,
+                        "a_bits": a_bits,
+                        "samples": count,
+                        "iters": steps,
+                    },
                 )
-                seconds = time.perf_counter() - started
-                top1, top5, agreement, kl = score(bench.logits(qmodel), wanted, labels)
-                row = Row(
-                    **run,
-                    float_top1=float_top1,
-                    top1=top1,
-                    top5=top5,
-                    agreement=agreement,
-                    kl=kl,
-                    seconds=round(seconds, 2),
-                    synthesis_seconds=round(spent, 2),
-                )
-                table.add(row)
-                if announce is not None:
-                    announce(f"{study}: {setting.name}, W{w_bits}/A{a_bits}, seed {seed}: top-1 {row.top1:.2f}")
 
 
 def score(logits: torch.Tensor, wanted: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, float, float]:
