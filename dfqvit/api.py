@@ -152,13 +152,13 @@ def quantize(
     if layer_bits is not None and not isinstance(layer_bits, Mapping):
         raise UsageError(f"layer_bits was {layer_bits!r}; it may be a dict of names of layers to bits")
     recipe = Recipe(
-        w_bits,
-        a_bits,
-        placement,
-        quantizer,
-        rounding,
-        edge_bits,
-        layer_bits,
+        w_bits=w_bits,
+        a_bits=a_bits,
+        placement=placement,
+        quantizer=quantizer,
+        rounding=rounding,
+        edge_bits=edge_bits,
+        layer_bits=layer_bits,
         scaling=scaling,
         softmax_bits=softmax_bits,
         levels=levels,

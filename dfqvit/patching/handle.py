@@ -62,7 +62,7 @@ def patch(
         UsageError: an argument does not fit, the model is patched already, or it has no layer to patch. The model is
             then as it was, also when calibration fails.
     """
-    Recipe(w_bits, a_bits, "gemm", quantizer, "nearest")  # checks them
+    Recipe(w_bits, a_bits, quantizer=quantizer, rounding="nearest")  # checks them
     adapter = find_adapter(model)
     if is_patched(model):
         raise UsageError("model is patched already; call unpatch() on its handle first")
