@@ -35,7 +35,7 @@ from torch import nn
 
 import dfqvit
 from dfqvit.calibration import convert
-from dfqvit.errors import DfqvitError, UsageError
+from dfqvit.errors import DfqvitError, UsageError, first_line
 from dfqvit.models import ModelSpec, Preprocessing, find_adapter
 from dfqvit.quantization.layers import allocate
 from dfqvit.quantization.model import quantized
@@ -102,7 +102,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def say(error: Exception) -> str:
     """The first line of an error; of one that is not dfqvit's own, with its class."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     return line if isinstance(error, (UsageError, DfqvitError)) else f"{type(error).__name__}: {line}"
 
 
