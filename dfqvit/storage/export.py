@@ -40,7 +40,8 @@ _ZERO_POINT = ".zero_point"
 
 
 def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset: int = OPSET) -> dict[str, Any]:
-    """Writes a quantized model as ONNX with QDQ nodes, atomically; images [batch, C, H, W] to logits, any batch size.
+    """Writes a quantized model as ONNX with QDQ nodes, atomically; images [batch, C, H, W] to logits, any batch size where torch
+    can export that; a warning tells where not.
 
     Forward hooks are not kept; a warning names them. A network's outputs are named as its dict names them, or "output_0" and so
     on. Its shapes may not depend on values: what selects boxes (NMS) must stay outside.
@@ -79,6 +80,13 @@ def export_onnx(qmodel: nn.Module, path: str | Path, *, int4: bool = True, opset
 
     proto = _to_onnx(qdq_model(record, tensors, opset), record, int4, opset)
     onnx.checker.check_model(proto, full_check=True)
+    count = proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if not count.dim_param:
+        warnings.warn(
+            f"torch could export this {type(qmodel).__name__} for {count.dim_value} images at a time alone, not for any number: "
+            "the file takes as many",
+            stacklevel=2,
+        )
     with atomic(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
     nodes = [node.op_type for node in proto.graph.node]

@@ -271,3 +271,15 @@ def test_shapes_that_depend_on_values_are_said_in_a_sentence(seed, tmp_path):
     with pytest.raises(dfqvit.DfqvitError, match="whose shapes do not depend on values") as error:
         export_onnx(qmodel, tmp_path / "network.onnx")
     assert "\n" not in str(error.value)
+
+
+def test_a_number_of_images_that_is_fixed_is_told(seed, tmp_path):
+    """CoAtNet's file took two images alone, and ONNX Runtime refused others."""
+    model = timm.create_model(
+        "coatnet_nano_rw_224", img_size=64, num_classes=7, depths=(1, 1, 1, 1), embed_dim=(16, 32, 32, 32)
+    )
+    qmodel = dfqvit.quantize(model, 8, calib="noise", samples=2, rounding="nearest", progress=False)
+    with pytest.warns(UserWarning, match="export this MaxxVit for 2 images at a time alone"):
+        export_onnx(qmodel, tmp_path / "m.onnx")
+    session = onnx_session(tmp_path / "m.onnx")
+    assert session.get_inputs()[0].shape[0] == 2
