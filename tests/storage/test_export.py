@@ -273,13 +273,33 @@ def test_shapes_that_depend_on_values_are_said_in_a_sentence(seed, tmp_path):
     assert "\n" not in str(error.value)
 
 
+class Counting(networks.Segmenter):
+    """`len` gives a number, so torch's trace is of that many images."""
+
+    def forward(self, x):
+        return super().forward(x)["out"].reshape(len(x), -1)
+
+
+def counting():
+    return Counting(depth=1).eval()
+
+
 def test_a_number_of_images_that_is_fixed_is_told(seed, tmp_path):
-    """CoAtNet's file took two images alone, and ONNX Runtime refused others."""
-    model = timm.create_model(
-        "coatnet_nano_rw_224", img_size=64, num_classes=7, depths=(1, 1, 1, 1), embed_dim=(16, 32, 32, 32)
-    )
-    qmodel = dfqvit.quantize(model, 8, calib="noise", samples=2, rounding="nearest", progress=False)
-    with pytest.warns(UserWarning, match="export this MaxxVit for 2 images at a time alone"):
+    qmodel = dfqvit.quantize(counting(), calib="procedural", samples=2, rounding="nearest", build=counting)
+    with pytest.warns(UserWarning, match="export this Counting for 2 images at a time alone"):
         export_onnx(qmodel, tmp_path / "m.onnx")
-    session = onnx_session(tmp_path / "m.onnx")
-    assert session.get_inputs()[0].shape[0] == 2
+    assert onnx_session(tmp_path / "m.onnx").get_inputs()[0].shape[0] == 2
+
+
+def test_hybrids_take_any_number_of_images(seed, tmp_path):
+    """CoAtNet's file took two alone, and ONNX Runtime refused others."""
+    sizes = {"img_size": 64, "num_classes": 7, "depths": (1, 1, 1, 1), "embed_dim": (16, 32, 32, 32)}
+    model = timm.create_model("coatnet_nano_rw_224", **sizes)
+    qmodel = dfqvit.quantize(model, 8, calib="noise", samples=2, rounding="nearest", progress=False)
+    export_onnx(qmodel, tmp_path / "m.onnx")
+    for count in (1, 3):
+        images = torch.randn(count, 3, 64, 64)
+        with torch.no_grad():
+            expected = qmodel(images)
+        got = torch.from_numpy(onnx_session(tmp_path / "m.onnx").run(None, {"images": images.numpy()})[0])
+        assert float((got - expected).abs().mean() / expected.abs().mean()) < 0.03

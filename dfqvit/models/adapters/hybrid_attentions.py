@@ -48,7 +48,7 @@ class QuantAttention2d(Attention2d):
             parts = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         q, k, v = (part.mT for part in parts)
         y = self.operands(q, k, v, self.scale, _bias_of(self, shared_rel_pos), drop=drop_of(self))
-        return self.proj_drop(self.proj(y.mT.reshape(len(x), -1, *x.shape[2:])))
+        return self.proj_drop(self.proj(y.mT.reshape(x.shape[0], -1, *x.shape[2:])))
 
 
 def _bias_of(attention: AttentionCl | Attention2d, shared: torch.Tensor | None) -> torch.Tensor | None:
@@ -132,7 +132,9 @@ class QuantWindowAttentionGlobal(WindowAttentionGlobal):
         """[B * windows, N, C] to the same; q_global [B, N, C]."""
         if self.use_global and q_global is not None:
             k, v = self.qkv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            q = q_global.repeat_interleave(len(x) // len(q_global), dim=0).view(len(x), x.shape[1], self.num_heads, -1)
+            q = q_global.repeat_interleave(x.shape[0] // q_global.shape[0], dim=0).view(
+                *x.shape[:2], self.num_heads, -1
+            )
             q = q.transpose(1, 2)
         else:
             q, k, v = apart(self.qkv(x), self.num_heads)
