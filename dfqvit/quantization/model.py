@@ -22,6 +22,7 @@ from .quantizers import TellsBits
 
 BITS = "dfqvit_bits"  # beside a model's tensors in its state_dict, and in no file
 _BIASES = "attention_bias_cache"  # timm's attribute
+_OF_TIMM = ("forward_features", "forward_intermediates", "forward_head")  # not every class has them
 
 
 class QuantizedForward(KeepsPrecision):
@@ -307,7 +308,15 @@ def _entered(kind: type) -> tuple[type, ...]:
 
 @functools.cache
 def _class_of(kind: type, mixins: tuple[type, ...]) -> type:
-    return type(kind.__name__, (*mixins, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    absent = {name: _Absent() for name in _OF_TIMM if not hasattr(kind, name)}
+    return type(kind.__name__, (*mixins, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__, **absent})
+
+
+class _Absent:
+    """A method that the class does not have, though a mixin has: `hasattr` and an error say what they say of the float model."""
+
+    def __get__(self, model: Any, kind: type) -> Any:
+        raise AttributeError(f"type object '{kind.__name__}' has no such attribute")
 
 
 def _empty(kind: type, mixins: tuple[type, ...]) -> nn.Module:

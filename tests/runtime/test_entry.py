@@ -76,6 +76,18 @@ def test_no_images_give_no_features(seed, form):
     assert shapes(qmodel(calib[:0])) == shapes(qmodel(calib))
 
 
+def test_methods_that_the_float_model_lacks(seed):
+    """`hasattr` said that timm's features_only has `forward_features`, whose call ended in an AttributeError about `super`."""
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **FEATURES)
+    names = ("forward_features", "forward_intermediates", "forward_head")
+    expected = {name: hasattr(model, name) for name in names}
+    qmodel = dfqvit.quantize(model, 8, calib="noise", samples=2, rounding="nearest", progress=False)
+    assert {name: hasattr(qmodel, name) for name in names} == expected
+    assert not all(expected.values())
+    with pytest.raises(AttributeError, match="has no attribute 'forward_head'"):
+        qmodel.forward_head(torch.zeros(1, 4))
+
+
 def test_no_images_of_another_shape_are_refused(seed):
     qmodel, images = quantized("vit", "integer")
     with pytest.raises(dfqvit.UsageError, match=r"images had shape \[0, 1, 32, 32\]; they must be \[B, 3, H, W\]"):
