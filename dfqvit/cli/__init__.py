@@ -204,4 +204,6 @@ def _fail(message: str, status: int) -> int:
 
 
 def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
-    click.echo(f"dfqvit: warning: {message}", err=True)
+    from tqdm import tqdm
+
+    tqdm.write(f"dfqvit: warning: {message}", file=sys.stderr)  # on a line of its own: a bar may stand there

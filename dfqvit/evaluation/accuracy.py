@@ -20,7 +20,7 @@ from ..models.frame import evaluating
 from ..models.preprocessing import config_of
 from ..models.spec import class_count
 from .batches import Batches
-from .labels import Confusion
+from .labels import REMEDY, Confusion
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def _evaluate(
     if not total:
         raise UsageError("batches held no images; they must hold one at least")
     seconds, overall = reduce_(torch.tensor([seconds, overall], dtype=torch.float64), "max").tolist()
-    if doubt := confusion.doubt():
+    remedy = batches.tasks.images.remedy if isinstance(batches, Batches) else REMEDY
+    if doubt := confusion.doubt(remedy=remedy):
         warnings.warn(doubt, stacklevel=3)
     percent = {key: 100.0 * count / total for key, count in hits.items()}
     compared = against is not None

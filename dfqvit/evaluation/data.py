@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ..calibration.given import eight_bits
 from ..errors import DfqvitError, UsageError
 from ..models import Preprocessing
-from .labels import class_folders, order_of, read_classes, read_labels
+from .labels import REMEDY, class_folders, order_of, read_classes, read_labels
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _UNREAD = (".gif", ".jp2", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".jpe", ".dng")  # images, and left out
@@ -39,9 +39,11 @@ class Images(Dataset, abc.ABC):
 
     Attributes:
         assumed: how labels became classes, for people.
+        remedy: what to do where that looks wrong, for people.
     """
 
     assumed: str = ""
+    remedy: str = REMEDY
     preprocessing: Preprocessing
     unreadable: str = "refuse"
 
@@ -85,6 +87,8 @@ class FolderImages(Images):
             raise UsageError(f"data was '{root}'; it has no folders of classes")
         if labelled:
             order, self.assumed = order_of(root, folders, classes, num_classes)
+            given = "line k of the classes file must be the folder of the model's class k"
+            self.remedy = "--classes FILE gives the model's order" if classes is None else given
         self.items: list[tuple[Path, int]] = []
         left_out: Counter[str] = Counter()
         for folder in folders if labelled else [""]:

@@ -20,6 +20,7 @@ _NO_CLASSES = ("__MACOSX",)  # folders that archives and notebooks leave, beside
 _SPLITS = ("train", "val", "valid", "validation", "test", "training", "testing")
 _MOST_TABLE = 2048  # classes of a table of confusions
 _LEAST = 20  # images, before labels are doubted
+REMEDY = "labels must be the model's classes, counted from 0"
 
 
 def class_folders(root: Path) -> list[str]:
@@ -195,7 +196,7 @@ class Confusion:
         for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
             self.pairs[divmod(code, classes)] += count
 
-    def doubt(self, what: str = "images", remedy: str = "--classes FILE gives the model's order") -> str:
+    def doubt(self, what: str = "images", remedy: str = REMEDY) -> str:
         """What is wrong with the labels of `what`, as far as the predictions show it; or ""."""
         total = self.pairs.total()
         if total < _LEAST or self.classes < 2:

@@ -80,8 +80,9 @@ def load_weights(
         except Exception as error:  # a filter meets keys and shapes that it was not written for
             if not all(isinstance(value, torch.Tensor) for value in found.values()):
                 raise no_state_dict(path, found) from error
+            hint = _library(given) or _prefixed(wanted, given)
             raise UsageError(
-                f"checkpoint '{path}' is not of MODEL '{name}': timm's conversion failed ({first_line(error)})"
+                f"checkpoint '{path}' is not of MODEL '{name}': timm's conversion failed ({first_line(error)}){hint}"
             ) from error
         if left:
             raise UsageError(
@@ -235,7 +236,10 @@ def _check(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
 def _library(keys: Mapping[str, Any]) -> str:
     """Where names come from that timm cannot map; for a message."""
     if any(".embeddings." in f".{key}" or ".encoder.layer." in f".{key}" for key in keys):
-        return "; its names are those of Hugging Face transformers: take timm's weights of the same model"
+        return (
+            "; its names are those of Hugging Face transformers: give the model that loads it there to "
+            "dfqvit.from_transformers, or take timm's weights of the same model"
+        )
     if "conv_proj.weight" in keys or any(key.startswith("encoder.layers.encoder_layer_") for key in keys):
         return "; its names are those of torchvision, whose models timm does not have"
     return ""
@@ -247,11 +251,13 @@ def _heads(keys: Mapping[str, Any]) -> set[str]:
 
 def _prefixed(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """That a wrapper's prefix stands before the model's own names, for a message; "" where that is not it."""
-    key = next((key for key in found if key.endswith(("cls_token", "patch_embed.proj.weight"))), "")
-    prefix = key.removesuffix("cls_token").removesuffix("patch_embed.proj.weight")
-    if not prefix or not any(key.removeprefix(prefix) in wanted for key in found):
-        return ""
-    return f"; all of its keys begin with '{prefix}': save it without"
+    ends = ("cls_token", "patch_embed.proj.weight", next(iter(wanted)))
+    prefixes = sorted({key.removesuffix(end) for key in found for end in ends if key.endswith(end)} - {""})
+    before = [prefix for prefix in prefixes if any(key.removeprefix(prefix) in wanted for key in found)]
+    if len(before) == 1 and all(key.startswith(before[0]) for key in found):
+        return f"; all of its keys begin with '{before[0]}': save it without"
+    named = " and ".join(map(repr, before))
+    return f"; names of the model stand behind {named} there: save the wanted ones alone, without it" if before else ""
 
 
 def _tell_resizes(

@@ -133,6 +133,7 @@ def _samples(record: QuantizationRecord, measured: dict[str, Any]) -> Iterator[F
         yield from _under("collapsed samples", images["contrast"], LEAST_CONTRAST, flat, other)
     own = record.samples - record.companions
     count = f"{own} calibration image{'s' if own != 1 else ''}"
+    count += f" beside {record.companions} procedural ones" if record.companions else ""
     yield from _under("too few samples", own, LEAST_SAMPLES, count, "quantize again with --samples 16 or more")
     steps = record.settings.get("iters")
     if steps is not None:

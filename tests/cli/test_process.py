@@ -238,6 +238,21 @@ def test_closed_streams_lead_nowhere(closed, tmp_path):
     assert out.read_text() == "True"
 
 
+def test_a_warning_beside_a_bar_has_a_line_of_its_own():
+    """Found here: `dfqvit evaluate` doubts the labels while its bar stands, and the sentence stood behind the bar's figures."""
+    body = [
+        "import tqdm, warnings",
+        "bar = tqdm.tqdm(total=3)",
+        "bar.update(2)",
+        "warnings.warn('so it is')",
+        "bar.close()",
+    ]
+    status, _, err = ended(body)
+    assert status == 0
+    assert "dfqvit: warning: so it is" in err.splitlines()
+    assert "2/3" in err
+
+
 def test_a_stderr_that_fails_ends_no_work():
     """A log on a full disk, or the terminal that a command was started in and that was closed."""
     with open("/dev/full", "w") as full:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -118,3 +119,30 @@ def test_numbers_in_a_classes_file_that_say_another_order(tmp_path, seed, first,
         UsageError, match=f"in line 4, where class {first + 3} was due; line k is class k: sort the lines"
     ):
         open_images(tmp_path / "data", GREY, tmp_path / "c.txt", num_classes=SIDE)
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("npz", "labels must be the model's classes, counted from 0"),
+        ("folder", "--classes FILE gives the model's order"),
+        ("classes", "line k of the classes file must be the folder of the model's class k"),
+    ],
+)
+def test_what_is_advised_can_be_done(tmp_path, seed, source, wanted):
+    """Found here: --classes was advised beside an .npz, for which it is refused, and to who had given it."""
+    images, classes = pictures(seed, 5 * SIDE), None
+    moved = [(index + SIDE // 2) % SIDE for index in range(len(images))]
+    if source == "npz":
+        path = tmp_path / "data.npz"
+        np.savez(path, images=np.stack([np.asarray(each) for each in images])[:, None], labels=moved)
+    else:
+        path = tmp_path / "data"
+        for index, (label, image) in enumerate(zip(moved, images, strict=True)):
+            (path / f"{label:02d}").mkdir(parents=True, exist_ok=True)
+            image.save(path / f"{label:02d}" / f"{index}.png")
+        if source == "classes":
+            classes = tmp_path / "classes.txt"
+            classes.write_text("\n".join(f"{label:02d}" for label in range(SIDE)))
+    with pytest.warns(UserWarning, match=f"the order of the classes looks wrong: .*; {re.escape(wanted)}$"):
+        evaluate(Brightest(), Batches(open_images(path, GREY, classes, num_classes=SIDE), workers=0))

@@ -106,6 +106,14 @@ def test_other_containers_are_named(tmp_path, seed):
         (torch.zeros(3), "but a Tensor"),
         ({"model." + key: value for key, value in state.items()}, r"begin with 'model\.': save it without"),
         ({"state_dict": {"backbone." + k: v for k, v in state.items()}}, r"begin with 'backbone\.': save it without"),
+        (
+            {f"{wrapper}.{k}": v for wrapper in ("net", "ema") for k, v in state.items()},
+            r"names of the model stand behind 'ema\.' and 'net\.' there: save the wanted ones alone, without it",
+        ),
+        (
+            {"loss.weight": torch.ones(3)} | {"net." + k: v for k, v in state.items()},
+            r"names of the model stand behind 'net\.' there: save the wanted ones alone, without it",
+        ),
     ):
         torch.save(content, tmp_path / "c.pth")
         with pytest.raises((DfqvitError, UsageError), match=said) as error:

@@ -242,7 +242,7 @@ def test_other_libraries_names_are_recognised(tmp_path, seed):
     for state, said in (
         (
             {"vit.embeddings.cls_token": torch.zeros(1, 1, 48), "vit.encoder.layer.0.x": torch.zeros(2)},
-            "Hugging Face transformers",
+            "Hugging Face transformers: give the model that loads it there to dfqvit.from_transformers, or take timm's",
         ),
         ({"embeddings.patch_embeddings.projection.weight": torch.zeros(2)}, "Hugging Face transformers"),
         (torchvision.models.VisionTransformer(32, 8, 1, 2, 24, 48).state_dict(), "those of torchvision"),
@@ -252,3 +252,22 @@ def test_other_libraries_names_are_recognised(tmp_path, seed):
             loaded(tmp_path / "c.pth")
     with pytest.raises(UsageError, match="which is a folder; give the file with the weights in it"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [(SWIN, SWIN_SMALL), ("convnext_atto", {})])
+def test_what_stands_before_names_is_said_where_timms_conversion_fails(tmp_path, seed, name, kwargs):
+    """Found here: of a Lightning checkpoint of Swin nothing was said but "SwinTransformer has no attribute `model`"."""
+    state = {"model." + key: value for key, value in created(name, **kwargs).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "c.pth")
+    with pytest.raises(UsageError, match=r"; all of its keys begin with 'model\.': save it without$"):
+        loaded(tmp_path / "c.pth", name, kwargs)
+
+
+def test_transformers_names_are_recognised_where_timms_conversion_fails(tmp_path):
+    bias = "swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table"
+    state = {"swin.embeddings.patch_embeddings.projection.weight": torch.zeros(8, 3, 4, 4), bias: torch.zeros(169, 3)}
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(
+        UsageError, match=r"conversion failed \(.*\); its names are those of Hugging Face transformers: give"
+    ):
+        loaded(tmp_path / "c.pth", "swin_tiny_patch4_window7_224", {})

@@ -103,7 +103,7 @@ def test_the_verdict_comes_first(folder, tmp_path):
     text = (folder / "report.html").read_text()
     assert text.index('class="verdict bad"') < text.index('class="tiles"')
     assert "things to look at.</b>" in text
-    assert "<li>2 calibration images: quantize again with --samples 16 or more.</li>" in text
+    assert "<li>2 calibration images beside 6 procedural ones: quantize again with --samples 16 or more.</li>" in text
     assert "<li>the synthesis took 3 steps: quantize again with --iters 250" in text
     arguments = [
         "quantize",
