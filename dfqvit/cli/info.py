@@ -128,7 +128,9 @@ def _list(values: Any) -> str:
 
 def _settings(values: dict[str, Any]) -> str:
     return ", ".join(
-        f"{key} {_list(value) if isinstance(value, (list, tuple)) else value}" for key, value in values.items()
+        f"{key} {_list(value) if isinstance(value, (list, tuple)) else value}"
+        for key, value in values.items()
+        if value != ""
     )
 
 

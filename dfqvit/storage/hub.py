@@ -110,7 +110,7 @@ def _text(model: nn.Module, file: Path, evaluation: dict[str, Any] | None) -> st
         call = f'dfqvit.load("{WEIGHTS}", build="{record.spec.build_by}")  # an nn.Module; that function must be importable'
     source = "on images that were given" if record.calibration == "images" else "without data"
     kinds = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in sizes(file).items())
-    settings = ", ".join(f"{key} {value}" for key, value in record.settings.items())
+    settings = ", ".join(f"{key} {value}" for key, value in record.settings.items() if value != "")
     widths = f"first and last layer {recipe.edge_bits} bits" if recipe.layer_bits is None else counted(widths_of(model))
     lines = [
         f"# {record.spec.architecture}, {recipe.label}",
