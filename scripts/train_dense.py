@@ -4,9 +4,10 @@
 
 The detector and the segmenter are trained together on one backbone: pixels teach faster than boxes do. Each is then
 saved with the backbone as its own. Its first stages begin as the embedded classifier (`scripts/train_demo.py`), or as --init.
+As DeiT, they are distilled from a convolutional teacher (`scripts/dense_teacher.py`), which this script trains first.
 The items are of Debian's package dataset-fashion-mnist (MIT licence). Every scene is drawn anew, so none is seen twice. The
 held-out scenes, of test items, are used for nothing but the figures printed at the end. The moving average of the weights is
-saved, as float16. An interrupted run goes on from its snapshot. Results: dfqvit/models/assets/README.md.
+saved, as float16. An interrupted run goes on from its snapshots. Results: dfqvit/models/assets/README.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from dense_teacher import Outputs, Teacher
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import generalized_box_iou_loss
 from train_demo import DEBIAN_FOLDER, read_split
@@ -32,6 +34,7 @@ from dfqvit.storage.atomic import atomic
 
 HELD_OUT = 1_000  # scenes of test items, seed 0
 _TRAINING_SEED = 1 << 12  # of the first step's scenes; held-out ones are drawn by small seeds from other items
+_TEACHING_SEED = 1 << 17  # of the teacher's first step
 
 
 def pixels_of(images: torch.Tensor) -> torch.Tensor:
@@ -87,22 +90,36 @@ def segmentation_loss(logits: torch.Tensor, found: scenes.Scenes) -> torch.Tenso
     return 2 * F.cross_entropy(logits, masks) + (1 - (2 * shared + 1) / (both + 1)).mean()
 
 
+def imitation_loss(outputs: Outputs, told: Outputs) -> torch.Tensor:
+    """How far the classes of places and of pixels are from the teacher's, and the directions of the features."""
+    goal, logits = told.detected[0].float().sigmoid(), outputs.detected[0].float()
+    apart = F.binary_cross_entropy_with_logits(logits, goal, reduction="none") * (logits.sigmoid() - goal).abs() ** 2
+    ours, theirs = (each.planes.float().log_softmax(1) for each in (outputs, told))
+    pixels = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1).mean()
+    pairs = zip(outputs.features, told.features, strict=True)
+    turned = sum((1 - F.cosine_similarity(a.float(), b.float(), dim=1)).mean() for a, b in pairs)
+    return 4 * apart.sum() / goal.sum().clamp_min(1) + 4 * pixels + turned
+
+
 class Both(torch.nn.Module):
-    """The detector and the segmenter on one backbone."""
+    """The detector and the segmenter on one backbone, and what compares its last two stages with the teacher's."""
 
     def __init__(self, start: Path) -> None:
         super().__init__()
         self.detector, self.segmenter = dense.demo_detector(), dense.demo_segmenter()
         self.segmenter.backbone = self.detector.backbone
+        self.compared = torch.nn.ModuleList(torch.nn.LazyConv2d(width, 1) for width in Teacher.WIDTHS[1:])
         torch.nn.init.constant_(self.detector.classifier.bias, -4.0)  # every place begins as ground
         start_from(start, self.detector.backbone)
         for module in self.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # whose backward pass is slow on a CPU
+        self(torch.zeros(1, 1, dense.SIDE, dense.SIDE))  # shapes of the lazy layers
 
-    def forward(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> Outputs:
         stages = self.detector.backbone.forward_intermediates(x, intermediates_only=True)
-        return self.detector.head(stages[1:]), self.segmenter.head(stages)
+        features = [layer(stage) for layer, stage in zip(self.compared, stages[1:], strict=True)]
+        return Outputs(self.detector.head(stages[1:]), self.segmenter.head(stages), features)
 
 
 def start_from(path: Path, backbone: torch.nn.Module) -> None:
@@ -122,49 +139,67 @@ def figures(name: str, model: torch.nn.Module, count: int = HELD_OUT) -> dict[st
     return evaluate_dense(model, held.batches(100), task).figures
 
 
-def train(options: argparse.Namespace) -> None:
-    torch.manual_seed(options.seed)
-    model = Both(options.init).train()
+def fit(
+    model: torch.nn.Module, options: argparse.Namespace, steps: int, lr: float, teacher: torch.nn.Module | None
+) -> torch.nn.Module:
+    """The moving average of the model's weights after `steps` steps, the first of them after those of its snapshot."""
     images, labels = read_split(options.data, "train")
     items = torch.from_numpy(images.copy()), torch.from_numpy(labels)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    snapshot = options.snapshot if teacher else options.teacher
+    seed = (_TRAINING_SEED if teacher else _TEACHING_SEED) + options.seed * (1 << 18)
     first = 0
-    if options.snapshot and options.snapshot.exists():
-        kept = torch.load(options.snapshot, weights_only=True)
+    if snapshot and snapshot.exists():
+        kept = torch.load(snapshot, weights_only=True)
         for each, state in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
             each.load_state_dict(kept[state])
         first = kept["step"]
     started, losses = time.time(), 0.0
-    for step in range(first, options.steps):
+    for step in range(first, steps):
         warm = (step + 1) / options.warmup
-        done = (step - options.warmup) / (options.steps - options.warmup)
+        done = (step - options.warmup) / (steps - options.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * (warm if warm < 1 else max(0.5 * (1 + math.cos(math.pi * done)), 0.005))
-        found = scenes.compose(options.batch_size, _TRAINING_SEED + step + options.seed * (1 << 16), items)
+            group["lr"] = lr * (warm if warm < 1 else max(0.5 * (1 + math.cos(math.pi * done)), 0.005))
+        found = scenes.compose(options.batch_size, seed + step, items)
+        pixels = pixels_of(found.images).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            detected, planes = model(pixels_of(found.images))
-        loss = detection_loss(detected, found) + segmentation_loss(planes, found)
+            outputs = model(pixels)
+        loss = detection_loss(outputs.detected, found) + segmentation_loss(outputs.planes, found)
+        if teacher:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                told = teacher(pixels)
+            loss = loss + imitation_loss(outputs, told)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step >= 0.3 * options.steps:
+        if step >= 0.3 * steps:
             average.update_parameters(model)
         losses += loss.item()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}: loss {losses / 100:.4f}, {time.time() - started:.0f} s", flush=True)
             losses = 0.0
-            if options.snapshot:
+            if snapshot:
                 state = {"model": model.state_dict(), "average": average.state_dict(), "step": step + 1}
-                with atomic(options.snapshot) as temporary:
+                with atomic(snapshot) as temporary:
                     torch.save({**state, "optimizer": optimizer.state_dict()}, temporary)
+    return average.module.eval()
+
+
+def train(options: argparse.Namespace) -> None:
+    torch.manual_seed(options.seed)
+    print("teacher:")
+    teacher = Teacher().train().to(memory_format=torch.channels_last)
+    teacher = fit(teacher, options, options.teacher_steps, 2e-3, teacher=None)
+    print("detector and segmenter:")
+    model = fit(Both(options.init).train(), options, options.steps, options.lr, teacher)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, each in (("demo-detector", average.module.detector), ("demo-segmenter", average.module.segmenter)):
+    for name, each in (("demo-detector", model.detector), ("demo-segmenter", model.segmenter)):
         target = options.out / dense.WEIGHTS[name].name
         weights = {key: value.half().contiguous() for key, value in each.state_dict().items()}
         with atomic(target) as temporary:
@@ -188,6 +223,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--teacher-steps", type=int, default=4000)
+    parser.add_argument("--teacher", type=Path, help="file that the teacher is kept in, and goes on from")
     parser.add_argument("--snapshot", type=Path, help="file that an interrupted run goes on from")
     parser.add_argument("--out", type=Path, default=demo.ASSETS, help="folder of the weights")
     options = parser.parse_args()

@@ -1,0 +1,75 @@
+"""The convolutional teacher of the embedded dense models: it learns in minutes what a small Swin is then told."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfqvit.models import dense
+
+
+class Outputs(NamedTuple):
+    """What the detector gives, what the segmenter gives, and features [B, 128, 14, 14] and [B, 256, 7, 7] to imitate."""
+
+    detected: tuple[torch.Tensor, torch.Tensor]
+    planes: torch.Tensor
+    features: list[torch.Tensor]
+
+
+def convolved(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = convolved(channels, channels)
+        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.second(self.first(x)))
+
+
+class Teacher(nn.Module):
+    """A U-Net with the heads of the detector and of the segmenter, for scenes [B, 1, 56, 56].
+
+    Source of the form: arXiv 1505.04597, with residual blocks.
+    """
+
+    WIDTHS: ClassVar = (64, 128, 256)  # channels at 28 x 28, 14 x 14 and 7 x 7
+
+    def __init__(self) -> None:
+        super().__init__()
+        fine, middle, coarse = self.WIDTHS
+        self.down = nn.ModuleList(
+            [
+                nn.Sequential(convolved(1, 32), convolved(32, fine, 2), Residual(fine)),
+                nn.Sequential(convolved(fine, middle, 2), Residual(middle)),
+                nn.Sequential(convolved(middle, coarse, 2), Residual(coarse), Residual(coarse)),
+            ]
+        )
+        self.lateral = nn.ModuleList([nn.Conv2d(middle, fine, 1), nn.Conv2d(coarse, middle, 1)])
+        self.up = nn.ModuleList([Residual(fine), Residual(middle)])
+        self.planes = nn.Conv2d(fine, 4 * (len(dense.CLASSES) + 1), 1)
+        self.detector = dense.demo_detector()
+        self.detector.backbone, self.detector.neck = nn.Identity(), nn.Identity()
+        nn.init.constant_(self.detector.classifier.bias, -4.0)  # every place begins as ground
+
+    def forward(self, x: torch.Tensor) -> Outputs:
+        stages = []
+        for down in self.down:
+            x = down(x)
+            stages.append(x)
+        fine, middle, coarse = stages
+        middle = self.up[1](middle + _doubled(self.lateral[1](coarse)))
+        fine = self.up[0](fine + _doubled(self.lateral[0](middle)))
+        return Outputs(self.detector.head(middle), F.pixel_shuffle(self.planes(fine), 2), [middle, coarse])
+
+
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
