@@ -122,15 +122,21 @@ class KeepsPatches(nn.Module):
         set_size(*args, **kwargs)
 
 
-class ForgetsBiases(nn.Module):
-    """Mixed in where attentions keep what they looked up in their tables of biases (LeViT, EfficientFormer), in eval mode for good:
-    they would go on with those of before `load_state_dict`, or with those that `torch.func.functional_call` gave them."""
+class Forgetting(dict):
+    """In place of the dict in which timm's attentions keep the biases that they looked up (LeViT, EfficientFormer).
 
-    def _entered(self, *args: Any, **kwargs: Any) -> Any:
-        for module in self.modules():
-            if module.__dict__.get(_BIASES):
-                setattr(module, _BIASES, {})
-        return super()._entered(*args, **kwargs)  # type: ignore[misc]
+    In eval mode they would go on with those of before `load_state_dict`, or with those that `torch.func.functional_call` gave
+    them. This one says that it holds nothing, so they look them up in every call.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return 0
+
+    def __reduce__(self) -> Any:
+        return Forgetting, ()
 
 
 class QuantizedNetwork(nn.Module):
@@ -295,8 +301,9 @@ def _telling(model: nn.Module) -> list[tuple[str, TellsBits]]:
 def quantized(model: nn.Module, *mixins: type) -> nn.Module:
     """`model`, whose class is from now on also QuantizedForward (and `mixins`, before it); in place."""
     *held, kind = type(model).__bases__ if isinstance(model, QuantizedForward) else _entered(type(model))
-    if any(_BIASES in vars(module) and "operands" not in module._modules for module in model.modules()):
-        mixins = (*mixins, ForgetsBiases)
+    for module in model.modules():
+        if _BIASES in vars(module):
+            setattr(module, _BIASES, Forgetting())
     model.__class__ = _class_of(kind, (*(mixin for mixin in mixins if mixin not in held), *held))
     return model
 
