@@ -19,6 +19,13 @@ class Outputs(NamedTuple):
     features: list[torch.Tensor]
 
 
+def fresh_detector() -> dense.DemoDetector:
+    """An untrained one, for which every place begins as ground."""
+    detector = dense.demo_detector()
+    nn.init.constant_(detector.classifier.bias, -4.0)
+    return detector
+
+
 def convolved(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
@@ -56,9 +63,8 @@ class Teacher(nn.Module):
         self.lateral = nn.ModuleList([nn.Conv2d(middle, fine, 1), nn.Conv2d(coarse, middle, 1)])
         self.up = nn.ModuleList([Residual(fine), Residual(middle)])
         self.planes = nn.Conv2d(fine, 4 * (len(dense.CLASSES) + 1), 1)
-        self.detector = dense.demo_detector()
+        self.detector = fresh_detector()
         self.detector.backbone, self.detector.neck = nn.Identity(), nn.Identity()
-        nn.init.constant_(self.detector.classifier.bias, -4.0)  # every place begins as ground
 
     def forward(self, x: torch.Tensor) -> Outputs:
         stages = []

@@ -21,7 +21,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from dense_teacher import Outputs, Teacher
+from dense_teacher import Outputs, Teacher, fresh_detector
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import generalized_box_iou_loss
 from train_demo import DEBIAN_FOLDER, read_split
@@ -106,15 +106,14 @@ class Both(torch.nn.Module):
 
     def __init__(self, start: Path) -> None:
         super().__init__()
-        self.detector, self.segmenter = dense.demo_detector(), dense.demo_segmenter()
+        self.detector, self.segmenter = fresh_detector(), dense.demo_segmenter()
         self.segmenter.backbone = self.detector.backbone
-        self.compared = torch.nn.ModuleList(torch.nn.LazyConv2d(width, 1) for width in Teacher.WIDTHS[1:])
-        torch.nn.init.constant_(self.detector.classifier.bias, -4.0)  # every place begins as ground
+        stages = zip(self.detector.backbone.feature_info[1:], Teacher.WIDTHS[1:], strict=True)
+        self.compared = torch.nn.ModuleList(torch.nn.Conv2d(stage["num_chs"], width, 1) for stage, width in stages)
         start_from(start, self.detector.backbone)
         for module in self.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # whose backward pass is slow on a CPU
-        self(torch.zeros(1, 1, dense.SIDE, dense.SIDE))  # shapes of the lazy layers
 
     def forward(self, x: torch.Tensor) -> Outputs:
         stages = self.detector.backbone.forward_intermediates(x, intermediates_only=True)
@@ -140,11 +139,14 @@ def figures(name: str, model: torch.nn.Module, count: int = HELD_OUT) -> dict[st
 
 
 def fit(
-    model: torch.nn.Module, options: argparse.Namespace, steps: int, lr: float, teacher: torch.nn.Module | None
+    model: torch.nn.Module,
+    items: tuple[torch.Tensor, torch.Tensor],
+    options: argparse.Namespace,
+    steps: int,
+    lr: float,
+    teacher: torch.nn.Module | None = None,
 ) -> torch.nn.Module:
     """The moving average of the model's weights after `steps` steps, the first of them after those of its snapshot."""
-    images, labels = read_split(options.data, "train")
-    items = torch.from_numpy(images.copy()), torch.from_numpy(labels)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
@@ -193,11 +195,12 @@ def fit(
 
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
+    images, labels = read_split(options.data, "train")
+    items = torch.from_numpy(images.copy()), torch.from_numpy(labels)
     print("teacher:")
-    teacher = Teacher().train().to(memory_format=torch.channels_last)
-    teacher = fit(teacher, options, options.teacher_steps, 2e-3, teacher=None)
+    teacher = fit(Teacher().train().to(memory_format=torch.channels_last), items, options, options.teacher_steps, 2e-3)
     print("detector and segmenter:")
-    model = fit(Both(options.init).train(), options, options.steps, options.lr, teacher)
+    model = fit(Both(options.init).train(), items, options, options.steps, options.lr, teacher)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, each in (("demo-detector", model.detector), ("demo-segmenter", model.segmenter)):
         target = options.out / dense.WEIGHTS[name].name
