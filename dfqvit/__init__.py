@@ -39,14 +39,17 @@ _HOMES = {
     "QuantizedModel": "runtime.record",
     "UsageError": "errors",
     "demo": "models",
+    "evaluation": "",
     "from_transformers": "models",
     "integer_report": "runtime",
     "kernels": "",
     "load": "storage",
+    "models": "",
     "patch": "patching",
     "quantize": "api",
     "save": "storage",
     "set_backend": "kernels",
+    "storage": "",
     "synthesize": "synthesis",
 }
 
@@ -82,4 +85,4 @@ def __getattr__(name: str) -> Any:  # PEP 562: `import dfqvit` stays light, timm
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_HOMES})  # the rooms that the documentation names are in no `import *`

@@ -107,5 +107,12 @@ def test_embedded_models_reach_their_accuracy(name, right):
     assert abs(evaluate(model, Batches(part, 100)).top1 * len(part) / 100 - right) < 1.5
 
 
+@pytest.mark.parametrize("name", ["models.load_model", "evaluation.evaluate", "storage.export.export_onnx"])
+def test_rooms_that_the_pages_name_are_there_after_the_import(name):
+    """The notebook's first cell ended in an AttributeError, where nothing had imported `dfqvit.models` before."""
+    found = fresh.python("-c", f"import dfqvit; print(callable(dfqvit.{name}))")
+    assert found.stdout == "True\n", found.stderr
+
+
 def test_assets_are_small():
     assert all(path.stat().st_size < 8e6 for path in demo.ASSETS.iterdir())
