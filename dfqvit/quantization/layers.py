@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,6 +157,22 @@ class QuantLinear(Prepares, KeepsPrecision):
         here = self._buffers.get("weight_packed")
         return packed is here and acm is self._buffers["acm"] and writes == _writes(here)
 
+    def _prepare_anew(self) -> None:
+        """As `prepare`; warns where something else than `load_state_dict` wrote other codes into the packed weight."""
+        packed, _, writes = self._prepared_from
+        before = [self._buffers[name] for name in PREPARED[:2]]
+        self.prepare()
+        if packed is None or packed is not self._buffers[SOURCES[0]] or writes == _writes(packed):
+            return
+        pairs = zip(before, [self._buffers[name] for name in PREPARED[:2]], strict=True)
+        if any(old is not None and new is not None and not torch.equal(old, new) for old, new in pairs):
+            warnings.warn(
+                "the packed weights of a quantized layer were written to in place: they are codes, of which another model's may be "
+                "copied whole, and averages (an EMA's, AveragedModel's with use_buffers) are other weights; average the parameters "
+                "alone",
+                stacklevel=2,
+            )
+
     def arranged(self, packed: torch.Tensor) -> torch.Tensor:
         """The packed weight with its inputs in the order that `weight_blocked` has them."""
         return packed
@@ -166,7 +183,7 @@ class QuantLinear(Prepares, KeepsPrecision):
             # of many layers at once, each of another weight
             if torch._C._functorch.is_batchedtensor(self.weight_packed):
                 return self.weight_packed, self.acm, None
-            self.prepare()
+            self._prepare_anew()
         blocked = None if linear_operator.asked in ("triton", "cuda") else self.weight_blocked
         acm = self.acm if self.acm_float is None else self.acm_float
         return self.weight_packed if blocked is None else blocked, acm, self.weight_sums

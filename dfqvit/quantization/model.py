@@ -18,6 +18,7 @@ from ..kernels import flops  # noqa: F401 (torch's counter of operations finds o
 from ..kernels.pack_weight import packed_row_bytes
 from .layers import QuantLinear, QuantPatchProjection
 from .precision import KeepsPrecision
+from .prepared import SOURCES
 from .quantizers import TellsBits
 
 BITS = "dfqvit_bits"  # beside a model's tensors in its state_dict, and in no file
@@ -89,6 +90,19 @@ class QuantizedForward(KeepsPrecision):
         for (name, module), bits in zip(_telling(self), [] if told is None else told.tolist(), strict=False):
             if bits != module.told:
                 args[-1].append(module.said_of(f"{prefix}{name}", bits))
+        for name, tensor in [
+            *self.named_parameters(),
+            *self.named_buffers(),
+        ]:  # `assign` would take another dtype as it comes
+            given = state_dict.get(prefix + name)
+            if isinstance(given, torch.Tensor) and given.is_floating_point() and tensor.is_floating_point():
+                state_dict[prefix + name] = given.to(tensor.dtype)
+        if any(_others_hold(each) for each in self.modules()) and not args[0].get("assign_to_params_buffers"):
+            warnings.warn(
+                "the quantized model is in shared memory, and is loaded into: other processes that hold it go on with the packed "
+                "weights of before; send them the model again",
+                stacklevel=2,
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> Any:
@@ -292,6 +306,12 @@ def file_bytes(model: nn.Module) -> dict[str, int]:
         if isinstance(layer, QuantLinear)
     }
     return {key: packed.get(key, tensor.numel() * tensor.element_size()) for key, tensor in state_of(model).items()}
+
+
+def _others_hold(module: nn.Module) -> bool:
+    """Whether it is a layer whose packed weights other processes may hold too: they do not see that these were written to."""
+    packed = module._buffers.get(SOURCES[0]) if isinstance(module, QuantLinear) else None
+    return packed is not None and packed.device.type == "cpu" and packed.is_shared()
 
 
 def _telling(model: nn.Module) -> list[tuple[str, TellsBits]]:

@@ -125,10 +125,12 @@ class QuantizedModel(nn.Module):
             ENTERED.now = before
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        emptied = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")  # also of a module around this one
         for name, table in tables_of(self).items():
-            if table.is_meta and not fn(table).is_meta:  # to_empty
+            if emptied or (table.is_meta and not fn(table).is_meta):
                 raise UsageError(
-                    f"the quantized model is on meta, and no state_dict holds its '{name}': load the whole model, by dfqvit.load"
+                    f"to_empty would leave the quantized model's '{name}' without values, and no state_dict holds it: load the "
+                    "whole model, by dfqvit.load"
                 )
         self.__dict__.pop(METHODS, None)
         return super()._apply(fn, recurse)

@@ -254,9 +254,10 @@ def test_tensors_that_a_state_dict_left_on_meta_are_refused(seed, kind):
     for each in (
         emptied,
         nn.Sequential(emptied),
+        nn.Sequential(copy.deepcopy(qmodel)),  # with values, which to_empty takes away
     ):  # Swin's and BEiT's positions would be what lies in memory: of zeros, 12 % off
         with pytest.raises(
-            dfqvit.UsageError, match=r"is on meta, and no state_dict holds its '[\w.]+': load the whole model, by"
+            dfqvit.UsageError, match=r"'[\w.]+' without values, and no state_dict holds it: load the whole model, by"
         ):
             each.to_empty(device="cpu")
     for _ in range(2):
