@@ -43,6 +43,7 @@ COMMANDS = {
     "sweep": "quantize and evaluate every combination of models and settings in a YAML file",
     "synthesize": "optimise images from noise against a float model",
 }
+SHARED = ("quantize", "synthesize", "evaluate", "info")  # may run as several processes of torchrun
 SPINS = "1000"  # about 10 microseconds
 
 
@@ -69,6 +70,14 @@ class _Commands(click.Group):
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it may be {', '.join(COMMANDS)}"
             raise click.UsageError(f"No such command '{name}'; {hint}")
+        if name not in SHARED and "RANK" in os.environ:
+            from ..distributed import world
+
+            if world() > 1:
+                raise click.UsageError(
+                    f"torchrun started {world()} processes of '{name}', each of which would do all of its work; start it without "
+                    f"torchrun, which serves {', '.join(SHARED[:3])}"
+                )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,7 @@ class CocoImages(DenseImages):
             self.targets: dict[Any, list[tuple[list[float], int, int]]] = {each["id"]: [] for each in self.images}
             sizes = {each["id"]: (each["width"], each["height"], each["file_name"]) for each in self.images}
             for each in found["annotations"]:
+                _check_annotation(path, each, self.targets, labels)
                 left, top, width, height = each["bbox"]
                 _check_box(path, each, sizes[each["image_id"]])
                 box = [left, top, left + width, top + height]
@@ -246,8 +247,9 @@ def open_dense(root: Path, preprocessing: Preprocessing, task: str, label_ids: b
 
 def _whole_id(path: Path, value: Any) -> int:
     """The id of a category, which orders them and may be a label."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise UsageError(f"data: '{path}' has a category of the id {value!r}; ids are whole numbers")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) < 1 << 31 or value != int(value):
+        raise UsageError(f"data: '{path}' has a category of the id {value!r}; ids are whole numbers of 32 bits")
     return int(value)
 
 
@@ -271,11 +273,20 @@ def _check_pixels(path: Path, boxes: list[list[float]]) -> None:
         )
 
 
+def _check_annotation(path: Path, each: dict[str, Any], images: Collection[Any], categories: Collection[Any]) -> None:
+    """It is of an image and a category that the file names, and of a crowd or not."""
+    for key, known, kind in (("image_id", images, "images"), ("category_id", categories, "categories")):
+        if each[key] not in known:
+            raise UsageError(f"data: '{path}' has an annotation of {key} {each[key]!r}, which is none of its {kind}")
+    if each.get("iscrowd", 0) not in (0, 1):
+        raise UsageError(f"data: '{path}' has an annotation whose iscrowd is {each['iscrowd']!r}; it must be 0 or 1")
+
+
 def _check_box(path: Path, annotation: dict[str, Any], image: tuple[int, int, str]) -> None:
     (left, top, width, height), (wide, high, name) = annotation["bbox"], image
     fits = left >= -_SLACK and top >= -_SLACK and left + width <= wide + _SLACK and top + height <= high + _SLACK
     if not (fits and width > 0 and height > 0):
         raise UsageError(
             f"data: '{path}' has a box {annotation['bbox']} on '{name}', which is {wide} x {high} pixels; boxes are "
-            "[left, top, width, height] inside their image"
+            "[left, top, width, height] inside their image, of a width and a height above 0"
         )

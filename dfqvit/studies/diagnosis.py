@@ -6,6 +6,8 @@ Thresholds lie between what healthy runs and broken ones show: docs/ablations.md
 from __future__ import annotations
 
 import contextlib
+import statistics
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +34,7 @@ MOST_BLOCK = 0.25  # divergence of a block's output, as a share of its energy
 MOST_RESULTS = 0.5  # of what tells one image's results from another's: 0.2 of DeiT-T at W4/A8, 0.46 at W3/A8
 MOST_LAYER = 0.25  # the same of a linear layer's
 OUTLIER = 4.0  # a layer stands out when it is this many times the median
+OTHER = 10.0  # so many times as far as when it was made: a layer of another model
 MOST_LEFT = 1.0  # of the divergence, after a correction on its own images
 MOST_FOREIGN = 1.2  # the same on images it was not made from
 MOST_CORRECTION = 1.0  # a correction's root mean square as a share of its block's output's
@@ -79,6 +82,7 @@ def diagnose(
         assert images is not None
         _expect_layers(model, qmodel)
         measured["layers"] = layer_divergence(model, qmodel, images)
+        _tell_another_model(measured)
         measured["foreign"] = correction_effect(model, qmodel, images)
         findings += _foreign(measured["foreign"])
     findings += _divergence(measured)
@@ -100,6 +104,17 @@ def _expect_layers(model: nn.Module, qmodel: nn.Module) -> None:
     depths = [len(find_adapter(each).blocks()) for each in (model, qmodel)]
     if depths[0] != depths[1]:
         raise UsageError(f"against: this {kinds}: it has {depths[0]} blocks, and that one {depths[1]}")
+
+
+def _tell_another_model(measured: dict[str, Any]) -> None:
+    """Warns where the layers lie far from the float model's, and the blocks lay close to those of the one that was quantized."""
+    usual, blocks = statistics.median(measured["layers"].values()), measured.get("divergence") or [1.0]
+    if usual > MOST_LAYER and max(blocks) < usual / OTHER:
+        warnings.warn(
+            f"half of the layers are {usual:.0%} of their energy or more off those of against, where the blocks were at most "
+            f"{max(blocks):.2%} off when FILE was made: against looks like another model, or one of other weights (--checkpoint)",
+            stacklevel=3,
+        )
 
 
 def _over(

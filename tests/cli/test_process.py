@@ -211,6 +211,17 @@ def test_torchruns_processes_end_at_once():
     assert found.stdout == "True\n"
 
 
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_torchrun_serves_what_shares_its_work(command, monkeypatch, capsys):
+    """`sweep` waited for good, its own processes for the others of torchrun; two of `card` wrote one folder."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status = cli._run([command, "--help"])
+    said = capsys.readouterr().err
+    assert status == (0 if command in ("quantize", "synthesize", "evaluate", "info") else 2)
+    assert (f"torchrun started 2 processes of '{command}'" in said) == (status == 2)
+
+
 def closing(*numbers):
     def close():
         for number in numbers:

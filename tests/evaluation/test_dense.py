@@ -204,6 +204,23 @@ def test_bad_data_is_said_in_a_sentence(held, tmp_path):
         with_box(box)
         with pytest.raises(UsageError, match=r"has a box \[.*\] on '.*', which is 56 x 56 pixels; boxes are"):
             open_dense(tmp_path, GREY, "detection")
+    for key, value, said in (
+        ("image_id", 977, "image_id 977, which is none of its images"),
+        ("category_id", "3", "category_id '3', which is none of its categories"),
+        ("iscrowd", 0.7, "iscrowd is 0.7; it must be 0 or 1"),
+        ("iscrowd", "false", "iscrowd is 'false'; it must be 0 or 1"),
+    ):
+        changed = json.loads(json.dumps(good))
+        changed["annotations"][0][key] = value
+        path.write_text(json.dumps(changed))
+        with pytest.raises(UsageError, match=said):
+            open_dense(tmp_path, GREY, "detection")
+    for number in (1 << 40, float("inf"), float("nan")):  # torchmetrics has 32 bits for them
+        changed = json.loads(json.dumps(good))
+        changed["categories"][0]["id"] = number
+        path.write_text(json.dumps(changed))
+        with pytest.raises(UsageError, match="ids are whole numbers of 32 bits"):
+            open_dense(tmp_path, GREY, "detection", label_ids=True)
     path.write_text('{"images": []}')
     with pytest.raises(DfqvitError, match=r"is not COCO's format \(KeyError"):
         open_dense(tmp_path, GREY, "detection")

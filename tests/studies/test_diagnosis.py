@@ -193,6 +193,9 @@ def test_command(run, tmp_path):
     assert status == 0
     assert result["findings"][0]["signature"] == "noisy samples"
     assert len(result["measured"]["layers"]) == 4 * 4 + 2
+    _, _, stderr = run("diagnose", file, "--against", "demo-deit3")  # of the same structure
+    assert "against looks like another model, or one of other weights (--checkpoint)" in stderr
+    assert "looks like another model" not in run("diagnose", file, "--against", "demo")[2]
     for arguments, message in (
         ([], "FILE and --gradients: give one of them"),
         ([file, "--gradients", "demo"], "FILE and --gradients: give one of them"),
