@@ -87,7 +87,7 @@ class QuantLinear(Prepares, KeepsPrecision):
     @property
     def frozen(self) -> bool:
         """Whether the weights are packed."""
-        return self.weight is None
+        return self._parameters["weight"] is None
 
     @property
     def factor(self) -> torch.Tensor | None:
@@ -229,6 +229,16 @@ class QuantLinear(Prepares, KeepsPrecision):
         if name in SOURCES and PREPARED[0] in self._buffers:
             self.prepare()
 
+    def __getattr__(self, name: str) -> Any:
+        """As nn.Module's; a packed weight is no tensor of floats, as prune, weight_norm and fuse_linear_bn_eval would have it."""
+        found = super().__getattr__(name)
+        if found is None and name == "weight":
+            raise AttributeError(
+                "a quantized layer has no weight of floats, to be pruned, normalised, fused or parametrized: do that to the float "
+                "model, and quantize it"
+            )
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what `__setstate__` prepares."""
         return {**super().__getstate__(), "_buffers": {**self._buffers, **dict.fromkeys(PREPARED)}}
@@ -261,12 +271,13 @@ class QuantLinear(Prepares, KeepsPrecision):
         prepare = preparing()
         watching, call = self.__dict__.get("_prepared", _UNPREPARED) if prepare else _UNPREPARED
         if watching is not None and watching(x):
-            check_tokens(self.acm, x)
+            check_tokens(self._buffers["acm"], x)
             return call(x)
         self.expect_channels(x)
         given, x = x, self.divided(x)
-        if self.weight is not None:
-            y = F.linear(self.input(x), self.weight, self.bias)
+        floats = self._parameters["weight"]
+        if floats is not None:
+            y = F.linear(self.input(x), floats, self.bias)
             if self._moments is not None and y.requires_grad:
                 self._moments.watch(x, y)
             return y

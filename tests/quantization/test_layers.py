@@ -8,6 +8,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from dfqvit.kernels import extension, quant_linear, use_backend
 from dfqvit.quantization.layers import QuantLinear, QuantPatchProjection
@@ -131,3 +133,27 @@ def test_a_convolution_of_patches(seed, size, channels):
             found = layer(x.contiguous(memory_format=memory))
             assert torch.equal(found, expected)
             assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.global_unstructured([(layer, "weight")], prune.L1Unstructured, amount=0.5),
+        parametrizations.weight_norm,
+        lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+        lambda layer: fuse_linear_bn_eval(layer.eval(), nn.BatchNorm1d(layer.out_features).eval()),
+    ],
+)
+@torch.no_grad()
+def test_what_would_change_a_weight_of_floats_is_refused(seed, bits, change):
+    """torch found None there, and said that it is no Tensor or has no shape."""
+    layer, x = layer_and_input(bits)
+    expected = layer(x)
+    with pytest.raises(
+        AttributeError, match=r"a quantized layer has no weight of floats, .*: do that to the float model, and"
+    ):
+        change(layer)
+    assert not hasattr(layer, "weight")
+    assert torch.equal(layer(x), expected)
