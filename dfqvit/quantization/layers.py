@@ -162,7 +162,7 @@ class QuantLinear(Prepares, KeepsPrecision):
         packed, _, writes = self._prepared_from
         before = [self._buffers[name] for name in PREPARED[:2]]
         self.prepare()
-        if packed is None or packed is not self._buffers[SOURCES[0]] or writes == _writes(packed):
+        if packed is None or packed is not self._buffers.get(SOURCES[0]) or writes == _writes(packed):
             return
         pairs = zip(before, [self._buffers[name] for name in PREPARED[:2]], strict=True)
         if any(old is not None and new is not None and not torch.equal(old, new) for old, new in pairs):

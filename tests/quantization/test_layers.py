@@ -157,3 +157,17 @@ def test_what_would_change_a_weight_of_floats_is_refused(seed, bits, change):
         change(layer)
     assert not hasattr(layer, "weight")
     assert torch.equal(layer(x), expected)
+
+
+class Turned(nn.Module):
+    def forward(self, packed):
+        return packed.flip(0)
+
+
+@torch.no_grad()
+def test_a_parametrization_of_the_packed_weight_counts(seed):
+    layer, x = layer_and_input(8)
+    other = copy.deepcopy(layer)
+    other.weight_packed.copy_(layer.weight_packed.flip(0))
+    parametrize.register_parametrization(layer, "weight_packed", Turned())
+    assert torch.equal(layer(x), other(x))
