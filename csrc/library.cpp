@@ -52,7 +52,8 @@ const Definition kDefinitions[] = {
     {"quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "
      "int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, "
      "Tensor? position_bias, Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, "
-     "Tensor? head_scale=None, bool post_norm=False, bool half=False, str gate='none', Tensor? rope=None) -> Tensor",
+     "Tensor? head_scale=None, bool post_norm=False, bool half=False, str gate='none', Tensor? rope=None, "
+     "Tensor? hidden_table=None) -> Tensor",
      true, false},
     {"quant_conv_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, "
      "float eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, int[] w_bits, Tensor[] scales, "

@@ -54,7 +54,8 @@ Block block_of(const py::tuple& a) {
                                  a[18].cast<bool>(),
                                  a[19].cast<bool>(),
                                  a[20].cast<std::string>(),
-                                 !a[21].is_none()};
+                                 !a[21].is_none(),
+                                 a[22].cast<OptionalTensor>()};
   return Block(arguments, true);
 }
 

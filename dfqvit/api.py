@@ -24,6 +24,7 @@ from .calibration.correction import (
     correction_bytes,
     refuse_correction,
 )
+from .calibration.fisher import MOST_CLIPPED
 from .calibration.given import given_images
 from .calibration.health import measure, warn_of_results
 from .calibration.images import calibration_images, check_calib, companion_count, with_companions
@@ -112,7 +113,8 @@ def quantize(
             images; default second-order with "gemm" and "mse", else nearest.
         levels: the integers that weights of 2 to 4 bits may be: "uniform", or "nonuniform", closer together where most weights
             are, which is more accurate and multiplied as 7 bits (see `quantization.levels`); default nonuniform with "gemm" and
-            "mse", else uniform.
+            "mse", else uniform. With activations of 2 to 6 bits nonuniform also lets what the second layers of MLPs take be
+            those integers of 8 bits that cost least (see `calibration.levels`), where scaling is "channels".
         edge_bits: bits of the first and last layers' weights; default 8 with "gemm", w_bits with "psaq". Their inputs have
             a_bits or edge_bits, whichever is more, with "gemm", and a_bits with "psaq".
         softmax_bits: bits of attention's probabilities, 2 to 8; fewer than 8 are simulated, not run in integers.
@@ -322,8 +324,13 @@ def _idle_of_bits(
         for name, width, plain in (("w_bits", w_bits, Recipe.w_bits), ("edge_bits", edge_bits, None)):
             if width != plain:
                 yield f"{name} was {width} and size_budget given, which chooses the bits of the weights itself"
-    elif levels is not None and not {w_bits, recipe.edge_bits, *(recipe.layer_bits or {}).values()} & NONUNIFORM.keys():
-        yield f"levels was '{levels}' and no weight has {max(NONUNIFORM)} bits or fewer, for which it is; it changes nothing"
+        return
+    few = {w_bits, recipe.edge_bits, *(recipe.layer_bits or {}).values()} & NONUNIFORM.keys()
+    if levels is not None and not few and recipe.a_bits > MOST_CLIPPED:
+        yield (
+            f"levels was '{levels}'; it is for weights of {max(NONUNIFORM)} bits or fewer and activations of {MOST_CLIPPED} or "
+            "fewer, and changes nothing"
+        )
 
 
 def _tell_rescaled(network: nn.Module, preprocessing: Preprocessing) -> None:

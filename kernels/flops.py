@@ -63,7 +63,7 @@ def block(
     x: Shape, norms: Any, eps: Any, weights: Any, biases: Any, weight_scales: Sequence[Shape], w_bits: Any, scales: Any,
     zeros: Any, a_bits: Any, heads: int, attention_scale: float, position_bias: Any, mask: Any, index: Shape | None, acm: Any,
     hidden_scale: Any, activation: str, head_scale: Any = None, post_norm: bool = False, half: bool = False,
-    gate: str = "none", rope: Any = None, **_: Any,
+    gate: str = "none", *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Its four linear layers and its attention."""
     outputs = [scale[0] for scale in weight_scales]

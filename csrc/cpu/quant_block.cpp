@@ -166,6 +166,7 @@ struct Block::Stages {
       } else {
         apply(fc1, weights[2], own.normed, 0, last - first, nullptr, own.hidden, block.fc2_.stride(), own.scratch);
       }
+      if (block.table_) recode(last - first, own);
       add(block.norm2_, block.fc2_, weights[3], own.hidden, first, last, out, own);
     });
   }
@@ -211,6 +212,14 @@ struct Block::Stages {
     const bool finite =
         to_hidden(gates, width, values, width, count, block.gate_->gate, own.hidden, block.fc2_.stride());
     TORCH_CHECK_VALUE(finite, "what fc1 gives became NaN or Inf; it must be finite");
+  }
+  // Each byte that fc2 takes in `count` rows to what the table has for it.
+  void recode(int64_t count, const Own& own) const {
+    const uint8_t* table = block.table_->data();
+    for (int64_t row = 0; row < count; ++row) {
+      uint8_t* bytes = own.hidden + row * block.fc2_.stride();
+      for (int64_t k = 0; k < block.fc2_.in_features; ++k) bytes[k] = table[bytes[k]];
+    }
   }
   // Rows first to last of what `next` takes, to own.normed.
   void to_bytes(const NormLayer& layer, const LinearLayer& next, const float* from, int64_t first, int64_t last,
@@ -275,6 +284,9 @@ const BlockArguments& checked(const BlockArguments& a) {
   }
   TORCH_CHECK_VALUE(!a.hidden_scale || a.hidden_scale->numel() == hidden, "hidden_scale had ",
                     a.hidden_scale ? a.hidden_scale->numel() : 0, " values; it must have ", hidden);
+  TORCH_CHECK_VALUE(!a.hidden_table || (a.hidden_table->scalar_type() == at::kByte && a.hidden_table->numel() == 256),
+                    "hidden_table was ", a.hidden_table ? a.hidden_table->scalar_type() : at::kByte, " of ",
+                    a.hidden_table ? a.hidden_table->numel() : 0, " values; it must be uint8 [256]");
   TORCH_CHECK_VALUE(!a.post_norm || !a.acm, "acm was given with post_norm, whose norm would change it");
   TORCH_CHECK_VALUE(a.heads > 0 && ins[1] > 0 && ins[1] % a.heads == 0, "heads was ", a.heads, "; the ", ins[1],
                     " channels of q must be a multiple of it");
@@ -335,6 +347,10 @@ Block::Block(const BlockArguments& a, bool gather)
   }
   if (a.gate != "none") {
     gate_.emplace(hidden_scale_of(a), a.zeros[6], a.a_bits[6], fc2_.in_features, a.activation);
+  }
+  if (a.hidden_table) {
+    const at::Tensor table = a.hidden_table->contiguous();
+    std::copy_n(table.const_data_ptr<uint8_t>(), table_.emplace().size(), table_->begin());
   }
   if (gather) fc2_.gather_acm();
 }
@@ -440,7 +456,7 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
                        double attention_scale, const OptionalTensor& position_bias, const OptionalTensor& mask,
                        const OptionalTensor& index, const OptionalTensor& acm, const OptionalTensor& hidden_scale,
                        c10::string_view activation, const OptionalTensor& head_scale, bool post_norm, bool half,
-                       c10::string_view gate, const OptionalTensor& rope) {
+                       c10::string_view gate, const OptionalTensor& rope, const OptionalTensor& hidden_table) {
   const BlockArguments a{norms.vec(),
                          eps.vec(),
                          weights.vec(),
@@ -462,7 +478,8 @@ at::Tensor quant_block(const at::Tensor& x, at::TensorList norms, at::ArrayRef<d
                          post_norm,
                          half,
                          std::string(gate),
-                         rope.has_value()};
+                         rope.has_value(),
+                         hidden_table};
   calm_openmp();
   const std::shared_ptr<const RememberedBlock> remembered = RememberedBlock::find(a);
   return remembered ? remembered->run(x, rope, a.weights) : Block(a, false).run(x, rope);

@@ -19,7 +19,7 @@ void each_constant(Arguments& a, const Visit& visit) {
   for (auto* tensors : {&a.norms, &a.biases, &a.weight_scales, &a.scales, &a.zeros}) {
     for (auto& tensor : *tensors) visit(tensor);
   }
-  for (auto* tensor : {&a.position_bias, &a.mask, &a.index, &a.acm, &a.hidden_scale, &a.head_scale}) {
+  for (auto* tensor : {&a.position_bias, &a.mask, &a.index, &a.acm, &a.hidden_scale, &a.head_scale, &a.hidden_table}) {
     if (*tensor) visit(**tensor);
   }
 }
@@ -97,7 +97,7 @@ bool RememberedBlock::fits(const BlockArguments& a) const {
   return alike && same(a.norms, c.norms) && same(a.biases, c.biases) && same(a.weight_scales, c.weight_scales) &&
          same(a.scales, c.scales) && same(a.zeros, c.zeros) && same(a.position_bias, c.position_bias) &&
          same(a.mask, c.mask) && same(a.index, c.index) && same(a.acm, c.acm) && same(a.hidden_scale, c.hidden_scale) &&
-         same(a.head_scale, c.head_scale);
+         same(a.head_scale, c.head_scale) && same(a.hidden_table, c.hidden_table);
 }
 
 std::shared_ptr<const RememberedBlock> RememberedBlock::find(const BlockArguments& a) {

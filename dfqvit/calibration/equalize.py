@@ -212,5 +212,9 @@ def _scale_hidden(seen: Statistics) -> float:
     if share < 1:
         float_weight(layer).mul_(factor)
         layer.exponents = exponents.to(torch.int8)
-    side.scaled(factor).fit(layer.input)
+    side = side.scaled(factor)
+    if side.clips and layer.levels == "nonuniform":
+        side.fit_levels(layer.input)
+    else:
+        side.fit(layer.input)
     return share

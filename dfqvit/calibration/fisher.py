@@ -19,6 +19,7 @@ from ..quantization.layers import QuantLinear
 from ..quantization.quantizers import ActivationQuantizer
 from ..quantization.ranges import FixedRange, affine_parameters
 from ..quantization.rounding import feature_sensitivity, sensitivity
+from .levels import fit_levels
 
 BATCH = 16  # images in one forward pass of calibration; ranges do not depend on it
 TOKENS = 768  # of a layer that are kept, at random
@@ -196,6 +197,12 @@ class Side:
             best = min((self._error(low * a, high * best[2]), a, best[2]) for a in _FINE_CLIPS)
             best = min((self._error(low * best[1], high * b), best[1], b) for b in _FINE_CLIPS)
         site.range = FixedRange(self.bits, low * best[1], high * best[2])
+
+    def fit_levels(self, site: ActivationQuantizer) -> None:
+        """Lets `site` have the levels of least loss."""
+        low, high = self._ends()
+        high, table = fit_levels(self.values, self.cost, low, high, self.bits)
+        site.take_levels(low, high, table)
 
     def _ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.least.min().clamp_max(0), self.greatest.max().clamp_min(0)

@@ -75,7 +75,8 @@ FAST_SAMPLES = 32
 @click.option(
     "--levels",
     type=click.Choice(LEVELS),
-    help="What weights of 2 to 4 bits may be: evenly spaced, or closer near 0; default nonuniform (with gemm and mse).",
+    help="What weights of 2 to 4 bits, and what follows a GELU with up to 6, may be: evenly spaced, or closer near 0; default "
+    "nonuniform (with gemm and mse).",
 )
 @click.option("--edge-bits", type=int, help="Bits of the first and last layer; default 8 (gemm) or as --w-bits (psaq).")
 @click.option(

@@ -283,6 +283,8 @@ class QuantLinear(Prepares, KeepsPrecision):
             return y
         check_tokens(self.acm, x)
         weight, acm, w_sums = self.operands()
+        if self.input.table is not None and x.is_floating_point():
+            x = self.input(x)  # to its levels, which lie on the grid
         y = quant_linear(
             x,
             weight,
@@ -291,7 +293,7 @@ class QuantLinear(Prepares, KeepsPrecision):
             x_scale=self.input.scale,
             x_zero=self.input.zero_point,
             w_scale=self.weight_scale,
-            a_bits=self.input.bits,
+            a_bits=self.input.grid_bits,
             w_bits=self.packed_bits,
             w_sums=w_sums,
         )
@@ -307,9 +309,13 @@ class QuantLinear(Prepares, KeepsPrecision):
     def _prepare_call(self, x: torch.Tensor, operands: tuple[Any, ...], w_sums: torch.Tensor | None) -> None:
         """Keeps this layer's call of the CPU's operator, for x like this one, with a watch over what it is made from."""
         grid = (self.input.scale.reshape(()), self.input.zero_point.reshape(()), self.weight_scale)
-        bits = (self.input.bits, self.packed_bits)
+        bits = (self.input.grid_bits, self.packed_bits)
         arguments = (None, *operands, *grid, *bits, "none", None, None, None, 8, "float32", w_sums)
-        if x.dtype != torch.float32 or linear_operator.resolve(x, *arguments[1:]).name != "cpu":
+        if (
+            self.input.table is not None
+            or x.dtype != torch.float32
+            or linear_operator.resolve(x, *arguments[1:]).name != "cpu"
+        ):
             return
         with torch.no_grad():
             run, divisor = compiled(linear_operator, arguments, (0,)), self.divisor

@@ -17,7 +17,7 @@ from ..kernels import fake_quantize
 from ..kernels.round_second_order.reference import rounder
 from .levels import levels_of, reach_of
 from .precision import KeepsPrecision
-from .ranges import LEAST_SCALE, MinMaxRange, MseRange
+from .ranges import LEAST_SCALE, FixedRange, MinMaxRange, MseRange
 
 
 def minmax_weight_scale(weight: torch.Tensor, bits: int, levels: str = "uniform") -> torch.Tensor:
@@ -118,12 +118,14 @@ class TellsBits(nn.Module):
 class ActivationQuantizer(TellsBits, KeepsPrecision):
     """Quantizes one activation tensor: passes x through while observing, rounds it to the grid once frozen.
 
-    Buffers: `scale` and `zero_point`, float32 scalars; `scale` is 0 until the quantizer is frozen or loaded.
+    Buffers: `scale` and `zero_point`, float32 scalars; `scale` is 0 until the quantizer is frozen or loaded. `table`, uint8 [256],
+    where x may only be 2^bits of the 256 integers of an 8-bit grid (see `levels`): which of them each of the 256 becomes.
     """
 
     _BITS = "bits"
     scale: torch.Tensor
     zero_point: torch.Tensor
+    table: torch.Tensor | None
 
     def __init__(self, bits: int, quantizer: str = "minmax") -> None:
         super().__init__()
@@ -132,6 +134,16 @@ class ActivationQuantizer(TellsBits, KeepsPrecision):
         self.frozen = False
         self.register_buffer("scale", torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("table", None)
+
+    @property
+    def grid_bits(self) -> int:
+        """Of the grid that `scale` and `zero_point` are of."""
+        return self.bits if self.table is None else 8
+
+    def take_levels(self, low: torch.Tensor, high: torch.Tensor, table: torch.Tensor) -> None:
+        """Rounds from now on to the levels that `table` has, of an 8-bit grid from `low` to `high`."""
+        self.range, self.table = FixedRange(8, low, high), table
 
     def observe(self, x: torch.Tensor) -> None:
         """Lets the range rule see x."""
@@ -149,12 +161,18 @@ class ActivationQuantizer(TellsBits, KeepsPrecision):
         if not self.frozen:
             self.observe(x)
             return x
-        return fake_quantize(x, self.scale, self.zero_point, quant_min=0, quant_max=(1 << self.bits) - 1)
+        y = fake_quantize(x, self.scale, self.zero_point, quant_min=0, quant_max=(1 << self.grid_bits) - 1)
+        if self.table is None:
+            return y
+        places = (y / self.scale).round() + self.zero_point
+        levels = (self.table[places.int()].to(y.dtype) - self.zero_point.to(y.dtype)) * self.scale.to(y.dtype)
+        return y + (levels - y).detach() if y.requires_grad else levels  # straight through
 
     def ends(self) -> tuple[float, float]:
-        """(least, greatest) value on the grid of a frozen quantizer."""
+        """(least, greatest) value that a frozen quantizer rounds to."""
         scale, zero = float(self.scale), float(self.zero_point)
-        return -zero * scale, ((1 << self.bits) - 1 - zero) * scale
+        least, greatest = (0, (1 << self.bits) - 1) if self.table is None else (int(self.table[0]), int(self.table[-1]))
+        return (least - zero) * scale, (greatest - zero) * scale
 
     def extra_repr(self) -> str:
         """For print(model)."""

@@ -37,7 +37,8 @@ class Recipe:
             `calibration.rotate`), "none" leaves them.
             By default "channels" with "gemm" and "mse", else none, which is the literature's baseline.
         levels: the integers that weights of 2 to 4 bits may be, see `levels`: "uniform", or "nonuniform", closer together where
-            most weights are. By default nonuniform with "gemm" and "mse", else uniform, which is the literature's baseline.
+            most weights are. By default nonuniform with "gemm" and "mse", else uniform, which is the literature's baseline. Then
+            what MLPs' second layers take has levels of its own too, with few bits (see `calibration.levels`).
         softmax_bits: bits of attention's probabilities; with "psaq", which leaves them alone, 8.
 
     Raises:

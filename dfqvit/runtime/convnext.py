@@ -77,6 +77,8 @@ def parts_of(block: Any) -> ConvParts | str:
         return "it has a correction"
     if fc1.exponents is not None:
         return "a layer before the last has factors for its channels"
+    if any(layer.input.table is not None for layer in linears):
+        return "what a layer takes has levels of its own"
     if type(conv) is not nn.Conv2d or conv.groups != conv.in_channels or conv.groups != conv.out_channels:
         return "its convolution is not one of each channel alone"
     size = conv.kernel_size[0]
@@ -146,8 +148,8 @@ class IntegerDownsample(nn.Sequential):
         norm, projection = downsample
         if reason := other_norm(norm, (LayerNorm2d,)):
             return f"the norm {reason}"
-        if projection.exponents is not None:
-            return "the projection has factors for its channels"
+        if projection.exponents is not None or projection.input.table is not None:
+            return "the projection has factors for its channels, or levels of its own"
         return replaced_forward(downsample)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

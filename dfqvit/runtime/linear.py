@@ -41,21 +41,24 @@ def product(
         scale, size = reader.input.scale, (layer.out_features,)
         scale = scale if reader.factor is None else scale * reader.factor
         zero_point = reader.input.zero_point.expand(size).contiguous()
-        grid = (scale.expand(size).contiguous(), zero_point, reader.input.bits, "uint8")
+        grid = (scale.expand(size).contiguous(), zero_point, reader.input.grid_bits, "uint8")
     weight, acm, sums = layer.operands()
     bias = None if layer.bias is None else scaled(layer.bias, gain)
     w_scale, factor, correction = scaled(layer.weight_scale, gain), layer.factor, layer.acm
     arguments = (
         None, weight, bias, acm, layer.input.scale, layer.input.zero_point, w_scale,
-        layer.input.bits, layer.packed_bits, activation, None, *grid, sums,
+        layer.input.grid_bits, layer.packed_bits, activation, None, *grid, sums,
     )  # fmt: skip
     run = bind(quant_linear, arguments, (_X, _RESIDUAL))
+    site, table = layer.input, None if reader is None else reader.input.table
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         check_tokens(correction, x)
         if x.dtype != torch.uint8:
             x = x.float() if factor is None else x.float() / factor
-        return run(x, residual)
+            x = x if site.table is None else site(x)
+        result = run(x, residual)
+        return result if table is None else table[result.int()]
 
     return call
 
@@ -72,7 +75,7 @@ def quantized(layer: Any) -> bool:
 
 def normed(norm: Any, reader: Any, bind: Bind = through_torch) -> Any:
     """The norm as a function of x [..., C]: to bytes where it is a LayerNorm that one quantized layer, `reader`, alone reads."""
-    if not quantized(reader) or reader.factor is not None or other_norm(norm):
+    if not quantized(reader) or reader.factor is not None or reader.input.table is not None or other_norm(norm):
         return norm
     grid = (reader.input.scale, reader.input.zero_point, reader.input.bits)
     run = bind(layer_norm_quantize, (None, norm.weight, norm.bias, norm.eps, *grid), (0,))

@@ -122,7 +122,7 @@ class Parts:
             [linear.packed_bits for linear in self.linears],
             [site.scale for site in self.sites],
             [site.zero_point for site in self.sites],
-            [site.bits for site in self.sites],
+            [site.grid_bits for site in self.sites],
             self.heads,
             self.scale,
             bias,
@@ -136,6 +136,7 @@ class Parts:
             self.half,
             self.gate,
             rope,
+            self.linears[-1].input.table,
         )
 
     def values(self) -> Iterator[torch.Tensor]:
@@ -145,7 +146,7 @@ class Parts:
         for linear in self.linears:
             yield from (
                 tensor
-                for tensor in (linear.bias, linear.weight_scale, linear.acm, linear.exponents)
+                for tensor in (linear.bias, linear.weight_scale, linear.acm, linear.exponents, linear.input.table)
                 if tensor is not None
             )
         for site in self.sites:
@@ -219,6 +220,8 @@ def parts_of(block: Any, *, post_norm: bool = False, join: bool = False) -> Part
         return "a correction lies before a norm"
     if any(layer.exponents is not None for layer in linears[:3]):
         return "a layer before the last has factors for its channels"
+    if any(layer.input.table is not None for layer in linears[:3]):
+        return "what a layer before the last takes has levels of its own"
     if attention.operands.steps != STEPS:
         return "its attention's probabilities have fewer than 8 bits"
     norms = (block.norm1, block.norm2)
@@ -282,7 +285,7 @@ def gate_of(mlp: nn.Module) -> str:
 def alike(first: ActivationQuantizer, second: ActivationQuantizer) -> bool:
     """Whether two quantizers round to the same grid; reads values."""
     same = first.bits == second.bits and torch.equal(first.scale, second.scale)
-    return same and torch.equal(first.zero_point, second.zero_point)
+    return same and torch.equal(first.zero_point, second.zero_point) and first.table is second.table is None
 
 
 def all_of(module: nn.Module) -> list[nn.Module]:

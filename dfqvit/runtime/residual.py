@@ -193,7 +193,7 @@ def _hidden(mlp: Any, bind: Bind) -> Call:
         fc1 = linear(mlp.fc1, bind)
         return lambda x: mlp.norm(mlp.act(fc1(x)))
     halves, activation = _halves(mlp, bind), activation_of(mlp.act)
-    if activation is None or type(mlp.norm) is not nn.Identity:
+    if activation is None or type(mlp.norm) is not nn.Identity or mlp.fc2.input.table is not None:
         norm = normed(mlp.norm, mlp.fc2, bind)
 
         def through_norm(x: torch.Tensor) -> torch.Tensor:

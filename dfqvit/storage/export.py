@@ -128,11 +128,16 @@ def qdq_model(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor], o
     return model
 
 
-def _quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, opset: int) -> torch.Tensor:
-    """Two nodes: x rounded half to even, clamped to 0..255, and back."""
+def _quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, opset: int) -> torch.Tensor:
+    """A node: x rounded half to even, clamped to 0..255."""
     symbolic = torch.onnx.ops.symbolic
-    q = symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape, version=opset)
-    return symbolic("DequantizeLinear", (q, scale, zero), dtype=torch.float32, shape=x.shape, version=opset)
+    return symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape, version=opset)
+
+
+def _dequantize(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, opset: int) -> torch.Tensor:
+    """A node: the way back."""
+    symbolic = torch.onnx.ops.symbolic
+    return symbolic("DequantizeLinear", (q, scale, zero), dtype=torch.float32, shape=q.shape, version=opset)
 
 
 class _QdqActivation(ActivationQuantizer):
@@ -141,9 +146,12 @@ class _QdqActivation(ActivationQuantizer):
     opset: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bits < 8:  # ONNX clamps to the whole of uint8, so x is clamped to a narrower grid before
+        if self.grid_bits < 8:  # ONNX clamps to the whole of uint8, so x is clamped to a narrower grid before
             x = x.clamp(*self.bounds)
-        return _quantize_dequantize(x, self.scale, self.zero, self.opset)
+        q = _quantize(x, self.scale, self.zero, self.opset)
+        if self.table is not None:
+            q = self.table[q.long()]
+        return _dequantize(q, self.scale, self.zero, self.opset)
 
 
 class _QdqLinear(QuantLinear):
@@ -184,7 +192,7 @@ class _QdqAttentionOperands(AttentionOperands):
         return self.k(k.mT)  # runtimes fuse a product whose operands come from QDQ nodes directly
 
     def rounded(self, shares: torch.Tensor) -> torch.Tensor:
-        return _quantize_dequantize(shares, self.one, self.none, self.opset)
+        return _dequantize(_quantize(shares, self.one, self.none, self.opset), self.one, self.none, self.opset)
 
 
 def _to_onnx(model: nn.Module, record: QuantizationRecord, int4: bool, opset: int) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..calibration.correction import STORED
+from ..calibration.levels import is_table
 from ..errors import UsageError, first_line
 from ..models import ModelSpec, Preprocessing
 from ..models.adapters import find_adapter, is_network
@@ -66,6 +67,7 @@ def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> 
     state = {key: value for key, value in tensors.items() if key not in tables}
     aliases = {alias: tensors[key] for alias, key in _aliases(model).items() if key in tensors}
     model.load_state_dict(state | aliases)
+    _expect_levels(model)
     if isinstance(record.spec, ModelSpec):
         model.dfqvit_spec = record.spec  # type: ignore[assignment]
         record.preprocessing.write_to(model)
@@ -76,14 +78,22 @@ def rebuild(record: QuantizationRecord, tensors: Mapping[str, torch.Tensor]) -> 
 def _narrowed(qmodel: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a model as a file holds them."""
     found = dict(tensors)
-    for key, layer, levels in _uneven(qmodel):
-        try:
+    key = ""
+    try:
+        _expect_levels(qmodel)
+        for key, layer, levels in _uneven(qmodel):
             found[key] = narrowed(tensors[key], levels, layer.w_bits, layer.in_features)
-        except ValueError as error:
-            raise UsageError(
-                f"qmodel was changed after it was quantized ('{key}': {error}), and no file could hold it"
-            ) from error
+    except ValueError as error:
+        where = f"'{key}': {error}" if key else str(error)
+        raise UsageError(f"qmodel was changed after it was quantized ({where}), and no file could hold it") from error
     return found
+
+
+def _expect_levels(model: nn.Module) -> None:
+    """ValueError where a table of what a layer takes is none."""
+    for name, layer in quantized_layers(model).items():
+        if layer.input.table is not None and not is_table(layer.input.table, layer.input.bits):
+            raise ValueError(f"'{name}.input.table' has no levels of {layer.input.bits} bits")
 
 
 def _widened(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -126,6 +136,8 @@ def _structure(
             module.acm = torch.zeros_like(tensors[f"{name}.acm"])
         if isinstance(module, QuantLinear) and f"{name}.exponents" in tensors:
             module.exponents = torch.zeros_like(tensors[f"{name}.exponents"])
+        if isinstance(module, QuantLinear) and f"{name}.input.table" in tensors:
+            module.input.table = torch.zeros_like(tensors[f"{name}.input.table"])
         if isinstance(module, QuantLinear) and module.bias is None and f"{name}.bias" in tensors:
             like = tensors[f"{name}.bias"]  # a layer without one takes what is shifted out of the norm before it
             module.bias = nn.Parameter(torch.zeros_like(like, device=device or "cpu"), requires_grad=False)

@@ -45,6 +45,7 @@ def quant_block(
     half: bool = False,
     gate: str | None = None,
     rope: torch.Tensor | None = None,
+    hidden_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A transformer block with 8-bit integers between its operators; no gradient.
 
@@ -88,6 +89,8 @@ def quant_block(
         half: as there is in `quantize_heads`.
         gate: which half of fc1's result goes through the activation, "first" or "last"; None for an ordinary MLP.
         rope: as there: what the queries and keys of the last tokens of each image are turned by; not with head_scale.
+        hidden_table: uint8 [256] or None: what each byte that fc2 takes becomes, an integer of its grid, where it may be few of
+            them.
 
     Returns:
         float32 [B, T, C].
@@ -133,7 +136,7 @@ def quant_block(
         blocks.check_linear(*layer)
     blocks.check_grids(x, GRIDS, scales, zeros, a_bits)
     checks.same_device(x=x, position_bias=position_bias, mask=mask, index=index, acm=acm, hidden_scale=hidden_scale,
-                       head_scale=head_scale)  # fmt: skip
+                       head_scale=head_scale, hidden_table=hidden_table)  # fmt: skip
     check_windows("position_bias", heads, x.shape[1], position_bias, mask, index)
     if acm is not None:
         checks.floating("acm", acm)
@@ -149,13 +152,17 @@ def quant_block(
         checks.same_device(x=x, rope=rope)
         check_rope(rope, heads, x.shape[1], inner // heads)
     blocks.check_hidden(hidden_scale, taken)
+    if hidden_table is not None and (hidden_table.shape != (256,) or hidden_table.dtype != torch.uint8):
+        raise ValueError(f"hidden_table was {hidden_table.dtype} {tuple(hidden_table.shape)}; it must be uint8 [256]")
+    if hidden_table is not None and (most := int(hidden_table.max())) >= 1 << a_bits[-1]:
+        raise ValueError(f"hidden_table held {most}; it must be whole numbers from 0 to {(1 << a_bits[-1]) - 1}")
     check_activation(activation)
     blocks.check_no_gradient("quant_block", (x, *norms, *weights, *biases, *weight_scales, *scales, *zeros, acm, position_bias,
                                              mask, hidden_scale, head_scale, rope))  # fmt: skip
     return forward(
         x, list(norms), list(eps), list(weights), blocks.given(x, biases), list(weight_scales), list(w_bits), list(scales),
         list(zeros), list(a_bits), heads, float(attention_scale), position_bias, mask, index, acm, hidden_scale,
-        activation or "none", head_scale, post_norm, half, gate or "none", rope,
+        activation or "none", head_scale, post_norm, half, gate or "none", rope, hidden_table,
     )  # fmt: skip
 
 
@@ -163,7 +170,7 @@ forward = Operator(
     "quant_block(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] weight_scales, "
     "int[] w_bits, Tensor[] scales, Tensor[] zeros, int[] a_bits, int heads, float attention_scale, Tensor? position_bias, "
     "Tensor? mask, Tensor? index, Tensor? acm, Tensor? hidden_scale, str activation, Tensor? head_scale=None, "
-    "bool post_norm=False, bool half=False, str gate='none', Tensor? rope=None) -> Tensor",
+    "bool post_norm=False, bool half=False, str gate='none', Tensor? rope=None, Tensor? hidden_table=None) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     backends=blocks.backends("quant_block", reference.quant_block),
 )

@@ -39,6 +39,7 @@ def quant_block(
     half: bool = False,
     gate: str = "none",
     rope: torch.Tensor | None = None,
+    hidden_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula of `op.quant_block`; a bias of no values is none."""
 
@@ -101,4 +102,6 @@ def quant_block(
         first, last = linear(2, 5, norm(1, 5, x)).chunk(2, dim=-1)
         halves = (first, last) if gate == "first" else (last, first)
         hidden = gate_quantize.run(*halves, rounded[0].reshape(-1), *rounded[1:], activation)
+    if hidden_table is not None:
+        hidden = hidden_table[hidden.int()]
     return add(3, 6, hidden, x, acm)

@@ -63,6 +63,7 @@ def sample(
         "half": False,
         "gate": gate,
         "rope": None,
+        "hidden_table": torch.randint(steps + 1, (256,), dtype=torch.uint8) if rng.random() < 0.3 else None,
     }
     return torch.randn(batch, tokens, channels), named
 
@@ -166,7 +167,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(seed, kind):
 def test_a_gate_is_timms(seed, gate):
     """Of the whole block, with grids so fine that the MLP is timm's in float, and against its halves the wrong way round."""
     x, named = sample(random.Random(seed), 2, 20, 2, 16, 48, w_bits=8, gate=gate)
-    named.update(activation="silu", hidden_scale=None)
+    named.update(activation="silu", hidden_scale=None, hidden_table=None)
     widths = (named["norms"][0].numel(), 32, named["norms"][0].numel(), 48)
     floats = [
         unblock_weight(weight, inputs, 8)[: len(scale)].float() * scale[:, None]
@@ -260,6 +261,12 @@ def test_empty_batch_and_strided_input(seed):
         ({"rope": torch.zeros(6, 8), "head_scale": torch.ones(2)}, "rope was given with head_scale"),
         ({"acm": torch.zeros(6, 8), "post_norm": True}, "acm was given with post_norm"),
         ({"head_scale": torch.ones(3)}, r"head_scale was torch.float32 \(3,\); it must be float32 \[2\]"),
+        ({"hidden_table": torch.zeros(256)}, r"hidden_table was torch.float32 \(256,\); it must be uint8 \[256\]"),
+        (
+            {"hidden_table": torch.full((256,), 99).byte(), "a_bits": [8] * 6 + [6]},
+            "hidden_table held 99; .* from 0 to 63",
+        ),
+        ({"hidden_table": torch.zeros(16).byte()}, r"hidden_table was torch.uint8 \(16,\); it must be uint8 \[256\]"),
         ({"activation": "relu"}, "activation was 'relu'; it may be None, 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'"),
         ({"gate": "second"}, "gate was 'second'; it may be None, 'first' or 'last'"),
         ({"biases": [torch.zeros(7), None, None, None]}, r"bias of qkv had shape \(7,\); it must be \[24\]"),
@@ -285,7 +292,19 @@ def test_a_gate_takes_half_of_an_even_number(seed):
 
 @compiled
 @pytest.mark.parametrize(
-    "name", ["weights", "weight_scales", "norms", "zeros", "index", "mask", "position_bias", "head_scale", "rope"]
+    "name",
+    [
+        "weights",
+        "weight_scales",
+        "norms",
+        "zeros",
+        "index",
+        "mask",
+        "position_bias",
+        "head_scale",
+        "rope",
+        "hidden_table",
+    ],
 )
 def test_the_operator_itself_checks_what_it_reads(seed, name):
     """As a C++ program calls it, without the checks in Python: too little memory is refused, not read beyond."""
@@ -296,8 +315,9 @@ def test_the_operator_itself_checks_what_it_reads(seed, name):
         torch.ones(2) if name == "head_scale" else torch.zeros(12, 16)
     )
     short = [value[:1] if value.dim() else value for value in named[name]] if isinstance(named[name], list) else None
-    others = {"zeros": named["zeros"][:6], "index": named["index"] + 1, "rope": torch.zeros(13, 16)}
-    change = others.get(name, short or named[name][:1])
+    others = {"zeros": named["zeros"][:6], "index": named["index"] + 1, "rope": torch.zeros(13, 16),
+              "hidden_table": torch.zeros(255, dtype=torch.uint8)}  # fmt: skip
+    change = others[name] if name in others else short or named[name][:1]
     names = [argument.name for argument in torch.ops.dfqvit.quant_block.default._schema.arguments[1:]]
     with use_backend("cpu"), pytest.raises((ValueError, TypeError, RuntimeError)):
         forward(x, *({**named, name: change}[key] for key in names))
@@ -310,15 +330,19 @@ def test_constants_that_change_between_calls_count(seed, windows):
     rng = random.Random(seed)
     x, named = sample(rng, 2, 24, 2, 12, 30, windows=windows, acm=True, gate="last" if windows else None)
     named["hidden_scale"] = 0.02 + torch.rand(30) * 0.05
+    named["hidden_table"] = torch.randint(256, (256,), dtype=torch.uint8)
     named["biases"] = [torch.randn(len(scale)) * 0.1 for scale in named["weight_scales"]]
     changes = [
         (name, i) for name in ("norms", "weight_scales", "biases", "scales", "zeros") for i in range(len(named[name]))
     ]
-    changes += [(name, None) for name in ("acm", "hidden_scale", *(("position_bias", "mask") if windows else ()))]
+    changes += [
+        (name, None)
+        for name in ("acm", "hidden_scale", "hidden_table", *(("position_bias", "mask") if windows else ()))
+    ]
     quant_block(x, **named)
     for name, place in [*changes, *((name, place) for name, place in changes if rng.random() < 0.3)]:
         tensor = named[name] if place is None else named[name][place]
-        if name == "zeros":
+        if name in ("zeros", "hidden_table"):
             tensor += 1
         else:
             tensor *= 1.25

@@ -83,6 +83,7 @@ def test_int8_weights_have_zero_points_of_their_own(tmp_path, int4):
     [
         ("demo-swin", {"w_bits": 3, "acm": "sequential", "levels": "nonuniform"}),
         ("demo", {"placement": "psaq", "a_bits": 6}),
+        ("demo", {"w_bits": 3, "a_bits": 5, "levels": "nonuniform"}),
     ],
 )
 def test_onnx_runtime_agrees(tmp_path, name, settings):
@@ -96,7 +97,7 @@ def test_onnx_runtime_agrees(tmp_path, name, settings):
     assert written["weights"][integers] >= 16
     assert written["bytes"] < 600_000
     assert abs(float((ours.argmax(1) == labels).float().mean() - (theirs.argmax(1) == labels).float().mean())) <= 0.004
-    assert float((ours - theirs).abs().mean() / ours.abs().mean()) < 0.01
+    assert float((ours - theirs).abs().mean() / ours.abs().mean()) < (0.01 if settings.get("a_bits") != 5 else 0.03)
 
 
 @pytest.mark.parametrize(("name", "opset"), [("demo", 18), ("demo-swin", 23)])

@@ -38,9 +38,10 @@ struct BlockArguments {
   std::string activation;
   OptionalTensor head_scale;  // of each head: attention by cosines
   bool post_norm = false;
-  bool half = false;          // whether the partners that a rope turns lie half a head apart, else side by side
-  std::string gate = "none";  // or "first" or "last": the half of fc1's result that goes through the activation
-  bool rotated = false;       // whether calls come with a rope
+  bool half = false;            // whether the partners that a rope turns lie half a head apart, else side by side
+  std::string gate = "none";    // or "first" or "last": the half of fc1's result that goes through the activation
+  bool rotated = false;         // whether calls come with a rope
+  OptionalTensor hidden_table;  // uint8 [256]: what each byte that fc2 takes becomes, where it may be few of them
 };
 
 class Block {
@@ -74,6 +75,7 @@ class Block {
   AttentionLayer attention_;
   std::array<Quantizer, 3> heads_;  // of q, k and v
   std::optional<GateLayer> gate_;
+  std::optional<std::array<uint8_t, 256>> table_;  // of what fc2 takes
 };
 
 // A block whose constants were made for an earlier call of the operator. It serves again where every argument has the
