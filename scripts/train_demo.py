@@ -26,7 +26,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from training import adamw, moving_average
 
 from dfqvit import demo
 from dfqvit.storage.atomic import atomic
@@ -115,11 +115,7 @@ def fit(
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # on a CPU, small windows are faster without it
     compiled = torch.compile(shadow)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    average, optimizer = moving_average(model), adamw(model, options.lr)
     steps_an_epoch = len(images) // options.batch_size
     total, warmup, top1 = steps_an_epoch * epochs, 200, 0.0
     for epoch in range(epochs):
