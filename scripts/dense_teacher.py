@@ -1,4 +1,4 @@
-"""The convolutional teacher of the embedded dense models: it learns in minutes what a small Swin is then told."""
+"""The convolutional teacher of the embedded dense models: it learns in minutes what a small ViT is then told."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import ConvNormAct
+from timm.models.resnet import BasicBlock
 from torch import nn
 
 from dfqvit.models import dense
 
 
 class Outputs(NamedTuple):
-    """What the detector gives, what the segmenter gives, and features [B, 128, 14, 14] and [B, 256, 7, 7] to imitate."""
+    """What the detector gives, what the segmenter gives, and features [B, 128, 14, 14] to imitate."""
 
     detected: tuple[torch.Tensor, torch.Tensor]
     planes: torch.Tensor
-    features: list[torch.Tensor]
+    features: torch.Tensor
 
 
 def fresh_detector() -> dense.DemoDetector:
@@ -24,22 +26,6 @@ def fresh_detector() -> dense.DemoDetector:
     detector = dense.demo_detector()
     nn.init.constant_(detector.classifier.bias, -4.0)
     return detector
-
-
-def convolved(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
-    )
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = convolved(channels, channels)
-        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(x + self.second(self.first(x)))
 
 
 class Teacher(nn.Module):
@@ -55,13 +41,13 @@ class Teacher(nn.Module):
         fine, middle, coarse = self.WIDTHS
         self.down = nn.ModuleList(
             [
-                nn.Sequential(convolved(1, 32), convolved(32, fine, 2), Residual(fine)),
-                nn.Sequential(convolved(fine, middle, 2), Residual(middle)),
-                nn.Sequential(convolved(middle, coarse, 2), Residual(coarse), Residual(coarse)),
+                nn.Sequential(ConvNormAct(1, 32, 3), ConvNormAct(32, fine, 3, stride=2), _residual(fine)),
+                nn.Sequential(ConvNormAct(fine, middle, 3, stride=2), _residual(middle)),
+                nn.Sequential(ConvNormAct(middle, coarse, 3, stride=2), _residual(coarse), _residual(coarse)),
             ]
         )
         self.lateral = nn.ModuleList([nn.Conv2d(middle, fine, 1), nn.Conv2d(coarse, middle, 1)])
-        self.up = nn.ModuleList([Residual(fine), Residual(middle)])
+        self.up = nn.ModuleList([_residual(fine), _residual(middle)])
         self.planes = nn.Conv2d(fine, 4 * (len(dense.CLASSES) + 1), 1)
         self.detector = fresh_detector()
         self.detector.backbone, self.detector.neck = nn.Identity(), nn.Identity()
@@ -74,7 +60,11 @@ class Teacher(nn.Module):
         fine, middle, coarse = stages
         middle = self.up[1](middle + _doubled(self.lateral[1](coarse)))
         fine = self.up[0](fine + _doubled(self.lateral[0](middle)))
-        return Outputs(self.detector.head(middle), F.pixel_shuffle(self.planes(fine), 2), [middle, coarse])
+        return Outputs(self.detector.head(middle), F.pixel_shuffle(self.planes(fine), 2), middle)
+
+
+def _residual(channels: int) -> BasicBlock:
+    return BasicBlock(channels, channels)
 
 
 def _doubled(x: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
     python scripts/train_dense.py
 
 The detector and the segmenter are trained together on one backbone: pixels teach faster than boxes do. Each is then
-saved with the backbone as its own. Its first stages begin as the embedded classifier (`scripts/train_demo.py`), or as --init.
-As DeiT, they are distilled from a convolutional teacher (`scripts/dense_teacher.py`), which this script trains first.
+saved with the backbone as its own. As DeiT, they are distilled from a convolutional teacher (`scripts/dense_teacher.py`),
+which this script trains first.
 The items are of Debian's package dataset-fashion-mnist (MIT licence). Every scene is drawn anew, so none is seen twice. The
 held-out scenes, of test items, are used for nothing but the figures printed at the end. The moving average of the weights is
 saved, as float16. An interrupted run goes on from its snapshots. Results: dfqvit/models/assets/README.md.
@@ -22,9 +22,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from dense_teacher import Outputs, Teacher, fresh_detector
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import generalized_box_iou_loss
 from train_demo import DEBIAN_FOLDER, read_split
+from training import adamw, moving_average
 
 from dfqvit.evaluation import scenes
 from dfqvit.evaluation.dense import evaluate_dense
@@ -96,39 +96,25 @@ def imitation_loss(outputs: Outputs, told: Outputs) -> torch.Tensor:
     apart = F.binary_cross_entropy_with_logits(logits, goal, reduction="none") * (logits.sigmoid() - goal).abs() ** 2
     ours, theirs = (each.planes.float().log_softmax(1) for each in (outputs, told))
     pixels = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1).mean()
-    pairs = zip(outputs.features, told.features, strict=True)
-    turned = sum((1 - F.cosine_similarity(a.float(), b.float(), dim=1)).mean() for a, b in pairs)
+    turned = (1 - F.cosine_similarity(outputs.features.float(), told.features.float(), dim=1)).mean()
     return 4 * apart.sum() / goal.sum().clamp_min(1) + 4 * pixels + turned
 
 
 class Both(torch.nn.Module):
-    """The detector and the segmenter on one backbone, and what compares its last two stages with the teacher's."""
+    """The detector and the segmenter on one backbone, and what compares its tokens with the teacher's features."""
 
-    def __init__(self, start: Path) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.detector, self.segmenter = fresh_detector(), dense.demo_segmenter()
         self.segmenter.backbone = self.detector.backbone
-        stages = zip(self.detector.backbone.feature_info[1:], Teacher.WIDTHS[1:], strict=True)
-        self.compared = torch.nn.ModuleList(torch.nn.Conv2d(stage["num_chs"], width, 1) for stage, width in stages)
-        start_from(start, self.detector.backbone)
+        self.compared = torch.nn.Conv2d(self.detector.backbone.embed_dim, Teacher.WIDTHS[1], 1)
         for module in self.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # whose backward pass is slow on a CPU
 
     def forward(self, x: torch.Tensor) -> Outputs:
-        stages = self.detector.backbone.forward_intermediates(x, intermediates_only=True)
-        features = [layer(stage) for layer, stage in zip(self.compared, stages[1:], strict=True)]
-        return Outputs(self.detector.head(stages[1:]), self.segmenter.head(stages), features)
-
-
-def start_from(path: Path, backbone: torch.nn.Module) -> None:
-    """Gives the backbone what a classifier or a dense model has of its stages; the embedded classifier has the first two."""
-    own = backbone.state_dict()
-    for key, value in safetensors.torch.load_file(path).items():
-        name = key.removeprefix("backbone.")
-        if name in own and own[name].shape == value.shape:
-            own[name] = value.float()
-    backbone.load_state_dict(own)
+        tokens = dense.tokens_of(self.detector.backbone, x)
+        return Outputs(self.detector.head(tokens), self.segmenter.head(x, tokens), self.compared(tokens))
 
 
 def figures(name: str, model: torch.nn.Module, count: int = HELD_OUT) -> dict[str, float]:
@@ -147,12 +133,7 @@ def fit(
     teacher: torch.nn.Module | None = None,
 ) -> torch.nn.Module:
     """The moving average of the model's weights after `steps` steps, the first of them after those of its snapshot."""
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    average, optimizer = moving_average(model), adamw(model, lr, betas=(0.9, 0.98))
     snapshot = options.snapshot if teacher else options.teacher
     seed = (_TRAINING_SEED if teacher else _TEACHING_SEED) + options.seed * (1 << 18)
     first = 0
@@ -200,11 +181,15 @@ def train(options: argparse.Namespace) -> None:
     print("teacher:")
     teacher = fit(Teacher().train().to(memory_format=torch.channels_last), items, options, options.teacher_steps, 2e-3)
     print("detector and segmenter:")
-    model = fit(Both(options.init).train(), items, options, options.steps, options.lr, teacher)
+    both = Both().train().to(memory_format=torch.channels_last)
+    model = fit(both, items, options, options.steps, options.lr, teacher)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, each in (("demo-detector", model.detector), ("demo-segmenter", model.segmenter)):
         target = options.out / dense.WEIGHTS[name].name
-        weights = {key: value.half().contiguous() for key, value in each.state_dict().items()}
+        weights = {
+            key: (value.half() if value.is_floating_point() else value).contiguous()
+            for key, value in each.state_dict().items()
+        }
         with atomic(target) as temporary:
             metadata = {"dataset": "scenes of Fashion-MNIST items", "steps": str(options.steps)}
             safetensors.torch.save_file(weights, temporary, metadata)
@@ -214,19 +199,13 @@ def train(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of the idx files (default: Debian's)")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument(
-        "--init",
-        type=Path,
-        default=demo.WEIGHTS["dfqvit_demo_swin"],
-        help="weights to begin with (default: the classifier's)",
-    )
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=50, help="a multiple of 50 wastes no scene")
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--teacher-steps", type=int, default=4000)
+    parser.add_argument("--teacher-steps", type=int, default=3000)
     parser.add_argument("--teacher", type=Path, help="file that the teacher is kept in, and goes on from")
     parser.add_argument("--snapshot", type=Path, help="file that an interrupted run goes on from")
     parser.add_argument("--out", type=Path, default=demo.ASSETS, help="folder of the weights")

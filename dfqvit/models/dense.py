@@ -1,4 +1,4 @@
-"""The embedded dense models, each on a small Swin: a detector (`demo-detector`) and a segmenter (`demo-segmenter`).
+"""The embedded dense models, each on a small hybrid ViT: a detector (`demo-detector`) and a segmenter (`demo-segmenter`).
 
 Both are networks of this project around a timm backbone, trained together on scenes composed from Fashion-MNIST items
 (`evaluation.scenes`) by `scripts/train_dense.py`; their weights ship in `dfqvit/models/assets` as float16.
@@ -6,12 +6,15 @@ Both are networks of this project around a timm backbone, trained together on sc
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import SwinTransformer
+from timm.layers import ConvNormAct, HybridEmbed
+from timm.models import VisionTransformer
+from timm.models.resnet import BasicBlock
 from torch import nn
 from torchvision.ops import batched_nms
 
@@ -28,21 +31,39 @@ WEIGHTS = {
     "demo-detector": ASSETS / "demo_detector.safetensors",
     "demo-segmenter": ASSETS / "demo_segmenter.safetensors",
 }
-_STEP, _WIDTHS, _NECK = 4, (48, 96, 192), 128  # pixels from one of the detector's places to the next; channels
+_STEP = 4  # pixels from one token to the next
+_FINE, _COARSE, _WIDTH = 48, 112, 160  # channels at 28 x 28, at 14 x 14, and of tokens
+_PLACE, _MIXED = 128, 64  # channels of the detector's places, and of what the segmenter takes classes from
 _MOST_BOXES, _LEAST_SCORE, _OVERLAP = 100, 0.02, 0.6
 
 
+def _halved() -> tuple[nn.Module, nn.Module]:
+    """[B, 1, 56, 56] to [B, 48, 28, 28]."""
+    return ConvNormAct(1, _FINE // 2, 3), ConvNormAct(_FINE // 2, _FINE, 3, stride=2)
+
+
 def _backbone() -> Any:
-    """The Swin of both, with timm's configuration of its images."""
-    swin: Any = SwinTransformer(
+    """The ViT of both: convolutions make its 14 x 14 tokens, four blocks compare them. With timm's configuration of its images.
+
+    Source of the form: arXiv 2106.14881.
+    """
+    stem = nn.Sequential(
+        *_halved(),
+        ConvNormAct(_FINE, _COARSE, 3, stride=2),
+        BasicBlock(_COARSE, _COARSE),
+        BasicBlock(_COARSE, _COARSE),
+    )
+    vit: Any = VisionTransformer(
         img_size=SIDE,
-        patch_size=2,
+        patch_size=1,
         in_chans=1,
         num_classes=0,
-        embed_dim=48,
-        depths=(2, 2, 2),
-        num_heads=(2, 4, 6),
-        window_size=7,
+        global_pool="",
+        class_token=False,
+        embed_dim=_WIDTH,
+        depth=4,
+        num_heads=5,
+        embed_layer=partial(HybridEmbed, backbone=stem),
     )
     config: dict[str, Any] = {
         "input_size": (1, SIDE, SIDE),
@@ -50,9 +71,15 @@ def _backbone() -> Any:
         "std": (STD,),
         "interpolation": "bilinear",
     }
-    config |= {"crop_pct": 1.0, "first_conv": "patch_embed.proj", "classifier": "head", "num_classes": 0}
-    swin.pretrained_cfg = swin.default_cfg = config
-    return swin
+    config |= {"crop_pct": 1.0, "first_conv": "patch_embed.backbone.0.conv", "classifier": "head", "num_classes": 0}
+    vit.pretrained_cfg = vit.default_cfg = config
+    return vit
+
+
+def tokens_of(backbone: Any, x: torch.Tensor) -> torch.Tensor:
+    """Images [B, 1, 56, 56], normalised, to the tokens of the backbone after its last norm, [B, 160, 14, 14]."""
+    planes: torch.Tensor = backbone.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
+    return planes
 
 
 class DemoDetector(nn.Module):
@@ -64,17 +91,17 @@ class DemoDetector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = _backbone()
-        self.neck = Neck(_WIDTHS[1:])
-        self.classifier = nn.Linear(_NECK, len(CLASSES))
-        self.regressor = nn.Linear(_NECK, 4)
+        self.neck = Neck((_WIDTH,), _PLACE)
+        self.classifier = nn.Linear(_PLACE, len(CLASSES))
+        self.regressor = nn.Linear(_PLACE, 4)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B, 1, 56, 56], normalised, to (logits [B, 196, 7], boxes [B, 196, 4] in pixels: left, top, right, bottom)."""
-        return self.head(self.backbone.forward_intermediates(x, indices=[1, 2], intermediates_only=True))
+        return self.head(tokens_of(self.backbone, x))
 
-    def head(self, stages: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `forward` gives, of the outputs of the last two stages, [B, 96, 14, 14] and [B, 192, 7, 7]."""
-        tokens = self.neck(stages).flatten(2).mT
+    def head(self, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` gives, of the backbone's tokens [B, 160, 14, 14]."""
+        tokens = self.neck(planes).flatten(2).mT
         logits, sides = self.classifier(tokens), F.softplus(self.regressor(tokens)) * 2 * _STEP
         centre = centres(sides.device)
         return logits, torch.cat([centre - sides[..., :2], centre + sides[..., 2:]], dim=-1)
@@ -99,31 +126,36 @@ def centres(device: torch.device | None = None) -> torch.Tensor:
 
 
 class DemoSegmenter(nn.Module):
-    """Classes of pixels: all stages meet at the first one's tokens, each of which gives the logits of its 2 x 2 pixels."""
+    """Classes of pixels: the tokens meet finer convolutions of their own, each place of which gives the logits of its 2 x 2 pixels.
+
+    Source of the two paths: arXiv 1808.00897.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = _backbone()
-        self.neck = Neck(_WIDTHS)
-        self.classifier = nn.Conv2d(_NECK, 4 * (len(CLASSES) + 1), 1)
+        self.detail = nn.Sequential(*_halved(), BasicBlock(_FINE, _FINE))
+        self.neck = Neck((_FINE, _WIDTH), _MIXED)
+        self.mix = BasicBlock(_MIXED, _MIXED)
+        self.classifier = nn.Conv2d(_MIXED, 4 * (len(CLASSES) + 1), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 1, 56, 56], normalised, to logits [B, 8, 56, 56], the ground first."""
-        return self.head(self.backbone.forward_intermediates(x, indices=[0, 1, 2], intermediates_only=True))
+        return self.head(x, tokens_of(self.backbone, x))
 
-    def head(self, stages: list[torch.Tensor]) -> torch.Tensor:
-        """What `forward` gives, of the outputs of the stages, [B, 48, 28, 28], [B, 96, 14, 14] and [B, 192, 7, 7]."""
-        return F.pixel_shuffle(self.classifier(self.neck(stages)), 2)
+    def head(self, x: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+        """What `forward` gives, of the images and the backbone's tokens [B, 160, 14, 14]."""
+        return F.pixel_shuffle(self.classifier(self.mix(self.neck(self.detail(x), planes))), 2)
 
 
 class Neck(nn.Module):
-    """Stages [B, widths[i], H / 2^i, W / 2^i] to [B, 128, H, W]: a 1x1 convolution of each, resized, their sum through GELU."""
+    """[B, widths[i], H / 2^i, W / 2^i] to [B, channels, H, W]: a 1x1 convolution of each, resized, and their sum through GELU."""
 
-    def __init__(self, widths: tuple[int, ...]) -> None:
+    def __init__(self, widths: tuple[int, ...], channels: int) -> None:
         super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(width, _NECK, 1) for width in widths)
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
 
-    def forward(self, stages: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, *stages: torch.Tensor) -> torch.Tensor:
         size = stages[0].shape[2:]
         planes = [convolution(stage) for convolution, stage in zip(self.lateral, stages, strict=True)]
         resized = [F.interpolate(plane, size=size, mode="bilinear", align_corners=False) for plane in planes[1:]]

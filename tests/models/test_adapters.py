@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import timm
 import torch
+from timm.layers import HybridEmbed
 from torch import nn
 
 from dfqvit.calibration import calibrate, convert
@@ -180,6 +182,20 @@ def test_psaq_sites_are_where_psaq_vit_has_them():
         "patch_embed.tokens_quantizer",
         "pos_drop.output_quantizer",
     ]
+
+
+def test_psaq_takes_vits_whose_patches_convolutions_make(seed):
+    """Found here: timm's HybridEmbed has no norm, which ended in an AttributeError."""
+    stem = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), nn.ReLU(), nn.Conv2d(12, 24, 3, 2, 1), nn.ReLU())
+    pooled = {"class_token": False, "global_pool": "avg"}
+    model = small_vit(patch_size=2, embed_layer=functools.partial(HybridEmbed, backbone=stem), **pooled)
+    qmodel = convert(model, PSAQ)
+    images = images_for(model)
+    calibrate(qmodel, images, Recipe(8, 8, "psaq", "minmax"))
+    with torch.no_grad():
+        wanted, found = model(images), qmodel(images)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.15
+    assert isinstance(qmodel.patch_embed.proj, QuantLinear)
 
 
 def test_psaq_constants_are_on_their_grids(seed):

@@ -63,7 +63,7 @@ class SwinAdapter(Adapter):
         for stage in model.layers:
             if hasattr(stage.downsample, "reduction"):
                 quantize_output(stage.downsample.reduction, "output_quantizer", bits, quantizer)
-        if not isinstance(model.patch_embed.norm, nn.Identity):
+        if not isinstance(getattr(model.patch_embed, "norm", nn.Identity()), nn.Identity):  # a HybridEmbed has none
             quantize_output(model.patch_embed.proj, "output_quantizer", bits, quantizer)
         quantize_output(model.patch_embed, "output_quantizer", bits, quantizer)
         quantize_output(model.norm, "output_quantizer", bits, quantizer)

@@ -59,7 +59,7 @@ class VitAdapter(Adapter):
             block.attn.scores_quantizer = ActivationQuantizer(bits, quantizer)
             block.attn.__class__ = PsaqAttention
             add_block_sites(block, bits, quantizer)
-        if not isinstance(model.patch_embed.norm, nn.Identity):
+        if not isinstance(getattr(model.patch_embed, "norm", nn.Identity()), nn.Identity):  # a HybridEmbed has none
             quantize_output(model.patch_embed.proj, "output_quantizer", bits, quantizer)
         quantize_output(model.patch_embed, "output_quantizer", bits, quantizer)
         tokens = quantize_output(model.patch_embed, "tokens_quantizer", bits, quantizer)
