@@ -164,9 +164,11 @@ class ActivationQuantizer(TellsBits, KeepsPrecision):
         y = fake_quantize(x, self.scale, self.zero_point, quant_min=0, quant_max=(1 << self.grid_bits) - 1)
         if self.table is None:
             return y
-        places = (y / self.scale).round() + self.zero_point
-        levels = (self.table[places.int()].to(y.dtype) - self.zero_point.to(y.dtype)) * self.scale.to(y.dtype)
-        return y + (levels - y).detach() if y.requires_grad else levels  # straight through
+        places = ((y / self.scale).round() + self.zero_point).nan_to_num().int()
+        levels = (self.table[places].to(y.dtype) - self.zero_point.to(y.dtype)) * self.scale.to(y.dtype)
+        if y.requires_grad:
+            return y + (levels - y).detach()  # straight through
+        return torch.where(y.isnan(), y, levels)
 
     def ends(self) -> tuple[float, float]:
         """(least, greatest) value that a frozen quantizer rounds to."""

@@ -93,6 +93,7 @@ def test_a_quantizer_rounds_to_the_nearest_level_and_passes_the_gradient(seed):
         wanted = (table[places].float() - site.zero_point) * site.scale
     assert torch.allclose(y, wanted, atol=1e-6)
     assert torch.equal(site(x.detach()), wanted)
+    assert site(torch.tensor([torch.nan, 0.0])).isnan().tolist() == [True, False]
     assert len(wanted.unique()) <= 8
     y.sum().backward()
     inside = (places > 0) & (places < 255)
