@@ -34,7 +34,7 @@ from ..quantization.layers import QuantLinear, allocate, quantized_layers
 from ..quantization.model import state_of
 from ..quantization.recipe import Recipe
 from .correction import ENTRY_BYTES, kl_divergence, log_probabilities
-from .fisher import MOST_CLIPPED
+from .fisher import takes_levels
 from .observation import BATCH, convert, observe
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
@@ -183,7 +183,7 @@ def _add_scaled(qmodel: nn.Module) -> None:
     for name in places.hidden:
         layer: Any = qmodel.get_submodule(name)
         layer.exponents = torch.zeros(layer.in_features, dtype=torch.int8)
-        if layer.levels == "nonuniform" and layer.input.bits <= MOST_CLIPPED:
+        if takes_levels(layer):
             layer.input.table = torch.zeros(256, dtype=torch.uint8)
     readers = [reader for _, reader in places.norms]
     for name in {*readers, *chain.from_iterable(places.values), *places.scores}:

@@ -30,7 +30,7 @@ from ..progress import Stage
 from ..quantization.attention import AttentionOperands
 from ..quantization.layers import QuantLinear, quantized_layers
 from ..quantization.quantizers import RANGE_RULES, ActivationQuantizer
-from .fisher import Side, Statistics, float_weight, gather
+from .fisher import Side, Statistics, float_weight, gather, takes_levels
 
 LEAST_GAIN = 0.2  # a candidate must lose this much less than no scaling: what is learnt from few images is uncertain
 _THRESHOLDS = (0.75, 0.5, 0.35, 0.25, 0.125, 0.0625, 0.03125, 0.015625)
@@ -213,7 +213,7 @@ def _scale_hidden(seen: Statistics) -> float:
         float_weight(layer).mul_(factor)
         layer.exponents = exponents.to(torch.int8)
     side = side.scaled(factor)
-    if side.clips and layer.levels == "nonuniform":
+    if takes_levels(layer):
         side.fit_levels(layer.input)
     else:
         side.fit(layer.input)

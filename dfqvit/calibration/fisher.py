@@ -213,6 +213,11 @@ class Side:
         return float(rounded.sub_(self.values).square_().mul_(self.cost).sum())
 
 
+def takes_levels(layer: QuantLinear) -> bool:
+    """Whether what the layer takes may have levels of its own, where it follows an activation."""
+    return layer.levels == "nonuniform" and layer.input.bits <= MOST_CLIPPED
+
+
 def _unseen(size: int, layer: QuantLinear) -> torch.Tensor:
     return torch.full((size,), torch.inf, device=float_weight(layer).device)
 

@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,10 +91,8 @@ class QuantizedForward(KeepsPrecision):
         for (name, module), bits in zip(_telling(self), [] if told is None else told.tolist(), strict=False):
             if bits != module.told:
                 args[-1].append(module.said_of(f"{prefix}{name}", bits))
-        for name, tensor in [
-            *self.named_parameters(),
-            *self.named_buffers(),
-        ]:  # `assign` would take another dtype as it comes
+        # `assign` would take another dtype as it comes
+        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
             given = state_dict.get(prefix + name)
             if isinstance(given, torch.Tensor) and given.is_floating_point() and tensor.is_floating_point():
                 state_dict[prefix + name] = given.to(tensor.dtype)

@@ -119,7 +119,7 @@ class ActivationQuantizer(TellsBits, KeepsPrecision):
     """Quantizes one activation tensor: passes x through while observing, rounds it to the grid once frozen.
 
     Buffers: `scale` and `zero_point`, float32 scalars; `scale` is 0 until the quantizer is frozen or loaded. `table`, uint8 [256],
-    where x may only be 2^bits of the 256 integers of an 8-bit grid (see `levels`): which of them each of the 256 becomes.
+    where x may only be 2^bits of the 256 integers of an 8-bit grid (see `calibration.levels`): which each of the 256 becomes.
     """
 
     _BITS = "bits"

@@ -86,13 +86,13 @@ def scalings(model: nn.Module) -> Scalings:
                 norms.append((f"{name}.norm1", qkv))
                 if type(block) is SwinTransformerBlock:
                     padded.append(f"{name}.norm1")
-            if _absent(attention, "norm"):
+            if absent(attention, "norm"):
                 values.append((qkv, f"{name}.attn.proj"))
-            if kind not in _ROTARY and _absent(attention, "q_norm") and _absent(attention, "k_norm"):
+            if kind not in _ROTARY and absent(attention, "q_norm") and absent(attention, "k_norm"):
                 scores.append(qkv)
         if own_mlp and type(mlp) in (Mlp, GluMlp) and _scalable(block.norm2, held):
             norms.append((f"{name}.norm2", f"{name}.mlp.fc1"))
-        if own_mlp and type(mlp) is Mlp and _absent(mlp, "norm"):
+        if own_mlp and type(mlp) is Mlp and absent(mlp, "norm"):
             hidden.append(f"{name}.mlp.fc2")
     return Scalings(tuple(norms), frozenset(padded), tuple(values), tuple(scores), tuple(hidden))
 
@@ -116,5 +116,6 @@ def _scalable(norm: Any, held: Counter[int]) -> bool:
     return alone and not norm._forward_hooks and "forward" not in vars(norm)
 
 
-def _absent(module: Any, name: str) -> bool:
+def absent(module: Any, name: str) -> bool:
+    """Whether a part is not there, or does nothing."""
     return isinstance(getattr(module, name, nn.Identity()), nn.Identity)

@@ -19,6 +19,7 @@ from ...quantization.quantizers import ActivationQuantizer
 from .attentions import apart, together
 from .base import Adapter, add_block_sites, expect_psaq, heads_mean, last_of_mlp
 from .constants import quantize_constant_
+from .scalings import absent
 
 
 class SwinAdapter(Adapter):
@@ -63,7 +64,7 @@ class SwinAdapter(Adapter):
         for stage in model.layers:
             if hasattr(stage.downsample, "reduction"):
                 quantize_output(stage.downsample.reduction, "output_quantizer", bits, quantizer)
-        if not isinstance(getattr(model.patch_embed, "norm", nn.Identity()), nn.Identity):  # a HybridEmbed has none
+        if not absent(model.patch_embed, "norm"):
             quantize_output(model.patch_embed.proj, "output_quantizer", bits, quantizer)
         quantize_output(model.patch_embed, "output_quantizer", bits, quantizer)
         quantize_output(model.norm, "output_quantizer", bits, quantizer)

@@ -15,6 +15,7 @@ from ...quantization.quantizers import ActivationQuantizer
 from .attentions import apart, together
 from .base import Adapter, add_block_sites, expect_psaq, heads_mean, last_of_mlp
 from .constants import quantize_constant_
+from .scalings import absent
 
 _QUERY, _KEYS = "attn_pool.q", "attn_pool.kv"
 
@@ -59,7 +60,7 @@ class VitAdapter(Adapter):
             block.attn.scores_quantizer = ActivationQuantizer(bits, quantizer)
             block.attn.__class__ = PsaqAttention
             add_block_sites(block, bits, quantizer)
-        if not isinstance(getattr(model.patch_embed, "norm", nn.Identity()), nn.Identity):  # a HybridEmbed has none
+        if not absent(model.patch_embed, "norm"):
             quantize_output(model.patch_embed.proj, "output_quantizer", bits, quantizer)
         quantize_output(model.patch_embed, "output_quantizer", bits, quantizer)
         tokens = quantize_output(model.patch_embed, "tokens_quantizer", bits, quantizer)
